@@ -1,0 +1,55 @@
+# Every target does its own set-up: from a bare clone, `make demo` is enough.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+# pytest's and the demo's tests run small kernels: more threads than this gain nothing.
+THREADS ?= $(shell n=$$(nproc); [ $$n -lt 4 ] && echo $$n || echo 4)
+
+# The benchmark photos, where they are at hand; tests and demo make do without.
+ifneq ($(wildcard ../shared/data),)
+export IPT_FAST_DATA ?= $(abspath ../shared/data)
+endif
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip
+CSRC   := $(shell find csrc -type f)
+CXX_SOURCES := $(filter %.h %.cpp,$(CSRC))
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.installed
+	$(PY) -m benchmarks.demo
+
+test: $(VENV)/.installed $(VENV)/.oracles
+	OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
+
+bench: $(VENV)/.installed
+	$(PY) -m benchmarks
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info ipt_fast/*.so
+
+# torch first: the extension is compiled against it, so pip must not isolate the build.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "ipt-fast needs Python 3.11 or newer, '$(PYTHON)' is older: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	    { echo "'$(PYTHON)' cannot make virtual environments: install its venv module (apt-get install python3-venv)"; exit 1; }
+	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)"
+	$(PIP) install "setuptools>=70" wheel cmake ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py CMakeLists.txt pyproject.toml $(CSRC)
+	$(PIP) install --no-build-isolation -e ".[dev]"
+	@$(PY) -c 'from ipt_fast import _extension as e; print("compiled kernels:", e.error() or f"ready ({e.isa()})")'
+	@touch $@
+
+# Other people's implementations to compare with. Tests that need them are skipped where they cannot be had.
+$(VENV)/.oracles: $(VENV)/.torch
+	-$(PIP) install --no-deps torchvision==0.28.0 spandrel spandrel_extra_arches timm && $(PIP) install einops pyyaml && touch $@

@@ -1,0 +1,19 @@
+// Which of the compiled instruction sets runs: the best one the processor has, capped by IPT_FAST_CPU_ISA.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace ipt_fast {
+
+enum class Isa { generic, avx2, avx512 };
+
+const char* isa_name(Isa isa);
+
+// The levels that this processor can run, lowest first.
+std::vector<Isa> isa_levels();
+
+// The level in use. IPT_FAST_CPU_ISA is read on every call; an unknown value raises.
+Isa isa();
+
+}  // namespace ipt_fast

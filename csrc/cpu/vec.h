@@ -1,0 +1,146 @@
+// A vector of fp32 lanes as wide as the translation unit's flags allow, and its loads and stores in fp32, bf16, fp16.
+// Everything has internal linkage: the linker must never merge code of two instruction sets.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace ipt_fast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Vec = float __attribute__((vector_size(4 * kLanes)));
+using IntVec = int32_t __attribute__((vector_size(4 * kLanes)));
+using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
+using HalfBits = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+inline Vec broadcast(float value) { return value - Vec{}; }
+
+inline IntVec lane_index() {
+    IntVec index;
+    for (int i = 0; i < kLanes; ++i) {
+        index[i] = i;
+    }
+    return index;
+}
+
+inline float sum_lanes(Vec v) {
+    float lanes[kLanes];
+    memcpy(lanes, &v, sizeof(v));
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    return lanes[0];
+}
+
+inline Vec to_float(Vec v, float) { return v; }
+inline Vec to_float(HalfBits h, BFloat16) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
+
+inline HalfBits to_bf16(Vec v) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, HalfBits);
+}
+
+#if defined(__AVX512F__)
+inline Vec to_float(HalfBits h, Half) { return (Vec)_mm512_cvtph_ps((__m256i)h); }
+inline HalfBits to_half(Vec v) { return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__AVX2__)
+inline Vec to_float(HalfBits h, Half) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
+inline HalfBits to_half(Vec v) { return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline Vec to_float(HalfBits h, Half) {
+    const Bits wide = __builtin_convertvector(h, Bits);
+    const Bits magnitude = (wide & 0x7fff) << 13;
+    // Scaling by 2^112 moves the exponent's bias, and makes normal numbers of fp16's subnormal ones.
+    const Bits finite = (Bits)((Vec)magnitude * 0x1p112f);
+    const Bits special = magnitude | 0x7f800000;
+    return (Vec)(((wide & 0x7c00) == 0x7c00 ? special : finite) | ((wide & 0x8000) << 16));
+}
+
+inline HalfBits to_half(Vec v) {
+    const Bits bits = (Bits)v;
+    const Bits magnitude = bits & 0x7fffffff;
+    const Bits normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    // Next to 0.5 one unit in the last place is 2^-24, that of fp16's subnormal numbers.
+    const Bits subnormal = (Bits)((Vec)magnitude + 0.5f) - 0x3f000000;
+    const Bits finite = magnitude < 0x38800000 ? subnormal : normal;
+    const Bits special = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+    return __builtin_convertvector((magnitude < 0x477ff000 ? finite : special) | ((bits >> 16) & 0x8000), HalfBits);
+}
+#endif
+
+inline Vec from_float(Vec v, float) { return v; }
+inline HalfBits from_float(Vec v, BFloat16) { return to_bf16(v); }
+inline HalfBits from_float(Vec v, Half) { return to_half(v); }
+
+// The first `count` (up to kLanes) values from p as fp32; the other lanes are 0.
+template <typename T>
+inline Vec load(const T* p, int64_t count = kLanes) {
+    decltype(from_float(Vec{}, T{})) raw{};
+    if (count >= kLanes) {
+        memcpy(&raw, p, sizeof(raw));
+    } else {
+        memcpy(&raw, p, count * sizeof(T));
+    }
+    return to_float(raw, T{});
+}
+
+template <typename T>
+inline void store(T* p, Vec v, int64_t count = kLanes) {
+    const auto raw = from_float(v, T{});
+    if (count >= kLanes) {
+        memcpy(p, &raw, sizeof(raw));
+    } else {
+        memcpy(p, &raw, count * sizeof(T));
+    }
+}
+
+// rows[i][j] -> rows[j][i]: in stage s, blocks of s by s lanes change places across the diagonal.
+inline void transpose(Vec (&rows)[kLanes]) {
+    const IntVec lane = lane_index();
+#pragma GCC unroll 4
+    for (int s = 1; s < kLanes; s *= 2) {
+        const IntVec low = (lane & s) == 0 ? lane : lane - s + kLanes;
+        const IntVec high = low + s;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            if ((i & s) == 0) {
+                const Vec a = rows[i], b = rows[i + s];
+#if defined(__clang__)
+                for (int j = 0; j < kLanes; ++j) {
+                    rows[i][j] = (j & s) == 0 ? a[j] : b[j - s];
+                    rows[i + s][j] = (j & s) == 0 ? a[j + s] : b[j];
+                }
+                (void)low, (void)high;
+#else
+                rows[i] = __builtin_shuffle(a, b, low);
+                rows[i + s] = __builtin_shuffle(a, b, high);
+#endif
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ipt_fast

@@ -1,0 +1,32 @@
+"""ipt_fast: image-restoration transformers, exact and fast.
+
+Models by name (:func:`create_model`), restoration of images (:func:`restore`), drop-in modules
+(:mod:`ipt_fast.modules`) and operators (:mod:`ipt_fast.ops`) with several backends (:func:`use_backend`).
+"""
+
+from . import models, modules, ops, reference
+from .models import create_model, list_models, load_checkpoint
+from .ops._explain import explain
+from .ops._select import use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "create_model",
+    "explain",
+    "list_models",
+    "load_checkpoint",
+    "models",
+    "modules",
+    "ops",
+    "reference",
+    "restore",
+    "use_backend",
+]
+
+
+def __getattr__(name):
+    if name == "restore":  # imports Pillow, which models and operators do not need
+        from .inference import restore
+
+        return restore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

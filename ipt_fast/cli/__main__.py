@@ -1,0 +1,7 @@
+"""``python -m ipt_fast.cli`` is ``ipt-fast``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,100 @@
+"""``ipt-fast eval``: PSNR and SSIM of a model on folders of images."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .. import use_backend
+from ..evaluation.protocols import PROTOCOLS
+from ..evaluation.report import append_csv, format_table, read_csv, write_json
+from ..evaluation.runner import evaluate
+from ..models import open_model
+from ..ops._select import POLICIES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_parser(subparsers) -> None:
+    protocols = "\n".join(f"  {protocol.name:<10} {protocol.description}" for protocol in PROTOCOLS.values())
+    parser = subparsers.add_parser(
+        "eval",
+        help="measure PSNR and SSIM on folders of images",
+        description="Restore every image of one or more folders and print mean PSNR (dB) and SSIM before and after.\n"
+        "Clean images get Gaussian noise (--sigma); degraded ones are compared with --target.\n\n"
+        f"protocols:\n{protocols}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--model", default="ipt_v2_tiny", help="a model that ships, or a folder of a saved one (%(default)s)")
+    option("--data", nargs="+", required=True, metavar="FOLDER", help="clean images, or the inputs of a paired set")
+    option("--target", metavar="FOLDER", help="targets of a paired set, under the same file names")
+    option("--sigma", nargs="+", type=float, default=[], metavar="S", help="noise levels on the 0..255 scale")
+    option("--protocol", choices=list(PROTOCOLS), default="rgb", help="how the score is computed (%(default)s)")
+    option("--crop", type=int, default=0, metavar="N", help="border pixels left out of the score (%(default)s)")
+    option("--limit", type=int, metavar="N", help="only the first N images of each folder")
+    option("--csv", metavar="FILE", help="add a row of means for each folder and noise level")
+    option("--json", metavar="FILE", help="write every image's scores, settings, versions and hardware")
+    option("--tile", type=_tile, default="auto", help="auto (by estimated memory), whole, or a size in pixels")
+    option("--dtype", choices=DTYPES, default="auto", help="precision of the model (%(default)s)")
+    option("--device", help="cpu, cuda ... (a GPU where there is one)")
+    option("--backend", choices=POLICIES, default="auto", help="kernels to use (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args) -> int:
+    """Evaluate and print; 0, or 1 where an image of a folder could not be evaluated."""
+    if bool(args.sigma) == bool(args.target):
+        raise ValueError("give either --sigma (clean images) or --target (a paired set)")
+    if args.target and len(args.data) > 1:
+        raise ValueError(f"--target belongs to one --data folder, got {len(args.data)}")
+    _check_reports(args)
+    model = open_model(args.model)
+    restoration = {"tile": args.tile, "dtype": args.dtype, "device": args.device}
+    evaluations = []
+    with use_backend(args.backend):
+        for folder in args.data:
+            for sigma in args.sigma or [None]:
+                evaluation = evaluate(
+                    model,
+                    folder,
+                    args.protocol,
+                    sigma=sigma,
+                    target=args.target,
+                    crop=args.crop,
+                    limit=args.limit,
+                    progress=lambda paths: tqdm(paths, unit="image", leave=False, disable=None),
+                    **restoration,
+                )
+                for name, reason in evaluation.failures:
+                    print(f"ipt-fast eval: {evaluation.dataset}/{name}: {reason}", file=sys.stderr)
+                evaluations.append(evaluation)
+    print(f"{args.model}, protocol {args.protocol} ({PROTOCOLS[args.protocol].description})")
+    print(format_table(evaluations))
+    if args.csv:
+        append_csv(args.csv, args.model, evaluations)
+    if args.json:
+        settings = {"crop": args.crop, "limit": args.limit, "backend": args.backend, **restoration}
+        write_json(args.json, args.model, settings, evaluations)
+    return 1 if any(evaluation.failures for evaluation in evaluations) else 0
+
+
+def _check_reports(args):
+    """Raise before the work is done, not after."""
+    for path in (args.csv, args.json):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"cannot write {path}: its folder does not exist")
+    if args.csv:
+        read_csv(args.csv)
+
+
+def _tile(text):
+    if text == "auto":
+        return text
+    if text == "whole":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto, whole or a size in pixels, got {text!r}") from None

@@ -1,0 +1,32 @@
+"""``ipt-fast info``: what is installed, and which backend runs which operator."""
+
+import platform
+
+import torch
+
+import ipt_fast
+
+from .. import _extension
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser("info", help="versions, hardware, and which backend runs which operator")
+    parser.set_defaults(run=run)
+
+
+def run(args):
+    print(f"ipt-fast {ipt_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"CPU      {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"GPU      {', '.join(gpus) or 'none'}")
+    print(f"models   {', '.join(ipt_fast.list_models())}")
+    if error := _extension.error():
+        print(f"C++      {error}")
+    else:
+        build = ", ".join(f"{name} {value}" for name, value in _extension.build_info().items())
+        print(f"C++      instruction set {_extension.isa()}; built with {build}")
+    for operator, table in ipt_fast.explain().items():
+        print(operator)
+        for backend, reason in table.items():
+            print(f"  {backend:<10} {reason or 'yes'}")
+    return 0

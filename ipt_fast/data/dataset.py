@@ -1,0 +1,120 @@
+"""Training data: a folder of clean images and the noisy patches drawn from it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .degradations import add_gaussian_noise, random_sigma
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+_EIGHT_BIT_MODES = {1: "L", 3: "RGB"}
+
+
+class ImageFolder(Sequence[Tensor]):
+    """The 8-bit images of a folder and its subfolders in the order of their names, each a uint8 tensor (C, H, W).
+
+    Where all decoded images together take at most ``memory_budget`` bytes they are decoded once, here; otherwise each
+    is decoded when it is asked for. Alpha is dropped and EXIF orientation is not applied.
+
+    Args:
+        folder: searched recursively for png, jpg, bmp, tif and webp.
+        channels: 3 for RGB, 1 for gray (ITU-R 601-2 luma).
+        memory_budget: bytes.
+
+    Raises:
+        ValueError: the folder is missing or has no images, ``channels`` is neither 1 nor 3, or an image cannot be read,
+            is truncated or has more than 8 bits (also later, when images are decoded on demand).
+    """
+
+    def __init__(self, folder: str | Path, channels: int = 3, memory_budget: int = 4 * 2**30):
+        if channels not in _EIGHT_BIT_MODES:
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"no such folder: {folder}")
+        self.channels = channels
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.paths:
+            raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
+        self.sizes = [_read_size(path) for path in self.paths]
+        fits = channels * sum(height * width for height, width in self.sizes) <= memory_budget
+        self._images = [self._decode(path) for path in self.paths] if fits else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._decode(self.paths[index]) if self._images is None else self._images[index]
+
+    def _decode(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert(_EIGHT_BIT_MODES[self.channels]))
+        except _READ_ERRORS as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
+        return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
+
+
+# What Pillow raises on damaged files, by format and by where the damage lies.
+_READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            mode, (width, height) = image.mode, image.size
+    except _READ_ERRORS as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"training images must have 8 bits, {path} has Pillow mode {mode}")
+    return height, width
+
+
+class NoisyPatches(Dataset):
+    """Pairs (noisy, clean) for Gaussian denoising: random patches, float32 (C, patch_size, patch_size).
+
+    Item ``n``, for any n >= 0, is a pure function of (seed, n): a random image and crop, one of the 8 flips and
+    transposes, a noise level uniform in ``sigma``, and noise that is not clipped. So training can go on from anywhere.
+
+    Raises:
+        ValueError: an image is smaller than the patch (the images are neither padded nor skipped).
+    """
+
+    def __init__(self, images: ImageFolder, patch_size: int, sigma: tuple[float, float], seed: int = 0):
+        for path, size in zip(images.paths, images.sizes, strict=True):
+            if min(size) < patch_size:
+                raise ValueError(f"patch_size {patch_size} is larger than {path} ({size[0]}x{size[1]} pixels)")
+        self.images = images
+        self.patch_size = patch_size
+        self.sigma = sigma
+        self.seed = seed
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator()
+        # SeedSequence mixes the two integers, so that neighbouring samples and seeds are unrelated.
+        generator.manual_seed(int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]))
+
+        def draw(bound: int) -> int:
+            return int(torch.randint(bound, (), generator=generator))
+
+        image = self.images[draw(len(self.images))]
+        top = draw(image.shape[1] - self.patch_size + 1)
+        left = draw(image.shape[2] - self.patch_size + 1)
+        patch = image[:, top : top + self.patch_size, left : left + self.patch_size]
+        clean = apply_symmetry(patch, draw(8)).contiguous().float() / 255
+        return add_gaussian_noise(clean, random_sigma(*self.sigma, generator), generator), clean
+
+
+def apply_symmetry(image: Tensor, index: int) -> Tensor:
+    """One of the 8 symmetries of the square, ``index`` 0 to 7: bit 0 flips rows, bit 1 columns, bit 2 transposes."""
+    if index & 1:
+        image = image.flip(-2)
+    if index & 2:
+        image = image.flip(-1)
+    return image.transpose(-2, -1) if index & 4 else image

@@ -1,0 +1,247 @@
+"""Image files in and out: 8 bit through Pillow, 16 bit PNG and TIFF through OpenCV, with alpha, ICC profile and EXIF.
+
+The pixels come upright: the EXIF orientation is applied on reading and gone from the EXIF that is written. Gray stays gray
+and colour stays colour; a palette becomes RGB or RGBA, 1 bit becomes 8-bit gray. Other metadata (XMP, comments, resolution
+outside EXIF) is not kept. Pillow alone would read 16-bit colour as 8 bit without a word, so the depth is taken from the
+file's own header first.
+"""
+
+import dataclasses
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from PIL import ExifTags, ImageOps, TiffImagePlugin, TiffTags
+
+from .._files import atomic_write
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
+SIXTEEN_BIT_SUFFIXES = (".png", ".tif", ".tiff")
+ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
+
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+_MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "PA": "RGBA"}
+_READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
+_ORIENTATION = ExifTags.Base.Orientation
+# What describes the photo; the other tags of a TIFF's first directory describe how its pixels are stored.
+_PHOTO_TAGS = ("ImageDescription", "Make", "Model", "XResolution", "YResolution", "ResolutionUnit", "Software", "DateTime",
+               "Artist", "HostComputer", "Copyright")  # fmt: skip
+_PHOTO_TAGS = tuple(ExifTags.Base[name] for name in _PHOTO_TAGS)
+_PHOTO_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """One upright image and what its file carried.
+
+    Attributes:
+        pixels: (H, W, C) uint8 or uint16, C = 1 (gray) or 3 (RGB).
+        alpha: (H, W) of the same dtype, or None.
+        icc_profile: the embedded colour profile, or None.
+        exif: the EXIF block (starting with ``Exif\\0\\0``) without orientation, or None.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    icc_profile: bytes | None = None
+    exif: bytes | None = None
+
+
+def read_image(path: str | Path) -> Image:
+    """Read a PNG, JPEG, TIFF, WebP or BMP file of 8 or 16 bits per channel.
+
+    Raises:
+        ValueError: the file is missing, no image, truncated, an animation, larger than Pillow's decompression limit, or of
+            a kind that is not restored (CMYK, Lab, floating point, 16-bit gray with alpha).
+        ImportError: the file has 16 bits and OpenCV is not installed.
+    """
+    path = Path(path)
+    try:
+        with PIL.Image.open(path, formats=_FORMATS) as image:
+            # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise ValueError(f"it has {image.n_frames} frames or pages, only single images are restored")
+            return _read_16_bit(path, image) if _is_16_bit(path, image) else from_pil(image, upright=True)
+    except _READ_ERRORS as error:
+        raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def write_image(path: str | Path, image: Image) -> None:
+    """Write ``image`` to ``path`` atomically, in the format of the suffix.
+
+    16 bit goes to PNG and TIFF only and is never reduced to 8. JPEG is written at quality 95 without chroma subsampling, WebP
+    lossless, TIFF with deflate. ICC profile and EXIF go into every format that holds them (BMP holds neither).
+
+    Raises:
+        ValueError: unknown suffix, or a format that cannot hold the depth or the alpha channel.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    check_writable_as(path, image)
+    suffix = path.suffix.lower()
+    with atomic_write(path) as temporary:
+        if suffix in (".tif", ".tiff"):
+            temporary.write_bytes(_encode_tiff(image))
+        elif image.pixels.dtype == np.uint16:
+            temporary.write_bytes(_encode_png_16_bit(image))
+        else:
+            options = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
+            options |= {"lossless": True, "exact": True} if suffix == ".webp" else {}
+            to_pil(image).save(temporary, icc_profile=image.icc_profile, exif=image.exif or b"", **options)
+
+
+def check_writable_as(path: Path, image: Image) -> None:
+    """Raise ValueError unless the format that ``path`` names can hold the depth and the channels of ``image``."""
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(IMAGE_SUFFIXES)}")
+    if image.pixels.dtype == np.uint16 and suffix not in SIXTEEN_BIT_SUFFIXES:
+        raise ValueError(f"cannot write {path}: {suffix} holds 8 bits and the image has 16; use .png or .tif")
+    if image.alpha is not None and suffix not in ALPHA_SUFFIXES:
+        raise ValueError(f"cannot write {path}: {suffix} holds no alpha channel and the image has one; use .png or .tif")
+
+
+def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
+    """The 8-bit pixels of a Pillow image: mode L, LA, RGB or RGBA as it is, 1 as gray, P as RGB or RGBA.
+
+    ``upright=True`` applies the EXIF orientation. Raises ValueError for every other mode.
+    """
+    if image.mode not in _MODES:
+        raise ValueError(f"its mode is {image.mode}, restored are {', '.join(_MODES)} and 16-bit gray or RGB; convert it first")
+    mode = _MODES[image.mode]
+    if "transparency" in image.info and mode in ("L", "RGB"):
+        mode = {"L": "LA", "RGB": "RGBA"}[mode]
+    if upright:
+        ImageOps.exif_transpose(image, in_place=True)
+    exif = _exif_bytes(image)
+    channels = np.array(image.convert(mode)).reshape(image.height, image.width, -1)
+    colour = 3 if mode.startswith("RGB") else 1
+    alpha = channels[:, :, colour] if channels.shape[2] > colour else None
+    return Image(channels[:, :, :colour], alpha, image.info.get("icc_profile"), exif)
+
+
+def to_pil(image: Image) -> PIL.Image.Image:
+    """The Pillow image (mode L, LA, RGB or RGBA) of an 8-bit ``image``, without metadata."""
+    channels = _with_alpha(image)
+    return PIL.Image.fromarray(channels[:, :, 0] if channels.shape[2] == 1 else channels)
+
+
+def _is_16_bit(path, image):
+    if image.format == "PNG":
+        header = path.open("rb").read(26)  # signature, then IHDR: length, name, width, height, bit depth, colour type
+        return header[24] == 16
+    return image.format == "TIFF" and max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) == 16
+
+
+def _read_16_bit(path, image):
+    tags = getattr(image, "tag_v2", {})
+    header = path.open("rb").read(26)
+    gray_alpha = header[25] == 4 if image.format == "PNG" else tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 2
+    if gray_alpha or (image.mode == "I;16" and "transparency" in image.info):
+        raise ValueError("it is 16-bit gray with alpha, which OpenCV cannot write back; convert it to RGBA first")
+    if image.mode not in ("I;16", "RGB", "RGBA") or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) not in (1, 2):
+        raise ValueError(f"it has 16 bits in mode {image.mode}, restored are unsigned gray, RGB and RGBA")
+    cv2 = _import_cv2()
+    channels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if channels is None or channels.dtype != np.uint16:
+        raise OSError("image file is damaged or truncated")
+    channels = channels.reshape(*channels.shape[:2], -1)
+    if image.format == "PNG":  # OpenCV turns a TIFF upright by itself, a PNG not with IMREAD_UNCHANGED
+        channels = _turn_upright(channels, image.getexif().get(_ORIENTATION, 1))
+    colour = 1 if channels.shape[2] == 1 else 3
+    alpha = channels[:, :, 3].copy() if channels.shape[2] == 4 else None
+    pixels = np.ascontiguousarray(channels[:, :, colour - 1 :: -1])  # BGR to RGB
+    return Image(pixels, alpha, image.info.get("icc_profile"), _exif_bytes(image))
+
+
+def _turn_upright(pixels, orientation):
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 7, 8):
+        pixels = pixels[:, ::-1]
+    return pixels.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else pixels
+
+
+def _exif_bytes(image):
+    exif = image.getexif()
+    if image.format == "TIFF":
+        exif = _photo_exif(exif)
+    elif _ORIENTATION not in exif:
+        return image.info.get("exif") or (exif.tobytes() if len(exif) else None)
+    else:
+        del exif[_ORIENTATION]
+    return exif.tobytes() if len(exif) or exif._ifds else None
+
+
+def _photo_exif(exif):
+    photo = PIL.Image.Exif()
+    photo.update({tag: exif[tag] for tag in _PHOTO_TAGS if tag in exif})
+    for directory in _PHOTO_DIRECTORIES:
+        if exif.get_ifd(directory):
+            photo.get_ifd(directory).update(exif.get_ifd(directory))
+    return photo
+
+
+def _with_alpha(image):
+    return image.pixels if image.alpha is None else np.dstack([image.pixels, image.alpha])
+
+
+def _encode_png_16_bit(image):
+    cv2 = _import_cv2()
+    channels = _with_alpha(image)
+    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(channels.shape[2])
+    if order is None:
+        raise ValueError("16-bit gray with alpha cannot be written as PNG; give three equal channels")
+    kinds, blocks = [], []
+    if image.exif:
+        kinds.append(cv2.IMAGE_METADATA_EXIF)
+        blocks.append(np.frombuffer(image.exif.removeprefix(b"Exif\0\0"), np.uint8))
+    if image.icc_profile:
+        kinds.append(cv2.IMAGE_METADATA_ICCP)
+        blocks.append(np.frombuffer(image.icc_profile, np.uint8))
+    return cv2.imencodeWithMetadata(".png", np.ascontiguousarray(channels[:, :, order]), kinds, blocks)[1].tobytes()
+
+
+def _encode_tiff(image):
+    # OpenCV writes no metadata into TIFF and Pillow no 16-bit colour, so the directory is Pillow's and the one strip ours.
+    channels = _with_alpha(image)
+    height, width, count = channels.shape
+    strip = zlib.compress(np.ascontiguousarray(channels, channels.dtype.newbyteorder("<")).tobytes())
+    directory = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+    directory[TiffImagePlugin.IMAGEWIDTH] = width
+    directory[TiffImagePlugin.IMAGELENGTH] = height
+    directory[TiffImagePlugin.BITSPERSAMPLE] = (8 * channels.itemsize,) * count
+    directory[TiffImagePlugin.COMPRESSION] = TiffImagePlugin.COMPRESSION_INFO_REV["tiff_adobe_deflate"]
+    directory[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 2 if image.pixels.shape[2] == 3 else 1  # RGB, black is zero
+    directory.tagtype[TiffImagePlugin.STRIPOFFSETS] = TiffTags.LONG
+    directory[TiffImagePlugin.STRIPOFFSETS] = 0  # save() moves it to the end of the directory
+    directory[TiffImagePlugin.SAMPLESPERPIXEL] = count
+    directory[TiffImagePlugin.ROWSPERSTRIP] = height
+    directory.tagtype[TiffImagePlugin.STRIPBYTECOUNTS] = TiffTags.LONG
+    directory[TiffImagePlugin.STRIPBYTECOUNTS] = len(strip)
+    if image.alpha is not None:
+        directory[TiffImagePlugin.EXTRASAMPLES] = 2  # alpha, not multiplied into the colours
+    if image.icc_profile:
+        directory[TiffImagePlugin.ICCPROFILE] = image.icc_profile
+    if image.exif:
+        exif = PIL.Image.Exif()
+        exif.load(image.exif)
+        photo = _photo_exif(exif)
+        for tag, value in (*photo.items(), *((tag, photo.get_ifd(tag)) for tag in _PHOTO_DIRECTORIES)):
+            if value:
+                directory[tag] = value
+    file = io.BytesIO()
+    directory.save(file)
+    file.write(strip)
+    return file.getvalue()
+
+
+def _import_cv2():
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError("16-bit images need OpenCV: pip install ipt-fast[io]") from error
+    return cv2

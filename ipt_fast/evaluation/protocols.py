@@ -1,0 +1,112 @@
+"""The four ways in which the field's tables were measured. They differ by up to 0.1 dB and more.
+
+In every protocol images are float arrays in [0, 1], (H, W) or (H, W, C); an output is clipped, and in all but one
+rounded to 8 bits as if it had been saved as an image; border pixels can be left out (super-resolution: `scale`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .metrics import psnr, rgb_to_y, ssim
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is compared, and how noise is made.
+
+    Attributes:
+        name: as given to `ipt-fast eval --protocol`.
+        description: one line on what it measures and who uses it.
+        plane: from an image on the 0..255 scale to what PSNR and SSIM are computed on, on the same scale.
+        clip_noise: whether a noisy input is clipped to [0, 1].
+        round_to_8_bits: whether output and target are rounded to 8 bits before they are compared.
+    """
+
+    name: str
+    description: str
+    plane: Callable[[np.ndarray], np.ndarray]
+    clip_noise: bool = False
+    round_to_8_bits: bool = True
+
+    def add_noise(self, image, sigma: float) -> np.ndarray:
+        """The image with white Gaussian noise of standard deviation `sigma` (0..255 scale), as float32.
+
+        The noise is numpy's RandomState(0).normal of the image's shape, drawn anew for each image, so it is the noise
+        with which Restormer's figures were measured.
+
+        Raises:
+            ValueError: sigma is negative or not finite.
+        """
+        if not 0 <= sigma < float("inf"):
+            raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
+        noisy = image + np.random.RandomState(SEED).normal(0, sigma / 255, np.shape(image))
+        return (np.clip(noisy, 0, 1) if self.clip_noise else noisy).astype(np.float32)
+
+    def score_output(self, output, target, *, crop: int = 0) -> tuple[float, float]:
+        """(PSNR in dB, SSIM) of a model's output without `crop` border pixels.
+
+        Raises:
+            ValueError: the shapes differ, the output holds NaN, or crop leaves less than SSIM needs.
+        """
+        if np.isnan(output).any():
+            raise ValueError("output holds NaN")
+        output = 255 * np.clip(np.asarray(output, dtype=np.float64), 0, 1)
+        return self._score(np.rint(output) if self.round_to_8_bits else output, target, crop)
+
+    def score_input(self, image, target, *, crop: int = 0) -> tuple[float, float]:
+        """(PSNR in dB, SSIM) of a model's input exactly as the model gets it, otherwise as for `score_output`."""
+        return self._score(255 * np.asarray(image, dtype=np.float64), target, crop)
+
+    def _score(self, image, target, crop):
+        target = 255 * np.asarray(target, dtype=np.float64)
+        target = np.rint(target) if self.round_to_8_bits else target
+        if image.shape != target.shape:
+            raise ValueError(f"image and target must have the same shape, got {image.shape} and {target.shape}")
+        if crop < 0 or 2 * crop >= min(target.shape[:2]):
+            raise ValueError(f"crop must be at least 0 and leave some of {target.shape[:2]}, got {crop}")
+        inner = (slice(crop, target.shape[0] - crop), slice(crop, target.shape[1] - crop))
+        planes = self.plane(image)[inner], self.plane(target)[inner]
+        return psnr(*planes, data_range=255), ssim(*planes, data_range=255)
+
+
+def _rgb(image):
+    return image
+
+
+def _ipt_y(image):
+    # Luma is affine, so the difference of two lumas is the luma weights applied to the difference, as IPT computes it.
+    return rgb_to_y(image, (65.738, 129.057, 25.064), 256)
+
+
+def _bt601_y(image):
+    return rgb_to_y(image, (65.481, 128.553, 24.966), 255)
+
+
+def _rounded_bt601_y(image):
+    return np.rint(_bt601_y(image))
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("rgb", "RGB, noise not clipped: Gaussian denoising in Restormer and IPT-V2", _rgb),
+        Protocol("ipt-y", "Y of the 8-bit difference, noisy input clipped: all tables of IPT", _ipt_y, clip_noise=True),
+        Protocol("basicsr-y", "BT.601 Y of the float output: super-resolution", _bt601_y, round_to_8_bits=False),
+        Protocol("matlab-y", "BT.601 Y rounded to 8 bits: deraining tables", _rounded_bt601_y),
+    )
+}
+
+
+def get_protocol(name: str) -> Protocol:
+    """The protocol of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}")
+    return PROTOCOLS[name]

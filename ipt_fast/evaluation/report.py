@@ -1,0 +1,99 @@
+"""Evaluations as a table, as CSV rows that later runs add to, and as JSON with everything behind them."""
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import __version__
+from .._files import atomic_write
+from .runner import FIGURES, Evaluation
+
+CSV_COLUMNS = ("model", "dataset", "protocol", "sigma", "images", *FIGURES)
+
+
+def format_table(evaluations: Sequence[Evaluation]) -> str:
+    """One line for each evaluation with its mean PSNR (dB) and SSIM before and after."""
+    lines = ["dataset        sigma  images   PSNR in  PSNR out   SSIM in  SSIM out"]
+    for evaluation in evaluations:
+        sigma = "-" if evaluation.sigma is None else f"{evaluation.sigma:g}"
+        psnr_input, psnr_output, ssim_input, ssim_output = (evaluation.mean(figure) for figure in FIGURES)
+        lines.append(
+            f"{evaluation.dataset:<13} {sigma:>6} {len(evaluation.scores):>7} "
+            f"{psnr_input:>9.2f} {psnr_output:>9.2f} {ssim_input:>9.4f} {ssim_output:>9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def read_csv(path: str | Path) -> str:
+    """The text that `append_csv` adds to, empty where there is no file yet; raises as `append_csv` does."""
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text and text.splitlines()[0].split(",") != list(CSV_COLUMNS):
+        raise ValueError(f"{path} has other columns than {','.join(CSV_COLUMNS)}; give another file")
+    return text
+
+
+def append_csv(path: str | Path, model: str, evaluations: Sequence[Evaluation]) -> None:
+    """Add one row of means for each evaluation to a CSV file, made where there is none; replaced atomically.
+
+    Raises:
+        ValueError: the file exists and its columns are others than CSV_COLUMNS.
+    """
+    before = read_csv(path)
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    if not before:
+        writer.writerow(CSV_COLUMNS)
+    for evaluation in evaluations:
+        sigma = "" if evaluation.sigma is None else f"{evaluation.sigma:g}"
+        means = [f"{evaluation.mean(figure):.4f}" for figure in FIGURES]
+        writer.writerow([model, evaluation.dataset, evaluation.protocol, sigma, len(evaluation.scores), *means])
+    with atomic_write(path) as temporary:
+        temporary.write_text(before + rows.getvalue(), encoding="utf-8")
+
+
+def write_json(path: str | Path, model: str, settings: dict, evaluations: Sequence[Evaluation]) -> None:
+    """Write means, the scores of every image, the settings, versions and hardware; replaced atomically."""
+    content = {
+        "model": model,
+        "settings": settings,
+        "environment": environment(),
+        "evaluations": [
+            {"mean": {figure: evaluation.mean(figure) for figure in FIGURES}, **asdict(evaluation)}
+            for evaluation in evaluations
+        ],
+    }
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, str | int | None]:
+    """Date, versions and hardware of this process, for the record of a measurement."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "ipt_fast": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,134 @@
+"""Restoring a folder of images and measuring the result."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ..data.io import IMAGE_SUFFIXES, read_image
+from ..inference import restore
+from .protocols import get_protocol
+
+FIGURES = ("psnr_input", "psnr_output", "ssim_input", "ssim_output")
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """PSNR (dB) and SSIM of one image before and after restoration."""
+
+    image: str
+    psnr_input: float
+    psnr_output: float
+    ssim_input: float
+    ssim_output: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one data set at one noise level.
+
+    Attributes:
+        dataset: name of the folder.
+        protocol: one of `ipt_fast.evaluation.protocols.PROTOCOLS`.
+        sigma: noise level on the 0..255 scale, or None for a paired set.
+        scores: one for each image that could be evaluated, in the order of the file names.
+        failures: (file name, reason) of each that could not.
+    """
+
+    dataset: str
+    protocol: str
+    sigma: float | None
+    scores: tuple[ImageScore, ...]
+    failures: tuple[tuple[str, str], ...]
+
+    def mean(self, figure: str) -> float:
+        """Mean over the images of one of FIGURES; NaN where there is no image."""
+        return float(np.mean([getattr(score, figure) for score in self.scores])) if self.scores else float("nan")
+
+
+def evaluate(
+    model: nn.Module,
+    folder: str | Path,
+    protocol: str = "rgb",
+    *,
+    sigma: float | None = None,
+    target: str | Path | None = None,
+    crop: int = 0,
+    limit: int | None = None,
+    tile: int | str | None = "auto",
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Callable[[list[Path]], Iterable[Path]] = iter,
+) -> Evaluation:
+    """Restore every image of a folder and measure it by a named protocol.
+
+    Args:
+        model: what `ipt_fast.restore` takes, with outputs of the input's size.
+        folder: clean images that get noise of level `sigma`, or the degraded inputs of a paired set. Not searched
+            recursively; alpha is ignored.
+        protocol: "rgb", "ipt-y", "basicsr-y" or "matlab-y", see `ipt_fast.evaluation.protocols`.
+        sigma: standard deviation of the Gaussian noise, on the 0..255 scale.
+        target: folder with the targets of a paired set, under the same file names (the suffix may differ).
+        crop: border pixels left out of the score.
+        limit: take only so many images, the first by name.
+        tile, dtype, device: as for `ipt_fast.restore`.
+        progress: wraps the list of files, as tqdm does.
+
+    An image that cannot be read or scored is reported in `failures`; the others go on.
+
+    Raises:
+        ValueError: unknown protocol, no image in the folder, not exactly one of sigma and target, or a bad number.
+    """
+    chosen = get_protocol(protocol)
+    if (sigma is None) == (target is None):
+        raise ValueError("give either sigma (noise is added to clean images) or target (a paired set), not both")
+    if sigma is not None and not 0 < sigma < float("inf"):
+        raise ValueError(f"sigma must be positive and finite, got {sigma}")
+    if crop < 0:
+        raise ValueError(f"crop must be at least 0, got {crop}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    paths = list_images(folder)[:limit]
+    targets = None if target is None else {path.stem: path for path in list_images(target)}
+
+    scores, failures = [], []
+    for path in progress(paths):
+        try:
+            clean = image = read_float(path)
+            if targets is None:
+                image = chosen.add_noise(clean, sigma)
+            elif path.stem in targets:
+                clean = read_float(targets[path.stem])
+            else:
+                raise ValueError(f"there is no image of that name in {target}")
+            output = restore(image, model, tile=tile, dtype=dtype, device=device)
+            psnr_input, ssim_input = chosen.score_input(image, clean, crop=crop)
+            psnr_output, ssim_output = chosen.score_output(output, clean, crop=crop)
+        except (ValueError, OSError, ImportError) as error:
+            failures.append((path.name, str(error)))
+        else:
+            scores.append(ImageScore(path.name, psnr_input, psnr_output, ssim_input, ssim_output))
+    return Evaluation(Path(folder).resolve().name, protocol, sigma, tuple(scores), tuple(failures))
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files of a folder, sorted by name.
+
+    Raises:
+        ValueError: it is no folder or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no such folder: {folder}")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
+    return paths
+
+
+def read_float(path: Path) -> np.ndarray:
+    """An image file as (H, W, C) float32 in [0, 1], C = 1 or 3, without alpha."""
+    pixels = read_image(path).pixels
+    return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max

@@ -1,0 +1,80 @@
+"""Complete models by name."""
+
+import dataclasses
+import importlib.resources
+import pathlib
+
+from . import _pretrained
+from .checkpoint import load_checkpoint
+from .ipt_v2 import IPTV2, IPTV2Config
+
+__all__ = ["IPTV2", "IPTV2Config", "create_model", "list_models", "load_checkpoint", "open_model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preset:
+    model: type
+    config: dict
+    pretrained: str | None = None  # a folder in ipt_fast/assets
+
+
+_PRESETS = {
+    "ipt_v2_tiny": _Preset(IPTV2, dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1), "ipt_v2_tiny"),
+    "ipt_v2_small": _Preset(IPTV2, dict(width=32, depths=(4, 6, 6, 8), refinement=0, window_size=32, grid_size=8)),
+    "ipt_v2_base": _Preset(IPTV2, dict(width=48, depths=(4, 6, 6, 8), refinement=4, window_size=32, grid_size=16)),
+    "ipt_v2_base_plus": _Preset(IPTV2, dict(width=48, depths=(6, 8, 8, 10), refinement=6, window_size=32, grid_size=16)),
+}
+
+
+def list_models():
+    """The names :func:`create_model` knows."""
+    return list(_PRESETS)
+
+
+def create_model(name, pretrained=False, **config):
+    """Build a model by name, in training form unless ``merged=True``.
+
+    Args:
+        name: one of :func:`list_models`.
+        pretrained: load the weights that ship with the package ("ipt_v2_tiny": blind colour Gaussian denoising,
+            σ 5 to 50 on the 0..255 scale).
+        config: fields of the model's config to change, such as ``in_channels=1`` or ``norm="with_bias"``.
+            ``out_channels`` follows ``in_channels`` unless given (3 for two views in 6 channels).
+
+    Returns:
+        The module: a new one in training mode, a pretrained one in eval mode.
+
+    Raises:
+        ValueError: an unknown name or config field, or no shipped weights (for this config).
+    """
+    preset = _PRESETS.get(name)
+    if preset is None:
+        raise ValueError(f"name must be one of {', '.join(_PRESETS)}; got {name!r}")
+    if pretrained and preset.pretrained is None:
+        shipped = ", ".join(name for name, preset in _PRESETS.items() if preset.pretrained)
+        raise ValueError(f"pretrained: no weights ship for {name}; they do for {shipped}")
+    if "in_channels" in config:
+        config.setdefault("out_channels", 3 if config["in_channels"] == 6 else config["in_channels"])
+    if pretrained:
+        with importlib.resources.as_file(importlib.resources.files("ipt_fast") / "assets" / preset.pretrained) as folder:
+            return preset.model.from_pretrained(folder, **config)
+    return preset.model(_pretrained.build_config(preset.model.config_class, {**preset.config, **config}))
+
+
+def open_model(source):
+    """A trained model in eval mode: a name with shipped weights, or a folder written by ``save_pretrained``.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if str(source) in _PRESETS:
+        return create_model(str(source), pretrained=True)
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        shipped = ", ".join(name for name, preset in _PRESETS.items() if preset.pretrained)
+        raise ValueError(f"model must be a folder written by save_pretrained or one of {shipped}; got {source}")
+    name = _pretrained.read_config(folder / "config.json").get("model")
+    classes = {preset.model.__name__: preset.model for preset in _PRESETS.values()}
+    if name not in classes:
+        raise ValueError(f"{folder} holds an unknown architecture: {name!r}")
+    return classes[name].from_pretrained(folder)

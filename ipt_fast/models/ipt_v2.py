@@ -1,0 +1,186 @@
+"""IPT-V2 (Tu et al., IPT-V2: Efficient Image Processing Transformer using Hierarchical Attentions)."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN
+from ._pretrained import PretrainedModel
+
+NORMS = ("bias_free", "with_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class IPTV2Config:
+    """Shape of an IPT-V2; the defaults are the paper's base model.
+
+    Args:
+        in_channels: 1 (gray), 3 (colour), 6 (two views side by side along the channels), or any other number.
+        out_channels: the residual is the input; its mean over two views where in_channels is twice as many; gray
+            repeated where in_channels is 1.
+        width: C; the levels have C, 2C, 4C and 8C channels.
+        depths: transformer layers of encoder levels 1 to 3 (the decoder mirrors them) and of the latent level;
+            they alternate FCSA and GGSA.
+        refinement: layers after the decoder, at 2C channels.
+        heads: attention heads of the four levels; decoder level 1 and the refinement have those of level 2.
+        window_size: p of FCSA.
+        grid_size: g of GGSA.
+        ffn_ratio: hidden width of the feed-forward network over its input width.
+        inner_ratio: inner width of the sequential pointwise branches over the input width.
+        norm: "bias_free" (un-centred numerator, no bias) or "with_bias" (ordinary layer norm).
+        downsample_kernel: kernel of the convolution before pixel-unshuffle, odd.
+        merged: the feed-forward networks hold merged weights instead of branches.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    width: int = 48
+    depths: tuple[int, int, int, int] = (4, 6, 6, 8)
+    refinement: int = 4
+    heads: tuple[int, int, int, int] = (1, 2, 4, 8)
+    window_size: int = 32
+    grid_size: int = 16
+    ffn_ratio: int = 4
+    inner_ratio: int = 2
+    norm: str = "bias_free"
+    downsample_kernel: int = 3
+    merged: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "depths", tuple(self.depths))
+        object.__setattr__(self, "heads", tuple(self.heads))
+        positive = ("in_channels", "out_channels", "width", "window_size", "grid_size", "ffn_ratio", "inner_ratio")
+        for name in (*positive, "downsample_kernel", "refinement"):
+            value = getattr(self, name)
+            if type(value) is not int or value < (name != "refinement"):
+                raise ValueError(f"{name} must be a positive int; got {value!r}")
+        for name, least in (("depths", 0), ("heads", 1)):
+            value = getattr(self, name)
+            if len(value) != 4 or any(type(v) is not int or v < least for v in value):
+                raise ValueError(f"{name} must be four ints of at least {least}; got {value!r}")
+        for level, heads in enumerate(self.heads):
+            if (self.width << level) % heads:
+                raise ValueError(f"heads must divide the width {self.width << level} of level {level + 1}; got {heads}")
+        if self.width % 2:
+            raise ValueError(f"width must be even, as downsampling halves it; got {self.width}")
+        if self.downsample_kernel % 2 == 0:
+            raise ValueError(f"downsample_kernel must be odd; got {self.downsample_kernel}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {self.norm!r}")
+        if type(self.merged) is not bool:
+            raise ValueError(f"merged must be True or False; got {self.merged!r}")
+        if self.in_channels not in (1, self.out_channels, 2 * self.out_channels):
+            raise ValueError(
+                f"in_channels must be 1, out_channels or twice out_channels; "
+                f"got in_channels={self.in_channels}, out_channels={self.out_channels}"
+            )
+
+
+class TransformerLayer(nn.Module):
+    """Half of a focal and global transformer block (eq. 1): attention and feed-forward, each normed and residual."""
+
+    def __init__(self, channels, attention, config):
+        super().__init__()
+        with_bias = config.norm == "with_bias"
+        self.norm1 = LayerNorm2d(channels, bias=with_bias, centered=with_bias)
+        self.attention = attention
+        self.norm2 = LayerNorm2d(channels, bias=with_bias, centered=with_bias)
+        self.ffn = RepLeFFN(channels, config.ffn_ratio, config.inner_ratio, merged=config.merged)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+def _stage(config, channels, heads, depth):
+    """``depth`` layers, alternating FCSA and GGSA."""
+
+    def attention(i):
+        if i % 2 == 0:
+            return FocalContextSelfAttention(channels, heads, config.window_size)
+        return GlobalGridSelfAttention(channels, heads, config.grid_size)
+
+    return nn.Sequential(*(TransformerLayer(channels, attention(i), config) for i in range(depth)))
+
+
+def _downsample(channels, kernel):
+    return nn.Sequential(
+        nn.Conv2d(channels, channels // 2, kernel, padding=kernel // 2, bias=False), nn.PixelUnshuffle(2)
+    )
+
+
+def _upsample(channels):
+    return nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.PixelShuffle(2))
+
+
+def pad_to_multiple(x, multiple):
+    """Pad (B, C, H, W) at the bottom and right: reflect up to size - 1 rows or columns, then replicate."""
+    for axis in (2, 3):
+        size = x.shape[axis]
+        index = torch.arange(-(-size // multiple) * multiple, device=x.device)
+        x = x.index_select(axis, ((size - 1) - (size - 1 - index).abs()).clamp(min=0))
+    return x
+
+
+class IPTV2(PretrainedModel):
+    """IPT-V2, a U-shaped transformer for image restoration (section 3.2, table 10).
+
+    Shape: (B, in_channels, H, W) -> (B, out_channels, H, W), any H and W from 1, values nominally in [0, 1].
+
+    Args:
+        config: an :class:`IPTV2Config`.
+    """
+
+    config_class = IPTV2Config
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width, depths, heads = config.width, config.depths, config.heads
+        self.embed = nn.Conv2d(config.in_channels, width, 3, padding=1, bias=False)
+        self.encoder = nn.ModuleList(_stage(config, width << i, heads[i], depths[i]) for i in range(3))
+        self.down = nn.ModuleList(_downsample(width << i, config.downsample_kernel) for i in range(3))
+        self.latent = _stage(config, width << 3, heads[3], depths[3])
+        self.up = nn.ModuleList(_upsample(width << (i + 1)) for i in range(3))
+        # Level 1 keeps the concatenation, so its decoder and the refinement are as wide as level 2.
+        self.reduce = nn.ModuleList(nn.Conv2d(width << (i + 1), width << i, 1, bias=False) for i in (1, 2))
+        self.decoder = nn.ModuleList(_stage(config, width << max(i, 1), heads[max(i, 1)], depths[i]) for i in range(3))
+        self.refinement = _stage(config, 2 * width, heads[1], config.refinement)
+        self.output = nn.Conv2d(2 * width, config.out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        if x.dim() != 4 or x.shape[1] != self.config.in_channels or 0 in x.shape[2:]:
+            raise ValueError(
+                f"x must be (B, {self.config.in_channels}, H, W) with H and W at least 1; got {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor in [0, 1]; got {x.dtype}")
+        height, width = x.shape[2:]
+        features = self.embed(pad_to_multiple(x, 8).contiguous(memory_format=torch.channels_last))
+        skips = []
+        for encoder, down in zip(self.encoder, self.down):
+            skips.append(encoder(features))
+            features = down(skips[-1])
+        features = self.latent(features)
+        for i in (2, 1, 0):
+            features = torch.cat([self.up[i](features), skips[i]], dim=1)
+            if i > 0:
+                features = self.reduce[i - 1](features)
+            features = self.decoder[i](features)
+        features = self.output(self.refinement(features))
+        return features[..., :height, :width] + self._residual(x)
+
+    def _residual(self, x):
+        config = self.config
+        if config.in_channels == 2 * config.out_channels:
+            return (x[:, : config.out_channels] + x[:, config.out_channels :]) / 2
+        return x.expand(-1, config.out_channels, -1, -1)
+
+    def reparameterize(self):
+        """Merge the branches of every feed-forward network, in place; idempotent."""
+        for module in self.modules():
+            if isinstance(module, RepLeFFN):
+                module.reparameterize()
+        self.config = dataclasses.replace(self.config, merged=True)

@@ -1,0 +1,78 @@
+"""The two attentions of IPT-V2, without norm and residual."""
+
+import torch
+from torch import nn
+
+from .. import ops
+
+
+def _check_sizes(channels, num_heads, name, size):
+    for argument, value in (("channels", channels), ("num_heads", num_heads), (name, size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be an int of at least 1; got {value!r}")
+    if channels % num_heads:
+        raise ValueError(f"channels must be divisible by num_heads; got {channels} and {num_heads}")
+
+
+class FocalContextSelfAttention(nn.Module):
+    """Focal context self-attention, FCSA (IPT-V2, section 3.3): PW and DW 3x3 to q, k, v, attention, PW.
+
+    Args:
+        channels: C.
+        num_heads: heads, dividing C.
+        window_size: p.
+
+    Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
+    """
+
+    def __init__(self, channels, num_heads, window_size):
+        super().__init__()
+        _check_sizes(channels, num_heads, "window_size", window_size)
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.depthwise = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
+        self.project = nn.Conv2d(channels, channels, 1, bias=False)
+        self.temperature = nn.Parameter(torch.ones(num_heads))
+        self.token_weight = nn.Parameter(torch.ones(num_heads, window_size, window_size))
+        self.top_weight = nn.Parameter(torch.full((num_heads, window_size, window_size), 0.5))
+        self.bottom_weight = nn.Parameter(torch.full((num_heads, window_size, window_size), 0.5))
+
+    def forward(self, x):
+        attended = ops.focal_channel_attention(
+            self.depthwise(self.qkv(x)),
+            self.temperature,
+            self.token_weight,
+            self.top_weight,
+            self.bottom_weight,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+        )
+        return self.project(attended)
+
+
+class GlobalGridSelfAttention(nn.Module):
+    """Global grid self-attention, GGSA (IPT-V2, section 3.4): PW to q, k, v, attention on dilated lattices, PW.
+
+    Args:
+        channels: C.
+        num_heads: heads, dividing C.
+        grid_size: g.
+
+    Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
+    """
+
+    def __init__(self, channels, num_heads, grid_size):
+        super().__init__()
+        _check_sizes(channels, num_heads, "grid_size", grid_size)
+        self.num_heads = num_heads
+        self.grid_size = grid_size
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.project = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * grid_size - 1) ** 2, num_heads), std=0.02))
+
+    def forward(self, x):
+        attended = ops.grid_attention(
+            self.qkv(x), self.bias_table, num_heads=self.num_heads, grid_size=self.grid_size
+        )
+        return self.project(attended)

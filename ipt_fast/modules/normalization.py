@@ -1,0 +1,32 @@
+"""Layer normalisation over channels."""
+
+import torch
+from torch import nn
+
+from .. import ops
+
+
+class LayerNorm2d(nn.Module):
+    """Layer normalisation over the channels at every pixel; see :func:`ipt_fast.ops.layer_norm_2d`.
+
+    Args:
+        channels: C.
+        eps: added to the variance.
+        bias: learn a bias.
+        centered: subtract the mean in the numerator. ``bias=False, centered=False`` is Restormer's "BiasFree" norm.
+
+    Shape: (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def __init__(self, channels, eps=1e-5, bias=True, centered=True):
+        super().__init__()
+        self.eps = eps
+        self.centered = centered
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(channels)) if bias else None)
+
+    def forward(self, x):
+        return ops.layer_norm_2d(x, self.weight, self.bias, eps=self.eps, centered=self.centered)
+
+    def extra_repr(self):
+        return f"{len(self.weight)}, eps={self.eps}, bias={self.bias is not None}, centered={self.centered}"

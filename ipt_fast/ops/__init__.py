@@ -1,0 +1,22 @@
+"""The operators: one schema each, a backend chosen at every call, forward and backward.
+
+Tensors are (B, C, H, W) in shape; outputs are channels-last in memory. See :func:`ipt_fast.use_backend` and
+:func:`ipt_fast.explain` for which kernel runs.
+"""
+
+from .channel_attention import channel_attention
+from .focal_channel_attention import focal_channel_attention
+from .grid_attention import grid_attention
+from .layer_norm_2d import layer_norm_2d
+from .leffn import leffn
+from .merge import merge_depthwise, merge_pointwise
+
+__all__ = [
+    "channel_attention",
+    "focal_channel_attention",
+    "grid_attention",
+    "layer_norm_2d",
+    "leffn",
+    "merge_depthwise",
+    "merge_pointwise",
+]

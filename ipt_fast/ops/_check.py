@@ -1,0 +1,51 @@
+"""Checks of arguments that several operators share. Each error names the argument, what came and what is allowed."""
+
+
+def positive_int(operator, name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{operator}: {name} must be an int; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{operator}: {name} must be at least 1; got {value}")
+
+
+def heads_divide(operator, channels, num_heads):
+    positive_int(operator, "num_heads", num_heads)
+    if channels % num_heads:
+        raise ValueError(f"{operator}: {channels} channels must be divisible by num_heads; got {num_heads}")
+
+
+def shape(operator, name, tensor, *allowed):
+    if tuple(tensor.shape) not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise ValueError(f"{operator}: {name} must have shape {expected}; got {tuple(tensor.shape)}")
+
+
+def packed_qkv(operator, qkv, num_heads):
+    """Check that ``qkv`` holds q, k and v of ``num_heads`` heads; returns the channels of one of them."""
+    if qkv.dim() != 4 or qkv.shape[1] % 3 or qkv.shape[1] == 0:
+        raise ValueError(f"{operator}: qkv must be (B, 3C, H, W); got shape {tuple(qkv.shape)}")
+    heads_divide(operator, qkv.shape[1] // 3, num_heads)
+    return qkv.shape[1] // 3
+
+
+def per_head(operator, name, temperature, num_heads):
+    """A (heads,) or (heads, 1, 1) parameter as (heads,)."""
+    shape(operator, name, temperature, (num_heads,), (num_heads, 1, 1))
+    return temperature.reshape(num_heads)
+
+
+def pointwise_weight(operator, name, weight, in_channels=None):
+    """Check a (out, in, 1, 1) weight, with ``in_channels`` inputs where given."""
+    expected = "in" if in_channels is None else in_channels
+    wrong_input = in_channels is not None and tuple(weight.shape[1:2]) != (in_channels,)
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (1, 1) or 0 in weight.shape or wrong_input:
+        raise ValueError(f"{operator}: {name} must have shape (out, {expected}, 1, 1); got {tuple(weight.shape)}")
+
+
+def depthwise_weight(operator, name, weight, channels=None, kernel=None):
+    """Check a (C, 1, K, K) weight with K odd; of ``channels`` and ``kernel`` where given."""
+    expected_shape = f"({channels or 'C'}, 1, {kernel or 'K'}, {kernel or 'K'})" + ("" if kernel else " with K odd")
+    size = weight.shape[-1] if weight.dim() == 4 else 0
+    good_kernel = size == kernel if kernel else size % 2 == 1
+    if not good_kernel or tuple(weight.shape) != (channels or weight.shape[0], 1, size, size) or 0 in weight.shape:
+        raise ValueError(f"{operator}: {name} must have shape {expected_shape}; got {tuple(weight.shape)}")

@@ -1,0 +1,223 @@
+"""What every operator shares: schema, checks, backend selection, fake, autograd, autocast and FLOP formula."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _select
+
+_library = torch.library.Library("ipt_fast", "DEF")
+AUTOCAST_DEVICES = ("cpu", "cuda")
+OPERATORS = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of an operator.
+
+    ``check(args)`` answers None or the reason it cannot run (``args`` None: on any arguments); ``forward(*args)``
+    returns the output; ``backward(grad, *args)`` returns one gradient per tensor argument (None for an absent one).
+    """
+
+    check: Callable
+    forward: Callable
+    backward: Callable
+
+
+def as_channels_last(x):
+    """``x`` with exactly the strides of a channels-last map of its shape, which also settles axes of size 1."""
+    batch, channels, height, width = x.shape
+    if x.stride() == (height * width * channels, 1, width * channels, channels):
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
+
+
+def _with_autograd():
+    """Make autograd record inside a kernel, where the dispatcher has switched it off."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.AutogradFunctionality):
+        excluded = excluded - torch._C.DispatchKeySet(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+class Operator:
+    """A forward and a backward operator under ``torch.ops.ipt_fast``.
+
+    Args:
+        function: the public function; its parameters, in order, are the arguments of the schema.
+        schema: the argument list in PyTorch's schema language, without defaults.
+        reference: the reference of the same name.
+        images: names of the (B, C, H, W) arguments. The output and their gradients are channels-last.
+        weights: names of the convolution weights. Images and weights share a dtype; the other tensors ("small
+            parameters": temperatures, maps, bias tables, norm weights) may also be float32.
+        output_shape: function of the arguments.
+        flops: function of the arguments' shapes, for ``torch.utils.flop_counter``.
+        autocast: cast images and weights to the autocast dtype; False leaves all arguments as they are.
+    """
+
+    def __init__(self, function, schema, reference, *, images=(), weights=(), output_shape, flops, autocast=True):
+        self.function = function
+        self.name = function.__name__
+        self.arguments = tuple(inspect.signature(function).parameters)
+        self.images, self.weights = images, weights
+        types = [argument.split()[0] for argument in schema.split(",")]
+        self.tensors = tuple(name for name, kind in zip(self.arguments, types) if kind.startswith("Tensor"))
+        self.optional = {name for name, kind in zip(self.arguments, types) if kind == "Tensor?"}
+        self.cast = {*images, *weights} if autocast else set()
+        self.output_shape = output_shape
+        self.formula = reference
+        self.kernels = {"reference": Kernel(lambda args: None, self._call_reference, self._reference_backward)}
+        OPERATORS[self.name] = self
+        self._register(schema, flops)
+
+    def __call__(self, *args):
+        return self._forward_op(*args)
+
+    # -- checks -------------------------------------------------------------------------------------------------
+
+    def check_tensors(self, *values):
+        """Check type, device, dtype and, for images, rank of all tensor arguments, given in order.
+
+        Raises:
+            TypeError: not a floating-point tensor, or a dtype that does not go with the first argument's.
+            ValueError: on another device than the first, or not (B, C, H, W) with C, H, W at least 1.
+        """
+        dtype = device = None
+        for name, value in zip(self.tensors, values, strict=True):
+            if value is None and name in self.optional:
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{self.name}: {name} must be a tensor; got {type(value).__name__}")
+            if not value.is_floating_point():
+                raise TypeError(f"{self.name}: {name} must be a floating-point tensor; got {value.dtype}")
+            if device is None:
+                dtype, device = self._dtype_after_autocast(name, value), value.device
+            if value.device != device:
+                raise ValueError(f"{self.name}: {name} is on {value.device}; it must be on {device} as the others")
+            if name in self.images and (value.dim() != 4 or 0 in value.shape[1:]):
+                raise ValueError(
+                    f"{self.name}: {name} must be (B, C, H, W) with at least one channel, row and column; "
+                    f"got shape {tuple(value.shape)}"
+                )
+            self._check_dtype(name, self._dtype_after_autocast(name, value), dtype)
+
+    def _check_dtype(self, name, got, dtype):
+        small = name not in self.images and name not in self.weights
+        allowed = [dtype, torch.float32] if small and dtype != torch.float64 else [dtype]
+        if got not in allowed:
+            raise TypeError(
+                f"{self.name}: {name} must be {' or '.join(map(str, dict.fromkeys(allowed)))} "
+                f"beside {self.tensors[0]} of {dtype}; got {got}"
+            )
+
+    def _dtype_after_autocast(self, name, value):
+        device = value.device.type
+        castable = name in self.cast and value.dtype != torch.float64 and device in AUTOCAST_DEVICES
+        return torch.get_autocast_dtype(device) if castable and torch.is_autocast_enabled(device) else value.dtype
+
+    # -- the reference backend ----------------------------------------------------------------------------------
+
+    def _call_reference(self, *args):
+        return self.formula(args[0], **dict(zip(self.arguments[1:], args[1:])))
+
+    def _reference_backward(self, grad, *args):
+        with _with_autograd(), torch.enable_grad():
+            args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+            out = self._call_reference(*args)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        grads = iter(torch.autograd.grad(out, tensors, grad.clone()))  # a gradient may be its view, never an alias
+        values = dict(zip(self.arguments, args))
+        return [None if values[name] is None else next(grads) for name in self.tensors]
+
+    # -- registration -------------------------------------------------------------------------------------------
+
+    def _register(self, schema, flops):
+        names = self.arguments
+        backward_name = f"{self.name}_backward"
+        grads = ", ".join(["Tensor"] * len(self.tensors))
+        _library.define(f"{self.name}({schema}) -> Tensor")
+        _library.define(f"{backward_name}(Tensor grad, {schema}, str backend) -> ({grads})")
+        self._forward_op = getattr(torch.ops.ipt_fast, self.name).default
+        self._backward_op = getattr(torch.ops.ipt_fast, backward_name).default
+
+        _library.impl(self.name, self._run_forward, "CompositeExplicitAutograd")
+        _library.impl(backward_name, self._run_backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ipt_fast::{self.name}", self._fake_forward, lib=_library)
+        torch.library.register_fake(f"ipt_fast::{backward_name}", self._fake_backward, lib=_library)
+
+        def setup_context(ctx, inputs, output):
+            ctx.backend = _select.choose(self, inputs)
+            ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
+            ctx.others = [None if isinstance(v, torch.Tensor) else (v,) for v in inputs]
+
+        def backward(ctx, grad):
+            saved = iter(ctx.saved_tensors)
+            inputs = [next(saved) if other is None else other[0] for other in ctx.others]
+            grads = dict(zip(self.tensors, self._backward_op(grad, *inputs, ctx.backend)))
+            return tuple(grads[name] if isinstance(v, torch.Tensor) else None for name, v in zip(names, inputs))
+
+        def no_second_derivative(ctx, *grads):
+            raise RuntimeError(f"ipt_fast.ops.{self.name} cannot be differentiated twice")
+
+        torch.library.register_autograd(
+            f"ipt_fast::{self.name}", backward, setup_context=setup_context, lib=_library
+        )
+        torch.library.register_autograd(f"ipt_fast::{backward_name}", no_second_derivative, lib=_library)
+
+        for device in AUTOCAST_DEVICES:
+            _library.impl(self.name, self._autocast(device), f"Autocast{device.upper()}")
+
+        register_flop_formula(getattr(torch.ops.ipt_fast, self.name))(
+            lambda *shapes, out_shape=None, **kwargs: flops(*shapes)
+        )
+        register_flop_formula(getattr(torch.ops.ipt_fast, backward_name))(
+            lambda grad, *shapes, out_shape=None, **kwargs: 2 * flops(*shapes[:-1])
+        )
+
+    def _autocast(self, device):
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+        def run(*args):
+            args = [
+                value.to(self._dtype_after_autocast(name, value)) if name in self.cast else value
+                for name, value in zip(self.arguments, args)
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return self._forward_op(*args)
+
+        return run
+
+    def _run_forward(self, *args):
+        out = self.kernels[_select.choose(self, args)].forward(*args)
+        return as_channels_last(out) if self.images else out.contiguous()
+
+    def _run_backward(self, grad, *args):
+        *args, backend = args
+        kernel = self.kernels[_select.choose(self, args, demanded=backend)]
+        values = dict(zip(self.arguments, args))
+        grads = zip(self.tensors, kernel.backward(grad, *args))
+        return tuple(self._gradient_like(name, values[name], value) for name, value in grads)
+
+    def _gradient_like(self, name, tensor, value=None):
+        """The gradient ``value`` of ``tensor`` with its final strides; empty for an absent tensor, and in fakes."""
+        if tensor is None:
+            return torch.empty(0)
+        image = name in self.images
+        if value is None:
+            return torch.empty_like(
+                tensor, memory_format=torch.channels_last if image else torch.contiguous_format
+            )
+        return as_channels_last(value) if image else value.contiguous()
+
+    def _fake_forward(self, *args):
+        layout = torch.channels_last if self.images else torch.contiguous_format
+        first = args[0]
+        return torch.empty(self.output_shape(*args), dtype=first.dtype, device=first.device, memory_format=layout)
+
+    def _fake_backward(self, grad, *args):
+        values = dict(zip(self.arguments, args))
+        return tuple(self._gradient_like(name, values[name]) for name in self.tensors)

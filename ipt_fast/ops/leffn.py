@@ -1,0 +1,45 @@
+"""Locally enhanced feed-forward network of IPT-V2."""
+
+from .. import reference
+from . import _check
+from ._operator import Operator
+
+
+def leffn(x, expand_weight, depthwise_weight, project_weight):
+    """PW(DW(GELU(PW(x)))), exact (erf) GELU, no bias (IPT-V2, section 3.5, eq. 5).
+
+    Args:
+        x: (B, C, H, W), any floating dtype and strides.
+        expand_weight: (M, C, 1, 1), dtype of ``x``, as all weights.
+        depthwise_weight: (M, 1, K, K), K odd; the map is zero-padded by K // 2.
+        project_weight: (N, M, 1, 1).
+
+    Returns:
+        (B, N, H, W), dtype of ``x`` (under autocast: the autocast dtype), channels-last.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
+    """
+    _operator.check_tensors(x, expand_weight, depthwise_weight, project_weight)
+    _check.pointwise_weight("leffn", "expand_weight", expand_weight, x.shape[1])
+    hidden = expand_weight.shape[0]
+    _check.depthwise_weight("leffn", "depthwise_weight", depthwise_weight, hidden)
+    _check.pointwise_weight("leffn", "project_weight", project_weight, hidden)
+    return _operator(x, expand_weight, depthwise_weight, project_weight)
+
+
+def _flops(x, expand, depthwise, project):
+    batch, channels, height, width = x
+    hidden, _, kernel, _ = depthwise
+    return 2 * batch * height * width * hidden * (channels + kernel**2 + project[0])
+
+
+_operator = Operator(
+    leffn,
+    "Tensor x, Tensor expand_weight, Tensor depthwise_weight, Tensor project_weight",
+    reference.leffn,
+    images=("x",),
+    weights=("expand_weight", "depthwise_weight", "project_weight"),
+    output_shape=lambda x, expand, depthwise, project: (x.shape[0], project.shape[0], *x.shape[2:]),
+    flops=_flops,
+)

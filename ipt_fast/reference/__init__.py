@@ -1,0 +1,22 @@
+"""Every operator in plain PyTorch, written as the papers' formulas: oracle, default backend and specification.
+
+A reference computes in float32 (float64 for float64 input) and rounds once at the end; arguments are those of the
+operator of the same name in :mod:`ipt_fast.ops`, which also checks them.
+"""
+
+from .channel_attention import channel_attention
+from .focal_channel_attention import focal_channel_attention
+from .grid_attention import grid_attention
+from .layer_norm_2d import layer_norm_2d
+from .leffn import leffn
+from .merge import merge_depthwise, merge_pointwise
+
+__all__ = [
+    "channel_attention",
+    "focal_channel_attention",
+    "grid_attention",
+    "layer_norm_2d",
+    "leffn",
+    "merge_depthwise",
+    "merge_pointwise",
+]

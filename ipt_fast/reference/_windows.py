@@ -1,0 +1,22 @@
+"""Cutting a map into windows and putting it together again."""
+
+import torch.nn.functional as F
+
+
+def pad_to_multiple(x, rows, columns):
+    """Zero-pad (B, C, H, W) at the bottom and right to multiples of ``rows`` and ``columns``."""
+    return F.pad(x, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows))
+
+
+def partition(x, heads, size):
+    """(B, C, H, W), sizes divisible by ``size`` -> (B, H/p, W/p, heads, C/heads, p*p), tokens in raster order."""
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, heads, channels // heads, height // size, size, width // size, size)
+    return x.permute(0, 3, 5, 1, 2, 4, 6).flatten(-2)
+
+
+def reverse(windows, size):
+    """The inverse of :func:`partition`."""
+    batch, rows, columns, heads, width, _ = windows.shape
+    x = windows.unflatten(-1, (size, size)).permute(0, 3, 4, 1, 5, 2, 6)
+    return x.reshape(batch, heads * width, rows * size, columns * size)

@@ -1,0 +1,33 @@
+"""The file from which training resumes, replaced atomically: a crash while saving leaves the previous one whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._files import atomic_write
+
+_FORMAT = "ipt_fast.training.1"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors, containers of tensors and plain values so that ``torch.load(weights_only=True)`` reads them."""
+    with atomic_write(path) as temporary:
+        torch.save({"format": _FORMAT, **state}, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that ``save_checkpoint`` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file is missing, damaged or no training checkpoint.
+    """
+    if not path.is_file():
+        raise ValueError(f"no training checkpoint to resume from: {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, depending on where the damage lies
+        raise ValueError(f"cannot read the training checkpoint {path}: {error}") from error
+    if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path} is not a training checkpoint of this program (format {_FORMAT})")
+    return state

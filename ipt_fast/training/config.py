@@ -1,0 +1,133 @@
+"""What a training run is: one frozen, validated dataclass."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .losses import LOSSES
+
+# Fields that do not change the sequence of weights, so a resumed run may set them anew.
+_FREE_ON_RESUME = {"out", "val", "val_sigma", "log_every", "save_every", "workers", "device"}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one training run for blind Gaussian denoising.
+
+    ``iterations``, ``patch_size`` and ``batch_size`` are integers, or tuples of one length with one value for each
+    stage of progressive training (Restormer, CVPR 2022, section 3.3).
+
+    Args:
+        data: folder of clean training images.
+        out: folder for ``checkpoint.pth``, ``log.csv`` and the EMA model (``config.json``, ``model.safetensors``).
+        model: name of a model, which is trained from scratch, or folder of a saved model to start from.
+        model_config: fields of the model's config, with a name only.
+        sigma: lowest and highest noise level on the 0..255 scale, drawn uniformly for each patch.
+        lr, lr_min, warmup: learning rate after ``warmup`` linear iterations, then a cosine down to ``lr_min``.
+        grad_clip: largest norm of all gradients together; 0 turns clipping off.
+        ema: decay of the exponential moving average of the weights, which is what is saved as the model.
+        amp: "bf16" runs the forward pass under autocast.
+        val, val_sigma: folder of images whose PSNR is measured at each checkpoint, and its noise level.
+        log_every, save_every: iterations between rows of the log, and between checkpoints.
+        workers: processes that prepare batches; 0 prepares them in this one.
+        device: "cpu", "cuda" …; None takes a GPU where there is one.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or value; the message names it.
+    """
+
+    data: Path
+    out: Path
+    model: str = "ipt_v2_tiny"
+    model_config: dict[str, Any] = field(default_factory=dict)
+    sigma: tuple[float, float] = (5.0, 50.0)
+    iterations: int | tuple[int, ...] = 100_000
+    patch_size: int | tuple[int, ...] = 128
+    batch_size: int | tuple[int, ...] = 8
+    lr: float = 3e-4
+    lr_min: float = 1e-6
+    warmup: int = 500
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0
+    loss: str = "charbonnier"
+    ema: float = 0.999
+    seed: int = 0
+    amp: str = "none"
+    val: Path | None = None
+    val_sigma: float = 25.0
+    log_every: int = 100
+    save_every: int = 1000
+    workers: int = 0
+    device: str | None = None
+
+    def __post_init__(self):
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("data", Path(self.data))
+        put("out", Path(self.out))
+        put("val", None if self.val is None else Path(self.val))
+        for name in ("iterations", "patch_size", "batch_size"):
+            value = getattr(self, name)
+            put(name, tuple(value) if isinstance(value, list | tuple) else (value,))
+            for entry in getattr(self, name):
+                _check_integer(name, entry, 1)
+        stages = {len(self.iterations), len(self.patch_size), len(self.batch_size)}
+        if len(stages) != 1 or 0 in stages:
+            raise ValueError(
+                "iterations, patch_size and batch_size must have one value for each stage, "
+                f"got {self.iterations}, {self.patch_size} and {self.batch_size}"
+            )
+        for name, least in (("warmup", 0), ("seed", 0), ("log_every", 1), ("save_every", 1), ("workers", 0)):
+            _check_integer(name, getattr(self, name), least)
+        for name in ("lr_min", "weight_decay", "grad_clip", "val_sigma"):
+            _check_number(name, getattr(self, name), 0, float("inf"))
+        _check_number("lr", self.lr, self.lr_min, float("inf"))
+        _check_number("ema", self.ema, 0, 1)
+        if not isinstance(self.sigma, list | tuple) or len(self.sigma) != 2:
+            raise ValueError(f"sigma must be a pair (lowest, highest), got {self.sigma!r}")
+        for value in self.sigma:
+            _check_number("sigma", value, 0, float("inf"))
+        put("sigma", tuple(float(value) for value in self.sigma))
+        if self.sigma[0] > self.sigma[1]:
+            raise ValueError(f"sigma must be a pair (lowest, highest), got {self.sigma}")
+        _check_choice("loss", self.loss, tuple(LOSSES))
+        _check_choice("amp", self.amp, ("none", "bf16"))
+        if not isinstance(self.model_config, dict):
+            raise TypeError(f"model_config must be a dict, got {type(self.model_config).__name__}")
+
+    @property
+    def total_iterations(self) -> int:
+        return sum(self.iterations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in a checkpoint."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    def check_resumable(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError naming the first field in which this run contradicts the one that ``saved`` describes."""
+        current = self.to_dict()
+        for name in (entry.name for entry in fields(self) if entry.name not in _FREE_ON_RESUME):
+            if current[name] != saved.get(name):
+                raise ValueError(
+                    f"cannot resume: {name} is {current[name]!r} but the checkpoint was made with {saved.get(name)!r}"
+                )
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_number(name: str, value: Any, least: float, bound: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not least <= value < bound:
+        raise ValueError(f"{name} must be in [{least}, {bound}), got {value}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

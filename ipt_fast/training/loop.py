@@ -1,0 +1,238 @@
+"""The training loop: plain PyTorch, resumable at any iteration with bitwise the same result."""
+
+import contextlib
+import csv
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .._files import atomic_write
+from ..data.dataset import ImageFolder, NoisyPatches
+from ..models import create_model, open_model
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import TrainingConfig
+from .losses import LOSSES
+from .validation import ValidationSet
+
+LOG_FIELDS = ("iteration", "loss", "lr", "seconds", "psnr")
+
+
+def build_model(config: TrainingConfig) -> nn.Module:
+    """The model that ``config`` names, initialised from ``config.seed``, or loaded from a folder."""
+    torch.manual_seed(config.seed)
+    if Path(config.model).is_dir():
+        if config.model_config:
+            raise ValueError(f"model_config must be empty where model is a folder ({config.model})")
+        return open_model(config.model)
+    return create_model(config.model, **config.model_config)
+
+
+def learning_rate(config: TrainingConfig, iteration: int) -> float:
+    """Rate of the update that follows ``iteration`` finished ones: linear warm-up, then a cosine to ``lr_min``."""
+    if iteration < config.warmup:
+        return config.lr * (iteration + 1) / config.warmup
+    progress = (iteration - config.warmup) / max(1, config.total_iterations - config.warmup)
+    return config.lr_min + (config.lr - config.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def batches(config: TrainingConfig, images: ImageFolder, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of iterations ``start``, ``start`` + 1 … to the end of the last stage."""
+    stages = zip(config.iterations, config.patch_size, config.batch_size, strict=True)
+    datasets = [
+        (NoisyPatches(images, patch, config.sigma, config.seed), iterations, batch)
+        for iterations, patch, batch in stages
+    ]
+    first_sample = 0
+    for dataset, iterations, batch in datasets:
+        skipped = min(start, iterations)
+        start -= skipped
+        numbers = range(first_sample + skipped * batch, first_sample + iterations * batch)
+        first_sample += iterations * batch
+        # Its own generator: a loader's start must not advance the global one, which the model may use.
+        loader = DataLoader(
+            dataset, batch, sampler=numbers, num_workers=config.workers, generator=torch.Generator().manual_seed(0)
+        )
+        yield from loader
+
+
+def train(config: TrainingConfig, resume: bool = False) -> int:
+    """Train until the last iteration, or until SIGINT or SIGTERM, which end it after the current one.
+
+    ``config.out`` receives ``checkpoint.pth`` (everything a resume needs), ``log.csv`` and the EMA model as
+    ``save_pretrained`` writes it, every ``save_every`` iterations and at the end. A run that was stopped and resumed on
+    the same machine with the same number of threads gives bitwise the weights of one that was not.
+
+    Returns:
+        The number of finished iterations, ``config.total_iterations`` unless stopped.
+
+    Raises:
+        ValueError: bad data, ``out`` already holds a run and ``resume`` is False, or it holds none or one with other
+            settings and ``resume`` is True.
+        FloatingPointError: gradients are not finite; the last checkpoint stays.
+    """
+    run = _Run(config, resume)
+    progress = tqdm(total=config.total_iterations, initial=run.iteration, unit="it", disable=None)
+    with _stop_on_signal() as stop, progress:
+        for noisy, clean in batches(config, run.images, run.iteration):
+            run.step(noisy, clean)
+            progress.update()
+            logged, saved = run.iteration % config.log_every == 0, run.iteration % config.save_every == 0
+            saved |= run.iteration == config.total_iterations
+            if logged or saved:
+                progress.set_postfix(run.log(validate=saved))
+            if saved or stop.is_set():
+                run.save()
+            if stop.is_set():
+                break
+    return run.iteration
+
+
+class _Run:
+    """State of a run: model, average, optimizer and counters, and their way to and from the files in ``config.out``."""
+
+    def __init__(self, config: TrainingConfig, resume: bool):
+        self.config = config
+        self.checkpoint_path = config.out / "checkpoint.pth"
+        self.log_path = config.out / "log.csv"
+        if not resume and self.checkpoint_path.exists():
+            raise ValueError(f"{config.out} already holds a training run; resume it, or choose another folder")
+        state = load_checkpoint(self.checkpoint_path) if resume else None
+        if state is not None:
+            config.check_resumable(state["config"])
+
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = build_model(config).to(self.device, memory_format=torch.channels_last).train()
+        channels = self.model.config.in_channels
+        if channels not in (1, 3):
+            raise ValueError(f"a denoising model must have 1 or 3 input channels, got in_channels={channels}")
+        self.images = ImageFolder(config.data, channels)
+        for patch in config.patch_size:
+            NoisyPatches(self.images, patch, config.sigma)  # a later stage's bad patch size must show now
+        self.validation = ValidationSet(config.val, channels, config.val_sigma) if config.val else None
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True
+        )
+        self.loss_function = LOSSES[config.loss]
+        self.iteration = 0
+        self.loss_sum = torch.zeros((), device=self.device)  # since the last row of the log
+        self.loss_count = 0
+        self.seconds = 0.0
+        if state is not None:
+            self._load(state)
+        config.out.mkdir(parents=True, exist_ok=True)
+        self._start_log()
+        self.started = time.perf_counter() - self.seconds
+
+    def step(self, noisy: Tensor, clean: Tensor) -> None:
+        """One update of the weights and of their average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.iteration)
+        noisy = noisy.to(self.device, memory_format=torch.channels_last)
+        clean = clean.to(self.device, memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+            output = self.model(noisy)
+        loss = self.loss_function(output, clean)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"gradients are not finite after {self.iteration} iterations, loss {loss.item()}")
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.loss_sum += loss.detach()
+        self.loss_count += 1
+        self.iteration += 1
+
+    def log(self, validate: bool) -> dict[str, str]:
+        """Append a row to the log and return it."""
+        loss = self.loss_sum.item() / self.loss_count
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        psnr = self.validation.psnr(self.average.module, self.device) if validate and self.validation else None
+        self.seconds = time.perf_counter() - self.started
+        row = {
+            "iteration": str(self.iteration),
+            "loss": f"{loss:.6f}",
+            "lr": f"{self.optimizer.param_groups[0]['lr']:.3e}",
+            "seconds": f"{self.seconds:.1f}",
+            "psnr": "" if psnr is None else f"{psnr:.3f}",
+        }
+        with self.log_path.open("a", newline="") as file:
+            csv.DictWriter(file, LOG_FIELDS).writerow(row)
+        return row
+
+    def save(self) -> None:
+        """Write the checkpoint, then the averaged model."""
+        cuda = self.device.type == "cuda"
+        state = {
+            "config": self.config.to_dict(),
+            "iteration": self.iteration,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "loss_sum": self.loss_sum,
+            "loss_count": self.loss_count,
+            "seconds": time.perf_counter() - self.started,
+        }
+        save_checkpoint(self.checkpoint_path, state)
+        self.average.module.save_pretrained(self.config.out)
+
+    def _load(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["iteration"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.loss_count = state["loss_count"]
+        self.seconds = state["seconds"]
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def _start_log(self) -> None:
+        """Keep the rows up to the checkpoint's iteration: a killed run may have logged more."""
+        rows = []
+        if self.iteration and self.log_path.exists():
+            with self.log_path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= self.iteration]
+        with atomic_write(self.log_path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def handle(number, frame) -> None:
+        restore()
+        stop.set()
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        restore()

@@ -1,0 +1,135 @@
+"""Builds the two compiled modules through CMake and Ninja. What is installed and how is in pyproject.toml.
+
+The install never needs a compiler: where the modules cannot be built, or IPT_FAST_PURE=1 asks for it, ipt_fast is
+installed as plain PyTorch. A compile error with a working compiler does fail the build.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MODULES = ["ipt_fast._C", "ipt_fast._build_info"]
+BUILD_COMMANDS = {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
+GIB_PER_JOB = 2
+
+NO_TORCH = """
+ipt-fast compiles against the torch it will run with, and there is no torch in this build environment
+(pip's default is an isolated one). Install torch, then run
+
+    pip install --no-build-isolation .
+
+or set IPT_FAST_PURE=1 to install plain PyTorch without the compiled kernels.
+"""
+
+TRIAL = "#include <Python.h>\n#include <concepts>\nint main() { return 0; }\n"
+
+
+def say(message: str) -> None:
+    print(f"ipt-fast: {message}", file=sys.stderr, flush=True)
+
+
+def find_tool(name: str) -> str | None:
+    """The program of this Python environment, which need not be on PATH, or else the one on PATH."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def compilers() -> list[str]:
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+
+
+def find_compiler() -> tuple[str | None, str]:
+    """The first compiler that compiles a small C++20 Python module, or None with what the last one said."""
+    said = f"no C++ compiler found (tried {', '.join(compilers())})"
+    for command in compilers():
+        program, *arguments = shlex.split(command)
+        if shutil.which(program) is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "trial.cpp")
+            source.write_text(TRIAL)
+            includes = ["-I", sysconfig.get_path("include")]
+            trial = [program, *arguments, "-std=c++20", *includes, "-c", str(source), "-o", f"{folder}/trial.o"]
+            result = subprocess.run(trial, capture_output=True, text=True)
+        if result.returncode == 0:
+            return command, ""
+        said = f"{command} cannot compile a C++20 Python module: {result.stderr.strip()}"
+    return None, said
+
+
+def reason_for_pure() -> str | None:
+    """None where the compiled modules can be built, else why not."""
+    if os.environ.get("IPT_FAST_PURE", "0") not in ("", "0"):
+        return "IPT_FAST_PURE is set"
+    if not sys.platform.startswith("linux"):
+        return f"the compiled kernels are for Linux, this is {sys.platform}"
+    for tool in ("cmake", "ninja"):
+        if find_tool(tool) is None:
+            return f"{tool} not found (pip install cmake ninja)"
+    compiler, said = find_compiler()
+    return None if compiler else said
+
+
+def job_count() -> int:
+    """MAX_JOBS, or as many jobs as processors and available memory allow."""
+    if os.environ.get("MAX_JOBS"):
+        return int(os.environ["MAX_JOBS"])
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available_gib = int(meminfo["MemAvailable"].split()[0]) / 2**20
+    return max(1, min(len(os.sched_getaffinity(0)), int(available_gib // GIB_PER_JOB)))
+
+
+class CMakeBuild(build_ext):
+    def build_extensions(self) -> None:
+        import torch
+
+        if os.environ.get("FORCE_CUDA", "0") not in ("", "0") or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            say("FORCE_CUDA or TORCH_CUDA_ARCH_LIST is set, but this version has no CUDA sources: building for CPU only")
+        program, *arguments = shlex.split(find_compiler()[0])
+        torch_dir = Path(torch.__file__).parent
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "CMAKE_CXX_COMPILER": shutil.which(program),
+            "CMAKE_CXX_FLAGS": shlex.join(arguments + shlex.split(os.environ.get("CXXFLAGS", ""))),
+            "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
+            "PYTHON_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "TORCH_DIR": torch_dir,
+            "TORCH_VERSION": torch.__version__,
+            "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
+        }
+        configure = [find_tool("cmake"), "-S", str(ROOT), "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
+        # One folder for each set of options: a stale CMake cache cannot be met, and a rebuild stays incremental.
+        build_dir = ROOT / "build" / f"cmake-{hashlib.sha256(repr(configure).encode()).hexdigest()[:12]}"
+        subprocess.run([*configure, "-B", str(build_dir)], check=True)
+        subprocess.run([find_tool("cmake"), "--build", str(build_dir), "--parallel", str(job_count())], check=True)
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(build_dir / target.name, target)
+
+
+def extensions() -> list[Extension]:
+    """Nothing is decided, and nothing refused, for commands that build nothing (sdist, egg_info, --version)."""
+    if not BUILD_COMMANDS & set(sys.argv):
+        return []
+    reason = reason_for_pure()
+    if reason is not None:
+        say(f"INSTALLING PLAIN PYTORCH, WITHOUT THE COMPILED KERNELS: {reason}")
+        return []
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(NO_TORCH)
+    return [Extension(name, sources=[]) for name in MODULES]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ipt_fast.data.dataset import ImageFolder, NoisyPatches, apply_symmetry
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """An RGB image in which every pixel says where it is."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows, columns, rows * 0 + 7], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    Image.fromarray(coordinates(40, 50)).save(tmp_path / "a.png")
+    Image.fromarray(coordinates(60, 30)).save(tmp_path / "deeper" / "b.BMP")
+    (tmp_path / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_folder_reads_subfolders_in_order(folder):
+    images = ImageFolder(folder)
+    assert len(images) == 2 and images.sizes == [(40, 50), (60, 30)]
+    assert torch.equal(images[1], torch.from_numpy(coordinates(60, 30)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "tif", "tiff", "webp"])
+def test_formats(tmp_path, suffix):
+    Image.new("RGB", (9, 5), (200, 100, 50)).save(tmp_path / f"x.{suffix}")
+    (image,) = ImageFolder(tmp_path)
+    assert image.dtype == torch.uint8 and image.shape == (3, 5, 9)
+    assert (image.float().mean((1, 2)) - torch.tensor([200.0, 100, 50])).abs().max() < 5
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_other_eight_bit_modes_become_rgb(tmp_path, mode):
+    Image.new(mode, (4, 4), 1).save(tmp_path / "x.png")
+    assert ImageFolder(tmp_path)[0].shape == (3, 4, 4)
+
+
+def test_gray(folder):
+    images = ImageFolder(folder, channels=1)
+    expected = np.asarray(Image.fromarray(coordinates(40, 50)).convert("L"))
+    assert torch.equal(images[0], torch.from_numpy(expected.copy())[None])
+
+
+def test_images_over_the_budget_are_read_on_demand(folder):
+    eager, lazy = ImageFolder(folder), ImageFolder(folder, memory_budget=100)
+    (folder / "a.png").write_bytes(b"gone bad")
+    assert eager[0].shape == (3, 40, 50) and torch.equal(eager[1], lazy[1])
+    with pytest.raises(ValueError, match="a.png"):
+        lazy[0]
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no images"):
+        ImageFolder(tmp_path)
+
+
+def test_bad_channels(folder):
+    with pytest.raises(ValueError, match="channels must be 1 or 3, got 6"):
+        ImageFolder(folder, channels=6)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
+@pytest.mark.parametrize("kept", [0.6, 0.01, 0])
+def test_truncated_files_are_named(tmp_path, suffix, kept):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"broken.{suffix}"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(ValueError, match=f"broken.{suffix}"):
+        ImageFolder(tmp_path)
+
+
+def test_sixteen_bits_are_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="8 bits.*deep.png"):
+        ImageFolder(tmp_path)
+
+
+def test_item_is_a_pure_function_of_seed_and_number(folder):
+    images = ImageFolder(folder)
+    first, second = (NoisyPatches(images, 16, (5, 50), seed=3) for _ in range(2))
+    forwards = [first[number] for number in range(20)]
+    backwards = [second[number] for number in reversed(range(20))][::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    other_seed = NoisyPatches(images, 16, (5, 50), seed=4)
+    assert not any(torch.equal(first[number][0], other_seed[number][0]) for number in range(20))
+    assert not any(torch.equal(forwards[0][0], pair[0]) for pair in forwards[1:])
+
+
+def test_clean_patches_are_crops_in_all_orientations(folder):
+    images = ImageFolder(folder)
+    patches = NoisyPatches(images, 16, (5, 50))
+    orientations, tops = set(), set()
+    for number in range(200):
+        noisy, clean = patches[number]
+        assert clean.shape == noisy.shape == (3, 16, 16) and clean.dtype == noisy.dtype == torch.float32
+        rows, columns, constant = (clean * 255).round().int()
+        assert (constant == 7).all()
+        top, left = int(rows.min()), int(columns.min())
+        crop = torch.from_numpy(coordinates(60, 50)).permute(2, 0, 1)[:, top : top + 16, left : left + 16]
+        matching = [index for index in range(8) if torch.equal(apply_symmetry(crop, index).float() / 255, clean)]
+        assert len(matching) == 1
+        orientations.update(matching)
+        tops.add(top)
+    assert orientations == set(range(8))
+    assert min(tops) == 0 and max(tops) == 44  # the last row of the taller image is reached
+
+
+def test_noise_levels_cover_the_range(folder):
+    patches = NoisyPatches(ImageFolder(folder), 24, (10, 40))
+    levels = [(noisy - clean).std().item() * 255 for noisy, clean in (patches[number] for number in range(200))]
+    assert 9 < min(levels) < 13 and 37 < max(levels) < 42
+
+
+def test_patch_larger_than_an_image(folder):
+    NoisyPatches(ImageFolder(folder), 30, (5, 50))
+    with pytest.raises(ValueError, match=r"patch_size 31 .*b.BMP \(60x30"):
+        NoisyPatches(ImageFolder(folder), 31, (5, 50))

@@ -1,0 +1,289 @@
+"""Image files: every kind comes back as it went in, and what cannot be kept is refused."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+from PIL import ImageCms, ImageOps, TiffImagePlugin
+from PIL.TiffImagePlugin import IFDRational
+
+from ipt_fast.data.io import Image, from_pil, read_image, write_image
+
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+MAKE, ORIENTATION, EXIF_DIRECTORY, EXPOSURE_TIME, MAKER_NOTE = 0x010F, 0x0112, 0x8769, 0x829A, 0x927C
+
+
+def pixels(channels=3, dtype=np.uint8, height=11, width=7):
+    top = np.iinfo(dtype).max
+    return np.random.default_rng(0).integers(0, top, (height, width, channels), dtype, endpoint=True)
+
+
+def exif_block(orientation=None):
+    exif = PIL.Image.Exif()
+    exif[MAKE] = "Maker"
+    exif.get_ifd(EXIF_DIRECTORY).update({EXPOSURE_TIME: IFDRational(1, 100), MAKER_NOTE: b"opaque"})
+    if orientation:
+        exif[ORIENTATION] = orientation
+    return exif.tobytes()
+
+
+def assert_photo_exif(path):
+    with PIL.Image.open(path) as image:
+        exif = image.getexif()
+        photo = exif.get_ifd(EXIF_DIRECTORY)
+    assert exif[MAKE] == "Maker" and exif.get(ORIENTATION, 1) == 1
+    assert float(photo[EXPOSURE_TIME]) == pytest.approx(0.01) and photo[MAKER_NOTE] == b"opaque"
+
+
+def sixteen_bit_png(array, *chunks):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, channels = array.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    body = b"".join(chunk(*each) for each in chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
+
+
+def tiff(array, tags):
+    """An uncompressed 16-bit TIFF; ``tags`` are added to or replace those of the layout."""
+    height, width, channels = array.shape
+    directory = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+    layout = {256: width, 257: height, 258: (16,) * channels, 259: 1, 262: 2 if channels > 2 else 1, 273: 0, 277: channels}
+    for tag, value in (layout | {278: height, 279: array.nbytes} | tags).items():
+        directory[tag] = value
+    file = io.BytesIO()
+    directory.save(file)
+    return file.getvalue() + array.astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF"])
+def test_lossless_formats_keep_everything(tmp_path, suffix, alpha, channels, dtype):
+    if dtype == np.uint16:
+        pytest.importorskip("cv2")
+        if channels == 1 and alpha:
+            pytest.skip("refused, see test_sixteen_bit_gray_with_alpha_is_refused")
+    profile = None if channels == 1 else ICC  # libpng refuses an RGB profile on gray
+    image = Image(pixels(channels, dtype), pixels(1, dtype)[:, :, 0] if alpha else None, profile, exif_block())
+    path = tmp_path / f"image{suffix}"
+    write_image(path, image)
+    again = read_image(path)
+    assert again.pixels.dtype == dtype
+    np.testing.assert_array_equal(again.pixels, image.pixels)
+    np.testing.assert_array_equal(again.alpha, image.alpha)
+    assert again.icc_profile == profile
+    assert_photo_exif(path)
+    write_image(path, again)
+    assert_photo_exif(path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tiff_is_read_by_others(tmp_path, channels):
+    cv2 = pytest.importorskip("cv2")
+    for dtype in (np.uint8, np.uint16):
+        array = pixels(channels, dtype, height=301, width=203)
+        path = tmp_path / f"{np.dtype(dtype).name}.tif"
+        write_image(path, Image(array, None, bytes(100_000)))  # a profile that pushes the pixels beyond 64 KiB
+        other = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).reshape(array.shape)
+        np.testing.assert_array_equal(other[:, :, ::-1], array)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_keeps_profile_exif_and_kind(tmp_path, channels):
+    path = tmp_path / "photo.jpg"
+    smooth = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[:, None, None], (64, 48, channels))
+    write_image(path, Image(smooth, None, ICC, exif_block()))
+    again = read_image(path)
+    assert again.pixels.shape == smooth.shape and again.icc_profile == ICC and again.exif == exif_block()
+    assert np.abs(again.pixels.astype(int) - smooth).max() <= 4
+    assert_photo_exif(path)
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_webp_is_written_lossless(tmp_path, alpha):
+    image = Image(pixels(), pixels(1)[:, :, 0] if alpha else None, ICC, exif_block())
+    write_image(tmp_path / "photo.webp", image)
+    again = read_image(tmp_path / "photo.webp")
+    np.testing.assert_array_equal(again.pixels, image.pixels)
+    np.testing.assert_array_equal(again.alpha, image.alpha)
+    assert again.icc_profile == ICC
+    assert_photo_exif(tmp_path / "photo.webp")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_orientation_is_applied_and_reset(tmp_path, suffix, orientation):
+    stored = PIL.Image.fromarray(np.kron(pixels(height=3, width=2), np.ones((16, 16, 1), np.uint8)))
+    path = tmp_path / f"turned{suffix}"
+    stored.save(path, exif=exif_block(orientation))
+    upright = stored.copy()
+    upright.getexif()[ORIENTATION] = orientation
+    upright = ImageOps.exif_transpose(upright)
+    image = read_image(path)
+    assert image.pixels.shape[:2] == (upright.height, upright.width)
+    assert np.abs(image.pixels.astype(int) - np.asarray(upright)).mean() < 5  # JPEG rounds
+    write_image(path, image)
+    assert_photo_exif(path)
+    assert read_image(path).pixels.shape == image.pixels.shape
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_orientation(tmp_path, channels, suffix, orientation):
+    pytest.importorskip("cv2")
+    stored, path = pixels(channels, np.uint16), tmp_path / f"turned{suffix}"
+    exif = exif_block(orientation)
+    if suffix == ".png":
+        path.write_bytes(sixteen_bit_png(stored, (b"eXIf", exif.removeprefix(b"Exif\0\0"))))
+    else:
+        photo = {EXPOSURE_TIME: IFDRational(1, 100), MAKER_NOTE: b"opaque"}
+        path.write_bytes(tiff(stored, {ORIENTATION: orientation, MAKE: "Maker", EXIF_DIRECTORY: photo}))
+    half_turns = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
+    upright = half_turns.get(orientation)
+    if upright is None:
+        quarter_turns = {5: stored, 6: stored[::-1], 7: stored[::-1, ::-1], 8: stored[:, ::-1]}
+        upright = quarter_turns[orientation].swapaxes(0, 1)
+    image = read_image(path)
+    np.testing.assert_array_equal(image.pixels, upright)
+    write_image(path, image)
+    np.testing.assert_array_equal(read_image(path).pixels, upright)
+    assert_photo_exif(path)
+
+
+def test_sixteen_bit_colour_is_not_read_as_eight(tmp_path):
+    pytest.importorskip("cv2")
+    array = pixels(4, np.uint16)
+    (tmp_path / "a.png").write_bytes(sixteen_bit_png(array))
+    image = read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.dstack([image.pixels, image.alpha]), array)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".bmp"])
+def test_sixteen_bit_is_never_reduced(tmp_path, suffix):
+    with pytest.raises(ValueError, match="holds 8 bits and the image has 16"):
+        write_image(tmp_path / f"a{suffix}", Image(pixels(3, np.uint16)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".jpeg", ".bmp"])
+def test_alpha_needs_a_format_that_holds_it(tmp_path, suffix):
+    with pytest.raises(ValueError, match="holds no alpha channel"):
+        write_image(tmp_path / f"a{suffix}", Image(pixels(), pixels(1)[:, :, 0]))
+
+
+def test_sixteen_bit_gray_with_alpha_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(sixteen_bit_png(pixels(2, np.uint16)))
+    with pytest.raises(ValueError, match=r"a\.png.*16-bit gray with alpha"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="16-bit gray with alpha"):
+        write_image(tmp_path / "b.png", Image(pixels(1, np.uint16), pixels(1, np.uint16)[:, :, 0]))
+
+
+def test_palette_and_one_bit_are_converted(tmp_path):
+    colour = PIL.Image.fromarray(pixels())
+    palette = colour.quantize(8)
+    palette.save(tmp_path / "p.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "p.png").pixels, np.asarray(palette.convert("RGB")))
+    palette.save(tmp_path / "t.png", transparency=0)
+    image = read_image(tmp_path / "t.png")
+    np.testing.assert_array_equal(image.alpha == 0, np.asarray(palette) == 0)
+    bits = PIL.Image.fromarray(pixels(1)[:, :, 0] > 100)
+    bits.save(tmp_path / "1.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "1.png").pixels[:, :, 0], np.asarray(bits) * 255)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "F", "I", "LAB"])
+def test_other_modes_are_refused(tmp_path, mode):
+    PIL.Image.new(mode, (4, 4)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=rf"a\.tif.*mode is {mode}"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_sixteen_bit_cmyk_is_refused(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(pixels(4, np.uint16), {262: 5}))
+    with pytest.raises(ValueError, match=r"a\.tif.*CMYK"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_truncated_file_is_named(tmp_path, suffix, dtype):
+    if dtype == np.uint16:
+        pytest.importorskip("cv2")
+        if suffix == ".jpg":
+            pytest.skip("JPEG has 8 bits")
+    path = tmp_path / f"cut{suffix}"
+    write_image(path, Image(pixels(3, dtype, 200, 200)))
+    data = path.read_bytes()
+    for length in (len(data) * 2 // 3, 30, 0):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=rf"cannot read image .*cut{suffix}"):
+            read_image(path)
+
+
+def test_damaged_sixteen_bit_file_is_named(tmp_path):
+    pytest.importorskip("cv2")
+    data = bytearray(sixteen_bit_png(pixels(3, np.uint16, 200, 200)))
+    data[len(data) // 2] ^= 255
+    (tmp_path / "hurt.png").write_bytes(data)
+    with pytest.raises(ValueError, match=r"hurt\.png: image file is damaged or truncated"):
+        read_image(tmp_path / "hurt.png")
+
+
+def test_missing_file_non_image_and_animation(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.png"):
+        read_image(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png"):
+        read_image(tmp_path / "text.png")
+    frame = PIL.Image.fromarray(pixels())
+    frame.save(tmp_path / "pages.tif", save_all=True, append_images=[frame])
+    with pytest.raises(ValueError, match=r"pages\.tif: it has 2 frames"):
+        read_image(tmp_path / "pages.tif")
+
+
+def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    write_image(tmp_path / "big.png", Image(pixels(1)))
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 30)
+    with pytest.raises(ValueError, match=r"big\.png.*decompression bomb"):
+        read_image(tmp_path / "big.png")
+
+
+def test_write_refuses_unknown_suffix_and_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="suffix must be one of"):
+        write_image(tmp_path / "a.gif", Image(pixels()))
+    with pytest.raises(OSError):
+        write_image(tmp_path / "missing" / "a.png", Image(pixels()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    write_image(path, Image(pixels()))
+    before = path.read_bytes()
+    monkeypatch.setattr(PIL.Image.Image, "save", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_image(path, Image(255 - pixels()))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_foreign_exif_cannot_break_a_tiff(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[256], exif[257], exif[MAKE] = 9999, 9999, "Maker"  # some cameras store the picture's size here
+    write_image(tmp_path / "a.tif", Image(pixels(), None, None, exif.tobytes()))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels, pixels())
+
+
+def test_from_pil_gives_writable_copies():
+    source = PIL.Image.fromarray(pixels())
+    image = from_pil(source)
+    image.pixels[:] = 0
+    np.testing.assert_array_equal(np.asarray(source), pixels())

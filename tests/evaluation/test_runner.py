@@ -1,0 +1,187 @@
+"""Evaluating a folder: pairs and noise, limits, failures, and the files that record it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from ipt_fast import create_model
+from ipt_fast.evaluation.protocols import get_protocol
+from ipt_fast.evaluation.report import CSV_COLUMNS, append_csv, format_table, write_json
+from ipt_fast.evaluation.runner import Evaluation, ImageScore, evaluate, list_images, read_float
+
+
+@pytest.fixture(scope="module")
+def identity():
+    """A model that returns its input: its last convolution is zero, the residual stays."""
+    model = create_model("ipt_v2_tiny", width=4, heads=(1, 1, 1, 1), depths=(1, 0, 0, 0)).eval()
+    torch.nn.init.zeros_(model.output.weight)
+    return model
+
+
+def save(path, seed=0, size=(20, 26), channels=3):
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(60, 200, (*size, channels), dtype=np.uint8)
+    PIL.Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(path)
+    return pixels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed, name in enumerate(["b.png", "a.png", "c.bmp"]):
+        save(tmp_path / "photos" / name, seed)
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
+    return tmp_path / "photos"
+
+
+def test_noise_is_measured_before_and_after(identity, folder):
+    evaluation = evaluate(identity, folder, "rgb", sigma=25)
+    assert [score.image for score in evaluation.scores] == ["a.png", "b.png", "c.bmp"]
+    assert (evaluation.dataset, evaluation.protocol, evaluation.sigma) == ("photos", "rgb", 25)
+    assert evaluation.failures == ()
+    rgb = get_protocol("rgb")
+    for score, path in zip(evaluation.scores, list_images(folder), strict=True):
+        clean = read_float(path)
+        noisy = rgb.add_noise(clean, 25)
+        assert (score.psnr_input, score.ssim_input) == pytest.approx(rgb.score_input(noisy, clean))
+        assert (score.psnr_output, score.ssim_output) == pytest.approx(rgb.score_output(noisy, clean), rel=1e-5)
+    mean = sum(score.psnr_input for score in evaluation.scores) / 3
+    assert evaluation.mean("psnr_input") == pytest.approx(mean)
+    assert mean == pytest.approx(20.17, abs=0.3)
+
+
+def test_a_paired_set(identity, tmp_path):
+    """Targets are found by name whatever their format; the input is scored as it is."""
+    save(tmp_path / "input" / "x.bmp", seed=1)
+    save(tmp_path / "target" / "x.png", seed=2)
+    evaluation = evaluate(identity, tmp_path / "input", "ipt-y", target=tmp_path / "target", crop=3)
+    (score,) = evaluation.scores
+    images = read_float(tmp_path / "input" / "x.bmp"), read_float(tmp_path / "target" / "x.png")
+    expected = get_protocol("ipt-y").score_input(*images, crop=3)
+    assert (score.psnr_input, score.ssim_input) == pytest.approx(expected)
+    assert (score.psnr_output, score.ssim_output) == pytest.approx(expected, rel=1e-5)
+    assert evaluation.sigma is None
+
+
+def test_limit_takes_the_first_by_name(identity, folder):
+    scores = evaluate(identity, folder, sigma=25, limit=2).scores
+    assert [score.image for score in scores] == ["a.png", "b.png"]
+
+
+def test_16_bits_keep_their_precision(tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="16-bit images need OpenCV: pip install ipt-fast[io]")
+    pixels = np.random.default_rng(0).integers(0, 65536, (12, 12), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "deep.png"), pixels)
+    read = read_float(tmp_path / "deep.png")
+    assert read.shape == (12, 12, 1)
+    assert read[..., 0] == pytest.approx(pixels / 65535, abs=1e-7)
+
+
+def test_bad_files_are_reported_and_the_others_go_on(identity, tmp_path):
+    inputs, targets = tmp_path / "input", tmp_path / "target"
+    for name in ("damaged.png", "good.png", "lonely.png", "other_size.png", "small.png"):
+        save(inputs / name)
+        save(targets / name, seed=1)
+    (inputs / "damaged.png").write_bytes((inputs / "damaged.png").read_bytes()[:200])
+    (targets / "lonely.png").unlink()
+    save(targets / "other_size.png", size=(20, 25))
+    save(inputs / "small.png", size=(8, 30))
+    save(targets / "small.png", size=(8, 30))
+    evaluation = evaluate(identity, inputs, target=targets)
+    assert [score.image for score in evaluation.scores] == ["good.png"]
+    reasons = dict(evaluation.failures)
+    assert list(reasons) == ["damaged.png", "lonely.png", "other_size.png", "small.png"]
+    assert "damaged.png" in reasons["damaged.png"]
+    assert "no image of that name" in reasons["lonely.png"]
+    assert "(20, 26, 3) and (20, 25, 3)" in reasons["other_size.png"]
+    assert "at least 11x11 pixels, got 8x30" in reasons["small.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocol": "psnr"}, "protocol must be one of rgb"),
+        ({"sigma": None}, "give either sigma"),
+        ({"target": "somewhere"}, "give either sigma"),
+        ({"sigma": 0}, "sigma must be positive and finite, got 0"),
+        ({"sigma": float("nan")}, "sigma must be positive"),
+        ({"crop": -1}, "crop must be at least 0, got -1"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(identity, folder, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(identity, folder, **{"sigma": 25, **change})
+
+
+def test_bad_folders(identity, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        evaluate(identity, tmp_path / "nowhere", sigma=25)
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(identity, tmp_path, sigma=25)
+
+
+def an_evaluation(sigma=25.0):
+    scores = (ImageScore("a.png", 20.0, 30.0, 0.4, 0.8), ImageScore("b.png", 21.0, 32.0, 0.5, 0.9))
+    return Evaluation("photos", "rgb", sigma, scores, (("c.png", "cannot read"),))
+
+
+def test_csv_rows_are_added(tmp_path):
+    path = tmp_path / "results.csv"
+    append_csv(path, "tiny", [an_evaluation()])
+    append_csv(path, "folder, with comma", [an_evaluation(sigma=None)])
+    assert path.read_text().splitlines() == [
+        "model,dataset,protocol,sigma,images,psnr_input,psnr_output,ssim_input,ssim_output",
+        "tiny,photos,rgb,25,2,20.5000,31.0000,0.4500,0.8500",
+        '"folder, with comma",photos,rgb,,2,20.5000,31.0000,0.4500,0.8500',
+    ]
+    assert os.listdir(tmp_path) == ["results.csv"]
+
+
+def test_a_csv_file_of_another_kind_is_left_alone(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("name,value\nx,1\n")
+    with pytest.raises(ValueError, match=f"other columns than {','.join(CSV_COLUMNS)}"):
+        append_csv(path, "tiny", [an_evaluation()])
+    assert path.read_text() == "name,value\nx,1\n"
+
+
+def test_json_holds_everything(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, "tiny", {"tile": None, "dtype": "auto"}, [an_evaluation()])
+    content = json.loads(path.read_text())
+    assert content["model"] == "tiny"
+    assert content["settings"] == {"tile": None, "dtype": "auto"}
+    assert content["environment"]["torch"] == torch.__version__
+    assert content["environment"]["cpu"]
+    (evaluation,) = content["evaluations"]
+    assert evaluation["mean"] == pytest.approx(
+        {"psnr_input": 20.5, "psnr_output": 31.0, "ssim_input": 0.45, "ssim_output": 0.85}
+    )
+    assert evaluation["scores"][1]["psnr_output"] == 32.0
+    assert evaluation["failures"] == [["c.png", "cannot read"]]
+
+
+def test_table():
+    lines = format_table([an_evaluation(), an_evaluation(sigma=None)]).splitlines()
+    assert lines[0].split() == ["dataset", "sigma", "images", "PSNR", "in", "PSNR", "out", "SSIM", "in", "SSIM", "out"]
+    assert lines[1].split() == ["photos", "25", "2", "20.50", "31.00", "0.4500", "0.8500"]
+    assert lines[2].split()[1] == "-"
+
+
+def test_an_evaluation_without_scores_has_no_mean():
+    assert np.isnan(Evaluation("photos", "rgb", 25.0, (), ()).mean("psnr_output"))
+
+
+@pytest.mark.skipif("IPT_FAST_DATA" not in os.environ, reason="IPT_FAST_DATA does not name the folder of test images")
+def test_noise_on_cbsd68():
+    """The published input PSNR at sigma 25 is 20.17 dB."""
+    rgb = get_protocol("rgb")
+    images = [read_float(path) for path in list_images(Path(os.environ["IPT_FAST_DATA"]) / "denoise" / "CBSD68")]
+    assert len(images) == 68
+    scores = [rgb.score_input(rgb.add_noise(image, 25), image)[0] for image in images[::8]]
+    assert np.mean(scores) == pytest.approx(20.17, abs=0.02)

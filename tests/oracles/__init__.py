@@ -1,0 +1,1 @@
+"""Independent formulations and public implementations that the tests compare this library with."""

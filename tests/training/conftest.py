@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from ipt_fast.training.config import TrainingConfig
+
+MICRO = {
+    "width": 8,
+    "depths": (1, 1, 1, 1),
+    "refinement": 0,
+    "window_size": 8,
+    "grid_size": 4,
+}
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of three smooth synthetic images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows, columns = np.mgrid[:40, :48] / 10
+    for index in range(3):
+        waves = [np.sin(rows * (index + 1) + channel) * np.cos(columns) for channel in range(3)]
+        Image.fromarray((127 + 100 * np.stack(waves, -1)).astype(np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def make_config(images, tmp_path):
+    """Build a configuration of a run that takes a second."""
+
+    def make(out: str = "run", **changes) -> TrainingConfig:
+        settings = {
+            "model_config": MICRO,
+            "iterations": 6,
+            "patch_size": 16,
+            "batch_size": 2,
+            "warmup": 2,
+            "log_every": 2,
+            "save_every": 3,
+            "ema": 0.5,
+            "device": "cpu",
+        }
+        return TrainingConfig(images, tmp_path / out, **(settings | changes))
+
+    return make
