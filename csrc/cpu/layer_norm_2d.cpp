@@ -132,7 +132,7 @@ at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const Op
     return call.out;
 }
 
-// The shares' rows added one after the other, in fp64, as a parameter's gradient.
+// The shares' rows added one after the other, as a parameter's gradient.
 at::Tensor sum_shares(const at::Tensor& shares, const at::Tensor& parameter) {
     at::Tensor out = at::zeros({shares.size(1)}, at::kDouble);
     for (int64_t share = 0; share < shares.size(0); ++share) {
@@ -155,14 +155,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::
     call.params.grad = map_of(readable_grad);
     const int64_t padded_channels = call.params.padded_channels;
     const int64_t blocks = call.blocks(), shares = std::min(blocks, kShares);
-    const at::Tensor grad_weights = at::zeros({shares, padded_channels}, at::kFloat);
-    const at::Tensor grad_biases = at::zeros({shares, padded_channels}, at::kFloat);
+    const at::Tensor grad_weights = at::zeros({shares, padded_channels}, at::kDouble);
+    const at::Tensor grad_biases = at::zeros({shares, padded_channels}, at::kDouble);
     const LayerNorm2dKernels& kernel = kernels();
     const int64_t scratch_size = backward_scratch(padded_channels);
     const int64_t values_per_share = shares == 0 ? 1 : call.x.numel() / shares;
     const int64_t grain = std::max<int64_t>(1, kGrainValues / values_per_share);
-    float* const grad_weight = grad_weights.mutable_data_ptr<float>();
-    float* const grad_bias = grad_biases.mutable_data_ptr<float>();
+    double* const grad_weight = grad_weights.mutable_data_ptr<double>();
+    double* const grad_bias = grad_biases.mutable_data_ptr<double>();
     at::parallel_for(0, shares, grain, [&](int64_t begin, int64_t end) {
         const at::Tensor scratch = at::empty({scratch_size}, at::kFloat);
         for (int64_t share = begin; share < end; ++share) {

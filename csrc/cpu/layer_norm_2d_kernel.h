@@ -31,9 +31,10 @@ struct Rows {
 template <typename T>
 Rows load_channels_last(const T* in, int64_t count, int64_t channels, int64_t stride, float* scratch) {
     for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < stride; c += kLanes) {
-            const int64_t left = channels - c;
-            store(scratch + i * stride + c, left > 0 ? load(in + i * channels + c, left) : Vec{});
+        float* row = scratch + i * stride;
+        for_vectors(channels, [&](int64_t c, int64_t n) { store(row + c, load(in + i * channels + c, n)); });
+        for (int64_t c = (channels + kLanes - 1) / kLanes * kLanes; c < stride; c += kLanes) {
+            store(row + c, Vec{});
         }
     }
     return {scratch, stride};
@@ -41,17 +42,17 @@ Rows load_channels_last(const T* in, int64_t count, int64_t channels, int64_t st
 
 template <typename T>
 Rows load_planar(const T* in, int64_t count, int64_t channels, int64_t stride, int64_t pixels, float* scratch) {
-    Vec tile[kLanes];
     for (int64_t c = 0; c < stride; c += kLanes) {
-        for (int64_t i = 0; i < count; i += kLanes) {
+        for_vectors(count, [&](int64_t i, int64_t n) {
+            Vec tile[kLanes];
             for (int64_t j = 0; j < kLanes; ++j) {
-                tile[j] = c + j < channels ? load(in + (c + j) * pixels + i, count - i) : Vec{};
+                tile[j] = c + j < channels ? load(in + (c + j) * pixels + i, n) : Vec{};
             }
             transpose(tile);
             for (int64_t j = 0; j < kLanes; ++j) {
-                store(scratch + (i + j) * stride + c, tile[j]);  // scratch has all rows of the last tile
+                store(scratch + (i + j) * stride + c, tile[j]);  // scratch has the rows of a whole block
             }
-        }
+        });
     }
     return {scratch, stride};
 }
@@ -71,91 +72,122 @@ Rows load_rows(const LayerNorm2dParams& p, const Map& map, const Block& block, f
     return load_channels_last(first, block.count, p.channels, p.padded_channels, scratch);
 }
 
-// Mean and 1 / sqrt(centred, biased variance + eps) of each row.
-void statistics(const LayerNorm2dParams& p, const Rows& rows, int64_t count, float* mean, float* rstd) {
-    const float channels = static_cast<float>(p.channels);
-    const IntVec lane = lane_index();
-    for (int64_t i = 0; i < count; ++i) {
-        const float* row = rows.data + i * rows.stride;
-        Vec sum{};
-        for (int64_t c = 0; c < p.padded_channels; c += kLanes) {
-            sum += load(row + c);
+// Of each pixel: the mean over its channels, the centred and biased variance + eps, and rstd = 1 / sqrt(variance).
+// mean + rest is the mean to more than fp32's digits: x - mean - rest keeps them where x hardly varies.
+struct Statistics {
+    float mean[kBlockPixels], rest[kBlockPixels], variance[kBlockPixels], rstd[kBlockPixels];
+
+    Statistics(const LayerNorm2dParams& p, const Rows& rows, int64_t count) {
+        const float channels = static_cast<float>(p.channels);
+        for (int64_t first = 0; first < count; first += kLanes) {
+            const int64_t last = first + kLanes < count ? first + kLanes : count;
+            Vec sums[kLanes]{}, squares[kLanes]{};
+            for (int64_t i = first; i < last; ++i) {
+                Vec sum{};
+                for (int64_t c = 0; c < p.padded_channels; c += kLanes) {
+                    sum += load(rows.data + i * rows.stride + c);
+                }
+                sums[i - first] = sum;
+            }
+            store(mean + first, sum_each(sums) / channels);
+            for (int64_t i = first; i < last; ++i) {
+                Vec sum{}, square{};
+                for_vectors(p.channels, [&](int64_t c, int64_t n) {
+                    Vec difference = load(rows.data + i * rows.stride + c) - mean[i];
+                    if (n < kLanes) {
+                        difference = lane_index() < static_cast<int32_t>(n) ? difference : Vec{};
+                    }
+                    sum += difference;
+                    square += difference * difference;
+                });
+                sums[i - first] = sum;
+                squares[i - first] = square;
+            }
+            const Vec excess = sum_each(sums) / channels;
+            const Vec variances = sum_each(squares) / channels - excess * excess + p.eps;
+            store(rest + first, excess);
+            store(variance + first, variances);
+            store(rstd + first, 1.0f / sqrt(variances));
         }
-        mean[i] = sum_lanes(sum) / channels;
-        Vec squares{};
-        const int64_t whole = p.channels / kLanes * kLanes;
-        for (int64_t c = 0; c < whole; c += kLanes) {
-            const Vec difference = load(row + c) - mean[i];
-            squares += difference * difference;
-        }
-        if (whole < p.channels) {
-            const Vec difference = load(row + whole) - mean[i];
-            squares += lane < static_cast<int32_t>(p.channels - whole) ? difference * difference : Vec{};
-        }
-        rstd[i] = sum_lanes(squares) / channels + p.eps;
     }
-    for (int64_t i = 0; i < count; ++i) {
-        rstd[i] = 1.0f / __builtin_sqrtf(rstd[i]);
-    }
-}
+};
 
 template <typename T>
 void forward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch) {
-    float mean[kBlockPixels], rstd[kBlockPixels];
     for (int64_t index = begin; index < end; ++index) {
         const Block block(p, index);
         const Rows x = load_rows<T>(p, p.x, block, scratch);
-        statistics(p, x, block.count, mean, rstd);
+        const Statistics s(p, x, block.count);
         T* out = static_cast<T*>(p.out) + (block.image * p.pixels + block.first) * p.channels;
         for (int64_t i = 0; i < block.count; ++i) {
             const float* row = x.data + i * x.stride;
-            const float origin = p.centered ? mean[i] : 0.0f;
-            for (int64_t c = 0; c < p.channels; c += kLanes) {
-                const Vec y = (load(row + c) - origin) * rstd[i] * load(p.weight + c) + load(p.bias + c);
-                store(out + i * p.channels + c, y, p.channels - c);
-            }
+            const float mean = p.centered ? s.mean[i] : 0.0f, rest = p.centered ? s.rest[i] : 0.0f, rstd = s.rstd[i];
+            for_vectors(p.channels, [&](int64_t c, int64_t n) {
+                const Vec y = (load(row + c) - mean - rest) * rstd * load(p.weight + c) + load(p.bias + c);
+                store(out + i * p.channels + c, y, n);
+            });
         }
     }
 }
 
-// With n = (x - mean) * rstd, or x * rstd if not centred, and h = weight * grad:
-//   grad_x = rstd * (h - (x - mean) * rstd * mean(h * n) - mean(h) if centred), grad_weight = sum grad * n.
+inline void add(double* total, Vec v) {
+    for (int j = 0; j < kLanes; ++j) {
+        total[j] += v[j];
+    }
+}
+
+// With d = x - mean, n = d or x (not centred), h = weight * grad, and means over the channels:
+//   grad_x = rstd * (h - d * mean(h * n) / variance - mean(h) if centred), grad_weight = sum of grad * n * rstd.
 template <typename T>
-void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch, float* grad_weight,
-              float* grad_bias) {
-    float mean[kBlockPixels], rstd[kBlockPixels], mean_h[kBlockPixels], mean_hn[kBlockPixels], origin[kBlockPixels];
+void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch, double* grad_weight,
+              double* grad_bias) {
+    constexpr int64_t kRun = 8;  // pixels added up in fp32; a few short sums round less than one long one
+    float mean_h[kBlockPixels], slope[kBlockPixels];
     const float channels = static_cast<float>(p.channels);
     for (int64_t index = begin; index < end; ++index) {
         const Block block(p, index);
         const Rows x = load_rows<T>(p, p.x, block, scratch);
         const Rows grad = load_rows<T>(p, p.grad, block, scratch + forward_scratch(p.padded_channels));
-        statistics(p, x, block.count, mean, rstd);
-        for (int64_t i = 0; i < block.count; ++i) {
-            origin[i] = p.centered ? mean[i] : 0.0f;
-            Vec sum_h{}, sum_hn{};
-            for (int64_t c = 0; c < p.padded_channels; c += kLanes) {
-                const Vec h = load(grad.data + i * grad.stride + c) * load(p.weight + c);
-                sum_h += h;
-                sum_hn += h * (load(x.data + i * x.stride + c) - origin[i]);
+        const Statistics s(p, x, block.count);
+        for (int64_t first = 0; first < block.count; first += kLanes) {
+            const int64_t last = first + kLanes < block.count ? first + kLanes : block.count;
+            Vec sums_h[kLanes]{}, sums_hn[kLanes]{};
+            for (int64_t i = first; i < last; ++i) {
+                const float mean = p.centered ? s.mean[i] : 0.0f, rest = p.centered ? s.rest[i] : 0.0f;
+                Vec sum_h{}, sum_hn{};
+                for (int64_t c = 0; c < p.padded_channels; c += kLanes) {
+                    const Vec h = load(grad.data + i * grad.stride + c) * load(p.weight + c);
+                    sum_h += h;
+                    sum_hn += h * (load(x.data + i * x.stride + c) - mean - rest);
+                }
+                sums_h[i - first] = sum_h;
+                sums_hn[i - first] = sum_hn;
             }
-            mean_h[i] = p.centered ? sum_lanes(sum_h) / channels : 0.0f;
-            mean_hn[i] = sum_lanes(sum_hn) * rstd[i] / channels;
+            store(mean_h + first, p.centered ? sum_each(sums_h) / channels : Vec{});
+            store(slope + first, sum_each(sums_hn) / channels / load(s.variance + first));
         }
         T* out = static_cast<T*>(p.out) + (block.image * p.pixels + block.first) * p.channels;
-        for (int64_t c = 0; c < p.channels; c += kLanes) {
+        for_vectors(p.channels, [&](int64_t c, int64_t count) {
             const Vec weight = load(p.weight + c);
-            Vec sum_g{}, sum_gn{};
-            for (int64_t i = 0; i < block.count; ++i) {
-                const Vec value = load(x.data + i * x.stride + c);
-                const Vec g = load(grad.data + i * grad.stride + c);
-                sum_g += g;
-                sum_gn += g * ((value - origin[i]) * rstd[i]);
-                const Vec dx = rstd[i] * (g * weight - (value - mean[i]) * rstd[i] * mean_hn[i] - mean_h[i]);
-                store(out + i * p.channels + c, dx, p.channels - c);
+            Vec total_g{}, total_gn{};
+            for (int64_t run = 0; run < block.count; run += kRun) {
+                const int64_t stop = run + kRun < block.count ? run + kRun : block.count;
+                Vec sum_g{}, sum_gn{};
+                for (int64_t i = run; i < stop; ++i) {
+                    const Vec value = load(x.data + i * x.stride + c);
+                    const Vec g = load(grad.data + i * grad.stride + c);
+                    const Vec d = value - s.mean[i] - s.rest[i];
+                    sum_g += g;
+                    sum_gn += g * ((p.centered ? d : value) * s.rstd[i]);
+                    const Vec dx = s.rstd[i] * (g * weight - mean_h[i] - d * slope[i]);
+                    store(out + i * p.channels + c, dx, count);
+                }
+                total_g += sum_g;
+                total_gn += sum_gn;
             }
-            store(grad_bias + c, load(grad_bias + c) + sum_g);
-            store(grad_weight + c, load(grad_weight + c) + sum_gn);
-        }
+            add(grad_bias + c, total_g);
+            add(grad_weight + c, total_gn);
+        });
     }
 }
 
@@ -170,8 +202,8 @@ void forward_any(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* 
     }
 }
 
-void backward_any(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch, float* grad_weight,
-                  float* grad_bias) {
+void backward_any(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch, double* grad_weight,
+                  double* grad_bias) {
     switch (p.dtype) {
         case DType::f32:
             return backward<float>(p, begin, end, scratch, grad_weight, grad_bias);

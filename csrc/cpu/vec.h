@@ -42,15 +42,24 @@ inline IntVec lane_index() {
     return index;
 }
 
-inline float sum_lanes(Vec v) {
-    float lanes[kLanes];
-    memcpy(lanes, &v, sizeof(v));
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) {
-            lanes[i] += lanes[i + half];
-        }
+// Lanes of a (index below kLanes) and of b (kLanes and above).
+inline Vec select(Vec a, Vec b, IntVec index) {
+#if defined(__clang__)
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) {
+        out[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
     }
-    return lanes[0];
+    return out;
+#else
+    return __builtin_shuffle(a, b, index);
+#endif
+}
+
+inline Vec sqrt(Vec v) {
+    for (int i = 0; i < kLanes; ++i) {
+        v[i] = __builtin_sqrtf(v[i]);
+    }
+    return v;
 }
 
 inline Vec to_float(Vec v, float) { return v; }
@@ -94,52 +103,70 @@ inline Vec from_float(Vec v, float) { return v; }
 inline HalfBits from_float(Vec v, BFloat16) { return to_bf16(v); }
 inline HalfBits from_float(Vec v, Half) { return to_half(v); }
 
-// The first `count` (up to kLanes) values from p as fp32; the other lanes are 0.
+// The first `count` (1 to kLanes) values from p as fp32; the other lanes are 0.
 template <typename T>
 inline Vec load(const T* p, int64_t count = kLanes) {
     decltype(from_float(Vec{}, T{})) raw{};
-    if (count >= kLanes) {
-        memcpy(&raw, p, sizeof(raw));
-    } else {
-        memcpy(&raw, p, count * sizeof(T));
-    }
+    memcpy(&raw, p, count * sizeof(T));
     return to_float(raw, T{});
 }
 
 template <typename T>
 inline void store(T* p, Vec v, int64_t count = kLanes) {
     const auto raw = from_float(v, T{});
-    if (count >= kLanes) {
-        memcpy(p, &raw, sizeof(raw));
-    } else {
-        memcpy(p, &raw, count * sizeof(T));
+    memcpy(p, &raw, count * sizeof(T));
+}
+
+// body(first, count) for every vector of `size` values: count is kLanes, a constant, for all but a last partial one.
+template <typename Body>
+inline __attribute__((always_inline)) void for_vectors(int64_t size, const Body& body) {
+    int64_t first = 0;
+    for (; first + kLanes <= size; first += kLanes) {
+        body(first, kLanes);
     }
+    if (first < size) {
+        body(first, size - first);
+    }
+}
+
+// Lane j of the result is a[j] where j & s is 0 and b[j - s] elsewhere.
+inline Vec interleave_low(Vec a, Vec b, int s) {
+    const IntVec lane = lane_index();
+    return select(a, b, (lane & s) == 0 ? lane : lane - s + kLanes);
+}
+
+// Lane j of the result is a[j + s] where j & s is 0 and b[j] elsewhere.
+inline Vec interleave_high(Vec a, Vec b, int s) {
+    const IntVec lane = lane_index();
+    return select(a, b, (lane & s) == 0 ? lane + s : lane + kLanes);
 }
 
 // rows[i][j] -> rows[j][i]: in stage s, blocks of s by s lanes change places across the diagonal.
 inline void transpose(Vec (&rows)[kLanes]) {
-    const IntVec lane = lane_index();
 #pragma GCC unroll 4
     for (int s = 1; s < kLanes; s *= 2) {
-        const IntVec low = (lane & s) == 0 ? lane : lane - s + kLanes;
-        const IntVec high = low + s;
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
             if ((i & s) == 0) {
                 const Vec a = rows[i], b = rows[i + s];
-#if defined(__clang__)
-                for (int j = 0; j < kLanes; ++j) {
-                    rows[i][j] = (j & s) == 0 ? a[j] : b[j - s];
-                    rows[i + s][j] = (j & s) == 0 ? a[j + s] : b[j];
-                }
-                (void)low, (void)high;
-#else
-                rows[i] = __builtin_shuffle(a, b, low);
-                rows[i + s] = __builtin_shuffle(a, b, high);
-#endif
+                rows[i] = interleave_low(a, b, s);
+                rows[i + s] = interleave_high(a, b, s);
             }
         }
     }
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]: the transposition's network, adding at every stage.
+inline Vec sum_each(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+    for (int s = 1; s < kLanes; s *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / (2 * s); ++i) {
+            const Vec a = rows[2 * i], b = rows[2 * i + 1];
+            rows[i] = interleave_low(a, b, s) + interleave_high(a, b, s);
+        }
+    }
+    return rows[0];
 }
 
 }  // namespace

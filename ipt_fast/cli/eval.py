@@ -4,16 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .. import use_backend
 from ..evaluation.protocols import PROTOCOLS
 from ..evaluation.report import append_csv, format_table, read_csv, write_json
 from ..evaluation.runner import evaluate
+from ..inference import DTYPES, Restorer
 from ..models import open_model
 from ..ops._select import POLICIES
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_parser(subparsers) -> None:
@@ -37,7 +37,7 @@ def add_parser(subparsers) -> None:
     option("--csv", metavar="FILE", help="add a row of means for each folder and noise level")
     option("--json", metavar="FILE", help="write every image's scores, settings, versions and hardware")
     option("--tile", type=_tile, default="auto", help="auto (by estimated memory), whole, or a size in pixels")
-    option("--dtype", choices=DTYPES, default="auto", help="precision of the model (%(default)s)")
+    option("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of the model (%(default)s)")
     option("--device", help="cpu, cuda ... (a GPU where there is one)")
     option("--backend", choices=POLICIES, default="auto", help="kernels to use (%(default)s)")
     parser.set_defaults(run=run)
@@ -50,14 +50,14 @@ def run(args) -> int:
     if args.target and len(args.data) > 1:
         raise ValueError(f"--target belongs to one --data folder, got {len(args.data)}")
     _check_reports(args)
-    model = open_model(args.model)
-    restoration = {"tile": args.tile, "dtype": args.dtype, "device": args.device}
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    restorer = Restorer(open_model(args.model), tile=args.tile, dtype=args.dtype, device=device)
     evaluations = []
     with use_backend(args.backend):
         for folder in args.data:
             for sigma in args.sigma or [None]:
                 evaluation = evaluate(
-                    model,
+                    restorer,
                     folder,
                     args.protocol,
                     sigma=sigma,
@@ -65,7 +65,6 @@ def run(args) -> int:
                     crop=args.crop,
                     limit=args.limit,
                     progress=lambda paths: tqdm(paths, unit="image", leave=False, disable=None),
-                    **restoration,
                 )
                 for name, reason in evaluation.failures:
                     print(f"ipt-fast eval: {evaluation.dataset}/{name}: {reason}", file=sys.stderr)
@@ -75,7 +74,8 @@ def run(args) -> int:
     if args.csv:
         append_csv(args.csv, args.model, evaluations)
     if args.json:
-        settings = {"crop": args.crop, "limit": args.limit, "backend": args.backend, **restoration}
+        settings = {name: getattr(args, name) for name in ("crop", "limit", "tile", "backend")}
+        settings |= {"dtype": str(restorer.dtype), "device": str(restorer.device)}
         write_json(args.json, args.model, settings, evaluations)
     return 1 if any(evaluation.failures for evaluation in evaluations) else 0
 

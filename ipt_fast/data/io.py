@@ -1,9 +1,9 @@
 """Image files in and out: 8 bit through Pillow, 16 bit PNG and TIFF through OpenCV, with alpha, ICC profile and EXIF.
 
-The pixels come upright: the EXIF orientation is applied on reading and gone from the EXIF that is written. Gray stays gray
-and colour stays colour; a palette becomes RGB or RGBA, 1 bit becomes 8-bit gray. Other metadata (XMP, comments, resolution
-outside EXIF) is not kept. Pillow alone would read 16-bit colour as 8 bit without a word, so the depth is taken from the
-file's own header first.
+The pixels come upright: the EXIF orientation is applied on reading and gone from the EXIF that is written. Gray stays
+gray and colour stays colour; a palette becomes RGB or RGBA, 1 bit becomes 8-bit gray. Other metadata (XMP, comments,
+resolution outside EXIF) is not kept; of a TIFF's tags those that describe the photo, Exif and GPS are. Pillow alone
+would read 16-bit colour as 8 bit without a word, so the depth is taken from the file's own header first.
 """
 
 import dataclasses
@@ -27,9 +27,19 @@ _MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RG
 _READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 _ORIENTATION = ExifTags.Base.Orientation
 # What describes the photo; the other tags of a TIFF's first directory describe how its pixels are stored.
-_PHOTO_TAGS = ("ImageDescription", "Make", "Model", "XResolution", "YResolution", "ResolutionUnit", "Software", "DateTime",
-               "Artist", "HostComputer", "Copyright")  # fmt: skip
-_PHOTO_TAGS = tuple(ExifTags.Base[name] for name in _PHOTO_TAGS)
+_PHOTO_TAGS = (
+    ExifTags.Base.ImageDescription,
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.XResolution,
+    ExifTags.Base.YResolution,
+    ExifTags.Base.ResolutionUnit,
+    ExifTags.Base.Software,
+    ExifTags.Base.DateTime,
+    ExifTags.Base.Artist,
+    ExifTags.Base.HostComputer,
+    ExifTags.Base.Copyright,
+)
 _PHOTO_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
@@ -54,8 +64,8 @@ def read_image(path: str | Path) -> Image:
     """Read a PNG, JPEG, TIFF, WebP or BMP file of 8 or 16 bits per channel.
 
     Raises:
-        ValueError: the file is missing, no image, truncated, an animation, larger than Pillow's decompression limit, or of
-            a kind that is not restored (CMYK, Lab, floating point, 16-bit gray with alpha).
+        ValueError: the file is missing, no image, truncated, an animation, larger than Pillow's decompression limit, or
+            of a kind that is not restored (CMYK, Lab, floating point, 16-bit gray with alpha).
         ImportError: the file has 16 bits and OpenCV is not installed.
     """
     path = Path(path)
@@ -72,7 +82,7 @@ def read_image(path: str | Path) -> Image:
 def write_image(path: str | Path, image: Image) -> None:
     """Write ``image`` to ``path`` atomically, in the format of the suffix.
 
-    16 bit goes to PNG and TIFF only and is never reduced to 8. JPEG is written at quality 95 without chroma subsampling, WebP
+    16 bit goes to PNG and TIFF only and is never reduced to 8. JPEG is written at quality 95 with full chroma, WebP
     lossless, TIFF with deflate. ICC profile and EXIF go into every format that holds them (BMP holds neither).
 
     Raises:
@@ -101,7 +111,9 @@ def check_writable_as(path: Path, image: Image) -> None:
     if image.pixels.dtype == np.uint16 and suffix not in SIXTEEN_BIT_SUFFIXES:
         raise ValueError(f"cannot write {path}: {suffix} holds 8 bits and the image has 16; use .png or .tif")
     if image.alpha is not None and suffix not in ALPHA_SUFFIXES:
-        raise ValueError(f"cannot write {path}: {suffix} holds no alpha channel and the image has one; use .png or .tif")
+        raise ValueError(
+            f"cannot write {path}: {suffix} holds no alpha channel and the image has one; use .png or .tif"
+        )
 
 
 def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
@@ -110,7 +122,9 @@ def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
     ``upright=True`` applies the EXIF orientation. Raises ValueError for every other mode.
     """
     if image.mode not in _MODES:
-        raise ValueError(f"its mode is {image.mode}, restored are {', '.join(_MODES)} and 16-bit gray or RGB; convert it first")
+        raise ValueError(
+            f"its mode is {image.mode}, restored are {', '.join(_MODES)} and 16-bit gray or RGB; convert it first"
+        )
     mode = _MODES[image.mode]
     if "transparency" in image.info and mode in ("L", "RGB"):
         mode = {"L": "LA", "RGB": "RGBA"}[mode]
@@ -131,18 +145,25 @@ def to_pil(image: Image) -> PIL.Image.Image:
 
 def _is_16_bit(path, image):
     if image.format == "PNG":
-        header = path.open("rb").read(26)  # signature, then IHDR: length, name, width, height, bit depth, colour type
-        return header[24] == 16
+        return _png_kind(path)[0] == 16
     return image.format == "TIFF" and max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) == 16
+
+
+def _png_kind(path):
+    """(bit depth, colour type), which stand behind signature, length, name, width and height of the first chunk."""
+    with path.open("rb") as file:
+        return tuple(file.read(26)[24:])
 
 
 def _read_16_bit(path, image):
     tags = getattr(image, "tag_v2", {})
-    header = path.open("rb").read(26)
-    gray_alpha = header[25] == 4 if image.format == "PNG" else tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 2
+    gray_alpha = _png_kind(path)[1] == 4 if image.format == "PNG" else tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 2
     if gray_alpha or (image.mode == "I;16" and "transparency" in image.info):
         raise ValueError("it is 16-bit gray with alpha, which OpenCV cannot write back; convert it to RGBA first")
-    if image.mode not in ("I;16", "RGB", "RGBA") or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) not in (1, 2):
+    if image.mode not in ("I;16", "RGB", "RGBA") or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) not in (
+        1,
+        2,
+    ):
         raise ValueError(f"it has 16 bits in mode {image.mode}, restored are unsigned gray, RGB and RGBA")
     cv2 = _import_cv2()
     channels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -206,7 +227,7 @@ def _encode_png_16_bit(image):
 
 
 def _encode_tiff(image):
-    # OpenCV writes no metadata into TIFF and Pillow no 16-bit colour, so the directory is Pillow's and the one strip ours.
+    # OpenCV writes no metadata into TIFF and Pillow no 16-bit colour: the directory is Pillow's, the one strip ours.
     channels = _with_alpha(image)
     height, width, count = channels.shape
     strip = zlib.compress(np.ascontiguousarray(channels, channels.dtype.newbyteorder("<")).tobytes())

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from ..data.io import IMAGE_SUFFIXES, read_image
-from ..inference import restore
 from .protocols import get_protocol
 
 FIGURES = ("psnr_input", "psnr_output", "ssim_input", "ssim_output")
@@ -30,7 +28,7 @@ class Evaluation:
     """The scores of one data set at one noise level.
 
     Attributes:
-        dataset: name of the folder.
+        dataset: name of the folder; for a paired set with the folder above it.
         protocol: one of `ipt_fast.evaluation.protocols.PROTOCOLS`.
         sigma: noise level on the 0..255 scale, or None for a paired set.
         scores: one for each image that could be evaluated, in the order of the file names.
@@ -49,7 +47,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    restorer: Callable[[np.ndarray], np.ndarray],
     folder: str | Path,
     protocol: str = "rgb",
     *,
@@ -57,15 +55,13 @@ def evaluate(
     target: str | Path | None = None,
     crop: int = 0,
     limit: int | None = None,
-    tile: int | str | None = "auto",
-    dtype: str = "auto",
-    device: str | None = None,
     progress: Callable[[list[Path]], Iterable[Path]] = iter,
 ) -> Evaluation:
     """Restore every image of a folder and measure it by a named protocol.
 
     Args:
-        model: what `ipt_fast.restore` takes, with outputs of the input's size.
+        restorer: from an image, (H, W, C) float32 in [0, 1] but with unclipped noise, to the restored one of the same
+            shape, such as `ipt_fast.inference.Restorer(model)`.
         folder: clean images that get noise of level `sigma`, or the degraded inputs of a paired set. Not searched
             recursively; alpha is ignored.
         protocol: "rgb", "ipt-y", "basicsr-y" or "matlab-y", see `ipt_fast.evaluation.protocols`.
@@ -73,7 +69,6 @@ def evaluate(
         target: folder with the targets of a paired set, under the same file names (the suffix may differ).
         crop: border pixels left out of the score.
         limit: take only so many images, the first by name.
-        tile, dtype, device: as for `ipt_fast.restore`.
         progress: wraps the list of files, as tqdm does.
 
     An image that cannot be read or scored is reported in `failures`; the others go on.
@@ -103,14 +98,16 @@ def evaluate(
                 clean = read_float(targets[path.stem])
             else:
                 raise ValueError(f"there is no image of that name in {target}")
-            output = restore(image, model, tile=tile, dtype=dtype, device=device)
+            output = restorer(image)
             psnr_input, ssim_input = chosen.score_input(image, clean, crop=crop)
             psnr_output, ssim_output = chosen.score_output(output, clean, crop=crop)
         except (ValueError, OSError, ImportError) as error:
             failures.append((path.name, str(error)))
         else:
             scores.append(ImageScore(path.name, psnr_input, psnr_output, ssim_input, ssim_output))
-    return Evaluation(Path(folder).resolve().name, protocol, sigma, tuple(scores), tuple(failures))
+    folder = Path(folder).resolve()
+    dataset = folder.name if targets is None else f"{folder.parent.name}/{folder.name}"  # often just "input"
+    return Evaluation(dataset, protocol, sigma, tuple(scores), tuple(failures))
 
 
 def list_images(folder: str | Path) -> list[Path]:

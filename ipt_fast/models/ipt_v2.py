@@ -119,8 +119,15 @@ def pad_to_multiple(x, multiple):
     """Pad (B, C, H, W) at the bottom and right: reflect up to size - 1 rows or columns, then replicate."""
     for axis in (2, 3):
         size = x.shape[axis]
-        index = torch.arange(-(-size // multiple) * multiple, device=x.device)
+        index = torch.arange((size + multiple - 1) // multiple * multiple, device=x.device)
         x = x.index_select(axis, ((size - 1) - (size - 1 - index).abs()).clamp(min=0))
+    return x
+
+
+def crop(x, height, width):
+    """The top left (height, width) of a map, as a copy: a view's strides would tie a compiled graph to one size."""
+    for axis, size in ((2, height), (3, width)):
+        x = x.index_select(axis, torch.arange(size, device=x.device))
     return x
 
 
@@ -170,7 +177,7 @@ class IPTV2(PretrainedModel):
                 features = self.reduce[i - 1](features)
             features = self.decoder[i](features)
         features = self.output(self.refinement(features))
-        return features[..., :height, :width] + self._residual(x)
+        return crop(features, height, width) + self._residual(x)
 
     def _residual(self, x):
         config = self.config

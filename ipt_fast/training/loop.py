@@ -77,6 +77,7 @@ def train(config: TrainingConfig, resume: bool = False) -> int:
     Raises:
         ValueError: bad data, ``out`` already holds a run and ``resume`` is False, or it holds none or one with other
             settings and ``resume`` is True.
+        OSError: ``out`` cannot be written.
         FloatingPointError: gradients are not finite; the last checkpoint stays.
     """
     run = _Run(config, resume)

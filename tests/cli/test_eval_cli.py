@@ -71,7 +71,7 @@ def test_options_reach_the_evaluation(model, photos, tmp_path, capsys):
         "limit": 1,
         "backend": "reference",
         "tile": None,
-        "dtype": "float32",
+        "dtype": "torch.float32",
         "device": "cpu",
     }
     assert content["evaluations"][0]["protocol"] == "ipt-y"
@@ -83,7 +83,9 @@ def test_a_paired_set(model, photos, tmp_path, capsys):
     for path in photos.iterdir():
         PIL.Image.fromarray(np.asarray(PIL.Image.open(path)) + np.uint8(1)).save(tmp_path / "target" / path.name)
     assert run("--model", model, "--data", photos, "--target", tmp_path / "target") == 0
-    assert rows(capsys.readouterr().out) == [["photos", "-", "2", "48.13", "48.13", "1.0000", "1.0000"]]
+    assert rows(capsys.readouterr().out) == [
+        [f"{tmp_path.name}/photos", "-", "2", "48.13", "48.13", "1.0000", "1.0000"]
+    ]
 
 
 def test_one_bad_file(model, photos, capsys):
@@ -101,6 +103,8 @@ def test_one_bad_file(model, photos, capsys):
         (["--sigma", "25", "--target", "x"], "give either --sigma"),
         (["--sigma", "-5"], "sigma must be positive and finite, got -5"),
         (["--sigma", "25", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["--sigma", "25", "--tile", "3"], "tile must be"),
+        (["--sigma", "25", "--device", "moon"], "device moon cannot be used"),
         (["--sigma", "25", "--tile", "big"], "must be auto, whole or a size in pixels, got 'big'"),
         (["--sigma", "25", "--protocol", "psnr"], "invalid choice: 'psnr'"),
         (["--sigma", "25", "--model", "unknown"], "unknown"),

@@ -4,13 +4,7 @@ from PIL import Image
 
 from ipt_fast.training.config import TrainingConfig
 
-MICRO = {
-    "width": 8,
-    "depths": (1, 1, 1, 1),
-    "refinement": 0,
-    "window_size": 8,
-    "grid_size": 4,
-}
+MICRO = {"width": 8, "depths": (2, 0, 0, 0), "window_size": 8, "grid_size": 4}
 
 
 @pytest.fixture

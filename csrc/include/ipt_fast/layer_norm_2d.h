@@ -41,8 +41,8 @@ struct LayerNorm2dKernels {
     // Blocks begin <= k < end.
     void (*forward)(const LayerNorm2dParams& params, int64_t begin, int64_t end, float* scratch);
     // The same, adding the blocks' share of the gradients to grad_weight and grad_bias (padded_channels each).
-    void (*backward)(const LayerNorm2dParams& params, int64_t begin, int64_t end, float* scratch, float* grad_weight,
-                     float* grad_bias);
+    void (*backward)(const LayerNorm2dParams& params, int64_t begin, int64_t end, float* scratch, double* grad_weight,
+                     double* grad_bias);
 };
 
 extern const LayerNorm2dKernels layer_norm_2d_generic, layer_norm_2d_avx2, layer_norm_2d_avx512;

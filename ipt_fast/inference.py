@@ -1,0 +1,325 @@
+"""Restoring images of any kind and size with a model: tiles, blending, self-ensemble, half precision."""
+
+import copy
+import inspect
+import itertools
+import warnings
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .data import io
+from .tiling import BLENDS, available_memory, balanced_tile, blend_weights, tile_limit, tile_starts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALLEST_TILE = 16
+DEFAULT_OVERLAP = 32
+SMALLEST_RETRY = 128
+
+
+def restore(
+    image,
+    model,
+    *,
+    task=None,
+    tile="auto",
+    overlap=None,
+    blend="cosine",
+    self_ensemble=False,
+    dtype="auto",
+    device=None,
+):
+    """Restore one image (or a batch) with ``model``, which is left as it is.
+
+    Args:
+        image: a PIL image, an (H, W) or (H, W, C) array of uint8, uint16 or floats in [0, 1], or a (B, C, H, W) tensor
+            of floats in [0, 1]. PIL modes are L, LA, RGB, RGBA and I;16; mode 1 is taken as L and P as RGB or RGBA.
+            Alpha is kept as it is. Gray into a model of 3 channels runs as three equal channels and gives back their
+            mean.
+        model, task, tile, overlap, blend, self_ensemble, dtype, device: see :class:`Restorer`, which saves preparing
+            the model again for each of many images.
+
+    Returns:
+        The same kind, dtype and range: integers are rounded (half to even) and clipped, floats are not clipped. The
+        number of channels is the model's, which differs from the image's for two views in 6 channels.
+
+    Raises:
+        TypeError: ``image`` is of another kind or dtype.
+        ValueError: a bad argument, an empty image, NaN or infinity in it, channels the model does not take, or an
+            output that is not finite even in float32.
+    """
+    restorer = Restorer(
+        model,
+        task=task,
+        tile=tile,
+        overlap=overlap,
+        blend=blend,
+        self_ensemble=self_ensemble,
+        dtype=dtype,
+        device=device,
+    )
+    return restorer(image)
+
+
+class Restorer:
+    """A model made ready for inference: a merged copy in eval mode, called on images as :func:`restore` takes them.
+
+    Args:
+        model: a module (B, C, H, W) -> (B, C', H, W). One without a ``config`` gets the image's channels as they are.
+        task: passed to the model where it has tasks; None where not.
+        tile: None runs the image whole. A number of pixels, at least 16 and not necessarily a multiple of anything,
+            cuts it into square tiles of exactly this size, moved together so that all lie inside. "auto" takes the
+            whole image or as few equal tiles as half of the available memory allows (limit 512 for a model whose memory
+            is not known). Attention that spans the whole image sees only its tile, so tiles change the result a little,
+            and not only at the seams.
+        overlap: pixels that neighbouring tiles share at least; at most half of ``tile``, 32 where that fits.
+        blend: "cosine" fades tiles into each other, "average" weighs all that cover a pixel equally.
+        self_ensemble: the mean over the 8 flips and transposes of each tile; 8 times the work.
+        dtype: torch.float32, bfloat16 or float16, or their names. Half precision runs under autocast, so the input and
+            everything autocast deems delicate stay in float32. "auto" takes half precision on a GPU, and bfloat16 on a
+            CPU with instructions for it. A tile that comes out non-finite is run again in float32, with a warning.
+        device: where to run; the model's own by default.
+        progress: called as ``progress(done, total)`` after each tile.
+
+    When memory runs out the image is started again with half the tile, with a warning, down to 128 pixels.
+
+    Raises:
+        ValueError: a bad argument.
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        task=None,
+        tile="auto",
+        overlap=None,
+        blend="cosine",
+        self_ensemble=False,
+        dtype="auto",
+        device=None,
+        progress=None,
+    ):
+        _check_tile(tile)
+        _check_overlap(overlap, tile)
+        if blend not in BLENDS:
+            raise ValueError(f"blend must be one of {', '.join(BLENDS)}; got {blend!r}")
+        if task is not None and "task" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"task must be None for {type(model).__name__}, which has no tasks; got {task!r}")
+        self.arguments = {} if task is None else {"task": task}
+        self.tile, self.overlap, self.blend, self.self_ensemble = tile, overlap, blend, self_ensemble
+        self.device = _usable_device(device, model)
+        self.dtype = _usable_dtype(dtype, self.device)
+        self.model = copy.deepcopy(model).to(self.device, torch.float32).eval()
+        if hasattr(self.model, "reparameterize"):
+            self.model.reparameterize()
+        self.config = getattr(model, "config", None)
+        self.progress = progress
+
+    def __call__(self, image):
+        if isinstance(image, PIL.Image.Image):
+            return self._restore_pil(image)
+        if isinstance(image, np.ndarray):
+            return self._restore_array(image)
+        if isinstance(image, torch.Tensor):
+            return self._restore_tensor(image)
+        raise TypeError(f"image must be a PIL image, a numpy array or a tensor; got {type(image).__name__}")
+
+    def _restore_pil(self, image):
+        if image.mode == "I;16":
+            restored = PIL.Image.fromarray(self._restore_array(np.asarray(image)))
+        else:
+            record = io.from_pil(image)
+            pixels = self._restore_array(record.pixels)
+            restored = io.to_pil(io.Image(pixels, record.alpha))
+        restored.info = {name: value for name, value in image.info.items() if name != "transparency"}
+        return restored
+
+    def _restore_array(self, image):
+        if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
+            raise TypeError(f"image must be uint8, uint16 or floating point in [0, 1]; got {image.dtype}")
+        if image.ndim not in (2, 3) or 0 in image.shape:
+            raise ValueError(f"image must be (H, W) or (H, W, C) and not empty; got shape {image.shape}")
+        top = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
+        channels_last = image.astype(np.float32).reshape(*image.shape[:2], -1)
+        output = self._restore_float(torch.from_numpy(channels_last / np.float32(top)).permute(2, 0, 1)[None])
+        output = output[0].permute(1, 2, 0).numpy()
+        if top > 1:
+            output = np.clip(np.rint(output * np.float32(top)), 0, top)
+        if image.ndim == 2 and output.shape[2] == 1:
+            output = output[:, :, 0]
+        return output.astype(image.dtype)
+
+    def _restore_tensor(self, image):
+        if not image.is_floating_point():
+            raise TypeError(f"image must be a floating-point tensor in [0, 1]; got {image.dtype}")
+        if image.dim() != 4 or 0 in image.shape[1:]:
+            raise ValueError(f"image must be (B, C, H, W) with C, H and W at least 1; got {tuple(image.shape)}")
+        return self._restore_float(image.detach().float()).to(image.dtype)
+
+    def _restore_float(self, image):
+        """(B, C, H, W) float32 on any device -> the same, not clipped."""
+        if not image.isfinite().all():
+            raise ValueError("image holds NaN or infinity")
+        takes = getattr(self.config, "in_channels", image.shape[1])
+        gray_as_colour = image.shape[1] == 1 and takes == 3
+        if gray_as_colour:
+            image = image.expand(-1, 3, -1, -1)
+        elif image.shape[1] != takes:
+            raise ValueError(f"image must have {takes} channels for this model; got {image.shape[1]}")
+        output = self._run_tiled(image)
+        return output.mean(1, keepdim=True) if gray_as_colour else output
+
+    def _run_tiled(self, image):
+        tiles, overlap = self._tiles_for(image)
+        while True:
+            try:
+                return self._run_tiles(image, tiles, overlap)
+            except RuntimeError as error:
+                smaller = _halved(tiles)
+                if not _is_out_of_memory(error) or smaller == tiles:
+                    raise
+            # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(f"out of memory with tiles of {_size(tiles)} pixels, trying {_size(smaller)}", stacklevel=2)
+            tiles, overlap = smaller, min(overlap, max(smaller) // 2)
+
+    def _tiles_for(self, image):
+        """((tile height, tile width), overlap) for an image; no tile is larger than the image."""
+        batch, _, *lengths = image.shape
+        if self.tile is None:
+            limit = max(lengths)
+        elif self.tile == "auto":
+            limit = tile_limit(self.config, available_memory(self.device), batch)
+            if self.overlap is not None:
+                limit = max(limit, 2 * self.overlap)
+        else:
+            limit = self.tile
+        overlap = min(DEFAULT_OVERLAP, limit // 4) if self.overlap is None else self.overlap
+        if self.tile == "auto":
+            return tuple(balanced_tile(length, limit, overlap) for length in lengths), overlap
+        return tuple(min(length, limit) for length in lengths), overlap
+
+    def _run_tiles(self, image, tiles, overlap):
+        rows, columns = (
+            list(zip(tile_starts(*axis, overlap), blend_weights(*axis, overlap, self.blend), strict=True))
+            for axis in zip(image.shape[2:], tiles, strict=True)
+        )
+        total, output = len(rows) * len(columns), None
+        for done, ((top, weight_y), (left, weight_x)) in enumerate(itertools.product(rows, columns), 1):
+            part = (..., slice(top, top + len(weight_y)), slice(left, left + len(weight_x)))
+            restored = self._run_tile(image[part]).to(image.device)
+            if self.progress:
+                self.progress(done, total)
+            if total == 1:
+                return restored
+            if output is None:
+                output = image.new_zeros(*restored.shape[:2], *image.shape[2:])
+            output[part] += restored * (weight_y[:, None] * weight_x).to(image.device)
+        return output
+
+    def _run_tile(self, tile):
+        tile = tile.to(self.device, copy=True, memory_format=torch.channels_last)  # a model may write into it
+        # no_grad and not inference_mode: callers may go on with the result in autograd.
+        with torch.no_grad():
+            output = self._run_model(tile, self.dtype)
+            if output.isfinite().all():
+                return output
+            if self.dtype != torch.float32:
+                name = str(self.dtype).removeprefix("torch.")
+                warnings.warn(f"a tile came out non-finite in {name}, running it again in float32", stacklevel=2)
+                output = self._run_model(tile, torch.float32)
+                if output.isfinite().all():
+                    return output
+        raise ValueError("the model's output is not finite in float32")
+
+    def _run_model(self, tile, dtype):
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            if not self.self_ensemble:
+                return self._forward(tile)
+            return sum(
+                (_transform(self._forward(_transform(tile, *way)), *way, undo=True) for way in _WAYS[1:]),
+                self._forward(tile),
+            ) / len(_WAYS)
+
+    def _forward(self, tile):
+        output = self.model(tile, **self.arguments).float()
+        if output.dim() != 4 or output.shape[2:] != tile.shape[2:]:
+            raise ValueError(
+                f"model must return (B, C, H, W) of the input's size; got {tuple(output.shape)} for {tuple(tile.shape)}"
+            )
+        return output
+
+
+# (transpose, flipped axes), the identity first
+_WAYS = [(transpose, axes) for transpose in (False, True) for axes in ((), (2,), (3,), (2, 3))]
+
+
+def _transform(x, transpose, axes, undo=False):
+    if undo:
+        x = x.flip(axes)
+        return x.transpose(2, 3) if transpose else x
+    return (x.transpose(2, 3) if transpose else x).flip(axes)
+
+
+def _check_tile(tile):
+    if tile is None or (isinstance(tile, str) and tile == "auto"):
+        return
+    if type(tile) is not int or tile < SMALLEST_TILE:
+        raise ValueError(f'tile must be "auto", None or an int of at least {SMALLEST_TILE}; got {tile!r}')
+
+
+def _check_overlap(overlap, tile):
+    if overlap is None:
+        return
+    if type(overlap) is not int or overlap < 0:
+        raise ValueError(f"overlap must be None or an int of at least 0; got {overlap!r}")
+    if type(tile) is int and overlap > tile // 2:
+        raise ValueError(f"overlap must be at most half of the tile, {tile // 2}; got {overlap}")
+
+
+def _usable_device(device, model):
+    if device is None:
+        parameter = next(model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA answers with an AssertionError
+        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _usable_dtype(dtype, device):
+    if isinstance(dtype, str) and dtype == "auto":
+        return _fastest_dtype(device)
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(f'dtype must be "auto", {", ".join(DTYPES)}; got {dtype!r}')
+    return dtype
+
+
+def _fastest_dtype(device):
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # Private names, so they may be missing in another version of PyTorch.
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    if device.type == "cpu" and any(probe() for probe in probes if probe):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _halved(tiles):
+    """Half the larger side (and the other down to that), but no side below 128 that was not."""
+    limit = max(max(tiles) // 2, SMALLEST_RETRY)
+    return tuple(min(tile, limit) for tile in tiles)
+
+
+def _size(tiles):
+    return f"{tiles[0]} x {tiles[1]}"

@@ -1,0 +1,207 @@
+"""The compiled modules as installed, the choice of instruction set, and the ways an install can go."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipt_fast import _extension
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ["setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "csrc", "ipt_fast"]
+ONE_COMMAND = "pip install --no-build-isolation ."
+
+compiled = pytest.mark.skipif(not _extension.load(), reason=_extension.error() or "")
+
+
+def run(*command, cwd=None, **environment):
+    """The finished process; a variable given as None is removed from its environment."""
+    merged = {k: v for k, v in (os.environ | environment).items() if v is not None}
+    return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the sources without anything built."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder)
+    return folder
+
+
+def build_wheel(checkout, **environment):
+    """Build without isolation; the process, and the names in the wheel (None if there is none)."""
+    process = run(
+        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", "wheels", "."),
+        cwd=checkout,
+        **({"IPT_FAST_PURE": None, "CXX": None} | environment),
+    )
+    wheels = list(checkout.glob("wheels/*.whl"))
+    return process, zipfile.ZipFile(wheels[0]).namelist() if wheels else None
+
+
+def library_names(names):
+    return sorted(name for name in names if name.endswith(".so"))
+
+
+@compiled
+def test_build_info():
+    info = _extension.build_info()
+    assert set(info) == {"compiler", "flags", "cxx_standard", "torch", "cpu_isa", "cuda_architectures"}
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["compiler"].split()[0] in ("GNU", "Clang") and info["cxx_standard"] == 20
+    assert "-march=native" not in info["flags"] and "-ffast-math" not in info["flags"]
+    assert "generic" in info["cpu_isa"] and set(torch.ops.ipt_fast_cpu.isa_levels()) <= set(info["cpu_isa"])
+    assert info["cuda_architectures"] == []
+
+
+@compiled
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+def test_isa_is_capped_by_the_environment(level):
+    """A fresh process at each level: the level it reports, and its result against the formula in fp64."""
+    levels = torch.ops.ipt_fast_cpu.isa_levels()
+    script = """
+import torch
+from ipt_fast import _extension
+x = torch.randn(2, 37, 9, 11, generator=torch.Generator().manual_seed(0))
+weight, bias = torch.rand(37), torch.rand(37)
+out = torch.ops.ipt_fast_cpu.layer_norm_2d(x, weight, bias, 1e-5, True) if _extension.load() else None
+x, weight, bias = x.double(), weight.double(), bias.double()
+variance, mean = torch.var_mean(x, 1, keepdim=True, unbiased=False)
+reference = (x - mean) / (variance + 1e-5).sqrt() * weight[:, None, None] + bias[:, None, None]
+print(_extension.isa(), ((out - reference).abs().max() / reference.abs().max()).item())
+"""
+    process = run(sys.executable, "-c", script, cwd=ROOT, IPT_FAST_CPU_ISA=level)
+    assert process.returncode == 0, process.stderr
+    used, error = process.stdout.split()
+    assert used == (level if level in levels else levels[-1])
+    assert float(error) < 4 * torch.finfo(torch.float32).eps
+
+
+@compiled
+@pytest.mark.parametrize("value", ["sse9", "AVX2", " "])
+def test_unknown_isa_is_refused(monkeypatch, value):
+    monkeypatch.setenv("IPT_FAST_CPU_ISA", value)
+    with pytest.raises(ValueError, match=f"IPT_FAST_CPU_ISA is '{value}', allowed are generic, avx2 and avx512"):
+        torch.ops.ipt_fast_cpu.isa()
+    with pytest.raises(ValueError, match="IPT_FAST_CPU_ISA"):
+        torch.ops.ipt_fast_cpu.layer_norm_2d(torch.zeros(1, 1, 1, 1), torch.ones(1), None, 1e-5, True)
+
+
+def test_import_needs_no_build_tools():
+    """The package imports in a process in which no program can be found."""
+    process = run(sys.executable, "-c", "import ipt_fast", cwd=ROOT, PATH="")
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"IPT_FAST_PURE": "1"}, "IPT_FAST_PURE is set"),
+        ({"CXX": "/nowhere/c++"}, "no C++ compiler found (tried /nowhere/c++)"),
+        ({"CXX": "false"}, "false cannot compile a C++20 Python module"),
+    ],
+)
+def test_plain_install(checkout, tmp_path, environment, reason):
+    """Without a compiler, or on demand, the install succeeds, says so, and the package works and says why."""
+    process, names = build_wheel(checkout, **environment)
+    assert process.returncode == 0, process.stderr
+    assert f"INSTALLING PLAIN PYTORCH, WITHOUT THE COMPILED KERNELS: {reason}" in process.stdout + process.stderr
+    assert library_names(names) == []
+    target = tmp_path / "target"
+    (wheel,) = checkout.glob("wheels/*-py3-none-any.whl")
+    zipfile.ZipFile(wheel).extractall(target)
+    script = """
+import ipt_fast
+from ipt_fast import _extension
+assert not _extension.load() and _extension.isa() is None and _extension.build_info() == {}
+print(ipt_fast.__file__, _extension.error())
+"""
+    process = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target))
+    assert process.returncode == 0, process.stderr
+    assert str(target) in process.stdout and "not part of this installation" in process.stdout
+
+
+def test_isolated_build_names_the_command_that_works(checkout):
+    """No torch in sight, as in pip's isolated environment: stop before anything is fetched or built."""
+    without_torch = checkout.parent / "site"
+    without_torch.mkdir()
+    site_packages = Path(sysconfig.get_path("purelib"))
+    for package in ("setuptools", "_distutils_hack"):
+        (without_torch / package).symlink_to(site_packages / package)
+    hook = "import setuptools.build_meta as b; b.prepare_metadata_for_build_wheel('.')"
+    # -I -S: neither this environment's packages nor the user's
+    program = f"import sys; sys.path.insert(0, {str(without_torch)!r}); {hook}"
+    environment = {"CXX": None, "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"}
+    process = run(sys.executable, "-I", "-S", "-c", program, cwd=checkout, IPT_FAST_PURE=None, **environment)
+    assert process.returncode != 0
+    assert ONE_COMMAND in process.stdout + process.stderr
+    process = run(sys.executable, "-I", "-S", "-c", program, cwd=checkout, IPT_FAST_PURE="1", **environment)
+    assert process.returncode == 0, process.stderr
+
+
+@compiled
+def test_a_compile_error_fails_the_build(checkout):
+    """A working compiler that refuses our code is an error to show, not a reason for a plain install."""
+    (checkout / "csrc/cpu/isa.cpp").write_text('#error "this does not compile"\n')
+    process, names = build_wheel(checkout, MAX_JOBS="1")
+    assert process.returncode != 0 and names is None
+    assert "this does not compile" in process.stdout + process.stderr
+
+
+@compiled
+@pytest.mark.slow
+def test_compiled_install(checkout, tmp_path):
+    """A wheel built from a bare copy carries both modules, loads, and says that there is nothing for CUDA to build."""
+    process, names = build_wheel(checkout, FORCE_CUDA="1")
+    assert process.returncode == 0, process.stderr
+    assert "this version has no CUDA sources" in process.stdout + process.stderr
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert library_names(names) == [f"ipt_fast/_C{suffix}", f"ipt_fast/_build_info{suffix}"]
+    target = tmp_path / "target"
+    (wheel,) = checkout.glob("wheels/*.whl")
+    zipfile.ZipFile(wheel).extractall(target)
+    script = "from ipt_fast import _extension as e; print(e.__file__, e.error(), e.isa())"
+    process = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target))
+    assert process.returncode == 0, process.stderr
+    assert str(target) in process.stdout and "None" in process.stdout
+
+
+def broken_package(folder, torch_version, library):
+    """A copy of the Python package with a library that is not the right one."""
+    shutil.copytree(ROOT / "ipt_fast", folder / "ipt_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (folder / "ipt_fast" / f"_C{suffix}").write_bytes(library)
+    (folder / "ipt_fast/_build_info.py").write_text(f"def build_info():\n    return {{'torch': {torch_version!r}}}\n")
+    script = "import ipt_fast; from ipt_fast import _extension as e; print(e.__file__, e.load(), e.error())"
+    process = run(sys.executable, "-c", script, cwd=folder, PYTHONPATH=str(folder))
+    assert process.returncode == 0, process.stderr
+    assert str(folder) in process.stdout and " False " in process.stdout
+    return process.stdout
+
+
+def test_a_damaged_library_keeps_its_error_text(tmp_path):
+    assert "cannot be loaded:" in (said := broken_package(tmp_path, torch.__version__, b"not a library"))
+    assert "invalid ELF header" in said or "file too short" in said
+
+
+def test_a_library_for_another_torch_is_not_loaded(tmp_path):
+    said = broken_package(tmp_path, "1.0.0", b"not a library")
+    assert f"was built for torch 1.0.0, this is torch {torch.__version__}" in said and ONE_COMMAND in said
+
+
+def test_console_script():
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="ipt-fast")
+    assert [script.value for script in scripts] == ["ipt_fast.cli:main"]

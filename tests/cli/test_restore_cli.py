@@ -1,0 +1,247 @@
+"""`ipt-fast restore`: files in, files out, and an exit status that tells."""
+
+import numpy as np
+import pytest
+import torch
+
+import ipt_fast
+from ipt_fast.cli import main
+from ipt_fast.data.io import Image, read_image, write_image
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a saved model whose residual branch is small, so that pictures stay recognisable."""
+    torch.manual_seed(0)
+    model = ipt_fast.create_model("ipt_v2_tiny", depths=(1, 1, 1, 1))
+    with torch.no_grad():
+        model.output.weight *= 0.01
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three images of different kinds."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(60, 190, (24, 33, 4), np.uint8)
+    write_image(folder / "colour.png", Image(pixels[:, :, :3], pixels[:, :, 3]))
+    write_image(folder / "gray.jpg", Image(pixels[:, :, :1]))
+    write_image(folder / "wide.tif", Image(np.ascontiguousarray(pixels[:9, :, :3])))
+    return folder
+
+
+@pytest.fixture
+def run(model):
+    def call(*arguments):
+        return main(["restore", "--model", str(model), "--device", "cpu", *map(str, arguments)])
+
+    return call
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_to_file(run, photos, tmp_path, capsys):
+    assert run(photos / "colour.png", tmp_path / "new" / "out.tif") == 0
+    source, output = read_image(photos / "colour.png"), read_image(tmp_path / "new" / "out.tif")
+    assert output.pixels.shape == source.pixels.shape
+    np.testing.assert_array_equal(output.alpha, source.alpha)
+    assert 0 < np.abs(output.pixels.astype(int) - source.pixels).max() < 60
+    assert "restored 1, skipped 0, failed 0" in capsys.readouterr().out
+
+
+def test_result_is_that_of_restore(run, model, photos, tmp_path):
+    assert (
+        run(
+            photos / "colour.png",
+            tmp_path / "out",
+            "--tile",
+            16,
+            "--overlap",
+            4,
+            "--self-ensemble",
+            "--dtype",
+            "float32",
+        )
+        == 0
+    )
+    expected = ipt_fast.restore(
+        read_image(photos / "colour.png").pixels,
+        ipt_fast.models.open_model(model),
+        tile=16,
+        overlap=4,
+        self_ensemble=True,
+        dtype="float32",
+    )
+    np.testing.assert_array_equal(read_image(tmp_path / "out" / "colour.png").pixels, expected)
+
+
+@pytest.mark.parametrize("pattern", ["", "*.*"])
+def test_folder_and_glob_to_folder(run, photos, tmp_path, pattern):
+    (photos / "notes.txt").write_text("not an image")
+    assert run(f"{photos}/{pattern}", tmp_path / "out") == 0
+    assert names(tmp_path / "out") == ["colour.png", "gray.jpg", "wide.tif"]
+    assert read_image(tmp_path / "out" / "gray.jpg").pixels.shape[2] == 1
+
+
+def test_existing_outputs_are_skipped_unless_overwritten(run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "gray.jpg").write_bytes(b"mine")
+    assert run(photos, out) == 0
+    assert (out / "gray.jpg").read_bytes() == b"mine"
+    assert "skipped 1 of 3" in capsys.readouterr().out
+    assert run(photos, out) == 0
+    assert "skipped 3 of 3" in capsys.readouterr().out
+    assert run(photos, out, "--overwrite") == 0
+    assert read_image(out / "gray.jpg").pixels.shape == (24, 33, 1)
+
+
+def test_one_bad_file_does_not_stop_the_run(run, photos, tmp_path, capsys):
+    (photos / "bad.png").write_bytes((photos / "colour.png").read_bytes()[:60])
+    (photos / "empty.jpg").write_bytes(b"")
+    assert run(photos, tmp_path / "out") == 1
+    assert names(tmp_path / "out") == ["colour.png", "gray.jpg", "wide.tif"]
+    captured = capsys.readouterr()
+    assert "restored 3, skipped 0, failed 2" in captured.out
+    assert "bad.png: error: cannot read image" in captured.err and "empty.jpg: error:" in captured.err
+
+
+def test_format_that_cannot_hold_the_image(run, photos, tmp_path, capsys):
+    assert run(photos / "colour.png", tmp_path / "out.jpg") == 1
+    assert "holds no alpha channel" in capsys.readouterr().err and not (tmp_path / "out.jpg").exists()
+
+
+def test_sixteen_bit_is_kept(run, tmp_path):
+    pytest.importorskip("cv2")
+    pixels = np.random.default_rng(0).integers(20000, 40000, (20, 20, 3), np.uint16)
+    write_image(tmp_path / "deep.png", Image(pixels))
+    assert run(tmp_path / "deep.png", tmp_path / "out") == 0
+    output = read_image(tmp_path / "out" / "deep.png").pixels
+    assert output.dtype == np.uint16 and len(np.unique(output)) > 256
+
+
+def test_target_prints_psnr_and_compare_shows_it(run, photos, tmp_path, capsys):
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    for path in photos.iterdir():
+        image = read_image(path)
+        write_image(targets / f"{path.stem}.png", Image(np.minimum(image.pixels, 180)))
+    assert run(photos, tmp_path / "out", "--target", targets, "--compare") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "PSNR" in line]
+    assert len(lines) == 3 and all(line.count(" dB") == 2 for line in lines)
+    assert names(tmp_path / "out") == sorted(
+        [f"{name}_compare.png" for name in ("colour", "gray", "wide")] + ["colour.png", "gray.jpg", "wide.tif"]
+    )
+    assert run(photos / "wide.tif", tmp_path / "plain.png", "--compare") == 0
+    three, two = (
+        read_image(path).pixels for path in (tmp_path / "out/wide_compare.png", tmp_path / "plain_compare.png")
+    )
+    assert three.shape[1] > two.shape[1]
+
+
+def test_noise_makes_the_input_the_target(run, photos, tmp_path, capsys):
+    assert run(photos / "colour.png", tmp_path / "out.png", "--noise", 25) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "PSNR" in line)
+    before = float(line.split("PSNR ")[1].split(" dB")[0])
+    assert before == pytest.approx(20.17, abs=0.3)  # 20 log10(255 / 25)
+
+
+def test_missing_target_fails_that_image(run, photos, tmp_path, capsys):
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    write_image(targets / "gray.png", Image(read_image(photos / "gray.jpg").pixels))
+    write_image(targets / "wide.png", Image(read_image(photos / "gray.jpg").pixels))
+    assert run(photos, tmp_path / "out", "--target", targets) == 1
+    error = capsys.readouterr().err
+    assert "colour.png: error: no target of that name" in error and "must have shape (9, 33, 3)" in error
+    assert names(tmp_path / "out") == ["gray.jpg"]
+
+
+def test_checkpoint_of_either_form(tmp_path, photos, capsys):
+    torch.manual_seed(0)
+    model = ipt_fast.create_model("ipt_v2_tiny")
+    torch.save({"params_ema": model.state_dict()}, tmp_path / "branches.pth")
+    model.reparameterize()
+    torch.save(model.state_dict(), tmp_path / "merged.pth")
+    outputs = []
+    for name in ("branches", "merged"):
+        out = tmp_path / f"{name}.png"
+        assert main(["restore", str(photos / "wide.tif"), str(out), "--checkpoint", str(tmp_path / f"{name}.pth")]) == 0
+        outputs.append(read_image(out).pixels.astype(int))
+    assert np.abs(outputs[0] - outputs[1]).max() <= 1
+    (tmp_path / "torn.pth").write_bytes(b"torn")
+    arguments = [
+        "restore",
+        str(photos / "wide.tif"),
+        str(tmp_path / "x.png"),
+        "--checkpoint",
+        str(tmp_path / "torn.pth"),
+    ]
+    assert main(arguments) == 2
+    assert "torn.pth" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_backends(run, photos, tmp_path, backend):
+    assert run(photos / "wide.tif", tmp_path / "out.png", "--backend", backend) == 0
+
+
+def test_inputs_are_never_overwritten(run, photos, capsys):
+    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+    for arguments in (
+        [photos, photos],
+        [photos / "colour.png", photos / "colour.png"],
+        [photos / "wide.tif", photos / ".." / "photos"],
+    ):
+        assert run(*arguments, "--overwrite") == 2
+        assert "is an input and would be overwritten" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_two_images_never_become_one_file(run, photos, tmp_path, capsys):
+    (photos / "more").mkdir()
+    write_image(photos / "more" / "wide.tif", Image(np.zeros((4, 4, 3), np.uint8)))
+    assert run(f"{photos}/**/*.tif", tmp_path / "out") == 2
+    assert "would both be written to" in capsys.readouterr().err
+
+
+def test_unwritable_folder_is_told_before_any_work(run, photos, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert run(photos, tmp_path / "file" / "out") == 2
+    assert "cannot write to folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{photos}", "{out}.png"], "OUT must be a folder for several images"),
+        (["{photos}/none*.png", "{out}"], "no image to restore"),
+        (["{photos}/none.png", "{out}"], "no image to restore"),
+        (["{photos}", "{out}", "--target", "{photos}/none"], "no such target"),
+        (["{photos}", "{out}", "--target", "{photos}/gray.jpg"], "--target must be a folder for several images"),
+        (["{photos}", "{out}", "--noise", "5", "--target", "{photos}"], "leave out --target"),
+        (["{photos}", "{out}", "--noise", "-5"], "--noise must be finite and at least 0"),
+        (["{photos}", "{out}", "--tile", "3"], "tile must be"),
+        (["{photos}", "{out}", "--task", "denoise"], "task must be None for IPTV2"),
+        (["{photos}", "{out}", "--device", "nowhere"], "device nowhere cannot be used"),
+    ],
+)
+def test_wrong_calls_exit_with_2(run, photos, tmp_path, capsys, arguments, message):
+    arguments = [argument.format(photos=photos, out=tmp_path / "out") for argument in arguments]
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*/*"))
+
+
+def test_unknown_model_and_bad_tile_exit_with_2(photos, tmp_path, capsys):
+    assert main(["restore", str(photos), str(tmp_path / "out"), "--model", "unknown"]) == 2
+    assert "unknown" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        main(["restore", str(photos), str(tmp_path / "out"), "--tile", "big"])
+    assert exit.value.code == 2 and "must be auto, whole or a size" in capsys.readouterr().err
