@@ -52,4 +52,4 @@ $(VENV)/.installed: $(VENV)/.torch setup.py CMakeLists.txt pyproject.toml $(CSRC
 
 # Other people's implementations to compare with. Tests that need them are skipped where they cannot be had.
 $(VENV)/.oracles: $(VENV)/.torch
-	-$(PIP) install --no-deps torchvision==0.28.0 spandrel spandrel_extra_arches timm && $(PIP) install einops pyyaml && touch $@
+	-$(PIP) install --retries 1 --no-deps torchvision==0.28.0 spandrel spandrel_extra_arches timm && $(PIP) install einops pyyaml && touch $@

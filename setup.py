@@ -94,7 +94,7 @@ class CMakeBuild(build_ext):
         import torch
 
         if os.environ.get("FORCE_CUDA", "0") not in ("", "0") or os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            say("FORCE_CUDA or TORCH_CUDA_ARCH_LIST is set, but this version has no CUDA sources: building for CPU only")
+            say("FORCE_CUDA or TORCH_CUDA_ARCH_LIST is set, but this version has no CUDA sources: CPU only")
         program, *arguments = shlex.split(find_compiler()[0])
         torch_dir = Path(torch.__file__).parent
         options = {

@@ -144,6 +144,7 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
     constexpr int64_t kRun = 8;  // pixels added up in fp32; a few short sums round less than one long one
     float mean_h[kBlockPixels], slope[kBlockPixels];
     const float channels = static_cast<float>(p.channels);
+    const bool centered = p.centered;
     for (int64_t index = begin; index < end; ++index) {
         const Block block(p, index);
         const Rows x = load_rows<T>(p, p.x, block, scratch);
@@ -153,7 +154,7 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
             const int64_t last = first + kLanes < block.count ? first + kLanes : block.count;
             Vec sums_h[kLanes]{}, sums_hn[kLanes]{};
             for (int64_t i = first; i < last; ++i) {
-                const float mean = p.centered ? s.mean[i] : 0.0f, rest = p.centered ? s.rest[i] : 0.0f;
+                const float mean = centered ? s.mean[i] : 0.0f, rest = centered ? s.rest[i] : 0.0f;
                 Vec sum_h{}, sum_hn{};
                 for (int64_t c = 0; c < p.padded_channels; c += kLanes) {
                     const Vec h = load(grad.data + i * grad.stride + c) * load(p.weight + c);
@@ -163,7 +164,7 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
                 sums_h[i - first] = sum_h;
                 sums_hn[i - first] = sum_hn;
             }
-            store(mean_h + first, p.centered ? sum_each(sums_h) / channels : Vec{});
+            store(mean_h + first, centered ? sum_each(sums_h) / channels : Vec{});
             store(slope + first, sum_each(sums_hn) / channels / load(s.variance + first));
         }
         T* out = static_cast<T*>(p.out) + (block.image * p.pixels + block.first) * p.channels;
@@ -178,7 +179,7 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
                     const Vec g = load(grad.data + i * grad.stride + c);
                     const Vec d = value - s.mean[i] - s.rest[i];
                     sum_g += g;
-                    sum_gn += g * ((p.centered ? d : value) * s.rstd[i]);
+                    sum_gn += g * ((centered ? d : value) * s.rstd[i]);
                     const Vec dx = s.rstd[i] * (g * weight - mean_h[i] - d * slope[i]);
                     store(out + i * p.channels + c, dx, count);
                 }

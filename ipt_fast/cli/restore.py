@@ -94,8 +94,8 @@ def run(args) -> int:
     )
     failed = 0
     # Fractions of an image count, so that one large image has a progress and an ETA too.
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with use_backend(args.backend), tqdm(total=len(pending), bar_format=layout, disable=None) as bar:
+    layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with use_backend(args.backend), tqdm(total=len(pending), bar_format=layout, leave=False, disable=None) as bar:
         for index, (source, destination) in enumerate(pending):
             bar.set_description(f"{source.name} ({index + 1}/{len(pending)})")
             restorer.progress = lambda done, total, index=index: _advance(bar, index + done / total)

@@ -19,10 +19,16 @@ class _Preset:
 
 
 _PRESETS = {
-    "ipt_v2_tiny": _Preset(IPTV2, dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1), "ipt_v2_tiny"),
+    "ipt_v2_tiny": _Preset(
+        IPTV2,
+        dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1),
+        "ipt_v2_tiny",
+    ),
     "ipt_v2_small": _Preset(IPTV2, dict(width=32, depths=(4, 6, 6, 8), refinement=0, window_size=32, grid_size=8)),
     "ipt_v2_base": _Preset(IPTV2, dict(width=48, depths=(4, 6, 6, 8), refinement=4, window_size=32, grid_size=16)),
-    "ipt_v2_base_plus": _Preset(IPTV2, dict(width=48, depths=(6, 8, 8, 10), refinement=6, window_size=32, grid_size=16)),
+    "ipt_v2_base_plus": _Preset(
+        IPTV2, dict(width=48, depths=(6, 8, 8, 10), refinement=6, window_size=32, grid_size=16)
+    ),
 }
 
 
@@ -56,7 +62,9 @@ def create_model(name, pretrained=False, **config):
     if "in_channels" in config:
         config.setdefault("out_channels", 3 if config["in_channels"] == 6 else config["in_channels"])
     if pretrained:
-        with importlib.resources.as_file(importlib.resources.files("ipt_fast") / "assets" / preset.pretrained) as folder:
+        with importlib.resources.as_file(
+            importlib.resources.files("ipt_fast") / "assets" / preset.pretrained
+        ) as folder:
             return preset.model.from_pretrained(folder, **config)
     return preset.model(_pretrained.build_config(preset.model.config_class, {**preset.config, **config}))
 

@@ -69,10 +69,10 @@ class GlobalGridSelfAttention(nn.Module):
         self.grid_size = grid_size
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
         self.project = nn.Conv2d(channels, channels, 1, bias=False)
-        self.bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * grid_size - 1) ** 2, num_heads), std=0.02))
+        self.bias_table = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty((2 * grid_size - 1) ** 2, num_heads), std=0.02)
+        )
 
     def forward(self, x):
-        attended = ops.grid_attention(
-            self.qkv(x), self.bias_table, num_heads=self.num_heads, grid_size=self.grid_size
-        )
+        attended = ops.grid_attention(self.qkv(x), self.bias_table, num_heads=self.num_heads, grid_size=self.grid_size)
         return self.project(attended)

@@ -64,9 +64,9 @@ class Operator:
         self.name = function.__name__
         self.arguments = tuple(inspect.signature(function).parameters)
         self.images, self.weights = images, weights
-        types = [argument.split()[0] for argument in schema.split(",")]
-        self.tensors = tuple(name for name, kind in zip(self.arguments, types) if kind.startswith("Tensor"))
-        self.optional = {name for name, kind in zip(self.arguments, types) if kind == "Tensor?"}
+        types = self._by_name(argument.split()[0] for argument in schema.split(","))
+        self.tensors = tuple(name for name, kind in types.items() if kind in ("Tensor", "Tensor?"))
+        self.optional = {name for name, kind in types.items() if kind == "Tensor?"}
         self.cast = {*images, *weights} if autocast else set()
         self.output_shape = output_shape
         self.formula = reference
@@ -76,6 +76,9 @@ class Operator:
 
     def __call__(self, *args):
         return self._forward_op(*args)
+
+    def _by_name(self, args):
+        return dict(zip(self.arguments, args, strict=True))
 
     # -- checks -------------------------------------------------------------------------------------------------
 
@@ -122,7 +125,9 @@ class Operator:
     # -- the reference backend ----------------------------------------------------------------------------------
 
     def _call_reference(self, *args):
-        return self.formula(args[0], **dict(zip(self.arguments[1:], args[1:])))
+        first, *others = self.arguments
+        values = self._by_name(args)
+        return self.formula(values[first], **{name: values[name] for name in others})
 
     def _reference_backward(self, grad, *args):
         with _with_autograd(), torch.enable_grad():
@@ -130,7 +135,7 @@ class Operator:
             out = self._call_reference(*args)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         grads = iter(torch.autograd.grad(out, tensors, grad.clone()))  # a gradient may be its view, never an alias
-        values = dict(zip(self.arguments, args))
+        values = self._by_name(args)
         return [None if values[name] is None else next(grads) for name in self.tensors]
 
     # -- registration -------------------------------------------------------------------------------------------
@@ -157,15 +162,14 @@ class Operator:
         def backward(ctx, grad):
             saved = iter(ctx.saved_tensors)
             inputs = [next(saved) if other is None else other[0] for other in ctx.others]
-            grads = dict(zip(self.tensors, self._backward_op(grad, *inputs, ctx.backend)))
-            return tuple(grads[name] if isinstance(v, torch.Tensor) else None for name, v in zip(names, inputs))
+            grads = dict(zip(self.tensors, self._backward_op(grad, *inputs, ctx.backend), strict=True))
+            values = self._by_name(inputs)
+            return tuple(grads[name] if isinstance(values[name], torch.Tensor) else None for name in names)
 
         def no_second_derivative(ctx, *grads):
             raise RuntimeError(f"ipt_fast.ops.{self.name} cannot be differentiated twice")
 
-        torch.library.register_autograd(
-            f"ipt_fast::{self.name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"ipt_fast::{self.name}", backward, setup_context=setup_context, lib=_library)
         torch.library.register_autograd(f"ipt_fast::{backward_name}", no_second_derivative, lib=_library)
 
         for device in AUTOCAST_DEVICES:
@@ -184,7 +188,7 @@ class Operator:
         def run(*args):
             args = [
                 value.to(self._dtype_after_autocast(name, value)) if name in self.cast else value
-                for name, value in zip(self.arguments, args)
+                for name, value in self._by_name(args).items()
             ]
             with torch._C._ExcludeDispatchKeyGuard(excluded):
                 return self._forward_op(*args)
@@ -198,8 +202,8 @@ class Operator:
     def _run_backward(self, grad, *args):
         *args, backend = args
         kernel = self.kernels[_select.choose(self, args, demanded=backend)]
-        values = dict(zip(self.arguments, args))
-        grads = zip(self.tensors, kernel.backward(grad, *args))
+        values = self._by_name(args)
+        grads = zip(self.tensors, kernel.backward(grad, *args), strict=True)
         return tuple(self._gradient_like(name, values[name], value) for name, value in grads)
 
     def _gradient_like(self, name, tensor, value=None):
@@ -208,9 +212,7 @@ class Operator:
             return torch.empty(0)
         image = name in self.images
         if value is None:
-            return torch.empty_like(
-                tensor, memory_format=torch.channels_last if image else torch.contiguous_format
-            )
+            return torch.empty_like(tensor, memory_format=torch.channels_last if image else torch.contiguous_format)
         return as_channels_last(value) if image else value.contiguous()
 
     def _fake_forward(self, *args):
@@ -219,5 +221,5 @@ class Operator:
         return torch.empty(self.output_shape(*args), dtype=first.dtype, device=first.device, memory_format=layout)
 
     def _fake_backward(self, grad, *args):
-        values = dict(zip(self.arguments, args))
+        values = self._by_name(args[:-1])
         return tuple(self._gradient_like(name, values[name]) for name in self.tensors)

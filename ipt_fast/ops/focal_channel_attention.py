@@ -5,9 +5,7 @@ from . import _check
 from ._operator import Operator
 
 
-def focal_channel_attention(
-    qkv, temperature, token_weight, top_weight, bottom_weight, *, num_heads, window_size
-):
+def focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, *, num_heads, window_size):
     """Channel attention in windows and in cyclically shifted windows, merged (IPT-V2, section 3.3, eq. 2 and 3).
 
     In each window and head A = softmax(Q̂ K̂ᵀ / α), F = A V, where Q̂ and K̂ are w_t Q and w_t K with every channel

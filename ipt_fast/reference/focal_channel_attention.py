@@ -8,9 +8,7 @@ from .channel_attention import attend
 
 
 @in_full_precision
-def focal_channel_attention(
-    qkv, temperature, token_weight, top_weight, bottom_weight, *, num_heads, window_size
-):
+def focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, *, num_heads, window_size):
     """w_top * F_top + w_bottom * F_bottom: channel attention in windows and in cyclically shifted windows.
 
     Each branch is softmax(Q̂ K̂ᵀ / α) V with Q̂, K̂ the normalised w_t Q, w_t K; α is ``temperature``. The map is

@@ -1,0 +1,57 @@
+"""Plain PyTorch, the rival: the same formulas with every intermediate in the tested dtype."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from ipt_fast import ops, reference
+from ipt_fast.reference._windows import pad_to_multiple
+from ipt_fast.reference.grid_attention import lattice, relative_position_index
+
+
+def formula(name):
+    """The undecorated formula of an operator: called with all tensors in one dtype it never leaves that dtype."""
+    return getattr(reference, name).formula
+
+
+@contextlib.contextmanager
+def plain_eager(**overrides):
+    """Inside, the modules of ipt_fast run on plain PyTorch; ``overrides`` replace the formulas of some operators."""
+    saved = {name: getattr(ops, name) for name in ops.__all__}
+    try:
+        for name in saved:
+            setattr(ops, name, overrides.get(name, formula(name)))
+        yield
+    finally:
+        for name, operator in saved.items():
+            setattr(ops, name, operator)
+
+
+def native_layer_norm(x, weight, bias=None, *, eps=1e-5, centered=True):
+    """The centred norm by PyTorch's own kernel, which works on the last axis."""
+    if not centered:
+        return formula("layer_norm_2d")(x, weight, bias, eps=eps, centered=False)
+    return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+
+
+def sdpa_grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
+    """Grid attention with the core by scaled_dot_product_attention."""
+    batch, packed, height, width = qkv.shape
+    qkv = pad_to_multiple(qkv, grid_size, grid_size)
+    rows, columns = qkv.shape[2:]
+    q, k, v = (lattice(t, num_heads, grid_size).flatten(0, 2) for t in qkv.chunk(3, dim=1))
+    mask = None
+    if bias_table is not None:
+        mask = bias_table[relative_position_index(grid_size, qkv.device)].permute(2, 0, 1)[None]
+    if (rows, columns) != (height, width):
+        inside = pad_to_multiple(torch.ones(1, 1, height, width, device=qkv.device), grid_size, grid_size)
+        outside = lattice(inside, 1, grid_size).flatten(0, 2).transpose(-2, -1) == 0
+        outside = outside.repeat(batch, 1, 1, 1)
+        mask = torch.zeros_like(outside, dtype=q.dtype).masked_fill(outside, float("-inf")) + (
+            0 if mask is None else mask
+        )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    cubby = (rows // grid_size, columns // grid_size)
+    out = out.reshape(batch, *cubby, num_heads, grid_size, grid_size, -1).permute(0, 3, 6, 4, 1, 5, 2)
+    return out.reshape(batch, packed // 3, rows, columns)[..., :height, :width]

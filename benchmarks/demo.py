@@ -1,0 +1,74 @@
+"""``make demo``: a noisy photo restored on the CPU, with the time of plain PyTorch beside it.
+
+The photo and the weights ship with the package, so nothing is downloaded.
+"""
+
+import argparse
+import importlib.resources
+import pathlib
+import statistics
+
+import numpy as np
+import PIL.Image
+import torch
+
+import ipt_fast
+from benchmarks.baseline import plain_eager
+from benchmarks.measure import seconds
+from ipt_fast.evaluation.figures import side_by_side
+from ipt_fast.evaluation.metrics import psnr
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
+    parser.add_argument("--sigma", type=float, default=25, help="noise added to the photo, on the 0..255 scale")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo_output"), help="folder of the pictures")
+    args = parser.parse_args()
+
+    with importlib.resources.files("ipt_fast").joinpath("assets", "chelsea.png").open("rb") as file:
+        clean = np.asarray(PIL.Image.open(file).convert("RGB"))
+    noise = np.random.RandomState(0).normal(0, args.sigma / 255, clean.shape)
+    noisy = (clean / 255 + noise).astype(np.float32)
+    model = ipt_fast.create_model("ipt_v2_tiny", pretrained=True, merged=True)
+    restored = ipt_fast.restore(noisy, model, tile=None, dtype="float32")
+
+    x = torch.from_numpy(noisy).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+
+    def plain():
+        with plain_eager(), torch.inference_mode():
+            return model(x)
+
+    def chosen():
+        with torch.inference_mode():
+            return model(x)
+
+    for call in (plain, chosen):
+        call()
+    rounds = [(seconds(plain), seconds(chosen)) for _ in range(args.rounds)]
+    plain_time, chosen_time = (statistics.median(column) for column in zip(*rounds, strict=True))
+    output = chosen()
+    with ipt_fast.use_backend("reference"):
+        difference = (output - chosen()).abs().max().item()
+
+    eight_bit = [np.rint(image.clip(0, 1) * 255).astype(np.uint8) for image in (noisy, restored)]
+    before, after = (psnr(image, clean, data_range=255) for image in eight_bit)
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = side_by_side(
+        [(f"noisy, sigma {args.sigma:g}", eight_bit[0]), ("restored", eight_bit[1]), ("original", clean)]
+    )
+    picture.save(args.out / "comparison.png")
+
+    height, width = clean.shape[:2]
+    print(f"photo                        {width} x {height}, Gaussian noise σ = {args.sigma:g}")
+    print(f"model                        ipt_v2_tiny, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"PSNR before / after          {before:.2f} dB / {after:.2f} dB")
+    print(f"plain eager PyTorch          {plain_time * 1e3:.0f} ms (float32, channels-last, median of {args.rounds})")
+    print(f"ipt_fast                     {chosen_time * 1e3:.0f} ms, {plain_time / chosen_time:.2f} times as fast")
+    print(f"largest difference           {difference:.1e} (from the reference, values in [0, 1])")
+    print(f"pictures                     {args.out / 'comparison.png'}")
+
+
+if __name__ == "__main__":
+    main()

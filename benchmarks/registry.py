@@ -1,0 +1,150 @@
+"""Every operator and the shipped model once: inputs, FLOPs, bytes and rivals.
+
+Operators have the sizes of IPT-V2 small, level 1, on a 256 x 256 image.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ipt_fast
+from benchmarks import baseline
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainModel:
+    """A model of ipt_fast run on plain PyTorch."""
+
+    call: Callable
+
+    def __call__(self, *inputs):
+        with baseline.plain_eager():
+            return self.call(*inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measured call.
+
+    ``inputs(dtype)`` makes the tensors, images channels-last; ``ours`` and every rival take ``(*inputs, **keywords)``.
+    """
+
+    name: str
+    inputs: Callable
+    ours: Callable
+    rivals: dict
+    keywords: dict = dataclasses.field(default_factory=dict)
+
+    def compiled(self, name):
+        """The rival ``name`` under torch.compile, for the sizes of this case."""
+        rival = self.rivals[name]
+        if isinstance(rival, PlainModel):
+            return PlainModel(torch.compile(rival.call, dynamic=False))
+        return torch.compile(rival, dynamic=False)
+
+    def flops(self, inputs):
+        """Matrix products and convolutions by the operators' registered formulas, 2 per multiply-accumulate."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.ours(*inputs, **self.keywords)
+        return counter.get_total_flops()
+
+    def bytes(self, inputs):
+        """Every input read once and the output written once."""
+        with torch.no_grad():
+            out = self.ours(*inputs, **self.keywords)
+        return sum(t.numel() * t.element_size() for t in (*inputs, out))
+
+
+def image(channels, size=256, batch=1):
+    def make(dtype):
+        x = torch.rand(batch, channels, size, size, dtype=dtype) - 0.5
+        return x.contiguous(memory_format=torch.channels_last)
+
+    return make
+
+
+def parameter(*shape):
+    """Small but not zero, so that nothing is trivial."""
+    return lambda dtype: (torch.rand(*shape) - 0.5).add_(0.75).to(dtype)
+
+
+def _inputs(*makers):
+    return lambda dtype: [make(dtype) for make in makers]
+
+
+def _operator(label, operator, makers, keywords=None, **rivals):
+    """A case whose rivals are the plain formula, eager and compiled, besides those given."""
+    plain = baseline.formula(operator)
+    return Case(label, _inputs(*makers), getattr(ipt_fast.ops, operator), {"eager": plain, **rivals}, keywords or {})
+
+
+def _model(name, size):
+    """A whole model in merged form, as a function of the image and of every parameter."""
+    torch.manual_seed(0)
+    model = ipt_fast.create_model(name, merged=True).eval()
+    parameters = dict(model.named_parameters())
+
+    def inputs(dtype):
+        weights = [p.detach().to(dtype) for p in parameters.values()]
+        return [
+            image(3, size)(dtype),
+            *(w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w for w in weights),
+        ]
+
+    def call(x, *weights):
+        return torch.func.functional_call(model, dict(zip(parameters, weights, strict=True)), (x,))
+
+    return Case(f"{name} 1x3x{size}x{size}", inputs, call, {"eager": PlainModel(call)})
+
+
+CASES = [
+    _operator(
+        "layer_norm_2d bias-free 1x32x256x256",
+        "layer_norm_2d",
+        [image(32), parameter(32)],
+        {"centered": False},
+    ),
+    _operator(
+        "layer_norm_2d with bias 1x32x256x256",
+        "layer_norm_2d",
+        [image(32), parameter(32), parameter(32)],
+        native=baseline.native_layer_norm,
+    ),
+    _operator(
+        "channel_attention 1x32x256x256",
+        "channel_attention",
+        [image(32), image(32), image(32), parameter(1)],
+        {"num_heads": 1},
+    ),
+    _operator(
+        "focal_channel_attention 1x32x256x256 p32",
+        "focal_channel_attention",
+        [image(96), parameter(1), *[parameter(1, 32, 32)] * 3],
+        {"num_heads": 1, "window_size": 32},
+    ),
+    _operator(
+        "grid_attention 1x32x256x256 g8",
+        "grid_attention",
+        [image(96), parameter(225, 1)],
+        {"num_heads": 1, "grid_size": 8},
+        sdpa=baseline.sdpa_grid_attention,
+    ),
+    _operator(
+        "leffn 1x32x256x256",
+        "leffn",
+        [image(32), parameter(128, 32, 1, 1), parameter(128, 1, 5, 5), parameter(32, 128, 1, 1)],
+    ),
+    _operator(
+        "merge_pointwise 256-512-1024",
+        "merge_pointwise",
+        [parameter(512, 256, 1, 1), parameter(1024, 512, 1, 1)],
+    ),
+    _operator(
+        "merge_depthwise 1024",
+        "merge_depthwise",
+        [parameter(1024, 1, 5, 5), parameter(1024, 1, 3, 3), parameter(1024, 1, 1, 1)],
+    ),
+    _model("ipt_v2_tiny", 256),
+]

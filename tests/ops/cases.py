@@ -1,0 +1,138 @@
+"""One or more calls of every operator, and the error rule by which their results are judged."""
+
+import torch
+
+from ipt_fast import ops, reference
+
+IMAGES = {"x", "q", "k", "v", "qkv"}
+WEIGHTS = {"expand_weight", "depthwise_weight", "project_weight", "first", "second", "k5", "k3", "k1"}
+OPERATORS = list(ops.__all__)
+MERGES = {"merge_pointwise", "merge_depthwise"}
+
+
+def _random(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def _layer_norm_2d(batch, height, width, *, channels=10, bias=True, centered=True):
+    tensors = {"x": _random(batch, channels, height, width) + 0.5, "weight": 1 + 0.3 * _random(channels)}
+    return tensors | ({"bias": _random(channels)} if bias else {}), {"eps": 1e-5, "centered": centered}
+
+
+def _channel_attention(batch, height, width, *, heads=2, depth=3, window=None):
+    tensors = {name: _random(batch, heads * depth, height, width) for name in "qkv"}
+    tensors["temperature"] = 0.5 + torch.rand(heads, dtype=torch.float64)
+    return tensors, {"num_heads": heads, "window_size": window}
+
+
+def _focal_channel_attention(batch, height, width, *, heads=2, depth=3, window=4):
+    tensors = {"qkv": _random(batch, 3 * heads * depth, height, width)}
+    tensors["temperature"] = 0.5 + torch.rand(heads, dtype=torch.float64)
+    for name in ("token_weight", "top_weight", "bottom_weight"):
+        tensors[name] = 1 + 0.3 * _random(heads, window, window)
+    return tensors, {"num_heads": heads, "window_size": window}
+
+
+def _grid_attention(batch, height, width, *, heads=2, depth=3, grid=3, bias=True):
+    tensors = {"qkv": _random(batch, 3 * heads * depth, height, width)}
+    if bias:
+        tensors["bias_table"] = _random((2 * grid - 1) ** 2, heads)
+    return tensors, {"num_heads": heads, "grid_size": grid}
+
+
+def _leffn(batch, height, width, *, channels=5, hidden=11, out=7, kernel=5):
+    return {
+        "x": _random(batch, channels, height, width),
+        "expand_weight": _random(hidden, channels, 1, 1) * channels**-0.5,
+        "depthwise_weight": _random(hidden, 1, kernel, kernel) / kernel,
+        "project_weight": _random(out, hidden, 1, 1) * hidden**-0.5,
+    }, {}
+
+
+def _merge_pointwise(*_):
+    return {"first": _random(5, 3, 1, 1), "second": _random(7, 5, 1, 1)}, {}
+
+
+def _merge_depthwise(*_, identity=True):
+    return {f"k{size}": _random(6, 1, size, size) for size in (5, 3, 1)}, {"identity": identity}
+
+
+# name of the call: (operator, builder(batch, height, width, **fields), fields)
+CALLS = {
+    "layer_norm_2d": ("layer_norm_2d", _layer_norm_2d, {}),
+    "layer_norm_2d/bias_free": ("layer_norm_2d", _layer_norm_2d, {"bias": False, "centered": False}),
+    "layer_norm_2d/33_channels": ("layer_norm_2d", _layer_norm_2d, {"channels": 33, "bias": False}),
+    "channel_attention": ("channel_attention", _channel_attention, {}),
+    "channel_attention/windows": ("channel_attention", _channel_attention, {"window": 4, "heads": 1, "depth": 5}),
+    "focal_channel_attention": ("focal_channel_attention", _focal_channel_attention, {}),
+    "focal_channel_attention/odd_window": ("focal_channel_attention", _focal_channel_attention, {"window": 5}),
+    "grid_attention": ("grid_attention", _grid_attention, {}),
+    "grid_attention/no_bias": ("grid_attention", _grid_attention, {"bias": False, "heads": 1, "grid": 4}),
+    "leffn": ("leffn", _leffn, {}),
+    "leffn/3x3": ("leffn", _leffn, {"kernel": 3, "out": 5}),
+    "merge_pointwise": ("merge_pointwise", _merge_pointwise, {}),
+    "merge_depthwise": ("merge_depthwise", _merge_depthwise, {}),
+    "merge_depthwise/no_identity": ("merge_depthwise", _merge_depthwise, {"identity": False}),
+}
+IMAGE_CALLS = [name for name, (operator, *_) in CALLS.items() if operator not in MERGES]
+
+
+def build(call, shape=(2, 7, 9), dtype=torch.float64, small_dtype=None):
+    """(operator name, tensors by argument name, other arguments by name) of a call, on random values."""
+    operator, builder, fields = CALLS[call]
+    tensors, options = builder(*shape, **fields)
+    return operator, cast(tensors, dtype, small_dtype), options
+
+
+def cast(tensors, dtype, small_dtype=None):
+    def of(name):
+        return dtype if name in IMAGES | WEIGHTS else small_dtype or dtype
+
+    return {name: value.detach().to(of(name)) for name, value in tensors.items()}
+
+
+def public(operator, tensors, options):
+    return getattr(ops, operator)(**tensors, **options)
+
+
+def forward_and_gradients(function, tensors, options, grad):
+    """{"out": …, argument: its gradient} of ``function(**tensors, **options)``."""
+    leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    out = function(**leaves, **options)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def exact(operator, tensors, options, grad):
+    """Output and gradients of the reference in fp64, on the same (already rounded) values."""
+    formula = getattr(reference, operator).formula
+    return forward_and_gradients(formula, cast(tensors, torch.float64), options, grad.double())
+
+
+def baseline(operator, tensors, options, grad):
+    """The formula from PyTorch operators with every intermediate in the dtype of the images and weights."""
+    dtype = next(iter(tensors.values())).dtype
+    formula = getattr(reference, operator).formula
+    return forward_and_gradients(formula, cast(tensors, dtype), options, grad)
+
+
+def error(value, truth):
+    """max |value - truth| / max |truth|; nan and inf count as infinitely wrong."""
+    assert value.shape == truth.shape
+    if truth.numel() == 0:
+        return 0.0
+    difference = (value.double() - truth).abs().max().item()
+    scale = truth.abs().max().item()
+    return float("inf") if difference != difference else difference / scale if scale else difference
+
+
+def assert_within_rule(got, truth, base, units=4):
+    """At most twice the baseline's error, thrice for gradients; ``units`` in the last place are always allowed."""
+    for name, value in got.items():
+        limits = torch.finfo(value.dtype)
+        scale = truth[name].abs().max().item() if truth[name].numel() else 1.0
+        floor = units * (limits.eps + limits.smallest_normal * limits.eps / (scale or 1.0))
+        of_base = error(base[name], truth[name])
+        allowed = max((2 if name == "out" else 3) * of_base if of_base < float("inf") else 0.0, floor)
+        found = error(value, truth[name])
+        assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"

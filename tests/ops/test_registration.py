@@ -1,0 +1,106 @@
+"""What PyTorch is told about the operators: schema, fakes, autograd, FLOPs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ipt_fast
+from tests.ops.cases import CALLS, OPERATORS, build, public
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def positional(operator, tensors, options):
+    """All arguments in the order of the schema, None for absent ones."""
+    names = [argument.name for argument in getattr(torch.ops.ipt_fast, operator).default._schema.arguments]
+    return [(tensors | options).get(name) for name in names]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck_forward(call, dtype):
+    operator, tensors, options = build(call, (2, 5, 6), dtype)
+    tensors = {name: value.requires_grad_() for name, value in tensors.items()}
+    torch.library.opcheck(getattr(torch.ops.ipt_fast, operator).default, positional(operator, tensors, options))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1)])
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck_forward_of_degenerate_sizes(call, shape):
+    operator, tensors, options = build(call, shape, torch.float32)
+    torch.library.opcheck(getattr(torch.ops.ipt_fast, operator).default, positional(operator, tensors, options))
+
+
+def assert_backward_checks(operator, tensors, options, backend):
+    grad = torch.randn_like(public(operator, tensors, options))
+    torch.library.opcheck(
+        getattr(torch.ops.ipt_fast, f"{operator}_backward").default,
+        [grad, *positional(operator, tensors, options), backend],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck_backward(call, dtype):
+    operator, tensors, options = build(call, (2, 5, 6), dtype)
+    for backend, reason in ipt_fast.explain(operator, **tensors, **options)[operator].items():
+        if reason is None:
+            assert_backward_checks(operator, tensors, options, backend)
+
+
+@pytest.mark.parametrize("call", ["layer_norm_2d", "grid_attention", "leffn"])
+def test_opcheck_of_non_contiguous_images(call):
+    operator, tensors, options = build(call, (2, 5, 6), torch.float32)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].transpose(2, 3)[..., ::2]
+    torch.library.opcheck(getattr(torch.ops.ipt_fast, operator).default, positional(operator, tensors, options))
+    assert_backward_checks(operator, tensors, options, "reference")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_meta_tensors(operator):
+    _, tensors, options = build(operator, (2, 5, 6), torch.float32)
+    expected = public(operator, tensors, options)
+    leaves = {name: value.to("meta").requires_grad_() for name, value in tensors.items()}
+    out = public(operator, leaves, options)
+    assert out.is_meta and out.shape == expected.shape and out.stride() == expected.stride()
+    out.sum().backward()
+    assert all(value.grad.shape == value.shape for value in leaves.values())
+
+
+def macs(operator, tensors, options):
+    """Multiply-accumulates of matrix products and convolutions, counted pixel by pixel from the formula."""
+    if operator == "merge_pointwise":
+        mid, cin = tensors["first"].shape[:2]
+        return tensors["second"].shape[0] * mid * cin
+    if operator in ("layer_norm_2d", "merge_depthwise"):
+        return 0
+    image = next(iter(tensors.values()))
+    batch, channels, height, width = image.shape
+    pixels = batch * height * width
+    if operator == "leffn":
+        hidden, kernel = tensors["expand_weight"].shape[0], tensors["depthwise_weight"].shape[-1]
+        return pixels * hidden * (channels + kernel**2 + tensors["project_weight"].shape[0])
+    if operator == "channel_attention":
+        return 2 * pixels * channels**2 // options["num_heads"]
+    if operator == "focal_channel_attention":
+        return 4 * pixels * (channels // 3) ** 2 // options["num_heads"]
+    cubby = [-(-size // options["grid_size"]) for size in (height, width)]
+    groups = [(i % cubby[0], j % cubby[1]) for i in range(height) for j in range(width)]
+    pairs = sum(groups.count(group) for group in groups)  # a query meets the keys of its group that exist
+    return 2 * batch * pairs * channels // 3
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 9), (1, 7, 5), (1, 2, 1)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("call", CALLS)
+def test_flops_forward_and_backward(call, device, shape):
+    operator, tensors, options = build(call, shape, torch.float32)
+    expected = 2 * macs(operator, tensors, options)
+    leaves = {name: value.to(device).requires_grad_() for name, value in tensors.items()}
+    with FlopCounterMode(display=False) as counter:
+        public(operator, leaves, options)
+    assert counter.get_total_flops() == expected
+    with FlopCounterMode(display=False) as counter:
+        public(operator, leaves, options).sum().backward()
+    assert counter.get_total_flops() == 3 * expected
