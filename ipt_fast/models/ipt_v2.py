@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN
+from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN, _check
 from ._pretrained import PretrainedModel
 
 NORMS = ("bias_free", "with_bias")
@@ -143,7 +143,7 @@ class IPTV2(PretrainedModel):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self._config = config
         width, depths, heads = config.width, config.depths, config.heads
         self.embed = nn.Conv2d(config.in_channels, width, 3, padding=1, bias=False)
         self.encoder = nn.ModuleList(_stage(config, width << i, heads[i], depths[i]) for i in range(3))
@@ -157,12 +157,7 @@ class IPTV2(PretrainedModel):
         self.output = nn.Conv2d(2 * width, config.out_channels, 3, padding=1, bias=False)
 
     def forward(self, x):
-        if x.dim() != 4 or x.shape[1] != self.config.in_channels or 0 in x.shape[2:]:
-            raise ValueError(
-                f"x must be (B, {self.config.in_channels}, H, W) with H and W at least 1; got {tuple(x.shape)}"
-            )
-        if not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor in [0, 1]; got {x.dtype}")
+        _check.image(x, self.embed.weight)
         if x.shape[0] == 0:  # pixel_unshuffle returns an empty batch in its old shape
             return self._residual(x).clone()
         height, width = x.shape[2:]
@@ -181,14 +176,19 @@ class IPTV2(PretrainedModel):
         return crop(features, height, width) + self._residual(x)
 
     def _residual(self, x):
-        config = self.config
+        config = self._config
         if config.in_channels == 2 * config.out_channels:
             return (x[:, : config.out_channels] + x[:, config.out_channels :]) / 2
         return x.expand(-1, config.out_channels, -1, -1)
+
+    @property
+    def config(self):
+        """The model's :class:`IPTV2Config`; ``merged`` tells the form that its feed-forward networks have now."""
+        forms = [module.merged for module in self.modules() if isinstance(module, RepLeFFN)]
+        return dataclasses.replace(self._config, merged=all(forms)) if forms else self._config
 
     def reparameterize(self):
         """Merge the branches of every feed-forward network, in place; idempotent."""
         for module in self.modules():
             if isinstance(module, RepLeFFN):
                 module.reparameterize()
-        self.config = dataclasses.replace(self.config, merged=True)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from . import _check
 
 
 def _check_sizes(channels, num_heads, name, size):
@@ -39,6 +40,7 @@ class FocalContextSelfAttention(nn.Module):
         self.bottom_weight = nn.Parameter(torch.full((num_heads, window_size, window_size), 0.5))
 
     def forward(self, x):
+        _check.image(x, self.qkv.weight)
         attended = ops.focal_channel_attention(
             self.depthwise(self.qkv(x)),
             self.temperature,
@@ -74,5 +76,6 @@ class GlobalGridSelfAttention(nn.Module):
         )
 
     def forward(self, x):
+        _check.image(x, self.qkv.weight)
         attended = ops.grid_attention(self.qkv(x), self.bias_table, num_heads=self.num_heads, grid_size=self.grid_size)
         return self.project(attended)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from . import _check
 
 
 class Reparameterized(nn.Module):
@@ -19,7 +20,6 @@ class Reparameterized(nn.Module):
     def __init__(self, merged):
         super().__init__()
         self.merged = merged
-        self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: module.merge_state(state, prefix))
 
     def merged_weight(self, *weights):
         raise NotImplementedError
@@ -49,6 +49,10 @@ class Reparameterized(nn.Module):
             weights = [state.pop(key) for key in keys]
             state[f"{prefix}weight"] = self.merged_weight(*(w.double() for w in weights)).to(weights[0].dtype)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.merge_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class RepPointwise(Reparameterized):
     """PW(PW(x)), or the one pointwise convolution it equals."""
@@ -65,6 +69,11 @@ class RepPointwise(Reparameterized):
 
     def merged_weight(self, first, second):
         return ops.merge_pointwise(first, second)
+
+    @property
+    def input_weight(self):
+        """The weight of the convolution that takes the input."""
+        return self.weight if self.merged else self.first.weight
 
     def merging_pays(self, tokens):
         """Whether merging and one convolution of ``tokens`` pixels take fewer multiplications than the two branches."""
@@ -131,15 +140,25 @@ class RepLeFFN(nn.Module):
         self.depthwise = RepDepthwise(hidden, kernel_size, merged)
         self.project = RepPointwise(hidden, inner, channels, merged)
 
+    @property
+    def merged(self):
+        """Whether all three convolutions are merged."""
+        return all(convolution.merged for convolution in (self.expand, self.depthwise, self.project))
+
     def reparameterize(self):
         """Merge the branches, in place; idempotent."""
         for convolution in (self.expand, self.depthwise, self.project):
             convolution.reparameterize()
 
     def forward(self, x):
-        # A compiled graph serves all sizes, so it must not branch on the size.
-        tokens = x.shape[0] * x.shape[2] * x.shape[3] if x.dim() == 4 and not torch.compiler.is_compiling() else None
-        if tokens is not None and not (self.expand.merging_pays(tokens) and self.project.merging_pays(tokens)):
+        _check.image(x, self.expand.input_weight)
+        if self._branches_are_cheaper(x):
             return self.project(self.depthwise(F.gelu(self.expand(x))))
         weights = (self.expand.current_weight(), self.depthwise.current_weight(), self.project.current_weight())
         return ops.leffn(x, *weights)
+
+    def _branches_are_cheaper(self, x):
+        if torch.compiler.is_compiling():  # a compiled graph serves all sizes, so it must not branch on the size
+            return False
+        tokens = x.shape[0] * x.shape[2] * x.shape[3]
+        return not (self.expand.merging_pays(tokens) and self.project.merging_pays(tokens))

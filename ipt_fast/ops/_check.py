@@ -1,11 +1,25 @@
 """Checks of arguments that several operators share. Each error names the argument, what came and what is allowed."""
 
+import math
+
 
 def positive_int(operator, name, value):
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{operator}: {name} must be an int; got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{operator}: {name} must be at least 1; got {value}")
+
+
+def positive_number(operator, name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{operator}: {name} must be a number; got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{operator}: {name} must be positive and finite; got {value}")
+
+
+def flag(operator, name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{operator}: {name} must be True or False; got {value!r}")
 
 
 def heads_divide(operator, channels, num_heads):

@@ -18,7 +18,7 @@ def explain(op=None, *args, **kwargs):
         "reference" on the CPU and of "cuda", "triton", "reference" on NVIDIA GPUs, unless ``use_backend`` demands one.
 
     Raises:
-        ValueError: no operator of that name. TypeError: the arguments do not fit its signature.
+        ValueError, TypeError: no operator of that name, or arguments that it does not take.
     """
     names = list(OPERATORS) if op is None else [getattr(op, "__name__", op)]
     if names[0] not in OPERATORS:
@@ -32,6 +32,7 @@ def explain(op=None, *args, **kwargs):
         if args or kwargs:
             bound = inspect.signature(operator.function).bind(*args, **kwargs)
             bound.apply_defaults()
+            operator.check_tensors(*(bound.arguments[name] for name in operator.tensors))
             call = tuple(bound.arguments.values())
         table[name] = {backend: reason_against(operator, backend, call) for backend in BACKENDS}
     return table

@@ -35,12 +35,13 @@ def as_channels_last(x):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
 
 
-def _with_autograd():
-    """Make autograd record inside a kernel, where the dispatcher has switched it off."""
-    keys = torch._C.DispatchKey
+def _autograd_without_autocast():
+    """Make autograd record inside a kernel, where the dispatcher has switched it off, and nothing be cast."""
+    keys, key_set = torch._C.DispatchKey, torch._C.DispatchKeySet
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.AutogradFunctionality):
-        excluded = excluded - torch._C.DispatchKeySet(key)
+        excluded = excluded - key_set(key)
+    excluded = excluded | key_set(keys.AutocastCPU) | key_set(keys.AutocastCUDA)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
@@ -130,11 +131,12 @@ class Operator:
         return self.formula(values[first], **{name: values[name] for name in others})
 
     def _reference_backward(self, grad, *args):
-        with _with_autograd(), torch.enable_grad():
+        with _autograd_without_autocast(), torch.enable_grad():
             args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
             out = self._call_reference(*args)
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        grads = iter(torch.autograd.grad(out, tensors, grad.clone()))  # a gradient may be its view, never an alias
+            # A gradient may be a view of the upstream one, which must not come back as an alias.
+            grads = iter(torch.autograd.grad(out, tensors, grad.clone()))
         values = self._by_name(args)
         return [None if values[name] is None else next(grads) for name in self.tensors]
 

@@ -30,8 +30,8 @@ def layer_norm_2d(x, weight, bias=None, *, eps=1e-5, centered=True):
     _check.shape("layer_norm_2d", "weight", weight, (x.shape[1],))
     if bias is not None:
         _check.shape("layer_norm_2d", "bias", bias, (x.shape[1],))
-    if not eps > 0:
-        raise ValueError(f"layer_norm_2d: eps must be positive; got {eps}")
+    _check.positive_number("layer_norm_2d", "eps", eps)
+    _check.flag("layer_norm_2d", "centered", centered)
     return _operator(x, weight, bias, eps, centered)
 
 

@@ -49,6 +49,7 @@ def merge_depthwise(k5, k3, k1, identity=True):
     _check.depthwise_weight("merge_depthwise", "k5", k5, None, 5)
     _check.depthwise_weight("merge_depthwise", "k3", k3, k5.shape[0], 3)
     _check.depthwise_weight("merge_depthwise", "k1", k1, k5.shape[0], 1)
+    _check.flag("merge_depthwise", "identity", identity)
     return _depthwise(k5, k3, k1, identity)
 
 

@@ -13,13 +13,14 @@ def in_full_precision(formula):
     """
 
     @functools.wraps(formula)
-    def reference(first, *args, **kwargs):
+    def reference(*args, **kwargs):
+        first = next(iter((*args, *kwargs.values())))
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
 
         def widen(value):
             return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
-        out = formula(widen(first), *map(widen, args), **{name: widen(value) for name, value in kwargs.items()})
+        out = formula(*map(widen, args), **{name: widen(value) for name, value in kwargs.items()})
         return out.to(first.dtype)
 
     reference.formula = formula

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ipt_fast
 from tests.ops.cases import CALLS, OPERATORS, build, public
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16]
+VARIANTS = [call for call in CALLS if "/" in call]
 
 
 def positional(operator, tensors, options):
@@ -17,16 +18,16 @@ def positional(operator, tensors, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", OPERATORS)
 def test_opcheck_forward(call, dtype):
-    operator, tensors, options = build(call, (2, 5, 6), dtype)
+    operator, tensors, options = build(call, (2, 5, 6), dtype, small_dtype=torch.float32)
     tensors = {name: value.requires_grad_() for name, value in tensors.items()}
     torch.library.opcheck(getattr(torch.ops.ipt_fast, operator).default, positional(operator, tensors, options))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1)])
-@pytest.mark.parametrize("call", CALLS)
-def test_opcheck_forward_of_degenerate_sizes(call, shape):
+@pytest.mark.parametrize("shape", [(2, 5, 6), (1, 1, 1)])
+@pytest.mark.parametrize("call", VARIANTS)
+def test_opcheck_forward_of_other_options_and_a_pixel(call, shape):
     operator, tensors, options = build(call, shape, torch.float32)
     torch.library.opcheck(getattr(torch.ops.ipt_fast, operator).default, positional(operator, tensors, options))
 
@@ -39,10 +40,9 @@ def assert_backward_checks(operator, tensors, options, backend):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("call", "dtype"), [(c, d) for c in CALLS for d in DTYPES if d == DTYPES[0] or c in OPERATORS])
 def test_opcheck_backward(call, dtype):
-    operator, tensors, options = build(call, (2, 5, 6), dtype)
+    operator, tensors, options = build(call, (2, 5, 6), dtype, small_dtype=torch.float32)
     for backend, reason in ipt_fast.explain(operator, **tensors, **options)[operator].items():
         if reason is None:
             assert_backward_checks(operator, tensors, options, backend)
