@@ -1,6 +1,13 @@
-"""The check of a module's input, shared by the modules and the models."""
+"""Checks that the modules and the models share."""
 
 import torch
+
+
+def positive_ints(**values):
+    """Check that every value is an int of at least 1."""
+    for name, value in values.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
 
 
 def _autocast(device):

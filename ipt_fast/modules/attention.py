@@ -7,10 +7,7 @@ from .. import ops
 from . import _check
 
 
-def _check_sizes(channels, num_heads, name, size):
-    for argument, value in (("channels", channels), ("num_heads", num_heads), (name, size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be an int of at least 1; got {value!r}")
+def _check_heads(channels, num_heads):
     if channels % num_heads:
         raise ValueError(f"channels must be divisible by num_heads; got {channels} and {num_heads}")
 
@@ -28,7 +25,8 @@ class FocalContextSelfAttention(nn.Module):
 
     def __init__(self, channels, num_heads, window_size):
         super().__init__()
-        _check_sizes(channels, num_heads, "window_size", window_size)
+        _check.positive_ints(channels=channels, num_heads=num_heads, window_size=window_size)
+        _check_heads(channels, num_heads)
         self.num_heads = num_heads
         self.window_size = window_size
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
@@ -66,7 +64,8 @@ class GlobalGridSelfAttention(nn.Module):
 
     def __init__(self, channels, num_heads, grid_size):
         super().__init__()
-        _check_sizes(channels, num_heads, "grid_size", grid_size)
+        _check.positive_ints(channels=channels, num_heads=num_heads, grid_size=grid_size)
+        _check_heads(channels, num_heads)
         self.num_heads = num_heads
         self.grid_size = grid_size
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)

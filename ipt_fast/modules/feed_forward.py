@@ -130,11 +130,9 @@ class RepLeFFN(nn.Module):
 
     def __init__(self, channels, ratio=4, inner_ratio=2, kernel_size=5, merged=False):
         super().__init__()
-        for name, value in (("channels", channels), ("ratio", ratio), ("inner_ratio", inner_ratio)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
+        _check.positive_ints(channels=channels, ratio=ratio, inner_ratio=inner_ratio, kernel_size=kernel_size)
         if kernel_size != 5 and not (merged and kernel_size % 2 == 1):
-            raise ValueError(f"kernel_size must be 5, or odd in merged form; got {kernel_size!r}")
+            raise ValueError(f"kernel_size must be 5, or odd in merged form; got {kernel_size}")
         hidden, inner = ratio * channels, inner_ratio * channels
         self.expand = RepPointwise(channels, inner, hidden, merged)
         self.depthwise = RepDepthwise(hidden, kernel_size, merged)

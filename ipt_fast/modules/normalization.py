@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from . import _check
 
 
 class LayerNorm2d(nn.Module):
@@ -20,6 +21,9 @@ class LayerNorm2d(nn.Module):
 
     def __init__(self, channels, eps=1e-5, bias=True, centered=True):
         super().__init__()
+        _check.positive_ints(channels=channels)
+        if not isinstance(eps, (int, float)) or not eps > 0:
+            raise ValueError(f"eps must be a positive number; got {eps!r}")
         self.eps = eps
         self.centered = centered
         self.weight = nn.Parameter(torch.ones(channels))

@@ -1,0 +1,38 @@
+"""``python -m benchmarks.table``: the README's tables, from the rows in benchmarks/results."""
+
+from benchmarks import results
+
+
+def newest(rows, *key):
+    """{values of the columns ``key``: row}, later rows replacing earlier ones."""
+    return {tuple(row[column] for column in key): row for row in rows}
+
+
+def denoising(path=results.FOLDER / "denoise.csv"):
+    """Mean PSNR of the shipped model before and after, one line per data set and noise level."""
+    lines = ["| data set | σ | images | noisy, dB | restored, dB | SSIM |", "|---|---|---|---|---|---|"]
+    for row in newest(results.read(path), "dataset", "sigma").values():
+        before, after, ssim = (float(row[name]) for name in ("psnr_input", "psnr_output", "ssim_output"))
+        line = f"{row['dataset']} | {row['sigma']} | {row['images']} | {before:.2f} | **{after:.2f}** | {ssim:.3f}"
+        lines.append(f"| {line} |")
+    return "\n".join(lines)
+
+
+def speed(path=results.FOLDER / "cpu.csv"):
+    """Times faster than the best plain PyTorch, forward / training, in the default and in the tuned process."""
+    ours = [row for row in results.read(path) if row["contender"] == "ipt_fast"]
+    rows = newest(ours, "case", "dtype", "allocator", "direction")
+    lines = ["| case | dtype | default process | tuned allocator |", "|---|---|---|---|"]
+    for case, dtype in dict.fromkeys(key[:2] for key in rows):
+        cells = []
+        for allocator in ("default", "tuned"):
+            pair = [rows.get((case, dtype, allocator, direction)) for direction in ("forward", "training")]
+            cells.append(" / ".join(row["times_faster"] if row else "-" for row in pair))
+        lines.append(f"| {case} | {dtype} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(denoising())
+    print()
+    print(speed())

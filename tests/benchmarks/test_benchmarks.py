@@ -1,0 +1,76 @@
+"""The measurements themselves: rivals compute the same thing, parity gates speed, tables match the recorded rows."""
+
+import csv
+import pathlib
+
+import pytest
+import torch
+
+import ipt_fast
+from benchmarks import baseline, measure, plot, results, table
+from benchmarks.registry import CASES
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_every_operator_has_a_case():
+    assert {case.ours.__name__ for case in CASES} >= set(ipt_fast.ops.__all__)
+
+
+@pytest.mark.parametrize("size", [16, 13])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_sdpa_rival_computes_grid_attention(size, with_bias):
+    qkv = torch.randn(2, 24, size, size + 3, dtype=torch.float64)
+    bias_table = torch.randn(49, 2, dtype=torch.float64) if with_bias else None
+    expected = baseline.formula("grid_attention")(qkv, bias_table, num_heads=2, grid_size=4)
+    actual = baseline.sdpa_grid_attention(qkv, bias_table, num_heads=2, grid_size=4)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_native_layer_norm_is_the_centred_norm():
+    x, weight, bias = torch.randn(2, 8, 5, 3), torch.rand(8), torch.randn(8)
+    expected = baseline.formula("layer_norm_2d")(x, weight, bias)
+    torch.testing.assert_close(baseline.native_layer_norm(x, weight, bias), expected)
+
+
+def test_plain_eager_runs_no_operator_of_ours_and_restores_them(monkeypatch):
+    model = ipt_fast.create_model("ipt_v2_tiny", width=8, depths=(2, 1, 1, 1), window_size=4, grid_size=3)
+    x = torch.rand(1, 3, 17, 20)
+    expected, operators = model(x), [getattr(ipt_fast.ops, name) for name in ipt_fast.ops.__all__]
+    with baseline.plain_eager():
+        with monkeypatch.context() as patch:
+            patch.setattr(ipt_fast.ops._operator.Operator, "__call__", None)
+            actual = model(x)
+    torch.testing.assert_close(actual, expected)
+    assert [getattr(ipt_fast.ops, name) for name in ipt_fast.ops.__all__] == operators
+
+
+def test_no_speed_is_reported_for_a_wrong_kernel():
+    case = next(case for case in CASES if case.ours is ipt_fast.ops.merge_depthwise)
+    inputs = case.inputs(torch.float32)
+    measure.check_parity(case, inputs, torch.float32)
+    wrong = type(case)(case.name, case.inputs, lambda *a: case.ours(*a) * 1.001, case.rivals, case.keywords)
+    with pytest.raises(AssertionError, match="no speed is reported"):
+        measure.check_parity(wrong, inputs, torch.float32)
+
+
+def test_rows_are_appended_and_plotted(tmp_path):
+    row = dict.fromkeys(results.COLUMNS, "x") | {"contender": "ipt_fast", "times_faster": "2.0"}
+    path = tmp_path / "cpu.csv"
+    results.append(path, [row])
+    results.append(path, [row | {"times_faster": "3.0"}])
+    assert [r["times_faster"] for r in results.read(path)] == ["2.0", "3.0"]
+    plot.draw(path, tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").stat().st_size > 1000
+
+
+def test_readme_shows_the_recorded_figures():
+    readme = (ROOT / "README.md").read_text()
+    assert table.denoising() in readme
+    assert table.speed() in readme
+
+
+def test_shipped_model_reaches_its_target():
+    with open(results.FOLDER / "denoise.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["dataset"] == "CBSD68" and row["sigma"] == "25"]
+    assert float(rows[-1]["psnr_output"]) >= 29.0

@@ -1,0 +1,39 @@
+import re
+
+import torch
+
+import ipt_fast
+from ipt_fast import _extension
+from ipt_fast.cli import main
+
+
+def sections(text):
+    """{operator: {backend: what is printed}} of the table at the end."""
+    table, operator = {}, None
+    for line in text.splitlines():
+        if line in ipt_fast.ops.__all__:
+            operator = table.setdefault(line, {})
+        elif operator is not None and (match := re.fullmatch(r"\s+(\w+)\s+(.+)", line)):
+            operator[match[1]] = match[2]
+    return table
+
+
+def test_info_prints_every_operator_and_backend(capsys):
+    assert main(["info"]) == 0
+    out, err = capsys.readouterr()
+    table = sections(out)
+    explained = ipt_fast.explain()
+    assert set(table) == set(ipt_fast.ops.__all__) == set(explained)
+    for operator, row in explained.items():
+        assert table[operator] == {backend: reason or "yes" for backend, reason in row.items()}
+    assert torch.__version__ in out and ipt_fast.__version__ in out
+    assert all(name in out for name in ipt_fast.list_models())
+    assert not err
+
+
+def test_info_keeps_the_text_of_a_broken_extension(capsys, monkeypatch):
+    monkeypatch.setattr(_extension, "error", lambda: "cannot be loaded: undefined symbol _Zfoo")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "undefined symbol _Zfoo" in sections(out)["layer_norm_2d"]["cpu"]
+    assert sections(out)["layer_norm_2d"]["reference"] == "yes"
