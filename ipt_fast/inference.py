@@ -85,7 +85,7 @@ class Restorer:
     When memory runs out the image is started again with half the tile, with a warning, down to 128 pixels.
 
     Raises:
-        ValueError: a bad argument.
+        ValueError, TypeError: a bad argument.
     """
 
     def __init__(
@@ -101,6 +101,10 @@ class Restorer:
         device=None,
         progress=None,
     ):
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, as create_model makes; got {type(model).__name__}")
+        if not isinstance(self_ensemble, bool):
+            raise TypeError(f"self_ensemble must be True or False; got {self_ensemble!r}")
         _check_tile(tile)
         _check_overlap(overlap, tile)
         if blend not in BLENDS:
@@ -286,8 +290,8 @@ def _usable_device(device, model):
         return torch.device("cpu") if parameter is None else parameter.device
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA answers with an AssertionError
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch without CUDA raises an AssertionError
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
     return device
 

@@ -92,6 +92,7 @@ def run(args) -> int:
         dtype=args.dtype,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    _make_writable(pending[0][1].parent)
     failed = 0
     # Fractions of an image count, so that one large image has a progress and an ETA too.
     layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -159,7 +160,7 @@ def _read_target(source, image, args):
 
 
 def _plan(args):
-    """(source, destination) of every image, with the output folder made and known to be writable."""
+    """(source, destination) of every image."""
     sources = _sources(args.input)
     single_file = Path(args.input).is_file()
     to_file = args.output.suffix.lower() in IMAGE_SUFFIXES and not args.output.is_dir()
@@ -169,7 +170,6 @@ def _plan(args):
     jobs = [(source, args.output if to_file else folder / source.name) for source in sources]
     _check_target(args, single_file)
     _check_destinations(jobs, args)
-    _make_writable(folder)
     return jobs
 
 

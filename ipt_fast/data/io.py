@@ -125,6 +125,8 @@ def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
         raise ValueError(
             f"its mode is {image.mode}, restored are {', '.join(_MODES)} and 16-bit gray or RGB; convert it first"
         )
+    if 0 in image.size:
+        raise ValueError(f"it is {image.width} x {image.height} pixels, which is none")
     mode = _MODES[image.mode]
     if "transparency" in image.info and mode in ("L", "RGB"):
         mode = {"L": "LA", "RGB": "RGBA"}[mode]

@@ -53,7 +53,7 @@ def create_model(name, pretrained=False, **config):
     Raises:
         ValueError: an unknown name or config field, or no shipped weights (for this config).
     """
-    preset = _PRESETS.get(name)
+    preset = _PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
         raise ValueError(f"name must be one of {', '.join(_PRESETS)}; got {name!r}")
     if pretrained and preset.pretrained is None:
@@ -83,6 +83,6 @@ def open_model(source):
         raise ValueError(f"model must be a folder written by save_pretrained or one of {shipped}; got {source}")
     name = _pretrained.read_config(folder / "config.json").get("model")
     classes = {preset.model.__name__: preset.model for preset in _PRESETS.values()}
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(f"{folder} holds an unknown architecture: {name!r}")
     return classes[name].from_pretrained(folder)

@@ -1,6 +1,7 @@
 """Reading weights strictly: wrappers and prefixes are unwrapped, everything else must fit."""
 
 import pathlib
+import zipfile
 
 import safetensors.torch
 import torch
@@ -29,17 +30,29 @@ def read_state_dict(path):
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
+            _check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:  # what a damaged file raises depends on where the damage is
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
 
     while isinstance(state, dict) and (wrapper := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
         state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} holds no state dict (tensors by parameter name)")
-    return {_strip(name): value for name, value in state.items()}
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+        raise ValueError(f"{path} holds no state dict (tensors by parameter name)")
+    stripped = {_strip(name): value for name, value in state.items()}
+    if len(stripped) < len(state):
+        raise ValueError(f"{path} holds several tensors of one name once the prefixes {PREFIXES} are stripped")
+    return stripped
+
+
+def _check_archive(path):
+    """Compare the checksums of a zip-format file, which torch.load does not."""
+    if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"{damaged} does not have its checksum")
 
 
 def _strip(name):

@@ -48,8 +48,9 @@ class IPTV2Config:
     merged: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "depths", tuple(self.depths))
-        object.__setattr__(self, "heads", tuple(self.heads))
+        for name in ("depths", "heads"):
+            if isinstance(value := getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(value))
         positive = ("in_channels", "out_channels", "width", "window_size", "grid_size", "ffn_ratio", "inner_ratio")
         for name in (*positive, "downsample_kernel", "refinement"):
             value = getattr(self, name)
@@ -57,7 +58,7 @@ class IPTV2Config:
                 raise ValueError(f"{name} must be a positive int; got {value!r}")
         for name, least in (("depths", 0), ("heads", 1)):
             value = getattr(self, name)
-            if len(value) != 4 or any(type(v) is not int or v < least for v in value):
+            if not isinstance(value, tuple) or len(value) != 4 or any(type(v) is not int or v < least for v in value):
                 raise ValueError(f"{name} must be four ints of at least {least}; got {value!r}")
         for level, heads in enumerate(self.heads):
             if (self.width << level) % heads:

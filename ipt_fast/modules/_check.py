@@ -10,6 +10,13 @@ def positive_ints(**values):
             raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
 
 
+def flags(**values):
+    """Check that every value is a bool."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
 def _autocast(device):
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -131,6 +131,7 @@ class RepLeFFN(nn.Module):
     def __init__(self, channels, ratio=4, inner_ratio=2, kernel_size=5, merged=False):
         super().__init__()
         _check.positive_ints(channels=channels, ratio=ratio, inner_ratio=inner_ratio, kernel_size=kernel_size)
+        _check.flags(merged=merged)
         if kernel_size != 5 and not (merged and kernel_size % 2 == 1):
             raise ValueError(f"kernel_size must be 5, or odd in merged form; got {kernel_size}")
         hidden, inner = ratio * channels, inner_ratio * channels

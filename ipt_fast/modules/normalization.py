@@ -1,5 +1,7 @@
 """Layer normalisation over channels."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -22,7 +24,8 @@ class LayerNorm2d(nn.Module):
     def __init__(self, channels, eps=1e-5, bias=True, centered=True):
         super().__init__()
         _check.positive_ints(channels=channels)
-        if not isinstance(eps, (int, float)) or not eps > 0:
+        _check.flags(bias=bias, centered=centered)
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
             raise ValueError(f"eps must be a positive number; got {eps!r}")
         self.eps = eps
         self.centered = centered

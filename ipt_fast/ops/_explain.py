@@ -21,7 +21,7 @@ def explain(op=None, *args, **kwargs):
         ValueError, TypeError: no operator of that name, or arguments that it does not take.
     """
     names = list(OPERATORS) if op is None else [getattr(op, "__name__", op)]
-    if names[0] not in OPERATORS:
+    if not isinstance(names[0], str) or names[0] not in OPERATORS:
         raise ValueError(f"op must be one of {', '.join(OPERATORS)}; got {op!r}")
     if op is None and (args or kwargs):
         raise TypeError("explain: arguments need the operator they are for")

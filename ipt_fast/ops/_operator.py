@@ -111,7 +111,7 @@ class Operator:
 
     def _check_dtype(self, name, got, dtype):
         small = name not in self.images and name not in self.weights
-        allowed = [dtype, torch.float32] if small and dtype != torch.float64 else [dtype]
+        allowed = [dtype, torch.float32] if small else [dtype]
         if got not in allowed:
             raise TypeError(
                 f"{self.name}: {name} must be {' or '.join(map(str, dict.fromkeys(allowed)))} "
@@ -147,7 +147,7 @@ class Operator:
         backward_name = f"{self.name}_backward"
         grads = ", ".join(["Tensor"] * len(self.tensors))
         _library.define(f"{self.name}({schema}) -> Tensor")
-        _library.define(f"{backward_name}(Tensor grad, {schema}, str backend) -> ({grads})")
+        _library.define(f"{backward_name}(Tensor grad, {schema}, str? backend) -> ({grads})")
         self._forward_op = getattr(torch.ops.ipt_fast, self.name).default
         self._backward_op = getattr(torch.ops.ipt_fast, backward_name).default
 
@@ -157,7 +157,8 @@ class Operator:
         torch.library.register_fake(f"ipt_fast::{backward_name}", self._fake_backward, lib=_library)
 
         def setup_context(ctx, inputs, output):
-            ctx.backend = _select.choose(self, inputs)
+            # A traced graph outlives this call: its backward chooses when it runs.
+            ctx.backend = _select.choose(self, inputs) if type(output) is torch.Tensor else None
             ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
             ctx.others = [None if isinstance(v, torch.Tensor) else (v,) for v in inputs]
 

@@ -30,7 +30,8 @@ def use_backend(name):
         name: "auto" takes the fastest backend that can run each operator; "reference" (plain PyTorch), "cpu" (C++),
             "triton" and "cuda" are demanded: an operator that cannot run on it raises with the reason.
 
-    Inside ``torch.compile`` the choice is made when the compiled function runs: put the block around the call.
+    A backward runs on the backend of its forward, wherever it is called. Under ``torch.compile`` forward and backward
+    each choose when they run: put the block around both calls.
 
     Raises:
         ValueError: ``name`` is none of these.

@@ -136,7 +136,16 @@ def damage(folder, what):
             config.write_text(json.dumps(json.loads(config.read_text()) | {"model": "Restormer"}))
 
 
-DAMAGES = ["no weights", "no config", "empty weights", "truncated weights", "half a header", "noise", "no JSON", "bytes"]
+DAMAGES = [
+    "no weights",
+    "no config",
+    "empty weights",
+    "truncated weights",
+    "half a header",
+    "noise",
+    "no JSON",
+    "bytes",
+]
 DAMAGES += ["another JSON", "unknown field", "bad field", "another width", "another architecture"]
 
 
@@ -145,9 +154,9 @@ def test_damaged_folders(tmp_path, what):
     micro_model().save_pretrained(tmp_path)
     damage(tmp_path, what)
     for opener in (IPTV2.from_pretrained, open_model):
-        with pytest.raises((ValueError, OSError)) as caught:
+        with pytest.raises(ValueError if what != "no weights" else (ValueError, OSError)) as caught:
             opener(tmp_path)
-        assert "\n" not in str(caught.value).strip() or len(str(caught.value)) < 400
+        assert len(str(caught.value)) < 600  # one sentence, not a list of all parameters
 
 
 def test_sources_that_do_not_exist(tmp_path):
@@ -321,8 +330,6 @@ def test_bad_files_are_refused_and_the_model_left_untouched(tmp_path, monkeypatc
     bad_file(tmp_path / "weights.pth", what)
     model = other_model(merged=merged)
     before = snapshot(model)
-    if (what, merged) == ("another width", False):
-        before = snapshot(model)
     with pytest.raises(ValueError) as caught:
         ipt_fast.load_checkpoint(model, tmp_path / "weights.pth")
     assert "weights.pth" in str(caught.value)
@@ -372,11 +379,11 @@ def test_pretrained_tiny_denoises():
 
 
 def test_pretrained_tiny_in_both_forms(image):
-    training = ipt_fast.create_model("ipt_v2_tiny", pretrained=True, merged=False)
+    training = ipt_fast.create_model("ipt_v2_tiny", pretrained=True)
     merged = ipt_fast.create_model("ipt_v2_tiny", pretrained=True, merged=True)
     assert (training.config.merged, merged.config.merged) == (False, True)
     assert (merged(image) - training(image)).abs().max() <= 1e-5 * training(image).abs().max()
-    assert torch.equal(open_model("ipt_v2_tiny")(image), ipt_fast.create_model("ipt_v2_tiny", pretrained=True)(image))
+    assert torch.equal(open_model("ipt_v2_tiny")(image), training(image))
 
 
 def test_pretrained_elsewhere_is_refused():

@@ -1,4 +1,4 @@
-"""Autocast: images and convolution weights are cast, small parameters stay fp32, float64 and the merges are left alone."""
+"""Autocast casts images and convolution weights; small parameters stay fp32, float64 and the merges as they are."""
 
 import pytest
 import torch
@@ -90,6 +90,6 @@ def test_mixed_inputs_are_accepted_under_autocast_only():
         assert public("leffn", tensors, options).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="expand_weight"):
         public("leffn", tensors, options)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
-        with pytest.raises(TypeError, match="expand_weight"):
-            public("leffn", tensors, options)
+    switched_off = torch.autocast("cpu", enabled=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16), switched_off, pytest.raises(TypeError, match="expand_weight"):
+        public("leffn", tensors, options)

@@ -156,7 +156,9 @@ def test_environment_variable(fast_leffn, ran, monkeypatch):
     assert [entry[1] for entry in ran] == ["reference", "cpu", "cpu"]
 
 
-@pytest.mark.parametrize(("value", "expected"), [("reference", "fine"), ("triton", "RuntimeError"), ("no", "ValueError")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("reference", "fine"), ("triton", "RuntimeError"), ("no", "ValueError")]
+)
 def test_environment_variable_of_the_process(value, expected):
     program = """
 import torch, ipt_fast
