@@ -2,7 +2,6 @@
 
 import contextlib
 
-import torch
 import torch.nn.functional as F
 
 from ipt_fast import ops, reference
@@ -45,12 +44,9 @@ def sdpa_grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
     if bias_table is not None:
         mask = bias_table[relative_position_index(grid_size, qkv.device)].permute(2, 0, 1)[None]
     if (rows, columns) != (height, width):
-        inside = pad_to_multiple(torch.ones(1, 1, height, width, device=qkv.device), grid_size, grid_size)
-        outside = lattice(inside, 1, grid_size).flatten(0, 2).transpose(-2, -1) == 0
-        outside = outside.repeat(batch, 1, 1, 1)
-        mask = torch.zeros_like(outside, dtype=q.dtype).masked_fill(outside, float("-inf")) + (
-            0 if mask is None else mask
-        )
+        inside = pad_to_multiple(qkv.new_ones(batch, 1, height, width), grid_size, grid_size)
+        padding = lattice(inside, 1, grid_size).flatten(0, 2).transpose(-2, -1).log()  # 0, or -inf on padded keys
+        mask = padding if mask is None else mask + padding
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     cubby = (rows // grid_size, columns // grid_size)
     out = out.reshape(batch, *cubby, num_heads, grid_size, grid_size, -1).permute(0, 3, 6, 4, 1, 5, 2)

@@ -15,8 +15,10 @@ import torch
 import ipt_fast
 from benchmarks.baseline import plain_eager
 from benchmarks.measure import seconds
-from ipt_fast.evaluation.figures import side_by_side
+from ipt_fast._files import atomic_write
+from ipt_fast.evaluation.figures import side_by_side, to_picture
 from ipt_fast.evaluation.metrics import psnr
+from ipt_fast.evaluation.protocols import get_protocol
 
 
 def main():
@@ -28,8 +30,7 @@ def main():
 
     with importlib.resources.files("ipt_fast").joinpath("assets", "chelsea.png").open("rb") as file:
         clean = np.asarray(PIL.Image.open(file).convert("RGB"))
-    noise = np.random.RandomState(0).normal(0, args.sigma / 255, clean.shape)
-    noisy = (clean / 255 + noise).astype(np.float32)
+    noisy = get_protocol("rgb").add_noise(clean / 255, args.sigma)
     model = ipt_fast.create_model("ipt_v2_tiny", pretrained=True, merged=True)
     restored = ipt_fast.restore(noisy, model, tile=None, dtype="float32")
 
@@ -52,13 +53,12 @@ def main():
     with ipt_fast.use_backend("reference"):
         difference = (output - chosen()).abs().max().item()
 
-    eight_bit = [np.rint(image.clip(0, 1) * 255).astype(np.uint8) for image in (noisy, restored)]
-    before, after = (psnr(image, clean, data_range=255) for image in eight_bit)
+    before, after = (psnr(image, clean / 255, data_range=1) for image in (noisy, restored.clip(0, 1)))
     args.out.mkdir(parents=True, exist_ok=True)
-    picture = side_by_side(
-        [(f"noisy, sigma {args.sigma:g}", eight_bit[0]), ("restored", eight_bit[1]), ("original", clean)]
-    )
-    picture.save(args.out / "comparison.png")
+    panels = [("Noisy", to_picture(noisy)), ("Restored", to_picture(restored)), ("Original", clean)]
+    picture = side_by_side(panels, captions=[f"{before:.2f} dB", f"{after:.2f} dB", ""])
+    with atomic_write(args.out / "comparison.png") as path:
+        picture.save(path)
 
     height, width = clean.shape[:2]
     print(f"photo                        {width} x {height}, Gaussian noise σ = {args.sigma:g}")

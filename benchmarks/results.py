@@ -4,12 +4,12 @@ import csv
 import datetime
 import os
 import pathlib
-import platform
 import subprocess
 
 import torch
 
 from ipt_fast import _extension
+from ipt_fast.evaluation.report import cpu_name
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 COLUMNS = (
@@ -30,14 +30,6 @@ def environment():
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def cpu_name():
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def append(path, rows):

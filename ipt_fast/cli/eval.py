@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -14,6 +16,7 @@ from ..evaluation.runner import evaluate
 from ..inference import DTYPES, Restorer
 from ..models import open_model
 from ..ops._select import POLICIES
+from ._arguments import tile_size
 
 
 def add_parser(subparsers) -> None:
@@ -36,7 +39,7 @@ def add_parser(subparsers) -> None:
     option("--limit", type=int, metavar="N", help="only the first N images of each folder")
     option("--csv", metavar="FILE", help="add a row of means for each folder and noise level")
     option("--json", metavar="FILE", help="write every image's scores, settings, versions and hardware")
-    option("--tile", type=_tile, default="auto", help="auto (by estimated memory), whole, or a size in pixels")
+    option("--tile", type=tile_size, default="auto", help="auto (by estimated memory), whole, or a size in pixels")
     option("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of the model (%(default)s)")
     option("--device", help="cpu, cuda ... (a GPU where there is one)")
     option("--backend", choices=POLICIES, default="auto", help="kernels to use (%(default)s)")
@@ -44,7 +47,12 @@ def add_parser(subparsers) -> None:
 
 
 def run(args) -> int:
-    """Evaluate and print; 0, or 1 where an image of a folder could not be evaluated."""
+    """Evaluate and print; 0, or 1 where an image of a folder could not be evaluated.
+
+    Raises:
+        ValueError: bad arguments, a folder without images, or a report that cannot be written.
+        RuntimeError: the demanded backend cannot run the model.
+    """
     if bool(args.sigma) == bool(args.target):
         raise ValueError("give either --sigma (clean images) or --target (a paired set)")
     if args.target and len(args.data) > 1:
@@ -54,6 +62,8 @@ def run(args) -> int:
     restorer = Restorer(open_model(args.model), tile=args.tile, dtype=args.dtype, device=device)
     evaluations = []
     with use_backend(args.backend):
+        # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
+        restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
         for folder in args.data:
             for sigma in args.sigma or [None]:
                 evaluation = evaluate(
@@ -82,19 +92,15 @@ def run(args) -> int:
 
 def _check_reports(args):
     """Raise before the work is done, not after."""
-    for path in (args.csv, args.json):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"cannot write {path}: its folder does not exist")
+    for option, path in (("--csv", args.csv), ("--json", args.json)):
+        if not path:
+            continue
+        if Path(path).is_dir():
+            raise ValueError(f"{option} must be a file, got the folder {path}")
+        try:
+            with tempfile.TemporaryFile(dir=Path(path).absolute().parent):
+                pass
+        except OSError as error:
+            raise ValueError(f"{option}: cannot write to the folder of {path}: {error.strerror}") from error
     if args.csv:
         read_csv(args.csv)
-
-
-def _tile(text):
-    if text == "auto":
-        return text
-    if text == "whole":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be auto, whole or a size in pixels, got {text!r}") from None

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import use_backend
 from .._files import atomic_write
-from ..data.io import IMAGE_SUFFIXES, check_writable_as, read_image, write_image
+from ..data.io import IMAGE_SUFFIXES, check_suffix, check_writable_as, is_image_file, read_image, write_image
 from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
 from ..evaluation.protocols import get_protocol
@@ -71,6 +71,7 @@ def run(args) -> int:
 
     Raises:
         ValueError: bad arguments, nothing to restore, an output that is an input, or a folder that cannot be written.
+        RuntimeError: the demanded backend cannot run the model.
     """
     if args.noise is not None and args.target:
         raise ValueError("--noise takes the input itself as target; leave out --target")
@@ -92,6 +93,9 @@ def run(args) -> int:
         dtype=args.dtype,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    with use_backend(args.backend):
+        # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
+        restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
     _make_writable(pending[0][1].parent)
     failed = 0
     # Fractions of an image count, so that one large image has a progress and an ETA too.
@@ -164,6 +168,8 @@ def _plan(args):
     sources = _sources(args.input)
     single_file = Path(args.input).is_file()
     to_file = args.output.suffix.lower() in IMAGE_SUFFIXES and not args.output.is_dir()
+    if single_file and args.output.suffix and not args.output.is_dir():
+        check_suffix(args.output)  # a typo is not the name of a new folder
     if to_file and not single_file:
         raise ValueError(f"OUT must be a folder for several images; got {args.output}")
     folder = args.output.parent if to_file else args.output
@@ -202,7 +208,7 @@ def _sources(text):
     if path.is_file():
         return [path]
     matches = (Path(match) for match in sorted(glob.glob(text, recursive=True)))
-    sources = [match for match in matches if match.is_file() and match.suffix.lower() in IMAGE_SUFFIXES]
+    sources = [match for match in matches if is_image_file(match)]
     if not sources:
         raise ValueError(f"no image to restore: {text}")
     return sources

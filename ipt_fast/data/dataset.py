@@ -5,41 +5,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .degradations import add_gaussian_noise, random_sigma
+from .io import IMAGE_SUFFIXES, Image, is_image_file, read_header, read_image, to_pil
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-
-_EIGHT_BIT_MODES = {1: "L", 3: "RGB"}
+_PILLOW_MODES = {1: "L", 3: "RGB"}
 
 
 class ImageFolder(Sequence[Tensor]):
     """The 8-bit images of a folder and its subfolders in the order of their names, each a uint8 tensor (C, H, W).
 
     Where all decoded images together take at most ``memory_budget`` bytes they are decoded once, here; otherwise each
-    is decoded when it is asked for. Alpha is dropped and EXIF orientation is not applied.
+    is decoded when it is asked for. They are read by :func:`ipt_fast.data.io.read_image`: upright, and without alpha.
 
     Args:
-        folder: searched recursively for png, jpg, bmp, tif and webp.
+        folder: searched recursively, hidden files are left out.
         channels: 3 for RGB, 1 for gray (ITU-R 601-2 luma).
         memory_budget: bytes.
 
     Raises:
-        ValueError: the folder is missing or has no images, ``channels`` is neither 1 nor 3, or an image cannot be read,
-            is truncated or has more than 8 bits (also later, when images are decoded on demand).
+        ValueError: the folder is missing or has no images, ``channels`` is neither 1 nor 3, or an image has 16 bits or
+            cannot be read (where images are decoded on demand, what the header does not show comes then).
     """
 
     def __init__(self, folder: str | Path, channels: int = 3, memory_budget: int = 4 * 2**30):
-        if channels not in _EIGHT_BIT_MODES:
+        if channels not in _PILLOW_MODES:
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"no such folder: {folder}")
         self.channels = channels
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.paths = sorted(path for path in folder.rglob("*") if is_image_file(path))
         if not self.paths:
             raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
         self.sizes = [_read_size(path) for path in self.paths]
@@ -53,26 +51,16 @@ class ImageFolder(Sequence[Tensor]):
         return self._decode(self.paths[index]) if self._images is None else self._images[index]
 
     def _decode(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert(_EIGHT_BIT_MODES[self.channels]))
-        except _READ_ERRORS as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
-        return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
-
-
-# What Pillow raises on damaged files, by format and by where the damage lies.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+        pixels = read_image(path).pixels
+        if pixels.shape[2] != self.channels:
+            pixels = np.array(to_pil(Image(pixels)).convert(_PILLOW_MODES[self.channels]))
+        return torch.from_numpy(np.ascontiguousarray(np.atleast_3d(pixels))).permute(2, 0, 1)
 
 
 def _read_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            mode, (width, height) = image.mode, image.size
-    except _READ_ERRORS as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if mode.startswith(("I", "F")):
-        raise ValueError(f"training images must have 8 bits, {path} has Pillow mode {mode}")
+    height, width, dtype = read_header(path)
+    if dtype != np.uint8:
+        raise ValueError(f"training images must have 8 bits, {path} has {8 * dtype.itemsize}")
     return height, width
 
 

@@ -6,6 +6,7 @@ resolution outside EXIF) is not kept; of a TIFF's tags those that describe the p
 would read 16-bit colour as 8 bit without a word, so the depth is taken from the file's own header first.
 """
 
+import contextlib
 import dataclasses
 import io
 import struct
@@ -60,6 +61,25 @@ class Image:
     exif: bytes | None = None
 
 
+def is_image_file(path: Path) -> bool:
+    """Whether ``path`` is a file with one of IMAGE_SUFFIXES and not hidden, as the companions of other systems are."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def read_header(path: str | Path) -> tuple[int, int, np.dtype]:
+    """Height and width as they are stored, not yet upright, and the dtype of the pixels; nothing is decoded.
+
+    Raises:
+        ValueError: as ``read_image``, as far as the header shows it.
+    """
+    path = Path(path)
+    with _opened(path) as image:
+        if _is_16_bit(path, image):
+            return image.height, image.width, np.dtype(np.uint16)
+        _check_mode(image)
+        return image.height, image.width, np.dtype(np.uint8)
+
+
 def read_image(path: str | Path) -> Image:
     """Read a PNG, JPEG, TIFF, WebP or BMP file of 8 or 16 bits per channel.
 
@@ -69,14 +89,8 @@ def read_image(path: str | Path) -> Image:
         ImportError: the file has 16 bits and OpenCV is not installed.
     """
     path = Path(path)
-    try:
-        with PIL.Image.open(path, formats=_FORMATS) as image:
-            # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                raise ValueError(f"it has {image.n_frames} frames or pages, only single images are restored")
-            return _read_16_bit(path, image) if _is_16_bit(path, image) else from_pil(image, upright=True)
-    except _READ_ERRORS as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
+    with _opened(path) as image:
+        return _read_16_bit(path, image) if _is_16_bit(path, image) else from_pil(image, upright=True)
 
 
 def write_image(path: str | Path, image: Image) -> None:
@@ -103,11 +117,16 @@ def write_image(path: str | Path, image: Image) -> None:
             to_pil(image).save(temporary, icc_profile=image.icc_profile, exif=image.exif or b"", **options)
 
 
+def check_suffix(path: Path) -> None:
+    """Raise ValueError unless the suffix of ``path`` names a format that is written."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(IMAGE_SUFFIXES)}")
+
+
 def check_writable_as(path: Path, image: Image) -> None:
     """Raise ValueError unless the format that ``path`` names can hold the depth and the channels of ``image``."""
+    check_suffix(path)
     suffix = path.suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
-        raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(IMAGE_SUFFIXES)}")
     if image.pixels.dtype == np.uint16 and suffix not in SIXTEEN_BIT_SUFFIXES:
         raise ValueError(f"cannot write {path}: {suffix} holds 8 bits and the image has 16; use .png or .tif")
     if image.alpha is not None and suffix not in ALPHA_SUFFIXES:
@@ -121,10 +140,7 @@ def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
 
     ``upright=True`` applies the EXIF orientation. Raises ValueError for every other mode.
     """
-    if image.mode not in _MODES:
-        raise ValueError(
-            f"its mode is {image.mode}, restored are {', '.join(_MODES)} and 16-bit gray or RGB; convert it first"
-        )
+    _check_mode(image)
     if 0 in image.size:
         raise ValueError(f"it is {image.width} x {image.height} pixels, which is none")
     mode = _MODES[image.mode]
@@ -143,6 +159,26 @@ def to_pil(image: Image) -> PIL.Image.Image:
     """The Pillow image (mode L, LA, RGB or RGBA) of an 8-bit ``image``, without metadata."""
     channels = _with_alpha(image)
     return PIL.Image.fromarray(channels[:, :, 0] if channels.shape[2] == 1 else channels)
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """The Pillow image of a file, not yet decoded; whatever goes wrong with it is a ValueError that names the file."""
+    try:
+        with PIL.Image.open(path, formats=_FORMATS) as image:
+            # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise ValueError(f"it has {image.n_frames} frames or pages, only single images are restored")
+            yield image
+    except _READ_ERRORS as error:
+        raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def _check_mode(image):
+    if image.mode not in _MODES:
+        raise ValueError(
+            f"its mode is {image.mode}, restored are {', '.join(_MODES)} and 16-bit gray or RGB; convert it first"
+        )
 
 
 def _is_16_bit(path, image):
@@ -167,8 +203,7 @@ def _read_16_bit(path, image):
         2,
     ):
         raise ValueError(f"it has 16 bits in mode {image.mode}, restored are unsigned gray, RGB and RGBA")
-    cv2 = _import_cv2()
-    channels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    channels = _decode(path, image.format)
     if channels is None or channels.dtype != np.uint16:
         raise OSError("image file is damaged or truncated")
     channels = channels.reshape(*channels.shape[:2], -1)
@@ -178,6 +213,19 @@ def _read_16_bit(path, image):
     alpha = channels[:, :, 3].copy() if channels.shape[2] == 4 else None
     pixels = np.ascontiguousarray(channels[:, :, colour - 1 :: -1])  # BGR to RGB
     return Image(pixels, alpha, image.info.get("icc_profile"), _exif_bytes(image))
+
+
+def _decode(path, format):
+    """The file as OpenCV stores it, or None; without what libpng and OpenCV print about damage."""
+    cv2 = _import_cv2()
+    if format == "PNG":
+        with PIL.Image.open(path, formats=[format]) as image:
+            image.verify()  # compares the checksums
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
 
 
 def _turn_upright(pixels, orientation):

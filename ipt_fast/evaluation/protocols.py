@@ -35,15 +35,15 @@ class Protocol:
     def add_noise(self, image, sigma: float) -> np.ndarray:
         """The image with white Gaussian noise of standard deviation `sigma` (0..255 scale), as float32.
 
-        The noise is numpy's RandomState(0).normal of the image's shape, drawn anew for each image, so it is the noise
-        with which Restormer's figures were measured.
+        The noise is numpy's RandomState(0).normal of the image's shape, drawn anew for each image and added to its
+        float32 values, so it is the noise with which Restormer's figures were measured.
 
         Raises:
             ValueError: sigma is negative or not finite.
         """
         if not 0 <= sigma < float("inf"):
             raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
-        noisy = image + np.random.RandomState(SEED).normal(0, sigma / 255, np.shape(image))
+        noisy = np.float32(image) + np.random.RandomState(SEED).normal(0, sigma / 255, np.shape(image))
         return (np.clip(noisy, 0, 1) if self.clip_noise else noisy).astype(np.float32)
 
     def score_output(self, output, target, *, crop: int = 0) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,17 +33,19 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
     return "\n".join(lines)
 
 
-def read_csv(path: str | Path) -> str:
-    """The text that `append_csv` adds to, empty where there is no file yet; raises as `append_csv` does."""
+def read_csv(path: str | Path) -> bytes:
+    """The content that `append_csv` adds to, empty where there is no file yet; raises as `append_csv` does."""
     path = Path(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if text and text.splitlines()[0].split(",") != list(CSV_COLUMNS):
+    content = path.read_bytes() if path.exists() else b""
+    if content and content.splitlines()[0] != ",".join(CSV_COLUMNS).encode():
         raise ValueError(f"{path} has other columns than {','.join(CSV_COLUMNS)}; give another file")
-    return text
+    return content
 
 
 def append_csv(path: str | Path, model: str, evaluations: Sequence[Evaluation]) -> None:
     """Add one row of means for each evaluation to a CSV file, made where there is none; replaced atomically.
+
+    An evaluation in which no image could be scored has no means and gets no row.
 
     Raises:
         ValueError: the file exists and its columns are others than CSV_COLUMNS.
@@ -53,15 +56,20 @@ def append_csv(path: str | Path, model: str, evaluations: Sequence[Evaluation]) 
     if not before:
         writer.writerow(CSV_COLUMNS)
     for evaluation in evaluations:
+        if not evaluation.scores:
+            continue
         sigma = "" if evaluation.sigma is None else f"{evaluation.sigma:g}"
         means = [f"{evaluation.mean(figure):.4f}" for figure in FIGURES]
         writer.writerow([model, evaluation.dataset, evaluation.protocol, sigma, len(evaluation.scores), *means])
     with atomic_write(path) as temporary:
-        temporary.write_text(before + rows.getvalue(), encoding="utf-8")
+        temporary.write_bytes(before + rows.getvalue().encode())
 
 
 def write_json(path: str | Path, model: str, settings: dict, evaluations: Sequence[Evaluation]) -> None:
-    """Write means, the scores of every image, the settings, versions and hardware; replaced atomically."""
+    """Write means, the scores of every image, the settings, versions and hardware; replaced atomically.
+
+    What is not finite becomes null: the PSNR of equal images, and the means where no image could be scored.
+    """
     content = {
         "model": model,
         "settings": settings,
@@ -72,7 +80,16 @@ def write_json(path: str | Path, model: str, settings: dict, evaluations: Sequen
         ],
     }
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value):
+    """`value` with None for every NaN and infinity in it, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, str | int | None]:
@@ -84,16 +101,16 @@ def environment() -> dict[str, str | int | None]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
-def _cpu_name():
+def cpu_name() -> str:
+    """The model of the processor, or its architecture where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

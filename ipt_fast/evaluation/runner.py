@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.io import IMAGE_SUFFIXES, read_image
+from ..data.io import IMAGE_SUFFIXES, is_image_file, read_image
 from .protocols import get_protocol
 
 FIGURES = ("psnr_input", "psnr_output", "ssim_input", "ssim_output")
+# What one image can fail with while the others go on.
+FAILURES = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def evaluate(
     """Restore every image of a folder and measure it by a named protocol.
 
     Args:
-        restorer: from an image, (H, W, C) float32 in [0, 1] but with unclipped noise, to the restored one of the same
+        restorer: from an image, (H, W, C) floats in [0, 1] but with unclipped noise, to the restored one of the same
             shape, such as `ipt_fast.inference.Restorer(model)`.
         folder: clean images that get noise of level `sigma`, or the degraded inputs of a paired set. Not searched
             recursively; alpha is ignored.
@@ -71,7 +73,8 @@ def evaluate(
         limit: take only so many images, the first by name.
         progress: wraps the list of files, as tqdm does.
 
-    An image that cannot be read or scored is reported in `failures`; the others go on.
+    An image that cannot be read, restored (too little memory, say) or scored is reported in `failures`; the others go
+    on.
 
     Raises:
         ValueError: unknown protocol, no image in the folder, not exactly one of sigma and target, or a bad number.
@@ -101,8 +104,8 @@ def evaluate(
             output = restorer(image)
             psnr_input, ssim_input = chosen.score_input(image, clean, crop=crop)
             psnr_output, ssim_output = chosen.score_output(output, clean, crop=crop)
-        except (ValueError, OSError, ImportError) as error:
-            failures.append((path.name, str(error)))
+        except FAILURES as error:
+            failures.append((path.name, str(error) or type(error).__name__))  # a MemoryError may say nothing
         else:
             scores.append(ImageScore(path.name, psnr_input, psnr_output, ssim_input, ssim_output))
     folder = Path(folder).resolve()
@@ -111,7 +114,7 @@ def evaluate(
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files of a folder, sorted by name.
+    """The image files of a folder but not the hidden ones, sorted by name.
 
     Raises:
         ValueError: it is no folder or holds no image.
@@ -119,13 +122,13 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if is_image_file(path))
     if not paths:
         raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
     return paths
 
 
 def read_float(path: Path) -> np.ndarray:
-    """An image file as (H, W, C) float32 in [0, 1], C = 1 or 3, without alpha."""
+    """An image file as (H, W, C) float64 in [0, 1], C = 1 or 3, without alpha; 255 times an 8-bit one is exact."""
     pixels = read_image(path).pixels
-    return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    return pixels / np.float64(np.iinfo(pixels.dtype).max)

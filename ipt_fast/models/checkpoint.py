@@ -1,6 +1,7 @@
 """Reading weights strictly: wrappers and prefixes are unwrapped, everything else must fit."""
 
 import pathlib
+import re
 import zipfile
 
 import safetensors.torch
@@ -30,12 +31,12 @@ def read_state_dict(path):
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
-            _check_archive(path)
+            check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
 
     while isinstance(state, dict) and (wrapper := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
         state = state[wrapper]
@@ -49,10 +50,16 @@ def read_state_dict(path):
     return stripped
 
 
-def _check_archive(path):
+def check_archive(path):
     """Compare the checksums of a zip-format file, which torch.load does not."""
     if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"{damaged} does not have its checksum")
+
+
+def _first_line(error):
+    """What went wrong in one line, whatever the library at fault prints."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _strip(name):

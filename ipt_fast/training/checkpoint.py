@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .._files import atomic_write
+from ..models.checkpoint import check_archive
 
 _FORMAT = "ipt_fast.training.1"
 
@@ -25,9 +26,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no training checkpoint to resume from: {path}")
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, depending on where the damage lies
-        raise ValueError(f"cannot read the training checkpoint {path}: {error}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot read the training checkpoint {path}: {reason}") from error
     if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
         raise ValueError(f"{path} is not a training checkpoint of this program (format {_FORMAT})")
     return state

@@ -1,6 +1,7 @@
 """`ipt-fast eval` through its parser, on synthetic images and a small saved model."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -9,6 +10,7 @@ import torch
 
 from ipt_fast import create_model
 from ipt_fast.cli import main
+from ipt_fast.inference import Restorer
 
 
 @pytest.fixture(scope="module")
@@ -109,28 +111,70 @@ def test_one_bad_file(model, photos, capsys):
         (["--sigma", "25", "--protocol", "psnr"], "invalid choice: 'psnr'"),
         (["--sigma", "25", "--model", "unknown"], "unknown"),
         (["--sigma", "25", "--data", "nowhere"], "no such folder: nowhere"),
+        (["--sigma", "25", "--backend", "triton"], "backend 'triton' cannot run"),
     ],
 )
 def test_bad_arguments(model, photos, capsys, arguments, message):
-    """One sentence on stderr and status 2, whether the parser or the evaluation finds out."""
+    """One sentence on stderr, status 2 and nothing on stdout, whether the parser or the evaluation finds out."""
     try:
         status = run("--model", model, "--data", photos, *arguments)
     except SystemExit as stop:
         status = stop.code
     assert status == 2
-    assert message in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert output.err.splitlines()[-1].startswith("ipt-fast") and message in output.err.splitlines()[-1]
+    assert output.out == ""
+
+
+def test_a_backend_that_cannot_run_is_noticed_before_any_image(model, photos, capsys, monkeypatch):
+    monkeypatch.setattr("ipt_fast.cli.eval.evaluate", lambda *arguments, **options: pytest.fail("work was begun"))
+    assert run("--model", model, "--data", photos, "--sigma", 25, "--backend", "triton") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_out_of_memory_fails_one_image(model, photos, tmp_path, capsys, monkeypatch):
+    """What cannot be restored is reported, the others are scored and recorded."""
+    restore = Restorer.__call__
+
+    def with_little_memory(self, image):
+        if image.shape[0] == 30:
+            raise torch.OutOfMemoryError("no memory is left")
+        return restore(self, image)
+
+    monkeypatch.setattr(Restorer, "__call__", with_little_memory)
+    PIL.Image.new("RGB", (17, 30)).save(photos / "large.png")
+    assert run("--model", model, "--data", photos, "--sigma", 25, "--csv", tmp_path / "out.csv") == 1
+    output = capsys.readouterr()
+    assert "photos/large.png: no memory is left" in output.err
+    assert rows(output.out)[0][:3] == ["photos", "25", "2"]
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
 
 
 def test_a_report_that_cannot_be_written_is_noticed_first(model, photos, tmp_path, capsys):
     other = tmp_path / "other.csv"
     other.write_text("name,value\n")
+    before = sorted(tmp_path.rglob("*"))
     for option, path in [
         ("--csv", tmp_path / "missing" / "x.csv"),
         ("--json", tmp_path / "no" / "x"),
+        ("--json", Path("/proc/x.json")),  # no file can be made there, even by root
+        ("--json", photos),
+        ("--csv", photos),
         ("--csv", other),
+        ("--csv", photos / "a.png"),
     ]:
         assert run("--model", model, "--data", photos, "--sigma", 25, option, path) == 2
         output = capsys.readouterr()
         assert str(path) in output.err
         assert output.out == ""
     assert other.read_text() == "name,value\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_unreadable_images_adds_no_row(model, photos, tmp_path, capsys):
+    files = tmp_path / "out.csv", tmp_path / "out.json"
+    for path in photos.iterdir():
+        path.write_bytes(b"no image")
+    assert run("--model", model, "--data", photos, "--sigma", 25, "--csv", files[0], "--json", files[1]) == 1
+    assert len(files[0].read_text().splitlines()) == 1
+    assert json.loads(files[1].read_text())["evaluations"][0]["mean"]["psnr_output"] is None

@@ -191,6 +191,34 @@ def test_backends(run, photos, tmp_path, backend):
     assert run(photos / "wide.tif", tmp_path / "out.png", "--backend", backend) == 0
 
 
+def test_backend_that_cannot_run_is_a_wrong_call(run, photos, tmp_path, capsys):
+    assert run(photos, tmp_path / "out", "--backend", "cuda") == 2  # and --device cpu
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "backend 'cuda' cannot run" in captured.err and not captured.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["out.gif", "out.pgn", "new/out.jp2"])
+def test_unknown_suffix_is_no_new_folder(run, photos, tmp_path, capsys, name):
+    assert run(photos / "colour.png", tmp_path / name) == 2
+    assert "the suffix must be one of .png" in capsys.readouterr().err
+    assert names(tmp_path) == ["photos"]
+
+
+def test_existing_folder_may_have_any_name(run, photos, tmp_path):
+    (tmp_path / "out.gif").mkdir()
+    assert run(photos / "wide.tif", tmp_path / "out.gif") == 0
+    assert names(tmp_path / "out.gif") == ["wide.tif"]
+
+
+@pytest.mark.parametrize("pattern", ["", "*.*"])
+def test_hidden_files_and_folders_are_left_out(run, photos, tmp_path, pattern):
+    (photos / "._wide.tif").write_bytes(b"of another system")
+    (photos / "album.png").mkdir()
+    assert run(f"{photos}/{pattern}", tmp_path / "out") == 0
+    assert names(tmp_path / "out") == ["colour.png", "gray.jpg", "wide.tif"]
+
+
 def test_inputs_are_never_overwritten(run, photos, capsys):
     before = {path.name: path.read_bytes() for path in photos.iterdir()}
     for arguments in (

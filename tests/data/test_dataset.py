@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+from ipt_fast.data import io
 from ipt_fast.data.dataset import ImageFolder, NoisyPatches, apply_symmetry
 
 
@@ -78,10 +79,37 @@ def test_truncated_files_are_named(tmp_path, suffix, kept):
         ImageFolder(tmp_path)
 
 
-def test_sixteen_bits_are_refused(tmp_path):
-    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="8 bits.*deep.png"):
-        ImageFolder(tmp_path)
+@pytest.mark.parametrize("budget", [0, 2**30])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_refused(tmp_path, suffix, channels, budget):
+    pytest.importorskip("cv2")
+    io.write_image(tmp_path / f"deep.{suffix}", io.Image(np.zeros((8, 8, channels), np.uint16)))
+    with pytest.raises(ValueError, match=f"8 bits.*deep.{suffix} has 16"):
+        ImageFolder(tmp_path, memory_budget=budget)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_those_of_pillow(tmp_path, channels, mode):
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)).convert(mode)
+    source.save(tmp_path / "x.png")
+    expected = np.atleast_3d(np.array(source.convert("RGB" if channels == 3 else "L")))
+    assert torch.equal(ImageFolder(tmp_path, channels)[0], torch.from_numpy(expected).permute(2, 0, 1))
+
+
+def test_images_come_upright(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned by 90 degrees clockwise when shown
+    Image.fromarray(coordinates(5, 9)).save(tmp_path / "x.png", exif=exif)
+    (image,) = ImageFolder(tmp_path)
+    assert torch.equal(image, torch.from_numpy(np.rot90(coordinates(5, 9), -1).copy()).permute(2, 0, 1))
+
+
+def test_hidden_files_and_folders_are_left_out(folder):
+    (folder / "._a.png").write_bytes(b"of another system")
+    (folder / "album.png").mkdir()
+    assert [path.name for path in ImageFolder(folder).paths] == ["a.png", "b.BMP"]
 
 
 def test_item_is_a_pure_function_of_seed_and_number(folder):

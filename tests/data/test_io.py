@@ -11,7 +11,7 @@ import pytest
 from PIL import ImageCms, ImageOps, TiffImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
-from ipt_fast.data.io import Image, from_pil, read_image, write_image
+from ipt_fast.data.io import Image, from_pil, is_image_file, read_header, read_image, write_image
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 MAKE, ORIENTATION, EXIF_DIRECTORY, EXPOSURE_TIME, MAKER_NOTE = 0x010F, 0x0112, 0x8769, 0x829A, 0x927C
@@ -251,13 +251,52 @@ def test_without_opencv_sixteen_bit_names_the_extra(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png")
 
 
-def test_damaged_sixteen_bit_file_is_named(tmp_path):
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_damaged_sixteen_bit_file_is_one_sentence(tmp_path, capfd, suffix):
     pytest.importorskip("cv2")
-    data = bytearray(sixteen_bit_png(pixels(3, np.uint16, 200, 200)))
+    path = tmp_path / f"hurt{suffix}"
+    write_image(path, Image(pixels(3, np.uint16, 200, 200)))
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
-    (tmp_path / "hurt.png").write_bytes(data)
-    with pytest.raises(ValueError, match=r"hurt\.png: image file is damaged or truncated"):
-        read_image(tmp_path / "hurt.png")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"cannot read image .*hurt{suffix}: .*(broken|damaged)"):
+        read_image(path)
+    assert capfd.readouterr() == ("", "")  # the libraries print nothing in front of it
+
+
+def test_opencv_log_level_is_left_as_it_was(tmp_path):
+    logging = pytest.importorskip("cv2").utils.logging
+    (tmp_path / "a.png").write_bytes(sixteen_bit_png(pixels(3, np.uint16)))
+    level = logging.getLogLevel()
+    read_image(tmp_path / "a.png")
+    assert logging.getLogLevel() == level != logging.LOG_LEVEL_SILENT
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_header_without_decoding(tmp_path, suffix, dtype):
+    path = tmp_path / f"a{suffix}"
+    if dtype == np.uint16:
+        pytest.importorskip("cv2")
+    write_image(path, Image(pixels(3, dtype)))
+    assert read_header(path) == (11, 7, dtype)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"cannot read image .*a{suffix}"):
+        read_header(path)
+
+
+def test_header_refuses_what_is_not_read(tmp_path):
+    PIL.Image.new("F", (4, 4)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif.*mode is F"):
+        read_header(tmp_path / "a.tif")
+
+
+def test_hidden_files_and_folders_are_no_image_files(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "._a.png").touch()
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in tmp_path.iterdir() if is_image_file(path)] == ["a.png"]
 
 
 def test_missing_file_non_image_and_animation(tmp_path):

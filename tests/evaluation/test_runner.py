@@ -9,8 +9,9 @@ import PIL.Image
 import pytest
 import torch
 
-from ipt_fast.evaluation.protocols import get_protocol
-from ipt_fast.evaluation.report import CSV_COLUMNS, append_csv, format_table, write_json
+from benchmarks import results
+from ipt_fast.evaluation.protocols import PROTOCOLS, get_protocol
+from ipt_fast.evaluation.report import CSV_COLUMNS, append_csv, cpu_name, environment, format_table, write_json
 from ipt_fast.evaluation.runner import Evaluation, ImageScore, evaluate, list_images, read_float
 
 
@@ -62,6 +63,19 @@ def test_a_paired_set(tmp_path):
     assert (evaluation.dataset, evaluation.sigma) == (f"{tmp_path.name}/input", None)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_input_equal_to_its_target_has_infinite_psnr(folder, protocol):
+    for score in evaluate(identity, folder, protocol, target=folder).scores:
+        assert score.psnr_input == score.psnr_output == float("inf")
+        assert score.ssim_input == pytest.approx(1)
+
+
+def test_noise_is_the_same_for_float32_and_float64_images(folder):
+    clean = read_float(folder / "a.png")
+    noisy = get_protocol("rgb").add_noise(clean, 25)
+    assert (noisy == get_protocol("rgb").add_noise(clean.astype(np.float32), 25)).all()
+
+
 def test_the_output_is_what_is_scored(folder):
     evaluation = evaluate(lambda image: np.full_like(image, 0.5), folder, sigma=25, limit=1)
     clean = read_float(folder / "a.png")
@@ -101,6 +115,30 @@ def test_bad_files_are_reported_and_the_others_go_on(tmp_path):
     assert "no image of that name" in reasons["lonely.png"]
     assert "(20, 26, 3) and (20, 25, 3)" in reasons["other_size.png"]
     assert "at least 11x11 pixels, got 8x30" in reasons["small.png"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no memory is left"), MemoryError()])
+def test_an_image_that_cannot_be_restored_is_reported_and_the_others_go_on(folder, failure):
+    save(folder / "large.png", size=(40, 20))
+
+    def restorer(image):
+        if image.shape[0] == 40:
+            raise failure
+        return image
+
+    evaluation = evaluate(restorer, folder, sigma=25)
+    assert evaluation.failures == (("large.png", str(failure) or "MemoryError"),)
+    assert [score.image for score in evaluation.scores] == ["a.png", "b.png", "c.bmp"]
+
+
+def test_hidden_files_and_folders_are_no_images(folder):
+    expected = list_images(folder)
+    save(folder / "._a.png")
+    (folder / "album.png").mkdir()
+    assert list_images(folder) == expected
+    (folder / "album.png" / ".x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="no images"):
+        list_images(folder / "album.png")
 
 
 @pytest.mark.parametrize(
@@ -144,12 +182,27 @@ def test_csv_rows_are_added(tmp_path):
     assert os.listdir(tmp_path) == ["results.csv"]
 
 
-def test_a_csv_file_of_another_kind_is_left_alone(tmp_path):
+def test_csv_has_no_row_of_no_images(tmp_path):
     path = tmp_path / "results.csv"
-    path.write_text("name,value\nx,1\n")
-    with pytest.raises(ValueError, match=f"other columns than {','.join(CSV_COLUMNS)}"):
+    append_csv(path, "tiny", [Evaluation("bad", "rgb", 25.0, (), (("c.png", "cannot read"),)), an_evaluation()])
+    assert [line.split(",")[1] for line in path.read_text().splitlines()] == ["dataset", "photos"]
+
+
+def test_earlier_csv_rows_keep_their_bytes(tmp_path):
+    path = tmp_path / "results.csv"
+    before = ",".join(CSV_COLUMNS).encode() + b"\r\nm\xfcller,photos,rgb,25,1,1,1,1,1\r\n"
+    path.write_bytes(before)
+    append_csv(path, "tiny", [an_evaluation()])
+    assert path.read_bytes() == before + b"tiny,photos,rgb,25,2,20.5000,31.0000,0.4500,0.8500\n"
+
+
+@pytest.mark.parametrize("content", [b"name,value\nx,1\n", b"\x89PNG\r\n\x1a\n"])
+def test_a_csv_file_of_another_kind_is_left_alone(tmp_path, content):
+    path = tmp_path / "results.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"results.csv has other columns than {','.join(CSV_COLUMNS)}"):
         append_csv(path, "tiny", [an_evaluation()])
-    assert path.read_text() == "name,value\nx,1\n"
+    assert path.read_bytes() == content
 
 
 def test_json_holds_everything(tmp_path):
@@ -166,6 +219,22 @@ def test_json_holds_everything(tmp_path):
     )
     assert evaluation["scores"][1]["psnr_output"] == 32.0
     assert evaluation["failures"] == [["c.png", "cannot read"]]
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+    """NaN and Infinity are not JSON."""
+    path = tmp_path / "results.json"
+    equal = Evaluation("photos", "rgb", None, (ImageScore("a.png", 20.0, float("inf"), 0.4, 1.0),), ())
+    write_json(path, "tiny", {"tile": None}, [equal, Evaluation("bad", "rgb", 25.0, (), ())])
+    content = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    measured, empty = content["evaluations"]
+    assert (measured["mean"]["psnr_input"], measured["mean"]["psnr_output"]) == (20.0, None)
+    assert measured["scores"][0]["psnr_output"] is None
+    assert set(empty["mean"].values()) == {None}
+
+
+def test_benchmarks_and_evaluations_name_the_same_processor():
+    assert results.environment()["cpu"] == environment()["cpu"] == cpu_name() != ""
 
 
 def test_table():

@@ -54,13 +54,14 @@ def test_bias_table_starts_as_a_truncated_normal():
     assert shapes == {"qkv.weight": (24, 8, 1, 1), "project.weight": (8, 8, 1, 1), "bias_table": (961, 8)}
 
 
+@pytest.mark.parametrize("window", [4, 5])
 @pytest.mark.parametrize("size", SIZES)
-def test_focal_attention_is_its_composition(size):
+def test_focal_attention_is_its_composition(size, window):
     """Spec 1.2: q, k, v from PW then DW 3x3, attention by the naive formula, PW."""
-    module, x = randomize(focal()).double(), torch.randn(2, 6, *size, dtype=torch.float64)
+    module, x = randomize(focal(window=window)).double(), torch.randn(2, 6, *size, dtype=torch.float64)
     qkv = F.conv2d(F.conv2d(x, module.qkv.weight), module.depthwise.weight, padding=1, groups=18).detach()
     maps = (module.temperature, module.token_weight, module.top_weight, module.bottom_weight)
-    attended = naive.focal_channel_attention(qkv, *(m.detach() for m in maps), num_heads=2, window_size=4)
+    attended = naive.focal_channel_attention(qkv, *(m.detach() for m in maps), num_heads=2, window_size=window)
     expected = F.conv2d(torch.from_numpy(attended), module.project.weight)
     torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-10)
 

@@ -43,3 +43,22 @@ def test_bad_checkpoints(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="cannot read the training checkpoint"):
         load_checkpoint(path)
+
+
+def test_one_wrong_bit_is_noticed(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    weights = torch.full((1000,), 1.5)
+    save_checkpoint(path, {"weights": weights})
+    data = bytearray(path.read_bytes())
+    data[data.index(weights.numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot read the training checkpoint .*checkpoint\.pth: .*checksum"):
+        load_checkpoint(path)
+
+
+def test_a_pickled_object_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(torch.nn.Linear(2, 2), path)
+    with pytest.raises(ValueError, match="cannot read the training checkpoint") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
