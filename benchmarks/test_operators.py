@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import measure, results
-from benchmarks.registry import CASES
+from benchmarks.registry import CASES, PlainModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS = int(os.environ.get("IPT_FAST_BENCH_ROUNDS", 7))
@@ -22,15 +22,21 @@ def ceilings():
     return {name: measure.ceilings(dtype) for name, dtype in DTYPES.items()}
 
 
-def contenders(case, inputs, prepare):
-    """{name: call}; the rivals get channels-last and NCHW images, and the plain formula compiled."""
+def contenders(case, inputs, direction):
+    """{name: call}; the rivals get channels-last and NCHW images, and are compiled too.
+
+    The training step of a whole model is not compiled: that alone takes many minutes on two cores.
+    """
+    prepare = measure.with_backward if direction == "training" else measure.without_backward
+    compiled = os.environ.get("IPT_FAST_BENCH_COMPILE", "1") == "1"
+    compiled &= direction == "forward" or not isinstance(case.rivals["eager"], PlainModel)
     nchw = [t.contiguous() for t in inputs]
     calls = {"ipt_fast": prepare(case.ours, inputs, case.keywords)}
     for name, rival in case.rivals.items():
         calls[name] = prepare(rival, inputs, case.keywords)
         if any(t.dim() == 4 and t.shape[2] > 8 for t in inputs):
             calls[f"{name} NCHW"] = prepare(rival, nchw, case.keywords)
-        if os.environ.get("IPT_FAST_BENCH_COMPILE", "1") == "1":
+        if compiled:
             calls[f"{name} compiled"] = prepare(case.compiled(name), inputs, case.keywords)
     return calls
 
@@ -43,8 +49,7 @@ def test_operator(benchmark, ceilings, case, dtype_name, direction):
     dtype = DTYPES[dtype_name]
     inputs = case.inputs(dtype)
     measure.check_parity(case, inputs, dtype)
-    prepare = measure.with_backward if direction == "training" else measure.without_backward
-    calls = contenders(case, inputs, prepare)
+    calls = contenders(case, inputs, direction)
     for call in calls.values():  # warm-up and compilation
         call()
         call()

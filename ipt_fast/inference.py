@@ -118,7 +118,7 @@ class Restorer:
         self.model = copy.deepcopy(model).to(self.device, torch.float32).eval()
         if hasattr(self.model, "reparameterize"):
             self.model.reparameterize()
-        self.config = getattr(model, "config", None)
+        self.config = getattr(self.model, "config", None)
         self.progress = progress
 
     def __call__(self, image):

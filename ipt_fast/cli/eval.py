@@ -15,7 +15,7 @@ from ..evaluation.report import append_csv, format_table, read_csv, write_json
 from ..evaluation.runner import evaluate
 from ..inference import DTYPES, Restorer
 from ..models import open_model
-from ..ops._select import POLICIES
+from ..ops._select import POLICIES, policy
 from ._arguments import tile_size
 
 
@@ -42,7 +42,7 @@ def add_parser(subparsers) -> None:
     option("--tile", type=tile_size, default="auto", help="auto (by estimated memory), whole, or a size in pixels")
     option("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of the model (%(default)s)")
     option("--device", help="cpu, cuda ... (a GPU where there is one)")
-    option("--backend", choices=POLICIES, default="auto", help="kernels to use (%(default)s)")
+    option("--backend", choices=POLICIES, help="kernels to use (IPT_FAST_BACKEND, or auto)")
     parser.set_defaults(run=run)
 
 
@@ -58,10 +58,11 @@ def run(args) -> int:
     if args.target and len(args.data) > 1:
         raise ValueError(f"--target belongs to one --data folder, got {len(args.data)}")
     _check_reports(args)
+    args.backend = args.backend or policy()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    restorer = Restorer(open_model(args.model), tile=args.tile, dtype=args.dtype, device=device)
     evaluations = []
     with use_backend(args.backend):
+        restorer = Restorer(open_model(args.model), tile=args.tile, dtype=args.dtype, device=device)
         # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
         restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
         for folder in args.data:

@@ -21,7 +21,7 @@ from ..evaluation.protocols import get_protocol
 from ..evaluation.runner import list_images
 from ..inference import DTYPES, Restorer
 from ..models import create_model, load_checkpoint, open_model
-from ..ops._select import POLICIES
+from ..ops._select import POLICIES, policy
 from ..tiling import BLENDS
 from ._arguments import tile_size
 
@@ -52,7 +52,7 @@ def add_parser(subparsers) -> None:
     )
     option("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of the model (%(default)s)")
     option("--device", help="cpu, cuda ... (a GPU where there is one)")
-    option("--backend", choices=POLICIES, default="auto", help="kernels to use (%(default)s)")
+    option("--backend", choices=POLICIES, help="kernels to use (IPT_FAST_BACKEND, or auto)")
     option("--overwrite", action="store_true", help="restore again what is already in OUT, instead of skipping it")
     option(
         "--compare", action="store_true", help="write NAME_compare.png too: versions side by side, with a zoomed crop"
@@ -77,8 +77,13 @@ def run(args) -> int:
         raise ValueError("--noise takes the input itself as target; leave out --target")
     if args.noise is not None and not 0 <= args.noise < float("inf"):
         raise ValueError(f"--noise must be finite and at least 0; got {args.noise}")
+    with use_backend(args.backend or policy()):
+        return _run(args)
+
+
+def _run(args):
     jobs = _plan(args)
-    pending = [job for job in jobs if args.overwrite or not job[1].exists()]
+    pending = [job for job in jobs if args.overwrite or not all(path.exists() for path in _written(job[1], args))]
     if skipped := len(jobs) - len(pending):
         print(f"skipped {skipped} of {len(jobs)}: already restored (--overwrite restores them again)")
     if not pending:
@@ -93,14 +98,13 @@ def run(args) -> int:
         dtype=args.dtype,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    with use_backend(args.backend):
-        # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
-        restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
+    # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
+    restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
     _make_writable(pending[0][1].parent)
     failed = 0
     # Fractions of an image count, so that one large image has a progress and an ETA too.
     layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with use_backend(args.backend), tqdm(total=len(pending), bar_format=layout, leave=False, disable=None) as bar:
+    with tqdm(total=len(pending), bar_format=layout, leave=False, disable=None) as bar:
         for index, (source, destination) in enumerate(pending):
             bar.set_description(f"{source.name} ({index + 1}/{len(pending)})")
             restorer.progress = lambda done, total, index=index: _advance(bar, index + done / total)
@@ -193,12 +197,17 @@ def _check_destinations(jobs, args):
         inputs |= {path.resolve() for path in (list_images(args.target) if args.target.is_dir() else [args.target])}
     seen = {}
     for source, destination in jobs:
-        for path in [destination, _comparison_path(destination)] if args.compare else [destination]:
+        for path in _written(destination, args):
             if path.resolve() in inputs:
                 raise ValueError(f"{path} is an input and would be overwritten; choose another OUT")
             if path.resolve() in seen:
                 raise ValueError(f"{source} and {seen[path.resolve()]} would both be written to {path}")
             seen[path.resolve()] = source
+
+
+def _written(destination, args):
+    """The files that one image gives."""
+    return [destination, _comparison_path(destination)] if args.compare else [destination]
 
 
 def _sources(text):

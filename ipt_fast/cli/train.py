@@ -64,7 +64,9 @@ def run(args) -> int:
     try:
         finished = train(config, resume=args.resume)
     except FloatingPointError as error:
-        raise ValueError(f"training diverged: {error}; the last checkpoint in {config.out} is kept") from error
+        saved = (config.out / "checkpoint.pth").exists()
+        kept = f"the last checkpoint in {config.out} is kept" if saved else "no checkpoint was saved yet"
+        raise ValueError(f"training diverged: {error}; {kept}") from error
     if finished < config.total_iterations:
         print(f"stopped and saved after {finished} of {config.total_iterations} iterations; --resume continues")
         return 130

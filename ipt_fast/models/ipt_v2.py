@@ -184,12 +184,19 @@ class IPTV2(PretrainedModel):
 
     @property
     def config(self):
-        """The model's :class:`IPTV2Config`; ``merged`` tells the form that its feed-forward networks have now."""
-        forms = [module.merged for module in self.modules() if isinstance(module, RepLeFFN)]
-        return dataclasses.replace(self._config, merged=all(forms)) if forms else self._config
+        """The model's :class:`IPTV2Config`; ``merged`` tells the form that its feed-forward networks have now.
+
+        Raises:
+            ValueError: some are merged and some are not, which no config describes.
+        """
+        forms = {module.merged for module in self.modules() if isinstance(module, RepLeFFN)}
+        if len(forms) > 1:
+            raise ValueError("the model is merged in part; reparameterize() merges the rest")
+        return dataclasses.replace(self._config, merged=forms.pop()) if forms else self._config
 
     def reparameterize(self):
         """Merge the branches of every feed-forward network, in place; idempotent."""
         for module in self.modules():
             if isinstance(module, RepLeFFN):
                 module.reparameterize()
+        self._config = dataclasses.replace(self._config, merged=True)

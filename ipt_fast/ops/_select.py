@@ -23,7 +23,7 @@ def policy():
     return chosen if chosen is not None else _checked(os.environ.get("IPT_FAST_BACKEND", "auto"), "IPT_FAST_BACKEND")
 
 
-def use_backend(name):
+class use_backend(contextlib.ContextDecorator):  # noqa: N801, it reads as a statement, as torch.no_grad does
     """Demand one backend inside a ``with`` block, in this thread (and asyncio task) only.
 
     Args:
@@ -36,17 +36,16 @@ def use_backend(name):
     Raises:
         ValueError: ``name`` is none of these.
     """
-    _checked(name, "backend")
-    return _use_backend(name)
 
+    def __init__(self, name):
+        self._name = _checked(name, "backend")
+        self._tokens = []
 
-@contextlib.contextmanager
-def _use_backend(name):
-    token = _policy.set(name)
-    try:
-        yield
-    finally:
-        _policy.reset(token)
+    def __enter__(self):
+        self._tokens.append(_policy.set(self._name))
+
+    def __exit__(self, *exception):
+        _policy.reset(self._tokens.pop())
 
 
 def reason_against(operator, backend, args):

@@ -130,7 +130,10 @@ class _Run:
         self.seconds = 0.0
         if state is not None:
             self._load(state)
-        config.out.mkdir(parents=True, exist_ok=True)
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out must be a folder that can be made, got {config.out}: {error.strerror}") from error
         self._start_log()
         self.started = time.perf_counter() - self.seconds
 

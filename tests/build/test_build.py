@@ -169,7 +169,6 @@ def test_a_compile_error_fails_the_build(checkout):
 
 
 @compiled
-@pytest.mark.slow
 def test_compiled_install(checkout, tmp_path):
     """A wheel built from a bare copy carries both modules, loads, and says that there is nothing for CUDA to build."""
     process, names = build_wheel(checkout, FORCE_CUDA="1")

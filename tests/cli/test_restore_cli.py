@@ -191,6 +191,20 @@ def test_backends(run, photos, tmp_path, backend):
     assert run(photos / "wide.tif", tmp_path / "out.png", "--backend", backend) == 0
 
 
+@pytest.mark.parametrize(("value", "message"), [("cuda", "cannot run"), ("bogus", "IPT_FAST_BACKEND must be one of")])
+def test_backend_of_the_environment(run, photos, tmp_path, capsys, monkeypatch, value, message):
+    monkeypatch.setenv("IPT_FAST_BACKEND", value)
+    assert run(photos / "wide.tif", tmp_path / "out.png") == 2
+    assert message in capsys.readouterr().err
+    assert run(photos / "wide.tif", tmp_path / "out.png", "--backend", "reference") == 0
+
+
+def test_missing_comparison_is_not_already_restored(run, photos, tmp_path):
+    assert run(photos / "wide.tif", tmp_path / "out.png") == 0
+    assert run(photos / "wide.tif", tmp_path / "out.png", "--compare") == 0
+    assert (tmp_path / "out_compare.png").exists()
+
+
 def test_backend_that_cannot_run_is_a_wrong_call(run, photos, tmp_path, capsys):
     assert run(photos, tmp_path / "out", "--backend", "cuda") == 2  # and --device cpu
     captured = capsys.readouterr()

@@ -116,7 +116,6 @@ def test_compiled_function_chooses_its_backend_when_it_runs(monkeypatch):
     assert ran[4:] == [("cpu", "forward"), ("cpu", "backward")]
 
 
-@pytest.mark.slow
 def test_inductor():
     stage, x = micro_model(merged=True, **SHALLOW).encoder[0], torch.rand(2, 8, 24, 17)
     compiled = torch.compile(stage, fullgraph=True)

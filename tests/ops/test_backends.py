@@ -12,6 +12,7 @@ import torch
 
 import ipt_fast
 from ipt_fast import _extension
+from ipt_fast.ops import _select
 from ipt_fast.ops._operator import OPERATORS as REGISTRY
 from tests.ops.cases import CALLS, OPERATORS, build, public
 
@@ -267,3 +268,11 @@ def test_references_take_the_same_arguments(operator):
         expected = public(operator, tensors, options)
     assert torch.equal(reference(*tensors.values(), **options), expected)
     assert torch.equal(reference(**tensors, **options), expected)
+
+
+def test_use_backend_can_be_entered_again_and_nested():
+    demand = ipt_fast.use_backend("reference")
+    for _ in range(2):
+        with demand, demand:
+            assert _select.policy() == "reference"
+        assert _select.policy() == "auto"

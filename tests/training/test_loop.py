@@ -232,7 +232,7 @@ def test_runs_are_neither_overwritten_nor_mixed(make_config):
 
 def test_an_output_that_is_no_folder(make_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match="out must be a folder .*file"):
         train(make_config("file"))
 
 
@@ -246,3 +246,25 @@ def test_large_images_are_cropped_for_validation(tmp_path):
     assert {tuple(clean.shape) for _, clean in validation.pairs} >= {(3, 100, 128), (3, 127, 128)}
     identity = validation.psnr(torch.nn.Identity(), torch.device("cpu"))
     assert 20 < identity < 23.5  # 20.2 dB, more where dark pixels are clipped
+
+
+def test_two_steps_are_adamw_and_its_average_by_hand(make_config):
+    config = make_config(ema=0.9, weight_decay=0.3, grad_clip=0.0, iterations=2, lr=1e-3, warmup=0, loss="l1")
+    run = loop._Run(config, resume=False)
+    model = loop.build_model(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.3, betas=(0.9, 0.999))
+    average = None
+    for iteration, (noisy, clean) in enumerate(batches(config, run.images, 0)):
+        run.step(noisy, clean)
+        optimizer.param_groups[0]["lr"] = learning_rate(config, iteration)
+        optimizer.zero_grad()
+        (model(noisy) - clean).abs().mean().backward()
+        optimizer.step()
+        weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+        if average is not None:
+            weights = {name: 0.9 * average[name] + 0.1 * value for name, value in weights.items()}
+        average = weights
+    for name, value in run.model.named_parameters():
+        torch.testing.assert_close(value, dict(model.named_parameters())[name], rtol=1e-4, atol=1e-6)
+    for name, value in run.average.module.named_parameters():
+        torch.testing.assert_close(value, average[name], rtol=1e-4, atol=1e-6)
