@@ -22,10 +22,16 @@ class PretrainedModel(nn.Module):
         """Write config.json and model.safetensors into ``directory``, made if need be.
 
         Each file is replaced atomically. Weights keep their dtype.
+
+        Raises:
+            ValueError: ``directory`` cannot be made, or the model is merged in part.
         """
-        directory = pathlib.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         config = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
+        directory = pathlib.Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"directory must be a folder that can be written; got {directory} ({error})") from error
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         with atomic_write(directory / "model.safetensors") as path:
             safetensors.torch.save_file(state, path, metadata={"format": "pt"})

@@ -6,6 +6,7 @@ import zipfile
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from ..modules.feed_forward import Reparameterized
 
@@ -20,13 +21,14 @@ def read_state_dict(path):
     and strips the prefixes "module." and "_orig_mod.". Pickles are read with ``weights_only=True``.
 
     Raises:
-        ValueError: the file is damaged, or holds something else than tensors by name. OSError: it cannot be read.
+        ValueError: there is no such file, it is damaged, or it holds something else than tensors by name.
+        PermissionError: it may not be read.
     """
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise ValueError(f"there is no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -81,8 +83,11 @@ def load_checkpoint(model, path):
         ``model``.
 
     Raises:
-        ValueError: the file is damaged, or its tensors do not fit the model one to one (the message lists how).
+        ValueError: there is no such file, it is damaged, or its tensors do not fit the model one to one (the message
+            lists how). TypeError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     load_state(model, read_state_dict(path), path)
     return model
 

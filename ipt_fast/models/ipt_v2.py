@@ -144,6 +144,8 @@ class IPTV2(PretrainedModel):
 
     def __init__(self, config):
         super().__init__()
+        if not isinstance(config, IPTV2Config):
+            raise TypeError(f"config must be an IPTV2Config; got {type(config).__name__}")
         self._config = config
         width, depths, heads = config.width, config.depths, config.heads
         self.embed = nn.Conv2d(config.in_channels, width, 3, padding=1, bias=False)

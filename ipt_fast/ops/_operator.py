@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _select
@@ -89,6 +90,7 @@ class Operator:
         Raises:
             TypeError: not a floating-point tensor, or a dtype that does not go with the first argument's.
             ValueError: on another device than the first, or not (B, C, H, W) with C, H, W at least 1.
+            RuntimeError: it carries a forward-mode tangent.
         """
         dtype = device = None
         for name, value in zip(self.tensors, values, strict=True):
@@ -98,6 +100,9 @@ class Operator:
                 raise TypeError(f"{self.name}: {name} must be a tensor; got {type(value).__name__}")
             if not value.is_floating_point():
                 raise TypeError(f"{self.name}: {name} must be a floating-point tensor; got {value.dtype}")
+            # PyTorch would drop the tangent without a word.
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+                raise RuntimeError(f"{self.name} has no forward-mode derivative; use reverse mode")
             if device is None:
                 dtype, device = self._dtype_after_autocast(name, value), value.device
             if value.device != device:

@@ -77,6 +77,9 @@ def test_options_reach_the_evaluation(model, photos, tmp_path, capsys):
         "device": "cpu",
     }
     assert content["evaluations"][0]["protocol"] == "ipt-y"
+    uncropped = [option for option in options if option not in ("--crop", 2)]
+    assert run("--model", model, "--data", photos, "--sigma", 50, *uncropped) == 0
+    assert json.loads(report.read_text())["evaluations"][0]["mean"] != content["evaluations"][0]["mean"]
 
 
 def test_a_paired_set(model, photos, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """`ipt-fast restore`: files in, files out, and an exit status that tells."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ import torch
 import ipt_fast
 from ipt_fast.cli import main
 from ipt_fast.data.io import Image, read_image, write_image
+from ipt_fast.evaluation.protocols import get_protocol
+from ipt_fast.inference import Restorer
 
 
 @pytest.fixture(scope="module")
@@ -54,30 +58,42 @@ def test_file_to_file(run, photos, tmp_path, capsys):
     assert "restored 1, skipped 0, failed 0" in capsys.readouterr().out
 
 
-def test_result_is_that_of_restore(run, model, photos, tmp_path):
-    assert (
-        run(
-            photos / "colour.png",
-            tmp_path / "out",
-            "--tile",
-            16,
-            "--overlap",
-            4,
-            "--self-ensemble",
-            "--dtype",
-            "float32",
-        )
-        == 0
-    )
-    expected = ipt_fast.restore(
-        read_image(photos / "colour.png").pixels,
-        ipt_fast.models.open_model(model),
-        tile=16,
-        overlap=4,
-        self_ensemble=True,
-        dtype="float32",
-    )
-    np.testing.assert_array_equal(read_image(tmp_path / "out" / "colour.png").pixels, expected)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tile": 16, "overlap": 6},
+        {"tile": 16, "overlap": 7, "blend": "average"},
+        {"tile": 16, "self_ensemble": True},
+    ],
+)
+def test_result_is_that_of_restore(run, model, photos, tmp_path, options):
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
+    assert run(photos / "colour.png", tmp_path / "out", "--dtype", "float32", *flags) == 0
+    image, opened = read_image(photos / "colour.png").pixels, ipt_fast.models.open_model(model)
+    restored = read_image(tmp_path / "out" / "colour.png").pixels
+    np.testing.assert_array_equal(restored, ipt_fast.restore(image, opened, dtype="float32", **options))
+    for left_out in options.keys() - {"tile"}:  # every option must have changed the result
+        fewer = {name: value for name, value in options.items() if name != left_out}
+        assert (restored != ipt_fast.restore(image, opened, dtype="float32", **fewer)).any(), left_out
+
+
+def test_noise_is_that_of_the_rgb_protocol(run, model, photos, tmp_path):
+    assert run(photos / "colour.png", tmp_path / "out.png", "--noise", 80, "--dtype", "float32") == 0
+    noisy = get_protocol("rgb").add_noise(read_image(photos / "colour.png").pixels / 255, 80)
+    expected = ipt_fast.restore(noisy, ipt_fast.models.open_model(model), dtype="float32").clip(0, 1)
+    np.testing.assert_array_equal(read_image(tmp_path / "out.png").pixels, np.rint(expected * 255))
+
+
+def test_warnings_are_printed_with_the_file(run, photos, tmp_path, capsys, monkeypatch):
+    def warn(self, image):
+        warnings.warn("a tile came out non-finite", stacklevel=2)
+        return image
+
+    monkeypatch.setattr(Restorer, "__call__", warn)
+    assert run(photos / "colour.png", tmp_path / "out.png") == 0
+    assert "colour.png: warning: a tile came out non-finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pattern", ["", "*.*"])

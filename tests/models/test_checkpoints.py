@@ -393,3 +393,28 @@ def test_pretrained_elsewhere_is_refused():
         ipt_fast.create_model("ipt_v2_tiny", pretrained=True, in_channels=1)
     with pytest.raises(ValueError):
         ipt_fast.create_model("ipt_v2_tiny", pretrained=True, **CONFIG)
+
+
+def test_wrong_kinds_of_model_and_folder(tmp_path):
+    model = micro_model()
+    with pytest.raises(ValueError, match="there is no checkpoint at"):
+        ipt_fast.load_checkpoint(model, tmp_path / "missing.pth")
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+        ipt_fast.load_checkpoint(None, tmp_path / "missing.pth")
+    with pytest.raises(TypeError, match="config must be an IPTV2Config"):
+        ipt_fast.models.IPTV2({"width": 16})
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="directory must be a folder that can be written"):
+            model.save_pretrained(folder)
+
+
+def test_model_merged_in_part_is_not_saved(tmp_path):
+    model = micro_model()
+    next(module for module in model.modules() if isinstance(module, ipt_fast.modules.RepLeFFN)).reparameterize()
+    with pytest.raises(ValueError, match="merged in part"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.reparameterize()
+    model.save_pretrained(tmp_path / "out")
+    assert type(model).from_pretrained(tmp_path / "out").config.merged

@@ -94,3 +94,14 @@ def test_activation_checkpointing(call):
     out = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False)
     for got, wanted in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_forward_mode_raises_instead_of_dropping_the_tangent(nested):
+    x, weight = torch.randn(1, 4, 3, 3), torch.ones(4)
+    with pytest.raises(RuntimeError, match="layer_norm_2d has no forward-mode derivative"):
+        if nested:
+            torch.func.jvp(lambda a: ipt_fast.ops.layer_norm_2d(a, weight), (x,), (x,))
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                ipt_fast.ops.layer_norm_2d(torch.autograd.forward_ad.make_dual(x, x), weight)
