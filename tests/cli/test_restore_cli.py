@@ -62,7 +62,7 @@ def test_file_to_file(run, photos, tmp_path, capsys):
     "options",
     [
         {"tile": 16, "overlap": 6},
-        {"tile": 16, "overlap": 7, "blend": "average"},
+        {"tile": 16, "blend": "average"},
         {"tile": 16, "self_ensemble": True},
     ],
 )

@@ -40,7 +40,7 @@ def assert_equal_states(first, second):
 @pytest.fixture
 def stop_after(monkeypatch):
     """Send this process a signal after so many updates."""
-    step = loop._Run.step
+    step, handlers = loop._Run.step, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def arrange(iterations, number=signal.SIGINT):
         def stopping(run, *batch):
@@ -51,7 +51,7 @@ def stop_after(monkeypatch):
         monkeypatch.setattr(loop._Run, "step", stopping)
 
     yield arrange
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # handlers are given back
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers  # given back
 
 
 @pytest.mark.parametrize("stop, number", [(1, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGINT)])
