@@ -2,13 +2,14 @@
 
 import csv
 import datetime
-import os
+import io
 import pathlib
 import subprocess
 
 import torch
 
 from ipt_fast import _extension
+from ipt_fast._files import atomic_write
 from ipt_fast.evaluation.report import cpu_name
 
 FOLDER = pathlib.Path(__file__).parent / "results"
@@ -33,16 +34,16 @@ def environment():
 
 
 def append(path, rows):
-    """Add rows to the CSV at ``path``, with a header if it is new. One write, so that no row is ever half there."""
+    """Add rows to the CSV at ``path``, with a header if it is new; replaced atomically."""
     path = pathlib.Path(path)
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\r\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows(rows)
+    before = path.read_bytes() if path.exists() else b""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(before + text.getvalue().encode())
 
 
 def read(path):

@@ -21,9 +21,6 @@ class Reparameterized(nn.Module):
         super().__init__()
         self.merged = merged
 
-    def merged_weight(self, *weights):
-        raise NotImplementedError
-
     def current_weight(self):
         """The weight of the single convolution; in training form merged now, differentiably."""
         if self.merged:

@@ -271,3 +271,14 @@ def test_downsample_kernel():
     assert model.down[0][0].weight.shape == (4, 8, 1, 1)
     assert model(torch.rand(1, 3, 9, 9)).shape == (1, 3, 9, 9)
     assert CONFIG["width"] == model.config.width
+
+
+def test_gradients_are_bitwise_reproducible():
+    model, x = micro_model().train(), torch.rand(2, 3, 21, 19)
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        runs.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    assert all(value.any() for value in runs[0].values())
