@@ -13,6 +13,7 @@ TORCH_LIBRARY(ipt_fast_cpu, m) {
         }
         return names;
     });
+    m.def("emulate_amx(bool on) -> ()", [](bool on) { ipt_fast::emulate_amx(on); });
 }
 
 // Importing the module loads the library; it has no contents of its own.

@@ -6,7 +6,8 @@
 
 namespace ipt_fast {
 
-enum class Isa { generic, avx2, avx512 };
+// amx is avx512 with bf16 products on the matrix unit.
+enum class Isa { generic, avx2, avx512, amx };
 
 const char* isa_name(Isa isa);
 
@@ -15,5 +16,9 @@ std::vector<Isa> isa_levels();
 
 // The level in use. IPT_FAST_CPU_ISA is read on every call; an unknown value raises.
 Isa isa();
+
+// For tests: the level amx without the unit, its product computed by a plain loop.
+void emulate_amx(bool on);
+bool amx_is_emulated();
 
 }  // namespace ipt_fast

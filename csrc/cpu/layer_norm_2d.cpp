@@ -1,41 +1,20 @@
 // layer_norm_2d and its backward: checks, work partition, registration. The arithmetic is in layer_norm_2d_kernel.h.
 #include "ipt_fast/layer_norm_2d.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "isa.h"
+#include "tensor.h"
 
 namespace ipt_fast {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // The gradient's partial sums belong to this many fixed shares of the blocks, whatever the number of threads.
 constexpr int64_t kShares = 64;
 // Fewer values than this are not worth a thread.
 constexpr int64_t kGrainValues = 1 << 15;
-
-const LayerNorm2dKernels& kernels() {
-#ifdef IPT_FAST_X86
-    switch (isa()) {
-        case Isa::avx512:
-            return layer_norm_2d_avx512;
-        case Isa::avx2:
-            return layer_norm_2d_avx2;
-        default:
-            break;
-    }
-#endif
-    return layer_norm_2d_generic;
-}
 
 void check_channel_parameter(const at::Tensor& parameter, const char* name, const at::Tensor& x) {
     TORCH_CHECK_VALUE(parameter.dim() == 1 && parameter.size(0) == x.size(1), name, " has shape ", parameter.sizes(),
@@ -46,22 +25,11 @@ void check_channel_parameter(const at::Tensor& parameter, const char* name, cons
 }
 
 void check(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-    TORCH_CHECK_VALUE(x.dim() == 4, "x has ", x.dim(), " dimensions, expected 4: (B, C, H, W)");
-    TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x has shape ", x.sizes(),
-                      ", expected at least one channel, row and column");
-    const auto dtype = x.scalar_type();
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "x has dtype ", dtype,
-                     ", expected Float, BFloat16 or Half");
-    TORCH_CHECK_VALUE(x.is_cpu(), "x is on ", x.device(), ", expected cpu");
+    check_image(x, "x");
     check_channel_parameter(weight, "weight", x);
     if (bias.has_value()) {
         check_channel_parameter(*bias, "bias", x);
     }
-}
-
-// Strides of torch.empty(shape, memory_format=torch.channels_last), whatever the strides of `like` are.
-at::Tensor empty_channels_last(const at::Tensor& like) {
-    return at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
 // x itself where a kernel can read it, else a channels-last copy.
@@ -71,35 +39,13 @@ at::Tensor readable(const at::Tensor& x) {
 
 Map map_of(const at::Tensor& x) { return {x.const_data_ptr(), x.is_contiguous(at::MemoryFormat::ChannelsLast)}; }
 
-DType dtype_of(const at::Tensor& x) {
-    switch (x.scalar_type()) {
-        case at::kBFloat16:
-            return DType::bf16;
-        case at::kHalf:
-            return DType::f16;
-        default:
-            return DType::f32;
-    }
-}
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// The per-channel parameter as fp32, padded with zeros; all zeros if there is none.
-at::Tensor padded(const OptionalTensor& parameter, int64_t channels, int64_t padded_channels) {
-    at::Tensor out = at::zeros({padded_channels}, at::kFloat);
-    if (parameter.has_value()) {
-        out.narrow(0, 0, channels).copy_(*parameter);
-    }
-    return out;
-}
-
 // One call: the parameters and the tensors that they point into.
 struct Call {
     Call(const at::Tensor& x_, const at::Tensor& weight_, const OptionalTensor& bias_, double eps, bool centered)
-        : x(readable(x_)), out(empty_channels_last(x_)) {
-        const int64_t channels = x.size(1), padded_channels = round_up(channels, kChannelPad);
-        weight = padded(weight_, channels, padded_channels);
-        bias = padded(bias_, channels, padded_channels);
+        : x(readable(x_)), out(empty_channels_last(x_.sizes(), x_)) {
+        const int64_t channels = x.size(1), padded_channels = ipt_fast::padded(channels);
+        weight = padded_parameter(weight_, padded_channels);
+        bias = padded_parameter(bias_, padded_channels);
         params.dtype = dtype_of(x);
         params.x = map_of(x);
         params.channels = channels;
@@ -122,7 +68,7 @@ at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const Op
                          bool centered) {
     check(x, weight, bias);
     const Call call(x, weight, bias, eps, centered);
-    const LayerNorm2dKernels& kernel = kernels();
+    const LayerNorm2dKernels& kernel = IPT_FAST_KERNELS(layer_norm_2d);
     const int64_t scratch_size = forward_scratch(call.params.padded_channels);
     const int64_t grain = std::max<int64_t>(1, kGrainValues / scratch_size);
     at::parallel_for(0, call.blocks(), grain, [&](int64_t begin, int64_t end) {
@@ -157,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::
     const int64_t blocks = call.blocks(), shares = std::min(blocks, kShares);
     const at::Tensor grad_weights = at::zeros({shares, padded_channels}, at::kDouble);
     const at::Tensor grad_biases = at::zeros({shares, padded_channels}, at::kDouble);
-    const LayerNorm2dKernels& kernel = kernels();
+    const LayerNorm2dKernels& kernel = IPT_FAST_KERNELS(layer_norm_2d);
     const int64_t scratch_size = backward_scratch(padded_channels);
     const int64_t values_per_share = shares == 0 ? 1 : call.x.numel() / shares;
     const int64_t grain = std::max<int64_t>(1, kGrainValues / values_per_share);

@@ -34,6 +34,15 @@ struct Half {
 
 inline Vec broadcast(float value) { return value - Vec{}; }
 
+// a * b + c, in one rounding where the instruction set has it.
+#if defined(__AVX512F__)
+inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__)
+inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
+
 inline IntVec lane_index() {
     IntVec index;
     for (int i = 0; i < kLanes; ++i) {
@@ -60,6 +69,26 @@ inline Vec sqrt(Vec v) {
         v[i] = __builtin_sqrtf(v[i]);
     }
     return v;
+}
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+// e^x within two units in the last place; 0 below -87.3, e^88.7 above 88.7; NaN stays NaN.
+inline Vec exp(Vec x) {
+    const Vec clamped = x > broadcast(88.7f) ? broadcast(88.7f) : x;
+    const Vec shifter = broadcast(0x1.8p23f);  // adding it rounds to an integer, which the low bits then hold
+    const Vec shifted = fma(clamped, broadcast(0x1.715476p0f), shifter);
+    const Vec n = shifted - shifter;
+    const Vec r = fma(n, broadcast(-0x1.7f7d1cp-20f), fma(n, broadcast(-0x1.62e4p-1f), clamped));
+    Vec y = broadcast(0x1.6850e4p-10f);
+    y = fma(y, r, broadcast(0x1.123bccp-7f));
+    y = fma(y, r, broadcast(0x1.555b98p-5f));
+    y = fma(y, r, broadcast(0x1.55548ep-3f));
+    y = fma(y, r, broadcast(0x1.fffff8p-2f));
+    y = fma(fma(r * r, y, r), broadcast(1.0f), broadcast(1.0f));
+    const Vec scaled = (Vec)((Bits)y + ((Bits)shifted << 23));
+    return x < broadcast(-87.3f) ? Vec{} : scaled;
 }
 
 inline Vec to_float(Vec v, float) { return v; }
@@ -167,6 +196,21 @@ inline Vec sum_each(Vec (&rows)[kLanes]) {
         }
     }
     return rows[0];
+}
+
+// The sum and the largest of the lanes.
+inline float sum(Vec v) {
+    for (int s = kLanes / 2; s > 0; s /= 2) {
+        v += select(v, v, (lane_index() + s) & (kLanes - 1));
+    }
+    return v[0];
+}
+
+inline float largest(Vec v) {
+    for (int s = kLanes / 2; s > 0; s /= 2) {
+        v = max(v, select(v, v, (lane_index() + s) & (kLanes - 1)));
+    }
+    return v[0];
 }
 
 }  // namespace

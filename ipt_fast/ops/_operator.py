@@ -20,7 +20,7 @@ class Kernel:
     """One backend's implementation of an operator.
 
     ``check(args)`` answers None or the reason it cannot run (``args`` None: on any arguments); ``forward(*args)``
-    returns the output; ``backward(grad, *args)`` returns one gradient per tensor argument (None for an absent one).
+    returns the output; ``backward(grad, *args)`` returns one gradient per tensor argument (anything for an absent one).
     """
 
     check: Callable

@@ -1,10 +1,8 @@
 """Layer normalisation over the channels of a map."""
 
-import torch
-
-from .. import _extension, reference
-from . import _check
-from ._operator import Kernel, Operator
+from .. import reference
+from . import _check, _cpu
+from ._operator import Operator
 
 
 def layer_norm_2d(x, weight, bias=None, *, eps=1e-5, centered=True):
@@ -43,28 +41,4 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=lambda *_: 0,
 )
-
-
-def _cpu_check(args):
-    if error := _extension.error():
-        return error
-    if args is None:
-        return None
-    x = args[0]
-    if x.device.type != "cpu":
-        return f"the C++ kernels run on the CPU; x is on {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the C++ kernel takes float32, bfloat16 and float16; x is {x.dtype}"
-    return None
-
-
-def _cpu_backward(grad, x, weight, bias, eps, centered):
-    grads = torch.ops.ipt_fast_cpu.layer_norm_2d_backward(grad, x, weight, bias, eps, centered)
-    return grads if bias is not None else (*grads[:2], None)
-
-
-_operator.kernels["cpu"] = Kernel(
-    check=_cpu_check,
-    forward=lambda *args: torch.ops.ipt_fast_cpu.layer_norm_2d(*args),
-    backward=_cpu_backward,
-)
+_operator.kernels["cpu"] = _cpu.kernel("layer_norm_2d")

@@ -103,7 +103,7 @@ print(_extension.isa(), ((out - reference).abs().max() / reference.abs().max()).
 @pytest.mark.parametrize("value", ["sse9", "AVX2", " "])
 def test_unknown_isa_is_refused(monkeypatch, value):
     monkeypatch.setenv("IPT_FAST_CPU_ISA", value)
-    with pytest.raises(ValueError, match=f"IPT_FAST_CPU_ISA is '{value}', allowed are generic, avx2 and avx512"):
+    with pytest.raises(ValueError, match=f"IPT_FAST_CPU_ISA is '{value}', allowed are generic, avx2, avx512 and amx"):
         torch.ops.ipt_fast_cpu.isa()
     with pytest.raises(ValueError, match="IPT_FAST_CPU_ISA"):
         torch.ops.ipt_fast_cpu.layer_norm_2d(torch.zeros(1, 1, 1, 1), torch.ones(1), None, 1e-5, True)

@@ -1,11 +1,9 @@
 // Layer norm over the channels of a map, framework-free: raw pointers and sizes.
 #pragma once
 
-#include <stdint.h>
+#include "kernels.h"
 
 namespace ipt_fast {
-
-enum class DType { f32, bf16, f16 };
 
 // A (batch, channels, pixels) map, dense, with either the channels or the pixels next to each other in memory.
 struct Map {
@@ -15,9 +13,6 @@ struct Map {
 
 // Work is cut into blocks of this many pixels of one image; block k is image k / blocks, block k % blocks in it.
 constexpr int64_t kBlockPixels = 64;
-
-// Per-channel data and scratch rows are padded to a multiple of this, with zeros.
-constexpr int64_t kChannelPad = 16;
 
 struct LayerNorm2dParams {
     DType dtype;  // of x, out, grad_out and grad_x
@@ -45,6 +40,6 @@ struct LayerNorm2dKernels {
                      double* grad_bias);
 };
 
-extern const LayerNorm2dKernels layer_norm_2d_generic, layer_norm_2d_avx2, layer_norm_2d_avx512;
+IPT_FAST_DECLARE_KERNELS(LayerNorm2dKernels, layer_norm_2d);
 
 }  // namespace ipt_fast

@@ -3,8 +3,6 @@
 // A block of pixels is first laid out as fp32 rows, one pixel's channels each: converted from 16 bit, transposed from
 // NCHW, or taken as it lies in memory. Reading x once and writing y once is all the traffic: 2 * sizeof(x) bytes and
 // about 8 FLOP a value forward; 3 * sizeof(x) bytes and about 20 FLOP backward. Rows stay in the first or second cache.
-#pragma once
-
 #include "ipt_fast/layer_norm_2d.h"
 #include "vec.h"
 
@@ -215,7 +213,8 @@ void backward_any(const LayerNorm2dParams& p, int64_t begin, int64_t end, float*
     }
 }
 
-constexpr LayerNorm2dKernels layer_norm_2d_kernels = {forward_any, backward_any};
-
 }  // namespace
+
+const LayerNorm2dKernels IPT_FAST_THIS_ISA(layer_norm_2d) = {forward_any, backward_any};
+
 }  // namespace ipt_fast

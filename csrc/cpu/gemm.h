@@ -1,0 +1,239 @@
+// Products of small fp32 matrices that lie in the first or second cache: the arithmetic core of the fused kernels.
+//
+// Vectors run along the columns. A register tile of kRows(n) rows by n vectors is kept over the whole inner dimension:
+// two or more FMAs for every load, so the product is bound by arithmetic.
+#pragma once
+
+#include "ipt_fast/kernels.h"
+#include "vec.h"
+
+namespace ipt_fast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kPanelVectors = 4;
+constexpr int panel_rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 16; }
+#else
+constexpr int kPanelVectors = 2;
+constexpr int panel_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+#endif
+
+// How the columns of a packed matrix are cut: into the fewest panels of at most kPanelVectors vectors, evenly.
+struct Panels {
+    int64_t vectors, count;
+
+    explicit Panels(int64_t columns)
+        : vectors((columns + kLanes - 1) / kLanes), count((vectors + kPanelVectors - 1) / kPanelVectors) {}
+    int64_t first(int64_t panel) const { return panel * vectors / count; }
+    int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
+};
+
+// A number as a type, so that a lambda gets it as a constant.
+template <int n>
+struct Constant {
+    static constexpr int value = n;
+};
+
+// body(Constant<vectors>) for a panel of that many vectors.
+template <typename Body>
+inline __attribute__((always_inline)) void with_width(int64_t vectors, const Body& body) {
+    switch (vectors) {
+        case 1:
+            return body(Constant<1>{});
+#if defined(__AVX512F__)
+        case 3:
+            return body(Constant<3>{});
+        case 4:
+            return body(Constant<4>{});
+#endif
+        default:
+            return body(Constant<2>{});
+    }
+}
+
+// c[rows][vectors] (+)= a[rows][depth] b[depth][vectors]; element (i, k) of a is at i * a_row + k * a_depth.
+template <int rows, int vectors>
+inline __attribute__((always_inline)) void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
+                                                const float* b, int64_t b_row, float* c, int64_t c_row,
+                                                bool accumulate) {
+    Vec sums[rows][vectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) {
+            sums[i][j] = accumulate ? load(c + i * c_row + j * kLanes) : Vec{};
+        }
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        Vec right[vectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) {
+            right[j] = load(b + k * b_row + j * kLanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i) {
+            const Vec left = broadcast(a[i * a_row + k * a_depth]);
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; ++j) {
+                sums[i][j] = fma(left, right[j], sums[i][j]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) {
+            store(c + i * c_row + j * kLanes, sums[i][j]);
+        }
+    }
+}
+
+// All rows of one panel.
+template <int vectors>
+void panel_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
+                   int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+    constexpr int kRows = panel_rows(vectors);
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows) {
+        tile<kRows, vectors>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, accumulate);
+    }
+    for (; i + 4 <= rows; i += 4) {
+        tile<4, vectors>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, accumulate);
+    }
+    for (; i < rows; ++i) {
+        tile<1, vectors>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, accumulate);
+    }
+}
+
+// Depth of one pass: a panel of this depth stays in the first cache.
+constexpr int64_t kDepthBlock = 192;
+
+// c[rows][columns] (+)= a b. Element (i, k) of a is at i * a_row + k * a_depth; b(panel, k) points to row k of a
+// panel's columns, b_row(panel) floats apart. Whole vectors of columns are read and written.
+template <typename B, typename BRow>
+inline void product_of(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
+                       const B& b, const BRow& b_row, float* c, int64_t c_row, bool accumulate) {
+    const Panels panels(columns);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+        float* target = c + panels.first(panel) * kLanes;
+        with_width(panels.width(panel), [&](auto vectors) __attribute__((always_inline)) {
+            int64_t k = 0;
+            do {  // once for a depth of 0
+                const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
+                panel_product<decltype(vectors)::value>(rows, block, a + k * a_depth, a_row, a_depth, b(panel, k),
+                                                        b_row(panel), target, c_row, accumulate || k > 0);
+                k += block;
+            } while (k < depth);
+        });
+    }
+}
+
+// c[rows][columns] (+)= a[rows][depth] b[depth][columns], all with contiguous rows. Columns are padded to whole vectors
+// in b and c.
+inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const float* b,
+                    int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+    const Panels panels(columns);
+    product_of(
+        rows, columns, depth, a, a_row, 1,
+        [&](int64_t panel, int64_t k) { return b + k * b_row + panels.first(panel) * kLanes; },
+        [&](int64_t) { return b_row; }, c, c_row, accumulate);
+}
+
+// c[rows][columns] (+)= a[depth][rows]^T b[depth][columns], as `product`: Gram matrices and gradients of weights.
+inline void product_transposed(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                               const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+    const Panels panels(columns);
+    product_of(
+        rows, columns, depth, a, 1, a_row,
+        [&](int64_t panel, int64_t k) { return b + k * b_row + panels.first(panel) * kLanes; },
+        [&](int64_t) { return b_row; }, c, c_row, accumulate);
+}
+
+// Element (k, column) of a weight matrix as fp32; 0 outside.
+template <typename T>
+inline float element(const Weight& w, int64_t k, int64_t column) {
+    if (k >= w.depth || column >= w.columns) {
+        return 0.0f;
+    }
+    return load(static_cast<const T*>(w.data) + column * w.column_stride + k * w.depth_stride, 1)[0];
+}
+
+// Products with a packed weight matrix on the vector unit. `Value` is what the left operand's rows are made of.
+struct VectorUnit {
+    using Value = float;
+
+    // Bytes of a packed weight.
+    static int64_t packed_size(int64_t columns, int64_t depth) {
+        return round_up(columns, kChannelPad) * depth * static_cast<int64_t>(sizeof(float));
+    }
+
+    // Panels one after the other, each [depth][columns of the panel].
+    template <typename T>
+    void pack(const Weight& w, void* packed) const {
+        float* out = static_cast<float*>(packed);
+        const Panels panels(w.columns);
+        for (int64_t panel = 0; panel < panels.count; ++panel) {
+            for (int64_t k = 0; k < w.depth; ++k) {
+                const int64_t first = panels.first(panel) * kLanes, count = panels.width(panel) * kLanes;
+                for (int64_t column = first; column < first + count; ++column) {
+                    *out++ = element<T>(w, k, column);
+                }
+            }
+        }
+    }
+
+    // c[rows][columns] (+)= a[rows][depth] w; columns are padded to kChannelPad in c.
+    void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const void* packed,
+                  float* c, int64_t c_row, bool accumulate) const {
+        const Panels panels(columns);
+        const float* b = static_cast<const float*>(packed);
+        product_of(
+            rows, columns, depth, a, a_row, 1,
+            [&](int64_t panel, int64_t k) {
+                return b + (panels.first(panel) * depth + k * panels.width(panel)) * kLanes;
+            },
+            [&](int64_t panel) { return panels.width(panel) * kLanes; }, c, c_row, accumulate);
+    }
+};
+
+// The same on the matrix unit (AMX), bf16 with fp32 sums. Rows of the left operand are padded to kChannelPad with
+// zeros.
+struct MatrixUnit {
+    using Value = BFloat16;
+    static constexpr int64_t kBlock = 32;  // columns of one call
+
+    Brgemm brgemm;
+
+    static int64_t packed_size(int64_t columns, int64_t depth) {
+        return padded(columns) * padded(depth) * static_cast<int64_t>(sizeof(BFloat16));
+    }
+
+    // Blocks of kBlock columns (the last may have 16), each [depth / 2][columns][2].
+    template <typename T>
+    void pack(const Weight& w, void* packed) const {
+        BFloat16* out = static_cast<BFloat16*>(packed);
+        const int64_t columns = padded(w.columns), depth = padded(w.depth);
+        for (int64_t first = 0; first < columns; first += kBlock) {
+            const int64_t last = first + kBlock < columns ? first + kBlock : columns;
+            for (int64_t k = 0; k < depth; k += 2) {
+                for (int64_t column = first; column < last; ++column) {
+                    store(out++, broadcast(element<T>(w, k, column)), 1);
+                    store(out++, broadcast(element<T>(w, k + 1, column)), 1);
+                }
+            }
+        }
+    }
+
+    void multiply(int64_t rows, int64_t columns, int64_t depth, const BFloat16* a, int64_t a_row, const void* packed,
+                  float* c, int64_t c_row, bool accumulate) const {
+        const int64_t all = padded(columns), even = padded(depth);
+        const BFloat16* b = static_cast<const BFloat16*>(packed);
+        for (int64_t first = 0; first < all; first += kBlock) {
+            const int64_t count = all - first < kBlock ? all - first : kBlock;
+            brgemm(rows, count, even, a_row, count, c_row, accumulate, &a->bits, &b[first * even].bits, c + first);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace ipt_fast

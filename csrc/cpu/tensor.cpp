@@ -1,0 +1,82 @@
+#include "tensor.h"
+
+#include <ATen/native/CPUBlas.h>
+#include <sys/mman.h>
+
+namespace ipt_fast {
+namespace {
+
+constexpr uintptr_t kLargePage = 2 << 20;
+
+void emulated_brgemm(int64_t rows, int64_t columns, int64_t depth, int64_t a_row, int64_t b_row, int64_t c_row,
+                     bool accumulate, const uint16_t* a, const uint16_t* b, float* c) {
+    const auto* left = reinterpret_cast<const at::BFloat16*>(a);
+    const auto* right = reinterpret_cast<const at::BFloat16*>(b);
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) {
+            float sum = accumulate ? c[i * c_row + j] : 0.0f;
+            for (int64_t k = 0; k < depth; ++k) {
+                sum += static_cast<float>(left[i * a_row + k]) *
+                       static_cast<float>(right[(k / 2 * b_row + j) * 2 + k % 2]);
+            }
+            c[i * c_row + j] = sum;
+        }
+    }
+}
+
+void torch_brgemm(int64_t rows, int64_t columns, int64_t depth, int64_t a_row, int64_t b_row, int64_t c_row,
+                  bool accumulate, const uint16_t* a, const uint16_t* b, float* c) {
+    at::native::cpublas::brgemm(rows, columns, depth, a_row, b_row, c_row, accumulate,
+                                reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c);
+}
+
+}  // namespace
+
+at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x) {
+    const int64_t channels = shape[1], height = shape[2], width = shape[3];
+    at::Tensor out =
+        at::empty({shape[0], height, width, channels}, x.options().memory_format(at::MemoryFormat::Contiguous));
+    const auto begin = round_up(reinterpret_cast<uintptr_t>(out.mutable_data_ptr()), kLargePage);
+    const auto end = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + out.nbytes();
+    if (end >= begin + 4 * kLargePage) {  // a smaller block may be a piece of the heap that is in use already
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    }
+    return out.permute({0, 3, 1, 2});
+}
+
+at::Tensor channels_last(const at::Tensor& x) {
+    const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+    if (x.strides() == at::IntArrayRef({height * width * channels, 1, width * channels, channels})) {
+        return x;
+    }
+    at::Tensor copy = empty_channels_last(x.sizes(), x);
+    copy.copy_(x);
+    return copy;
+}
+
+at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size) {
+    if (!parameter.has_value()) {
+        return at::zeros({size}, at::kFloat);
+    }
+    at::DimVector shape(parameter->sizes());
+    const int64_t last = shape.back();
+    shape.back() = size;
+    at::Tensor out = at::zeros(shape, at::kFloat);
+    out.narrow(-1, 0, last).copy_(*parameter);
+    return out;
+}
+
+Brgemm brgemm() {
+    if (isa() != Isa::amx) {
+        return nullptr;
+    }
+    return amx_is_emulated() ? emulated_brgemm : torch_brgemm;
+}
+
+BrgemmScope::~BrgemmScope() {
+    if (isa() == Isa::amx && !amx_is_emulated()) {
+        at::native::cpublas::brgemm_release();
+    }
+}
+
+}  // namespace ipt_fast
