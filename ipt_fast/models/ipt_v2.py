@@ -90,8 +90,7 @@ class TransformerLayer(nn.Module):
         self.ffn = RepLeFFN(channels, config.ffn_ratio, config.inner_ratio, merged=config.merged)
 
     def forward(self, x):
-        x = x + self.attention(self.norm1(x))
-        return x + self.ffn(self.norm2(x))
+        return self.ffn.layer(self.attention.layer(x, self.norm1), self.norm2)
 
 
 def _stage(config, channels, heads, depth):

@@ -50,6 +50,26 @@ class FocalContextSelfAttention(nn.Module):
         )
         return self.project(attended)
 
+    def layer(self, x, norm):
+        """x + self(norm(x)) as one operator; ``norm`` is a :class:`LayerNorm2d`."""
+        _check.image(x, self.qkv.weight)
+        return ops.focal_attention_layer(
+            x,
+            norm.weight,
+            norm.bias,
+            self.qkv.weight,
+            self.depthwise.weight,
+            self.project.weight,
+            self.temperature,
+            self.token_weight,
+            self.top_weight,
+            self.bottom_weight,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            eps=norm.eps,
+            centered=norm.centered,
+        )
+
 
 class GlobalGridSelfAttention(nn.Module):
     """Global grid self-attention, GGSA (IPT-V2, section 3.4): PW to q, k, v, attention on dilated lattices, PW.
@@ -78,3 +98,19 @@ class GlobalGridSelfAttention(nn.Module):
         _check.image(x, self.qkv.weight)
         attended = ops.grid_attention(self.qkv(x), self.bias_table, num_heads=self.num_heads, grid_size=self.grid_size)
         return self.project(attended)
+
+    def layer(self, x, norm):
+        """x + self(norm(x)) as one operator; ``norm`` is a :class:`LayerNorm2d`."""
+        _check.image(x, self.qkv.weight)
+        return ops.grid_attention_layer(
+            x,
+            norm.weight,
+            norm.bias,
+            self.qkv.weight,
+            self.project.weight,
+            self.bias_table,
+            num_heads=self.num_heads,
+            grid_size=self.grid_size,
+            eps=norm.eps,
+            centered=norm.centered,
+        )

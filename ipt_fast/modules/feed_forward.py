@@ -150,8 +150,18 @@ class RepLeFFN(nn.Module):
         _check.image(x, self.expand.input_weight)
         if self._branches_are_cheaper(x):
             return self.project(self.depthwise(F.gelu(self.expand(x))))
-        weights = (self.expand.current_weight(), self.depthwise.current_weight(), self.project.current_weight())
-        return ops.leffn(x, *weights)
+        return ops.leffn(x, *self._current_weights())
+
+    def layer(self, x, norm):
+        """x + self(norm(x)) as one operator; ``norm`` is a :class:`LayerNorm2d`."""
+        _check.image(x, self.expand.input_weight)
+        if self._branches_are_cheaper(x):
+            return x + self(norm(x))
+        weights = self._current_weights()
+        return ops.leffn_layer(x, norm.weight, norm.bias, *weights, eps=norm.eps, centered=norm.centered)
+
+    def _current_weights(self):
+        return (self.expand.current_weight(), self.depthwise.current_weight(), self.project.current_weight())
 
     def _branches_are_cheaper(self, x):
         if torch.compiler.is_compiling():  # a compiled graph serves all sizes, so it must not branch on the size

@@ -33,7 +33,7 @@ def grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
     return _operator(qkv, bias_table, num_heads, grid_size)
 
 
-def _squared_tokens(size, grid_size):
+def squared_tokens(size, grid_size):
     """Sum over the positions in a cubby of the squared number of lattice points inside one axis of ``size``."""
     cubby = -(-size // grid_size)
     full, rest = divmod(size, cubby)
@@ -42,7 +42,7 @@ def _squared_tokens(size, grid_size):
 
 def _flops(qkv, bias_table, num_heads, grid_size):
     batch, packed, height, width = qkv
-    return 2 * 2 * batch * packed // 3 * _squared_tokens(height, grid_size) * _squared_tokens(width, grid_size)
+    return 2 * 2 * batch * packed // 3 * squared_tokens(height, grid_size) * squared_tokens(width, grid_size)
 
 
 _operator = Operator(

@@ -8,15 +8,19 @@ from .channel_attention import channel_attention
 from .focal_channel_attention import focal_channel_attention
 from .grid_attention import grid_attention
 from .layer_norm_2d import layer_norm_2d
+from .layers import focal_attention_layer, grid_attention_layer, leffn_layer
 from .leffn import leffn
 from .merge import merge_depthwise, merge_pointwise
 
 __all__ = [
     "channel_attention",
+    "focal_attention_layer",
     "focal_channel_attention",
     "grid_attention",
+    "grid_attention_layer",
     "layer_norm_2d",
     "leffn",
+    "leffn_layer",
     "merge_depthwise",
     "merge_pointwise",
 ]

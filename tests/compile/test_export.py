@@ -20,7 +20,7 @@ def test_static(config):
     program = export(model, (x,))
     assert relative(program.module()(x), model(x)) < 1e-5
     called = {str(node.target) for node in program.graph.nodes}
-    for operator in ("layer_norm_2d", "focal_channel_attention", "grid_attention", "leffn"):
+    for operator in ("focal_attention_layer", "grid_attention_layer", "leffn_layer"):
         assert f"ipt_fast.{operator}.default" in called
     with pytest.raises(Exception, match=r"shape|size|guard"):
         program.module()(torch.rand(1, model.config.in_channels, 14, 18))

@@ -56,7 +56,7 @@ def test_backward_operators_cost_two_forwards():
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 128, 128, device="meta")).sum().backward()
     counts = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
-    for name in ("leffn", "focal_channel_attention", "grid_attention"):
+    for name in ("leffn_layer", "focal_attention_layer", "grid_attention_layer"):
         assert counts[f"ipt_fast.{name}_backward"] == 2 * counts[f"ipt_fast.{name}"] > 0
 
 
@@ -68,13 +68,13 @@ def test_tiny_is_below_a_million():
 def test_leffn_costs_what_table_7c_says(monkeypatch):
     """Its 5x5 depthwise convolutions add 2.36 GMAC and 0.74 M parameters to a plain FFN in the base model."""
     kernels = []
-    leffn = ipt_fast.ops.leffn
+    layer = ipt_fast.ops.leffn_layer
 
-    def spy(x, expand, depthwise, project):
+    def spy(x, norm_weight, norm_bias, expand, depthwise, project, **options):
         kernels.append((depthwise.numel(), x.shape[2] * x.shape[3]))
-        return leffn(x, expand, depthwise, project)
+        return layer(x, norm_weight, norm_bias, expand, depthwise, project, **options)
 
-    monkeypatch.setattr(ipt_fast.ops, "leffn", spy)
+    monkeypatch.setattr(ipt_fast.ops, "leffn_layer", spy)
     on_meta("ipt_v2_base", merged=True)(torch.empty(1, 3, 128, 128, device="meta"))
     assert round(sum(numel * pixels for numel, pixels in kernels) / 1e9, 2) == 2.36
     assert abs(sum(numel for numel, _ in kernels) / 1e6 - 0.74) < 0.01

@@ -5,7 +5,7 @@ import torch
 from ipt_fast import ops, reference
 
 IMAGES = {"x", "q", "k", "v", "qkv"}
-WEIGHTS = {"expand_weight", "depthwise_weight", "project_weight", "first", "second", "k5", "k3", "k1"}
+WEIGHTS = {"expand_weight", "depthwise_weight", "project_weight", "qkv_weight", "first", "second", "k5", "k3", "k1"}
 OPERATORS = list(ops.__all__)
 MERGES = {"merge_pointwise", "merge_depthwise"}
 
@@ -49,6 +49,51 @@ def _leffn(batch, height, width, *, channels=5, hidden=11, out=7, kernel=5):
     }, {}
 
 
+def _norm(channels, bias):
+    norm = {"norm_weight": 1 + 0.3 * _random(channels)}
+    return norm | ({"norm_bias": _random(channels)} if bias else {})
+
+
+def _norm_options(bias):
+    return {"eps": 1e-5, "centered": bias, **({} if bias else {"norm_bias": None})}
+
+
+def _pointwise(out, channels):
+    return _random(out, channels, 1, 1) * channels**-0.5
+
+
+def _focal_attention_layer(batch, height, width, *, heads=2, depth=3, window=4, bias=True):
+    channels = heads * depth
+    attention, options = _focal_channel_attention(batch, height, width, heads=heads, depth=depth, window=window)
+    del attention["qkv"]
+    return {
+        "x": _random(batch, channels, height, width),
+        **_norm(channels, bias),
+        "qkv_weight": _pointwise(3 * channels, channels),
+        "depthwise_weight": _random(3 * channels, 1, 3, 3) / 3,
+        "project_weight": _pointwise(channels, channels),
+        **attention,
+    }, {**options, **_norm_options(bias)}
+
+
+def _grid_attention_layer(batch, height, width, *, heads=2, depth=3, grid=3, bias=True):
+    channels = heads * depth
+    attention, options = _grid_attention(batch, height, width, heads=heads, depth=depth, grid=grid)
+    del attention["qkv"]
+    return {
+        "x": _random(batch, channels, height, width),
+        **_norm(channels, bias),
+        "qkv_weight": _pointwise(3 * channels, channels),
+        "project_weight": _pointwise(channels, channels),
+        **attention,
+    }, {**options, **_norm_options(bias)}
+
+
+def _leffn_layer(batch, height, width, *, channels=5, hidden=11, kernel=5, bias=True):
+    network, _ = _leffn(batch, height, width, channels=channels, hidden=hidden, out=channels, kernel=kernel)
+    return {"x": network.pop("x"), **_norm(channels, bias), **network}, _norm_options(bias)
+
+
 def _merge_pointwise(*_):
     return {"first": _random(5, 3, 1, 1), "second": _random(7, 5, 1, 1)}, {}
 
@@ -70,6 +115,12 @@ CALLS = {
     "grid_attention/no_bias": ("grid_attention", _grid_attention, {"bias": False, "heads": 1, "grid": 4}),
     "leffn": ("leffn", _leffn, {}),
     "leffn/3x3": ("leffn", _leffn, {"kernel": 3, "out": 5}),
+    "focal_attention_layer": ("focal_attention_layer", _focal_attention_layer, {}),
+    "focal_attention_layer/bias_free": ("focal_attention_layer", _focal_attention_layer, {"bias": False, "window": 5}),
+    "grid_attention_layer": ("grid_attention_layer", _grid_attention_layer, {}),
+    "grid_attention_layer/bias_free": ("grid_attention_layer", _grid_attention_layer, {"bias": False, "heads": 1}),
+    "leffn_layer": ("leffn_layer", _leffn_layer, {}),
+    "leffn_layer/bias_free": ("leffn_layer", _leffn_layer, {"bias": False}),
     "merge_pointwise": ("merge_pointwise", _merge_pointwise, {}),
     "merge_depthwise": ("merge_depthwise", _merge_depthwise, {}),
     "merge_depthwise/no_identity": ("merge_depthwise", _merge_depthwise, {"identity": False}),

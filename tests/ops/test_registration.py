@@ -78,6 +78,14 @@ def macs(operator, tensors, options):
     image = next(iter(tensors.values()))
     batch, channels, height, width = image.shape
     pixels = batch * height * width
+    if operator.endswith("_layer"):
+        names = ("expand_weight", "qkv_weight", "depthwise_weight", "project_weight")
+        convolutions = pixels * sum(tensors[name].numel() for name in names if name in tensors)
+        if operator == "leffn_layer":
+            return convolutions
+        attention = {"focal_attention_layer": "focal_channel_attention", "grid_attention_layer": "grid_attention"}
+        qkv = torch.empty(batch, 3 * channels, height, width)
+        return convolutions + macs(attention[operator], {"qkv": qkv}, options)
     if operator == "leffn":
         hidden, kernel = tensors["expand_weight"].shape[0], tensors["depthwise_weight"].shape[-1]
         return pixels * hidden * (channels + kernel**2 + tensors["project_weight"].shape[0])
