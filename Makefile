@@ -15,7 +15,7 @@ PIP    := $(PY) -m pip
 CSRC   := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp,$(CSRC))
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo
@@ -25,6 +25,14 @@ test: $(VENV)/.installed $(VENV)/.oracles
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks
+
+# The kernels' tests with every access and every undefined operation checked, on a build of its own.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+sanitize: $(VENV)/.installed
+	CXXFLAGS="$(SANITIZE)" $(PY) setup.py -q build --build-lib build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=$(THREADS) \
+	    $(PY) -m pytest -o pythonpath="build/sanitize ." tests/ops tests/build/test_extension_layer_norm.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

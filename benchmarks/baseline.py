@@ -5,6 +5,7 @@ import contextlib
 import torch.nn.functional as F
 
 from ipt_fast import ops, reference
+from ipt_fast.modules import convolution
 from ipt_fast.reference._windows import pad_to_multiple
 from ipt_fast.reference.grid_attention import lattice, relative_position_index
 
@@ -18,11 +19,13 @@ def formula(name):
 def plain_eager(**overrides):
     """Inside, the modules of ipt_fast run on plain PyTorch; ``overrides`` replace the formulas of some operators."""
     saved = {name: getattr(ops, name) for name in ops.__all__}
+    emulated, convolution.EMULATED = convolution.EMULATED, frozenset()
     try:
         for name in saved:
             setattr(ops, name, overrides.get(name, formula(name)))
         yield
     finally:
+        convolution.EMULATED = emulated
         for name, operator in saved.items():
             setattr(ops, name, operator)
 

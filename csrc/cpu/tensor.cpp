@@ -3,9 +3,14 @@
 #include <ATen/native/CPUBlas.h>
 #include <sys/mman.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace ipt_fast {
 namespace {
 
+constexpr int64_t kLine = 64;
 constexpr uintptr_t kLargePage = 2 << 20;
 
 void emulated_brgemm(int64_t rows, int64_t columns, int64_t depth, int64_t a_row, int64_t b_row, int64_t c_row,
@@ -64,6 +69,34 @@ at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size) {
     at::Tensor out = at::zeros(shape, at::kFloat);
     out.narrow(-1, 0, last).copy_(*parameter);
     return out;
+}
+
+int64_t WorkSpace::add(int64_t bytes) {
+    const int64_t offset = size_;
+    size_ += round_up(bytes, kLine);
+#if defined(__SANITIZE_ADDRESS__)
+    gaps_.emplace_back(offset + bytes, size_ + kLine - offset - bytes);
+    size_ += kLine;
+#endif
+    return offset;
+}
+
+void WorkSpace::allocate() {
+    memory_ = at::empty({size_ + kLine}, at::kByte);
+    base_ = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr()), kLine));
+#if defined(__SANITIZE_ADDRESS__)
+    for (const auto& [offset, size] : gaps_) {
+        ASAN_POISON_MEMORY_REGION(base_ + offset, size);
+    }
+#endif
+}
+
+WorkSpace::~WorkSpace() {
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_ != nullptr) {
+        ASAN_UNPOISON_MEMORY_REGION(base_, size_);
+    }
+#endif
 }
 
 Brgemm brgemm() {

@@ -7,6 +7,8 @@
 #include <ATen/ops/zeros.h>
 
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "ipt_fast/kernels.h"
 #include "isa.h"
@@ -75,22 +77,23 @@ inline Weight transposed(const Weight& w) { return {w.data, w.depth, w.columns, 
 // The work space of one call: pieces are added first, then allocated together, each on its own cache lines.
 class WorkSpace {
   public:
+    WorkSpace() = default;
+    WorkSpace(const WorkSpace&) = delete;
+    ~WorkSpace();
+
     // Returns the offset of a piece of `bytes`.
-    int64_t add(int64_t bytes) {
-        const int64_t offset = size_;
-        size_ += round_up(bytes, 64);
-        return offset;
-    }
-    void allocate() { memory_ = at::empty({size_ + 64}, at::kByte); }
+    int64_t add(int64_t bytes);
+    void allocate();
     template <typename T>
     T* at(int64_t offset) const {
-        const auto base = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr());
-        return reinterpret_cast<T*>(round_up(base, 64) + offset);
+        return reinterpret_cast<T*>(base_ + offset);
     }
 
   private:
     int64_t size_ = 0;
+    std::vector<std::pair<int64_t, int64_t>> gaps_;  // between the pieces, for AddressSanitizer
     at::Tensor memory_;
+    uint8_t* base_ = nullptr;
 };
 
 // The matrix unit for bf16, or nullptr: see isa.h.

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN, _check
+from ..modules.convolution import Conv2d
 from ._pretrained import PretrainedModel
 
 NORMS = ("bias_free", "with_bias")
@@ -105,13 +106,11 @@ def _stage(config, channels, heads, depth):
 
 
 def _downsample(channels, kernel):
-    return nn.Sequential(
-        nn.Conv2d(channels, channels // 2, kernel, padding=kernel // 2, bias=False), nn.PixelUnshuffle(2)
-    )
+    return nn.Sequential(Conv2d(channels, channels // 2, kernel, padding=kernel // 2, bias=False), nn.PixelUnshuffle(2))
 
 
 def _upsample(channels):
-    return nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.PixelShuffle(2))
+    return nn.Sequential(Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.PixelShuffle(2))
 
 
 def pad_to_multiple(x, multiple):
@@ -147,16 +146,16 @@ class IPTV2(PretrainedModel):
             raise TypeError(f"config must be an IPTV2Config; got {type(config).__name__}")
         self._config = config
         width, depths, heads = config.width, config.depths, config.heads
-        self.embed = nn.Conv2d(config.in_channels, width, 3, padding=1, bias=False)
+        self.embed = Conv2d(config.in_channels, width, 3, padding=1, bias=False)
         self.encoder = nn.ModuleList(_stage(config, width << i, heads[i], depths[i]) for i in range(3))
         self.down = nn.ModuleList(_downsample(width << i, config.downsample_kernel) for i in range(3))
         self.latent = _stage(config, width << 3, heads[3], depths[3])
         self.up = nn.ModuleList(_upsample(width << (i + 1)) for i in range(3))
         # Level 1 keeps the concatenation, so its decoder and the refinement are as wide as level 2.
-        self.reduce = nn.ModuleList(nn.Conv2d(width << (i + 1), width << i, 1, bias=False) for i in (1, 2))
+        self.reduce = nn.ModuleList(Conv2d(width << (i + 1), width << i, 1, bias=False) for i in (1, 2))
         self.decoder = nn.ModuleList(_stage(config, width << max(i, 1), heads[max(i, 1)], depths[i]) for i in range(3))
         self.refinement = _stage(config, 2 * width, heads[1], config.refinement)
-        self.output = nn.Conv2d(2 * width, config.out_channels, 3, padding=1, bias=False)
+        self.output = Conv2d(2 * width, config.out_channels, 3, padding=1, bias=False)
 
     def forward(self, x):
         _check.image(x, self.embed.weight)

@@ -24,7 +24,9 @@ def test_not_a_tensor(operator, name):
         rejected(operator, tensors | {name: value}, options, name, TypeError)
 
 
-@pytest.mark.parametrize(("operator", "name"), [(o, n) for o, n in EACH if n not in ("bias", "norm_bias", "bias_table")])
+@pytest.mark.parametrize(
+    ("operator", "name"), [(o, n) for o, n in EACH if n not in ("bias", "norm_bias", "bias_table")]
+)
 def test_none_where_a_tensor_is_needed(operator, name):
     _, tensors, options = build(operator, (2, 5, 6), torch.float32)
     rejected(operator, tensors | {name: None}, options, name, TypeError)

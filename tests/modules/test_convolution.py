@@ -1,0 +1,59 @@
+"""Convolutions where the processor lacks instructions for 16 bit: the same numbers as PyTorch's, from float32."""
+
+import pytest
+import torch
+from torch import nn
+
+from ipt_fast.modules import convolution
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def pair(dtype, bias=False):
+    plain = nn.Conv2d(5, 7, 3, padding=1, bias=bias).to(dtype)
+    ours = convolution.Conv2d(5, 7, 3, padding=1, bias=bias).to(dtype)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+@pytest.fixture(params=[True, False], ids=["emulated", "native"])
+def emulated(request, monkeypatch):
+    monkeypatch.setattr(convolution, "EMULATED", frozenset(HALF) if request.param else frozenset())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_same_as_pytorch(dtype, bias, emulated):
+    plain, ours = pair(dtype, bias)
+    x = torch.randn(2, 5, 6, 9, dtype=dtype, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    expected, got = plain(x), ours(y)
+    assert got.dtype == dtype
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(got, expected, **tolerance)
+    expected.sum().backward()
+    got.sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, **tolerance)
+    scale = plain.weight.grad.abs().max()
+    torch.testing.assert_close(ours.weight.grad / scale, plain.weight.grad / scale, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast(dtype, emulated):
+    plain, ours = pair(torch.float32)
+    x = torch.randn(2, 5, 6, 9)
+    with torch.autocast("cpu", dtype):
+        expected, got = plain(x), ours(x)
+        assert got.dtype == expected.dtype == dtype
+        got.float().sum().backward()
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    assert ours.weight.grad.dtype == torch.float32
+
+
+def test_emulated_convolution_computes_in_float32(monkeypatch):
+    """Rounded once: closer to the exact result than any sum of 16-bit products could guarantee."""
+    monkeypatch.setattr(convolution, "EMULATED", frozenset(HALF))
+    _, ours = pair(torch.bfloat16)
+    x = torch.randn(1, 5, 8, 8, dtype=torch.bfloat16)
+    exact = nn.functional.conv2d(x.double(), ours.weight.double(), padding=1)
+    assert torch.equal(ours(x), exact.to(torch.bfloat16))

@@ -1,0 +1,112 @@
+"""The C++ kernels at every instruction set this machine has, at sizes that cross their tiles, and on other threads."""
+
+import pytest
+import torch
+
+import ipt_fast
+from ipt_fast import _extension
+from tests.ops.cases import CALLS, assert_within_rule, baseline, build, exact, forward_and_gradients
+from tests.ops.test_parity import gradient_of_output
+
+pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+
+LEVELS = [*torch.ops.ipt_fast_cpu.isa_levels()] if _extension.load() else []
+if "avx512" in LEVELS and "amx" not in LEVELS:
+    LEVELS.append("amx")  # emulated
+
+# fields and shapes that leave several tiles, bands, blocks and groups, and rests of each
+LARGE = {
+    "layer_norm_2d": ({"channels": 100}, (2, 13, 29)),
+    "layer_norm_2d/bias_free": ({"channels": 48}, (1, 31, 37)),
+    "channel_attention": ({"heads": 2, "depth": 33}, (2, 29, 41)),
+    "channel_attention/windows": ({"heads": 2, "depth": 24, "window": 8}, (1, 37, 30)),
+    "focal_channel_attention": ({"heads": 2, "depth": 32, "window": 8}, (2, 37, 45)),
+    "focal_channel_attention/odd_window": ({"heads": 1, "depth": 48, "window": 7}, (1, 33, 71)),
+    "focal_attention_layer": ({"heads": 2, "depth": 32, "window": 16}, (2, 37, 75)),
+    "focal_attention_layer/bias_free": ({"heads": 3, "depth": 20, "window": 9}, (1, 50, 21)),
+    "grid_attention": ({"heads": 2, "depth": 24, "grid": 8}, (2, 30, 27)),
+    "grid_attention/no_bias": ({"heads": 1, "depth": 33, "grid": 5}, (1, 41, 19)),
+    "grid_attention_layer": ({"heads": 2, "depth": 32, "grid": 8}, (1, 45, 33)),
+    "grid_attention_layer/bias_free": ({"heads": 1, "depth": 48, "grid": 16}, (1, 35, 18)),
+    "leffn": ({"channels": 48, "hidden": 100, "out": 40}, (2, 23, 75)),
+    "leffn/3x3": ({"channels": 20, "hidden": 70, "out": 33}, (1, 9, 150)),
+    "leffn_layer": ({"channels": 64, "hidden": 256}, (1, 21, 130)),
+    "leffn_layer/bias_free": ({"channels": 33, "hidden": 130, "kernel": 7}, (2, 19, 35)),
+}
+
+
+def large(call, dtype):
+    operator, builder, fields = CALLS[call]
+    changes, shape = LARGE.get(call, ({}, (2, 7, 9)))
+    tensors, options = builder(*shape, **{**fields, **changes})
+    return operator, {name: value.to(dtype) for name, value in tensors.items()}, options
+
+
+def on_cpu(operator, tensors, options, grad):
+    with ipt_fast.use_backend("cpu"):
+        return forward_and_gradients(getattr(ipt_fast.ops, operator), tensors, options, grad)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    emulate = request.param not in torch.ops.ipt_fast_cpu.isa_levels()
+    monkeypatch.setenv("IPT_FAST_CPU_ISA", request.param)
+    torch.ops.ipt_fast_cpu.emulate_amx(emulate)
+    assert _extension.isa() == request.param
+    yield request.param
+    torch.ops.ipt_fast_cpu.emulate_amx(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("call", CALLS)
+def test_every_level(call, dtype, level):
+    if level == "amx" and dtype != torch.bfloat16:
+        pytest.skip("the matrix unit computes bfloat16 only")
+    for operator, tensors, options in (build(call, (2, 7, 5), dtype), large(call, dtype)):
+        grad = gradient_of_output(operator, tensors, options)
+        truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
+        assert_within_rule(on_cpu(operator, tensors, options, grad), truth, base)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", CALLS)
+def test_threads(call, dtype, threads):
+    """By the rule at 1, 2 and 5 threads; bit for bit the same again at the same number."""
+    operator, tensors, options = large(call, dtype)
+    grad = gradient_of_output(operator, tensors, options)
+    truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
+    for count in (1, 2, 5):
+        threads(count)
+        first = on_cpu(operator, tensors, options, grad)
+        assert_within_rule(first, truth, base)
+        again = on_cpu(operator, tensors, options, grad)
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_weight_written_without_notice_is_followed(call):
+    """Kernels pack weights; a write through .data does not even move a tensor's version counter."""
+    operator, tensors, options = build(call, (2, 7, 9), torch.float32)
+    for name, value in tensors.items():
+        parameter = torch.nn.Parameter(value.clone())
+        changed = {**tensors, name: parameter}
+
+        def output(changed=changed):
+            with ipt_fast.use_backend("cpu"), torch.no_grad():
+                return getattr(ipt_fast.ops, operator)(**changed, **options)
+
+        before, version = output(), parameter._version
+        parameter.data.mul_(1.5)
+        assert parameter._version == version
+        with ipt_fast.use_backend("reference"), torch.no_grad():
+            expected = getattr(ipt_fast.ops, operator)(**changed, **options)
+        torch.testing.assert_close(output(), expected, rtol=1e-4, atol=1e-4)
+        if name not in ("q", "k", "qkv"):  # normalised, or only in part
+            assert not torch.equal(output(), before)
