@@ -54,3 +54,10 @@ def sdpa_grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
     cubby = (rows // grid_size, columns // grid_size)
     out = out.reshape(batch, *cubby, num_heads, grid_size, grid_size, -1).permute(0, 3, 6, 4, 1, 5, 2)
     return out.reshape(batch, packed // 3, rows, columns)[..., :height, :width]
+
+
+def sdpa_grid_layer(x, norm_weight, norm_bias, qkv_weight, project_weight, bias_table=None, **options):
+    """The grid attention layer with the core by scaled_dot_product_attention."""
+    norm = {name: options.pop(name) for name in ("eps", "centered") if name in options}
+    y = formula("layer_norm_2d")(x, norm_weight, norm_bias, **norm)
+    return x + F.conv2d(sdpa_grid_attention(F.conv2d(y, qkv_weight), bias_table, **options), project_weight)

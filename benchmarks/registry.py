@@ -1,6 +1,7 @@
-"""Every operator and the shipped model once: inputs, FLOPs, bytes and rivals.
+"""Every operator once: inputs, FLOPs, bytes and rivals.
 
-Operators have the sizes of IPT-V2 small, level 1, on a 256 x 256 image.
+Operators have the sizes of IPT-V2 small, level 1, on a 256 x 256 image; layers also those of its widest and its
+smallest map.
 """
 
 import dataclasses
@@ -11,17 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
 from benchmarks import baseline
-
-
-@dataclasses.dataclass(frozen=True)
-class PlainModel:
-    """A model of ipt_fast run on plain PyTorch."""
-
-    call: Callable
-
-    def __call__(self, *inputs):
-        with baseline.plain_eager():
-            return self.call(*inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +29,7 @@ class Case:
 
     def compiled(self, name):
         """The rival ``name`` under torch.compile, for the sizes of this case."""
-        rival = self.rivals[name]
-        if isinstance(rival, PlainModel):
-            return PlainModel(torch.compile(rival.call, dynamic=False))
-        return torch.compile(rival, dynamic=False)
+        return torch.compile(self.rivals[name], dynamic=False)
 
     def flops(self, inputs):
         """Matrix products and convolutions by the operators' registered formulas, 2 per multiply-accumulate."""
@@ -80,23 +67,41 @@ def _operator(label, operator, makers, keywords=None, **rivals):
     return Case(label, _inputs(*makers), getattr(ipt_fast.ops, operator), {"eager": plain, **rivals}, keywords or {})
 
 
-def _model(name, size):
-    """A whole model in merged form, as a function of the image and of every parameter."""
-    torch.manual_seed(0)
-    model = ipt_fast.create_model(name, merged=True).eval()
-    parameters = dict(model.named_parameters())
+def _bias_free(function):
+    """A layer without the norm's bias, as a function of tensors only."""
 
-    def inputs(dtype):
-        weights = [p.detach().to(dtype) for p in parameters.values()]
-        return [
-            image(3, size)(dtype),
-            *(w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w for w in weights),
-        ]
+    def call(x, norm_weight, *others, **keywords):
+        return function(x, norm_weight, None, *others, centered=False, **keywords)
 
-    def call(x, *weights):
-        return torch.func.functional_call(model, dict(zip(parameters, weights, strict=True)), (x,))
+    return call
 
-    return Case(f"{name} 1x3x{size}x{size}", inputs, call, {"eager": PlainModel(call)})
+
+def _layer(label, operator, makers, keywords, **rivals):
+    rivals = {"eager": baseline.formula(operator), **rivals}
+    rivals = {name: _bias_free(rival) for name, rival in rivals.items()}
+    return Case(label, _inputs(*makers), _bias_free(getattr(ipt_fast.ops, operator)), rivals, keywords)
+
+
+def _focal_layer(channels, heads, size, window=32):
+    makers = [image(channels, size), parameter(channels), parameter(3 * channels, channels, 1, 1)]
+    makers += [parameter(3 * channels, 1, 3, 3), parameter(channels, channels, 1, 1), parameter(heads)]
+    makers += [parameter(heads, window, window)] * 3
+    label = f"focal_attention_layer 1x{channels}x{size}x{size} p{window}"
+    return _layer(label, "focal_attention_layer", makers, {"num_heads": heads, "window_size": window})
+
+
+def _grid_layer(channels, heads, size, grid=8):
+    makers = [image(channels, size), parameter(channels), parameter(3 * channels, channels, 1, 1)]
+    makers += [parameter(channels, channels, 1, 1), parameter((2 * grid - 1) ** 2, heads)]
+    label = f"grid_attention_layer 1x{channels}x{size}x{size} g{grid}"
+    keywords = {"num_heads": heads, "grid_size": grid}
+    return _layer(label, "grid_attention_layer", makers, keywords, sdpa=baseline.sdpa_grid_layer)
+
+
+def _leffn_layer(channels, size):
+    makers = [image(channels, size), parameter(channels), parameter(4 * channels, channels, 1, 1)]
+    makers += [parameter(4 * channels, 1, 5, 5), parameter(channels, 4 * channels, 1, 1)]
+    return _layer(f"leffn_layer 1x{channels}x{size}x{size}", "leffn_layer", makers, {})
 
 
 CASES = [
@@ -136,6 +141,9 @@ CASES = [
         "leffn",
         [image(32), parameter(128, 32, 1, 1), parameter(128, 1, 5, 5), parameter(32, 128, 1, 1)],
     ),
+    *(_focal_layer(*sizes) for sizes in ((32, 1, 256), (64, 2, 256), (256, 8, 32))),
+    *(_grid_layer(*sizes) for sizes in ((32, 1, 256), (64, 2, 256), (256, 8, 32))),
+    *(_leffn_layer(*sizes) for sizes in ((32, 256), (64, 256), (256, 32))),
     _operator(
         "merge_pointwise 256-512-1024",
         "merge_pointwise",
@@ -146,5 +154,4 @@ CASES = [
         "merge_depthwise",
         [parameter(1024, 1, 5, 5), parameter(1024, 1, 3, 3), parameter(1024, 1, 1, 1)],
     ),
-    _model("ipt_v2_tiny", 256),
 ]

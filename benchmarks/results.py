@@ -8,6 +8,7 @@ import subprocess
 
 import torch
 
+from benchmarks import measure
 from ipt_fast import _extension
 from ipt_fast._files import atomic_write
 from ipt_fast.evaluation.report import cpu_name
@@ -33,17 +34,53 @@ def environment():
     }
 
 
-def append(path, rows):
-    """Add rows to the CSV at ``path``, with a header if it is new; replaced atomically."""
-    path = pathlib.Path(path)
+def write(path, rows):
+    """The CSV of ``rows``, dicts with the same keys; replaced atomically."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\r\n")
-    if not path.exists():
-        writer.writeheader()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\r\n")
+    writer.writeheader()
     writer.writerows(rows)
-    before = path.read_bytes() if path.exists() else b""
     with atomic_write(path) as temporary:
-        temporary.write_bytes(before + text.getvalue().encode())
+        temporary.write_bytes(text.getvalue().encode())
+
+
+def append(path, rows):
+    """Add rows to the CSV at ``path``, new or not."""
+    path = pathlib.Path(path)
+    write(path, [*(read(path) if path.exists() else []), *({name: row[name] for name in COLUMNS} for row in rows)])
+
+
+def times_faster(medians):
+    """How many times as fast as the best rival "ipt_fast" is, of {contender: seconds}."""
+    return min(value for name, value in medians.items() if name != "ipt_fast") / medians["ipt_fast"]
+
+
+def append_medians(path, case, dtype, direction, medians, work, ceilings):
+    """Add one row per contender of {contender: seconds}, each with its rates and its share of the ceiling.
+
+    ``work`` is (FLOPs, bytes) of the call and ``ceilings`` (FLOP/s, bytes/s) as measured in this run.
+    """
+    floor = max(amount / ceiling for amount, ceiling in zip(work, ceilings, strict=True))
+    shared = {
+        **environment(),
+        "allocator": "tuned" if measure.memory_is_tuned() else "default",
+        "case": case,
+        "dtype": dtype,
+        "direction": direction,
+    }
+    rows = [
+        {
+            **shared,
+            "contender": name,
+            "median_ms": f"{median * 1e3:.3f}",
+            "times_faster": f"{times_faster(medians):.2f}" if name == "ipt_fast" else "",
+            "gb_per_s": f"{work[1] / median / 1e9:.2f}",
+            "gflop_per_s": f"{work[0] / median / 1e9:.2f}",
+            "share_of_ceiling": f"{floor / median:.3f}",
+        }
+        for name, median in medians.items()
+    ]
+    append(path, rows)
 
 
 def read(path):

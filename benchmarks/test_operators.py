@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import measure, results
-from benchmarks.registry import CASES, PlainModel
+from benchmarks.registry import CASES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS = int(os.environ.get("IPT_FAST_BENCH_ROUNDS", 7))
@@ -23,13 +23,9 @@ def ceilings():
 
 
 def contenders(case, inputs, direction):
-    """{name: call}; the rivals get channels-last and NCHW images, and are compiled too.
-
-    The training step of a whole model is not compiled: that alone takes many minutes on two cores.
-    """
+    """{name: call}; the rivals get channels-last and NCHW images, and are compiled too."""
     prepare = measure.with_backward if direction == "training" else measure.without_backward
     compiled = os.environ.get("IPT_FAST_BENCH_COMPILE", "1") == "1"
-    compiled &= direction == "forward" or not isinstance(case.rivals["eager"], PlainModel)
     nchw = [t.contiguous() for t in inputs]
     calls = {"ipt_fast": prepare(case.ours, inputs, case.keywords)}
     for name, rival in case.rivals.items():
@@ -65,34 +61,10 @@ def test_operator(benchmark, ceilings, case, dtype_name, direction):
 
     benchmark.pedantic(ours, setup=time_rivals, rounds=ROUNDS, iterations=1)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    best_rival = min(value for name, value in medians.items() if name != "ipt_fast")
     benchmark.extra_info.update({name: value * 1e3 for name, value in medians.items()})
-    benchmark.extra_info["times_faster_than_best_rival"] = best_rival / medians["ipt_fast"]
+    benchmark.extra_info["times_faster_than_best_rival"] = results.times_faster(medians)
 
     if path := os.environ.get("IPT_FAST_BENCH_CSV"):
         passes = 3 if direction == "training" else 1  # a backward is counted as two forwards
-        flops, size = passes * case.flops(inputs), passes * case.bytes(inputs)
-        peak_flops, peak_bytes = ceilings[dtype_name]
-        floor = max(flops / peak_flops, size / peak_bytes)
-        shared = {
-            **results.environment(),
-            "allocator": "tuned" if measure.memory_is_tuned() else "default",
-            "case": case.name,
-            "dtype": dtype_name,
-            "direction": direction,
-        }
-        results.append(
-            path,
-            [
-                {
-                    **shared,
-                    "contender": name,
-                    "median_ms": f"{median * 1e3:.3f}",
-                    "times_faster": f"{best_rival / median:.2f}" if name == "ipt_fast" else "",
-                    "gb_per_s": f"{size / median / 1e9:.2f}",
-                    "gflop_per_s": f"{flops / median / 1e9:.2f}",
-                    "share_of_ceiling": f"{floor / median:.3f}",
-                }
-                for name, median in medians.items()
-            ],
-        )
+        work = (passes * case.flops(inputs), passes * case.bytes(inputs))
+        results.append_medians(path, case.name, dtype_name, direction, medians, work, ceilings[dtype_name])

@@ -20,7 +20,7 @@ def photo(height, width):
     """(1, 3, height, width) of the shipped photo, or of one of CBSD68 where the data are at hand."""
     path = pathlib.Path(ipt_fast.__file__).parent / "assets" / "chelsea.png"
     if DATA:
-        path = next(iter(sorted(pathlib.Path(DATA).rglob("CBSD68/**/*.png"))), path)
+        path = next(iter(sorted(pathlib.Path(DATA, "denoise", "CBSD68").glob("*.png"))), path)
     image = np.asarray(PIL.Image.open(path).convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(image[:height, :width]).permute(2, 0, 1)[None].contiguous()
 

@@ -1,0 +1,121 @@
+"""``python -m benchmarks.footprint``: peak memory, time per pixel by image size and time to a first result.
+
+Every figure comes from a process of its own, and goes as a row to benchmarks/results/cpu_footprint.csv.
+"""
+
+import argparse
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+import ipt_fast
+from benchmarks import measure, results
+from benchmarks.baseline import plain_eager
+
+PATH = results.FOLDER / "cpu_footprint.csv"
+GIB = 2**30
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def memory(field):
+    """VmHWM (peak) or VmRSS (now) of this process in bytes."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def _model_and_image(name, dtype, batch, height, width, merged):
+    torch.manual_seed(0)
+    model = ipt_fast.create_model(name, merged=merged).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.rand(batch, 3, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return model, x
+
+
+def inference_peak(name, dtype, height, width):
+    """GiB at the peak of a process that restores one image, whole."""
+    model, x = _model_and_image(name, DTYPES[dtype], 1, int(height), int(width), merged=True)
+    with torch.inference_mode():
+        model(x)
+    return memory("VmHWM") / GIB
+
+
+def training_peak(name, dtype, contender):
+    """GiB that a training step on 2x3x128x128 takes above what the process held before."""
+    model, x = _model_and_image(name, torch.float32, 2, 128, 128, merged=False)
+    before = memory("VmRSS")
+
+    def step():
+        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
+            loss = model(x).square().mean()
+        loss.backward()
+
+    if contender == "eager":
+        with plain_eager():
+            step()
+    else:
+        step()
+    return (memory("VmHWM") - before) / GIB
+
+
+def time_per_pixel(name, dtype, size):
+    """Nanoseconds a pixel, median of three."""
+    model, x = _model_and_image(name, DTYPES[dtype], 1, int(size), int(size), merged=True)
+    with torch.inference_mode():
+        model(x)
+        median = statistics.median(measure.seconds(lambda: model(x)) for _ in range(3))
+    return median / int(size) ** 2 * 1e9
+
+
+def first_result(name, dtype, size):
+    """Seconds from the start of a process that imports the package to its first output."""
+    program = (
+        "import torch, ipt_fast\n"
+        f"model = ipt_fast.create_model({name!r}, pretrained=True, merged=True).to(torch.{dtype})\n"
+        f"with torch.inference_mode(): model(torch.rand(1, 3, {size}, {size}, dtype=torch.{dtype}))\n"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", program], check=True)
+    return time.perf_counter() - start
+
+
+QUANTITIES = {"inference_peak": "GiB", "training_peak": "GiB", "time_per_pixel": "ns", "first_result": "s"}
+RUNS = [
+    *(("first_result", "ipt_v2_tiny", dtype, "256") for dtype in DTYPES),
+    *(("training_peak", "ipt_v2_small", dtype, who) for dtype in DTYPES for who in ("ipt_fast", "eager")),
+    *(("time_per_pixel", "ipt_v2_small", dtype, size) for dtype in DTYPES for size in ("256", "512", "1024", "2048")),
+    *(("inference_peak", "ipt_v2_small", dtype, "2160", "3840") for dtype in DTYPES),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.footprint", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=PATH, help="the CSV that rows are added to")
+    parser.add_argument("--select", default="", help="only the quantities whose name contains this")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        quantity, *arguments = args.measure
+        print(globals()[quantity](*arguments))
+        return
+    rows = results.read(args.out) if args.out.exists() else []
+    for run in RUNS:
+        if args.select not in run[0]:
+            continue
+        command = [sys.executable, "-m", "benchmarks.footprint", "--measure", *run]
+        value = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        quantity, model, dtype, *arguments = run
+        print(
+            f"{quantity:16} {model} {dtype:9} {' '.join(arguments):12} {value:.3f} {QUANTITIES[quantity]}", flush=True
+        )
+        row = {"quantity": quantity, "model": model, "dtype": dtype, "arguments": " ".join(arguments)}
+        rows.append({**results.environment(), **row, "value": f"{value:.4g}", "unit": QUANTITIES[quantity]})
+        results.write(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Whole IPT-V2 models against their rivals, inference and training steps, interleaved, medians.
+
+Run by ``python -m benchmarks``. Rivals are plain PyTorch in the same dtype: eager NCHW and channels-last, SDPA, and
+SDPA compiled (for inference with frozen weights), which takes minutes for every model.
+"""
+
+import copy
+import os
+import statistics
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ipt_fast
+from benchmarks import baseline, measure, results
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROUNDS = int(os.environ.get("IPT_FAST_BENCH_ROUNDS", 7))
+COMPILE = os.environ.get("IPT_FAST_BENCH_COMPILE", "1") == "1"
+INFERENCE = [("ipt_v2_tiny", 1, 256), ("ipt_v2_small", 1, 256), ("ipt_v2_base", 1, 256)]
+TRAINING = [("ipt_v2_small", 2, 128)]
+SDPA = {"grid_attention": baseline.sdpa_grid_attention, "grid_attention_layer": baseline.sdpa_grid_layer}
+
+
+@pytest.fixture(scope="session")
+def ceilings():
+    return {name: measure.ceilings(dtype) for name, dtype in DTYPES.items()}
+
+
+def plain(call, **overrides):
+    """``call`` on plain PyTorch."""
+
+    def run():
+        with baseline.plain_eager(**overrides):
+            return call()
+
+    return run
+
+
+def inference(model, x, dtype, compiled=False):
+    model, x = copy.deepcopy(model).to(dtype), x.to(dtype)
+    run = torch.compile(model, dynamic=False) if compiled else model
+
+    def call():
+        with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+            return run(x)
+
+    return call
+
+
+def training_step(model, x, dtype, compiled=False):
+    """Forward and backward with gradients of all parameters; bfloat16 by autocast."""
+    model = copy.deepcopy(model).train()
+    run = torch.compile(model, dynamic=False) if compiled else model
+
+    def call():
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = run(x).square().mean()
+        loss.backward()
+        return loss
+
+    return call
+
+
+def contenders(make, model, x, dtype):
+    """{name: call}; ``make`` is `inference` or `training_step`."""
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    calls = {
+        "ipt_fast": make(*last, dtype),
+        "eager NCHW": plain(make(model, x, dtype)),
+        "eager": plain(make(*last, dtype)),
+        "sdpa": plain(make(*last, dtype), **SDPA),
+    }
+    if COMPILE:
+        calls["sdpa compiled"] = plain(make(*last, dtype, compiled=True), **SDPA)
+    return calls
+
+
+def check_parity(calls, dtype):
+    """Raise unless the output (or the loss) is that of plain eager PyTorch, as far as the dtype tells."""
+    ours, eager = calls["ipt_fast"]().float(), calls["eager"]().float()
+    error = ((ours - eager).abs().max() / eager.abs().max()).item()
+    limit = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert error < limit, f"error {error:.1e} is above {limit:.1e}; no speed is reported"
+
+
+def compare(benchmark, ceilings, make, name, batch, size, dtype_name):
+    torch.manual_seed(0)
+    dtype, direction = DTYPES[dtype_name], "forward" if make is inference else "training"
+    model = ipt_fast.create_model(name, merged=make is inference).eval()
+    x = torch.rand(batch, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta")(x.to("meta"))
+    calls = contenders(make, model, x, dtype)
+    check_parity(calls, dtype)
+    for call in calls.values():  # warm-up and compilation
+        call()
+    times = {contender: [] for contender in calls}
+
+    def time_rivals():
+        for contender, call in calls.items():
+            if contender != "ipt_fast":
+                times[contender].append(measure.seconds(call))
+
+    def ours():
+        times["ipt_fast"].append(measure.seconds(calls["ipt_fast"]))
+
+    benchmark.pedantic(ours, setup=time_rivals, rounds=ROUNDS, iterations=1)
+    medians = {contender: statistics.median(values) for contender, values in times.items()}
+    benchmark.extra_info.update({contender: value * 1e3 for contender, value in medians.items()})
+    benchmark.extra_info["times_faster_than_best_rival"] = results.times_faster(medians)
+    if path := os.environ.get("IPT_FAST_BENCH_CSV"):
+        passes = 3 if direction == "training" else 1
+        size_of = sum(t.numel() for t in (x, x, *model.parameters())) * dtype.itemsize
+        work = (passes * counter.get_total_flops(), passes * size_of)
+        label = f"{name} {batch}x3x{size}x{size}"
+        results.append_medians(path, label, dtype_name, direction, medians, work, ceilings[dtype_name])
+
+
+@pytest.mark.parametrize("dtype_name", DTYPES)
+@pytest.mark.parametrize(("name", "batch", "size"), INFERENCE)
+def test_inference(benchmark, ceilings, name, batch, size, dtype_name):
+    compare(benchmark, ceilings, inference, name, batch, size, dtype_name)
+
+
+@pytest.mark.parametrize("dtype_name", DTYPES)
+@pytest.mark.parametrize(("name", "batch", "size"), TRAINING)
+def test_training_step(benchmark, ceilings, name, batch, size, dtype_name):
+    compare(benchmark, ceilings, training_step, name, batch, size, dtype_name)
