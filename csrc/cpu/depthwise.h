@@ -2,15 +2,20 @@
 // row of input begins kernel / 2 pixels before the row of output and ends as many after it.
 #pragma once
 
+#include "gemm.h"
 #include "vec.h"
 
 namespace ipt_fast {
 namespace {
 
-#if defined(__AVX512F__)
+// Pixels whose sums are kept in registers: so many that a sum's next addition comes after the last one has finished.
 constexpr int kDepthwisePixels = 12;
+
+// Values of a row are kept in registers where there are 32 of them, else read again for every tap.
+#if defined(__AVX512F__)
+constexpr int kDepthwiseUnroll = 5;
 #else
-constexpr int kDepthwisePixels = 6;
+constexpr int kDepthwiseUnroll = 1;
 #endif
 
 template <int kernel, int pixels>
@@ -23,19 +28,13 @@ inline __attribute__((always_inline)) void depthwise_pixels(const float* const* 
 #pragma GCC unroll 1
     for (int y = 0; y < kernel; ++y) {
         const float* row = rows[y] + first * stride;
-        Vec taps[kernel];
-#pragma GCC unroll 5
+        asm("" : "+r"(row));  // else gcc keeps the offsets of all pixels in registers it does not have
+#pragma GCC unroll kDepthwiseUnroll
         for (int x = 0; x < kernel; ++x) {
-            taps[x] = load(weight + (y * kernel + x) * weight_stride);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < pixels + kernel - 1; ++i) {
-            const Vec value = load(row + i * stride);
-#pragma GCC unroll 5
-            for (int x = 0; x < kernel; ++x) {
-                if (i - x >= 0 && i - x < pixels) {
-                    sums[i - x] = fma(value, taps[x], sums[i - x]);
-                }
+            const Vec tap = load(weight + (y * kernel + x) * weight_stride);
+#pragma GCC unroll 12
+            for (int i = 0; i < pixels; ++i) {
+                sums[i] = fma(load(row + (i + x) * stride), tap, sums[i]);
             }
         }
     }
@@ -47,19 +46,21 @@ template <int kernel, typename Body>
 inline void depthwise_row(const float* const* rows, int64_t stride, int64_t count, const float* weight,
                           int64_t weight_stride, const Body& body) {
     int64_t first = 0;
-    for (; first + kDepthwisePixels <= count; first += kDepthwisePixels) {
-        Vec sums[kDepthwisePixels];
-        depthwise_pixels<kernel, kDepthwisePixels>(rows, first, stride, weight, weight_stride, sums);
+    const auto run = [&](auto pixels) __attribute__((always_inline)) {
+        constexpr int kPixels = decltype(pixels)::value;
+        for (; first + kPixels <= count; first += kPixels) {
+            Vec sums[kPixels];
+            depthwise_pixels<kernel, kPixels>(rows, first, stride, weight, weight_stride, sums);
 #pragma GCC unroll 12
-        for (int i = 0; i < kDepthwisePixels; ++i) {
-            body(first + i, sums[i]);
+            for (int i = 0; i < kPixels; ++i) {
+                body(first + i, sums[i]);
+            }
         }
-    }
-    for (; first < count; ++first) {
-        Vec sums[1];
-        depthwise_pixels<kernel, 1>(rows, first, stride, weight, weight_stride, sums);
-        body(first, sums[0]);
-    }
+    };
+    run(Constant<kDepthwisePixels>{});
+    run(Constant<8>{});
+    run(Constant<4>{});
+    run(Constant<1>{});
 }
 
 }  // namespace

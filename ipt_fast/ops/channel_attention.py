@@ -1,7 +1,7 @@
 """Channel attention of whole images and of windows."""
 
 from .. import reference
-from . import _check
+from . import _check, _cpu
 from ._operator import Operator
 
 
@@ -46,3 +46,4 @@ _operator = Operator(
     output_shape=lambda q, *_: q.shape,
     flops=_flops,
 )
+_operator.kernels["cpu"] = _cpu.kernel("channel_attention")

@@ -1,7 +1,7 @@
 """Focal context self-attention of IPT-V2."""
 
 from .. import reference
-from . import _check
+from . import _check, _cpu
 from ._operator import Operator
 
 
@@ -53,3 +53,4 @@ _operator = Operator(
     output_shape=lambda qkv, *_: (qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:]),
     flops=_flops,
 )
+_operator.kernels["cpu"] = _cpu.kernel("focal_channel_attention")

@@ -3,7 +3,7 @@
 import math
 
 from .. import reference
-from . import _check
+from . import _check, _cpu
 from ._operator import Operator
 from .grid_attention import squared_tokens
 
@@ -195,3 +195,6 @@ _leffn = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_leffn_flops,
 )
+_focal.kernels["cpu"] = _cpu.kernel("focal_attention_layer")
+_grid.kernels["cpu"] = _cpu.kernel("grid_attention_layer")
+_leffn.kernels["cpu"] = _cpu.kernel("leffn_layer")

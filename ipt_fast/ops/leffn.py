@@ -1,7 +1,7 @@
 """Locally enhanced feed-forward network of IPT-V2."""
 
 from .. import reference
-from . import _check
+from . import _check, _cpu
 from ._operator import Operator
 
 
@@ -43,3 +43,4 @@ _operator = Operator(
     output_shape=lambda x, expand, depthwise, project: (x.shape[0], project.shape[0], *x.shape[2:]),
     flops=_flops,
 )
+_operator.kernels["cpu"] = _cpu.kernel("leffn")

@@ -3,7 +3,7 @@
 import math
 
 from .. import reference
-from . import _check
+from . import _check, _cpu
 from ._operator import Operator
 
 
@@ -71,3 +71,5 @@ _depthwise = Operator(
     flops=lambda *_: 0,
     autocast=False,
 )
+_pointwise.kernels["cpu"] = _cpu.kernel("merge_pointwise")
+_depthwise.kernels["cpu"] = _cpu.kernel("merge_depthwise")

@@ -1,0 +1,106 @@
+// channel_attention and focal_channel_attention: checks, work partition, registration.
+#include "ipt_fast/channel_attention.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "groups.h"
+#include "tensor.h"
+
+namespace ipt_fast {
+namespace {
+
+// A whole image is one group, in at most so many blocks of at least so many pixels.
+constexpr int64_t kMostBlocks = 256;
+constexpr int64_t kLeastBlockPixels = 512;
+
+// The three passes over a map; p lacks only the slots.
+void run(ChannelAttentionParams& p) {
+    Groups& g = p.groups;
+    const ChannelAttentionKernels& kernel = IPT_FAST_KERNELS(channel_attention);
+    const int64_t most = std::max({gram_scratch(g), attend_scratch(g), apply_scratch(g) + kTileTokens * g.depth});
+    const int64_t each = round_up(most, kChannelPad);
+    WorkSpace space;
+    const int64_t slots = space.add(g.slots_bytes());
+    const int64_t scratch = space.add(at::get_num_threads() * each * sizeof(float));
+    space.allocate();
+    g.slots = space.at<float>(slots);
+    const auto for_all = [&](int64_t count, const auto& pass) {
+        at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+            pass(begin, end, space.at<float>(scratch) + at::get_thread_num() * each);
+        });
+    };
+    for_all(g.blocks() * g.heads, [&](auto... share) { kernel.gram(p, share...); });
+    for_all(g.windows() * g.heads * g.branches, [&](auto... share) { kernel.attend(g, share...); });
+    for_all(g.blocks() * g.heads, [&](auto... share) { kernel.apply(p, share...); });
+}
+
+at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
+                             const at::Tensor& temperature, int64_t num_heads, std::optional<int64_t> window_size) {
+    check_image(q_, "q");
+    check_tensor(k_, "k", q_.sizes(), q_);
+    check_tensor(v_, "v", q_.sizes(), q_);
+    check_heads(q_.size(1), num_heads, "q");
+    check_per_head(temperature, "temperature", num_heads, q_);
+    TORCH_CHECK_VALUE(window_size.value_or(1) > 0, "window_size is ", *window_size, ", expected a positive number");
+    const at::Tensor q = with_pixels(q_), k = with_pixels(k_), v = with_pixels(v_), scale = as_float(temperature);
+    const at::Tensor out = empty_channels_last(q.sizes(), q);
+    const int64_t height = q.size(2), width = q.size(3), pixels = height * width;
+    // the order of the pixels of a whole image does not matter: take it as one row
+    const bool whole = !window_size.has_value() || *window_size >= std::max(height, width);
+    const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, *window_size, 1);
+    const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
+                                  : Axis::windows_of(width, *window_size, 1);
+    ChannelAttentionParams params{};
+    params.dtype = dtype_of(q);
+    params.groups = groups_of(q.size(0), q.size(1), num_heads, vertical, horizontal, 1);
+    params.groups.scale = scale.const_data_ptr<float>();
+    params.q = pixels_of(q);
+    params.k = pixels_of(k);
+    params.v = pixels_of(v);
+    params.out = out.mutable_data_ptr();
+    run(params);
+    return out;
+}
+
+at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& temperature,
+                                   const at::Tensor& token_weight, const at::Tensor& top_weight,
+                                   const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
+    check_image(qkv_, "qkv");
+    TORCH_CHECK_VALUE(qkv_.size(1) % 3 == 0, "qkv has ", qkv_.size(1), " channels, expected a multiple of 3");
+    const int64_t channels = qkv_.size(1) / 3;
+    check_heads(channels, num_heads, "qkv / 3");
+    const at::Tensor qkv = with_pixels(qkv_);
+    const at::Tensor out = empty_channels_last({qkv.size(0), channels, qkv.size(2), qkv.size(3)}, qkv);
+    const FocalGroups focal(out, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
+    ChannelAttentionParams params{};
+    params.dtype = dtype_of(qkv);
+    params.groups = focal.groups;
+    const auto part = [&](int64_t index) { return pixels_of(qkv.narrow(1, index * channels, channels)); };
+    params.q = part(0);
+    params.k = part(1);
+    params.v = part(2);
+    params.out = out.mutable_data_ptr();
+    run(params);
+    return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
+    m.def(
+        "channel_attention(Tensor q, Tensor k, Tensor v, Tensor temperature, int num_heads, int? window_size) "
+        "-> Tensor");
+    m.def(
+        "focal_channel_attention(Tensor qkv, Tensor temperature, Tensor token_weight, Tensor top_weight, "
+        "Tensor bottom_weight, int num_heads, int window_size) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
+    m.impl("channel_attention", channel_attention);
+    m.impl("focal_channel_attention", focal_channel_attention);
+}
+
+}  // namespace ipt_fast

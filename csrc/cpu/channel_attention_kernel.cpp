@@ -1,0 +1,114 @@
+// Channel attention for the translation unit's instruction set; see gram.h and windows.h.
+//
+// Three passes: the Gram matrices of every block and head (reads q and k once, for both branches), their sums over
+// windows and the softmax, and the output (reads v once, writes out once). Bytes a pixel: 4 * C * sizeof(T) and the
+// slots, slot_size * 4 / (pixels of a block) for each head. FLOP a pixel: 4 * C * d for each branch.
+#include "gram.h"
+
+namespace ipt_fast {
+namespace {
+
+template <typename T>
+inline const T* pixel_of(const Groups& g, const Pixels& map, int64_t image, int64_t y, int64_t x) {
+    const int64_t pixel = (image * g.vertical.size + y) * g.horizontal.size + x;
+    return static_cast<const T*>(map.data) + pixel * map.stride;
+}
+
+template <typename T, int branches>
+void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
+    const Groups& g = p.groups;
+    const GramTile<branches> staged(g.depth, scratch);
+    for (int64_t index = begin; index < end; ++index) {
+        const Block block(g.vertical, g.horizontal, index / g.heads);
+        const int64_t head = index % g.heads;
+        float* slot = g.slot(index / g.heads, head);
+        for (int64_t t = 0; t < block.tiles(); ++t) {
+            const Tile tile = block.tile(t);
+            const TokenWeights<branches> weights(g, head, tile);
+            const auto stage = [&](const Pixels& map, int64_t norms, const auto& put) {
+                const T* first = pixel_of<T>(g, map, block.image, tile.y, tile.x) + head * g.head_channels;
+                for (int64_t c = 0; c < g.depth; c += kLanes) {
+                    Vec squares[branches]{};
+                    for (int64_t y = 0; y < tile.rows; ++y) {
+                        for (int64_t x = 0; x < tile.columns; ++x) {
+                            const T* pixel = first + (y * g.horizontal.size + x) * map.stride;
+                            put(tile, y, x, c, load_channels(pixel, c, g.head_channels), weights, squares);
+                        }
+                    }
+                    for (int branch = 0; branch < branches; ++branch) {
+                        add_to(g.norms(slot, branch) + norms + c, squares[branch], t == 0);
+                    }
+                }
+            };
+            stage(p.q, 0, [&](auto&&... token) { staged.put_q(token...); });
+            stage(p.k, g.depth, [&](auto&&... token) { staged.put_k(token...); });
+            staged.multiply(tile.tokens(), slot, t == 0);
+        }
+    }
+}
+
+void attend(const Groups& g, int64_t begin, int64_t end, float* scratch) {
+    const int64_t across = g.horizontal.windows(), down = g.vertical.windows();
+    for (int64_t index = begin; index < end; ++index) {
+        const int branch = static_cast<int>(index % g.branches);
+        const int64_t head = index / g.branches % g.heads, window = index / g.branches / g.heads;
+        attend_group(g, window / across / down, window / across % down, window % across, head, branch, scratch);
+    }
+}
+
+template <typename T, int branches>
+void apply(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
+    const Groups& g = p.groups;
+    const int64_t channels = g.heads * g.head_channels;
+    float* rows = scratch + apply_scratch(g);
+    for (int64_t index = begin; index < end; ++index) {
+        const Block block(g.vertical, g.horizontal, index / g.heads);
+        const int64_t head = index % g.heads;
+        for (int64_t t = 0; t < block.tiles(); ++t) {
+            const Tile tile = block.tile(t);
+            const T* v = pixel_of<T>(g, p.v, block.image, tile.y, tile.x) + head * g.head_channels;
+            apply_tile<branches>(g, head, tile, g.slot(index / g.heads, head), v, p.v.stride, rows, g.depth, scratch);
+            for (int64_t y = 0; y < tile.rows; ++y) {
+                const int64_t first = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
+                T* out = static_cast<T*>(p.out) + first * channels + head * g.head_channels;
+                for (int64_t x = 0; x < tile.columns; ++x) {
+                    const float* row = rows + (y * tile.columns + x) * g.depth;
+                    for_vectors(g.head_channels,
+                                [&](int64_t c, int64_t n) { store(out + x * channels + c, load(row + c), n); });
+                }
+            }
+        }
+    }
+}
+
+// body(value of the storage type, Constant<branches>)
+template <typename Body>
+void dispatch(const ChannelAttentionParams& p, const Body& body) {
+    const auto with_branches = [&](auto type) {
+        return p.groups.branches == 1 ? body(type, Constant<1>{}) : body(type, Constant<2>{});
+    };
+    switch (p.dtype) {
+        case DType::f32:
+            return with_branches(float{});
+        case DType::bf16:
+            return with_branches(BFloat16{});
+        case DType::f16:
+            return with_branches(Half{});
+    }
+}
+
+void gram_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
+    dispatch(
+        p, [&](auto type, auto branches) { gram<decltype(type), decltype(branches)::value>(p, begin, end, scratch); });
+}
+
+void apply_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
+    dispatch(
+        p, [&](auto type, auto branches) { apply<decltype(type), decltype(branches)::value>(p, begin, end, scratch); });
+}
+
+}  // namespace
+
+const ChannelAttentionKernels IPT_FAST_THIS_ISA(channel_attention) = {gram_any, attend, apply_any};
+
+}  // namespace ipt_fast

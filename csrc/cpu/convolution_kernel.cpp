@@ -1,0 +1,253 @@
+// The convolutions of convolution.h for the translation unit's instruction set.
+//
+// Pointwise: a block of pixels times the packed weight, whose panels stay in the first cache; fp32 maps are read and
+// written in place. 2 * channels * columns FLOPs a pixel; x is read once and out is written once. The weight's gradient
+// is x^T grad in runs of pixels, each summed in registers, then added: x is read once for every tile of 96 columns.
+//
+// Depthwise: a strip's last rows lie in a ring of fp32 rows in the second cache, every vector of channels by itself.
+// 2 * kernel^2 FLOPs a value; bound by reading x once (the gradient: x and grad) and writing out once.
+#include "depthwise.h"
+#include "gemm.h"
+#include "ipt_fast/convolution.h"
+#include "rows.h"
+
+namespace ipt_fast {
+namespace {
+
+// body(T{}) for the storage type.
+template <typename Body>
+inline void with_type(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::f32:
+            return body(float{});
+        case DType::bf16:
+            return body(BFloat16{});
+        case DType::f16:
+            return body(Half{});
+    }
+}
+
+template <typename T>
+constexpr bool kIsFloat = sizeof(T) == sizeof(float);
+
+// ---- pointwise ------------------------------------------------------------------------------------------------------
+
+int64_t packed_size(Brgemm brgemm, int64_t columns, int64_t depth) {
+    return brgemm ? MatrixUnit::packed_size(columns, depth) : VectorUnit::packed_size(columns, depth);
+}
+
+void pack(DType dtype, Brgemm brgemm, const Weight& weight, void* packed) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        brgemm ? MatrixUnit{brgemm}.pack<T>(weight, packed) : VectorUnit{}.pack<T>(weight, packed);
+    });
+}
+
+template <typename T, typename Unit>
+void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+    using Value = typename Unit::Value;
+    float* const products = scratch;
+    Value* const staged = reinterpret_cast<Value*>(scratch + kPointwiseBlock * padded(p.columns));
+    for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kPointwiseBlock;
+        const int64_t count = p.pixels - first < kPointwiseBlock ? p.pixels - first : kPointwiseBlock;
+        const T* const in = static_cast<const T*>(p.x) + first * p.channels;
+        T* const out = static_cast<T*>(p.out) + first * p.columns;
+        if constexpr (kIsFloat<T>) {
+            if (p.columns % kLanes == 0) {
+                unit.multiply(count, p.columns, p.channels, in, p.channels, p.packed, out, p.columns, false);
+                continue;
+            }
+        }
+        load_rows(in, p.channels, count, p.channels, staged, padded(p.channels));
+        unit.multiply(count, p.columns, p.channels, staged, padded(p.channels), p.packed, products, padded(p.columns),
+                      false);
+        store_rows(products, padded(p.columns), count, p.columns, static_cast<const T*>(nullptr), out);
+    }
+}
+
+void pointwise_any(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch) {
+#if defined(__AVX512F__)
+    if (p.brgemm && p.dtype == DType::bf16) {
+        return pointwise<BFloat16>(p, MatrixUnit{p.brgemm}, begin, end, scratch);
+    }
+#endif
+    with_type(p.dtype, [&](auto type) { pointwise<decltype(type)>(p, VectorUnit{}, begin, end, scratch); });
+}
+
+template <typename T>
+void pointwise_weight(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row, float* scratch,
+                      float* sums) {
+    const int64_t width = padded(p.channels);
+    const int64_t rows = p.columns - first_row < kPointwiseTile ? p.columns - first_row : kPointwiseTile;
+    float* const x = scratch;
+    float* const grad = x + kPointwiseRun * width;
+    float* const product = grad + kPointwiseRun * kPointwiseTile;
+    float* const total = sums + first_row * width;
+    for (int64_t first = begin; first < end; first += kPointwiseRun) {
+        const int64_t count = end - first < kPointwiseRun ? end - first : kPointwiseRun;
+        load_rows(static_cast<const T*>(p.x) + first * p.channels, p.channels, count, p.channels, x, width);
+        load_rows(static_cast<const T*>(p.grad) + first * p.columns + first_row, p.columns, count, rows, grad,
+                  kPointwiseTile);
+        product_transposed(rows, width, count, grad, kPointwiseTile, x, width, product, width, false);
+        for (int64_t i = 0; i < rows * width; i += kLanes) {
+            store(total + i, load(total + i) + load(product + i));
+        }
+    }
+}
+
+void pointwise_weight_any(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row, float* scratch,
+                          float* sums) {
+    with_type(p.dtype, [&](auto type) { pointwise_weight<decltype(type)>(p, begin, end, first_row, scratch, sums); });
+}
+
+// ---- depthwise ------------------------------------------------------------------------------------------------------
+
+// One strip of an image and its last `kernel` rows in fp32: [vector of channels][row % kernel][pixel][lane], with
+// kernel / 2 pixels of the neighbours, or zeros, at both ends.
+template <typename T, int kernel>
+struct Strip {
+    static constexpr int64_t kHalf = kernel / 2;
+
+    const DepthwiseParams& p;
+    int64_t image, first, count, ring_row;
+    float* ring;
+
+    Strip(const DepthwiseParams& params, int64_t index, float* scratch) : p(params), ring(scratch) {
+        image = index / p.strips;
+        first = index % p.strips * p.width / p.strips;
+        count = (index % p.strips + 1) * p.width / p.strips - first;
+        ring_row = (p.widest() + kernel - 1) * kLanes;
+    }
+
+    int64_t offset(int64_t y, int64_t x) const { return ((image * p.height + y) * p.width + x) * p.channels; }
+
+    // Row y of the image, or zeros, into the ring.
+    void load_row(int64_t y) const {
+        float* const row = ring + (y + kernel) % kernel * ring_row;
+        for (int64_t i = 0; i < count + kernel - 1; ++i) {
+            const int64_t x = first + i - kHalf;
+            const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
+            const T* const source = static_cast<const T*>(p.x) + (inside ? offset(y, x) : 0);
+            for_vectors(p.channels, [&](int64_t c, int64_t n) {
+                store(row + c / kLanes * kernel * ring_row + i * kLanes, inside ? load(source + c, n) : Vec{});
+            });
+        }
+    }
+
+    // The rows under the kernel at row y, for the vector of channel c.
+    void rows(int64_t y, int64_t c, const float** out) const {
+        for (int64_t i = 0; i < kernel; ++i) {
+            out[i] = ring + (c / kLanes * kernel + (y + i - kHalf + kernel) % kernel) * ring_row;
+        }
+    }
+};
+
+// body(strip, y) for rows begin <= k < end, the rows under the kernel being in the strip's ring.
+template <typename T, int kernel, typename Body>
+inline void for_rows(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, const Body& body) {
+    constexpr int64_t kHalf = kernel / 2;
+    while (begin < end) {
+        const Strip<T, kernel> strip(p, begin / p.height, scratch);
+        const int64_t first = begin % p.height;
+        const int64_t last = first + end - begin < p.height ? first + end - begin : p.height;
+        for (int64_t y = first - kHalf; y < first + kHalf; ++y) {
+            strip.load_row(y);
+        }
+        for (int64_t y = first; y < last; ++y) {
+            strip.load_row(y + kHalf);
+            body(strip, y);
+        }
+        begin += last - first;
+    }
+}
+
+template <typename T, int kernel>
+void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch) {
+    for_rows<T, kernel>(p, begin, end, scratch, [&](const Strip<T, kernel>& strip, int64_t y) {
+        T* const out = static_cast<T*>(p.out) + strip.offset(y, strip.first);
+        for_vectors(p.channels, [&](int64_t c, int64_t n) {
+            const float* rows[kernel];
+            strip.rows(y, c, rows);
+            depthwise_row<kernel>(rows, kLanes, strip.count, p.weight + c, padded(p.channels), [&](int64_t i, Vec sum) {
+                T* const target = out + i * p.channels + c;
+                n == kLanes ? store(target, sum) : store(target, sum, n);
+            });
+        });
+    });
+}
+
+// sums[x] += the sum over `pixels` pixels of grad[i] row[i + x].
+template <int kernel, int pixels>
+inline __attribute__((always_inline)) void tap_sums(const float* row, const float* grad, Vec* sums) {
+    Vec g[pixels];
+#pragma GCC unroll 4
+    for (int i = 0; i < pixels; ++i) {
+        g[i] = load(grad + i * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < pixels + kernel - 1; ++i) {
+        const Vec value = load(row + i * kLanes);
+#pragma GCC unroll 5
+        for (int x = 0; x < kernel; ++x) {
+            if (i - x >= 0 && i - x < pixels) {
+                sums[x] = fma(value, g[i - x], sums[x]);
+            }
+        }
+    }
+}
+
+template <typename T, int kernel>
+void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums) {
+    float* const staged = scratch + padded(p.channels) * kernel * (p.widest() + kernel - 1);
+    for_rows<T, kernel>(p, begin, end, scratch, [&](const Strip<T, kernel>& strip, int64_t y) {
+        const T* const grad = static_cast<const T*>(p.grad) + strip.offset(y, strip.first);
+        for_vectors(p.channels, [&](int64_t c, int64_t n) {
+            for (int64_t i = 0; i < strip.count; ++i) {
+                store(staged + i * kLanes, load(grad + i * p.channels + c, n));
+            }
+            const float* rows[kernel];
+            strip.rows(y, c, rows);
+            Vec totals[kernel][kernel]{};
+            int64_t i = 0;
+            for (; i + 4 <= strip.count; i += 4) {
+#pragma GCC unroll 5
+                for (int k = 0; k < kernel; ++k) {
+                    tap_sums<kernel, 4>(rows[k] + i * kLanes, staged + i * kLanes, totals[k]);
+                }
+            }
+            for (; i < strip.count; ++i) {
+#pragma GCC unroll 5
+                for (int k = 0; k < kernel; ++k) {
+                    tap_sums<kernel, 1>(rows[k] + i * kLanes, staged + i * kLanes, totals[k]);
+                }
+            }
+            for (int tap = 0; tap < kernel * kernel; ++tap) {
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    sums[tap * padded(p.channels) + c + lane] += totals[tap / kernel][tap % kernel][lane];
+                }
+            }
+        });
+    });
+}
+
+void depthwise_any(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch) {
+    with_type(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        (p.kernel == 3 ? depthwise<T, 3> : depthwise<T, 5>)(p, begin, end, scratch);
+    });
+}
+
+void depthwise_weight_any(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums) {
+    with_type(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        (p.kernel == 3 ? depthwise_weight<T, 3> : depthwise_weight<T, 5>)(p, begin, end, scratch, sums);
+    });
+}
+
+}  // namespace
+
+const ConvolutionKernels IPT_FAST_THIS_ISA(convolution) = {packed_size,          pack,          pointwise_any,
+                                                           pointwise_weight_any, depthwise_any, depthwise_weight_any};
+
+}  // namespace ipt_fast

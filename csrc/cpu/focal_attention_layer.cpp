@@ -1,0 +1,103 @@
+// focal_attention_layer: checks, work partition, registration.
+#include "ipt_fast/focal_attention_layer.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "groups.h"
+#include "tensor.h"
+
+namespace ipt_fast {
+namespace {
+
+// As many heads at once as fit the ring in strips of some width (their norm is computed for each group of heads), then
+// strips as wide as fits.
+void partition(FocalAttentionLayerParams& p) {
+    constexpr int64_t kLeastColumns = 32;
+    const Groups& g = p.groups;
+    const int64_t column = kRingRows * 3 * g.depth * static_cast<int64_t>(sizeof(float));  // of one head
+    const int64_t narrow = std::min(kLeastColumns, g.horizontal.size) + 2;
+    const int64_t heads = std::clamp<int64_t>(kRingBytes / (column * narrow), 1, g.heads);
+    p.head_groups = (g.heads + heads - 1) / heads;
+    const int64_t most_heads = (g.heads + p.head_groups - 1) / p.head_groups;
+    const int64_t columns = std::max<int64_t>(kRingBytes / (column * most_heads) - 2, 1);
+    p.strips = std::min((g.horizontal.size + columns - 1) / columns, g.horizontal.blocks());
+}
+
+at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                 const at::Tensor& qkv_weight, const at::Tensor& depthwise_weight,
+                                 const at::Tensor& project_weight, const at::Tensor& temperature,
+                                 const at::Tensor& token_weight, const at::Tensor& top_weight,
+                                 const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size, double eps,
+                                 bool centered) {
+    check_image(x_, "x");
+    const int64_t channels = x_.size(1);
+    check_heads(channels, num_heads, "x");
+    check_tensor(norm_weight, "norm_weight", {channels}, x_, true);
+    if (norm_bias.has_value()) {
+        check_tensor(*norm_bias, "norm_bias", {channels}, x_, true);
+    }
+    check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x_);
+    check_tensor(depthwise_weight, "depthwise_weight", {3 * channels, 1, 3, 3}, x_);
+    check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x_);
+    const at::Tensor x = channels_last(x_), out = empty_channels_last(x.sizes(), x);
+    const FocalGroups focal(x, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
+    const int64_t head_channels = channels / num_heads;
+    const at::Tensor weight = padded_parameter(norm_weight, padded(channels));
+    const at::Tensor bias = padded_parameter(norm_bias, padded(channels));
+    const at::Tensor depthwise = padded_parameter(
+        depthwise_weight.reshape({3, num_heads, head_channels, 9}).permute({1, 3, 0, 2}), padded(head_channels));
+
+    FocalAttentionLayerParams params{};
+    params.dtype = dtype_of(x);
+    params.brgemm = params.dtype == DType::bf16 ? brgemm() : nullptr;
+    params.groups = focal.groups;
+    params.norm = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), static_cast<float>(eps), centered};
+    params.x = x.const_data_ptr();
+    params.out = out.mutable_data_ptr();
+    params.qkv = weight_of(qkv_weight);
+    params.project = weight_of(project_weight);
+    params.depthwise = depthwise.const_data_ptr<float>();
+    partition(params);
+
+    Groups& g = params.groups;
+    const int64_t threads = at::get_num_threads();
+    const int64_t most = std::max({params.gram_scratch(), attend_scratch(g), params.apply_scratch()});
+    const int64_t each = round_up(most, kChannelPad);
+    WorkSpace space;
+    const int64_t slots = space.add(g.slots_bytes()), packed = space.add(params.packed_bytes());
+    const int64_t scratch = space.add(threads * each * sizeof(float));
+    space.allocate();
+    g.slots = space.at<float>(slots);
+    params.packed = space.at<char>(packed);
+
+    const FocalAttentionLayerKernels& kernel = IPT_FAST_KERNELS(focal_attention_layer);
+    const ChannelAttentionKernels& attention = IPT_FAST_KERNELS(channel_attention);
+    const auto for_all = [&](int64_t count, const auto& pass) {
+        at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+            const BrgemmScope scope;
+            pass(begin, end, space.at<float>(scratch) + at::get_thread_num() * each);
+        });
+    };
+    const int64_t blocks_down = g.vertical.blocks();
+    for_all(3 * num_heads + 1, [&](int64_t begin, int64_t end, float*) { kernel.pack(params, begin, end); });
+    for_all(g.images * params.head_groups * params.strips * blocks_down,
+            [&](auto... share) { kernel.gram(params, share...); });
+    for_all(g.windows() * g.heads * g.branches, [&](auto... share) { attention.attend(g, share...); });
+    for_all(g.blocks() * kBlockShares, [&](auto... share) { kernel.apply(params, share...); });
+    return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
+    m.def(
+        "focal_attention_layer(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
+        "Tensor depthwise_weight, Tensor project_weight, Tensor temperature, Tensor token_weight, Tensor top_weight, "
+        "Tensor bottom_weight, int num_heads, int window_size, float eps, bool centered) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("focal_attention_layer", focal_attention_layer); }
+
+}  // namespace ipt_fast

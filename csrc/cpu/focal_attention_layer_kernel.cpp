@@ -1,0 +1,271 @@
+// The focal attention layer for the translation unit's instruction set; see gram.h and windows.h.
+//
+// Pass 1 runs down a strip of the image: norm, projection to q, k, v of a few rows into a ring in the second cache,
+// depthwise convolution, Gram matrices of tiles. q and k never reach memory; v waits in the output's own memory.
+// Pass 2 (after the softmax, attend in channel_attention.h): attention of a tile, projection, residual.
+// Bytes a pixel: read x twice, write and read v, write out: 5 * C * sizeof(T), and the slots of channel_attention.
+// FLOP a pixel: 8 * C * C + 8 * C * d + 54 * C.
+#include "depthwise.h"
+#include "gram.h"
+#include "ipt_fast/focal_attention_layer.h"
+#include "rows.h"
+
+namespace ipt_fast {
+namespace {
+
+using Params = FocalAttentionLayerParams;
+
+char* packed_part(const Params& p, int64_t part) { return static_cast<char*>(p.packed) + part * p.packed_part_bytes(); }
+
+template <typename T, typename Unit>
+void pack(const Params& p, const Unit& unit, int64_t begin, int64_t end) {
+    const int64_t d = p.groups.head_channels, heads = p.groups.heads;
+    for (int64_t part = begin; part < end; ++part) {
+        Weight w = p.project;
+        if (part < 3 * heads) {  // part % 3 of q, k, v of head part / 3
+            w = p.qkv;
+            w.columns = d;
+            w.data = static_cast<const T*>(w.data) + (part % 3 * heads + part / 3) * d * w.column_stride;
+        }
+        unit.template pack<T>(w, packed_part(p, part));
+    }
+}
+
+// A strip of the image and a group of heads in pass 1.
+template <typename T, typename Unit>
+class Strip {
+  public:
+    Strip(const Params& p, const Unit& unit, int64_t index, float* scratch)
+        : p_(p), unit_(unit), g_(p.groups), pixels_(scratch) {
+        image_ = index / p.strips / p.head_groups;
+        const int64_t group = index / p.strips % p.head_groups, strip = index % p.strips;
+        first_head_ = p.first_head(group);
+        last_head_ = p.first_head(group + 1);
+        first_block_ = p.first_block(strip);
+        last_block_ = p.first_block(strip + 1);
+        left_ = g_.horizontal.begin(first_block_) - 1;
+        width_ = g_.horizontal.end(last_block_ - 1) + 1 - left_;
+        normal_ = reinterpret_cast<typename Unit::Value*>(pixels_ + p.pixels_size());
+        ring_ = pixels_ + (1 + kTileRows) * p.pixels_size();
+        tile_scratch_ = ring_ + p.ring_size();
+    }
+
+    // One row of blocks. The one above it may have left rows in the ring.
+    void block_row(int64_t index, bool continued) {
+        const Block first(g_.vertical, g_.horizontal, block_index(index, first_block_));
+        int64_t next = continued ? first.y + 1 : first.y - 1;
+        for (int64_t top = 0; top < first.rows; top += first.tile_rows()) {
+            const int64_t bottom = top + first.tile_rows() < first.rows ? top + first.tile_rows() : first.rows;
+            fill(next, first.y + bottom + 1);
+            next = first.y + bottom + 1;
+            for (int64_t b = first_block_; b < last_block_; ++b) {
+                const int64_t at = block_index(index, b);
+                const Block block(g_.vertical, g_.horizontal, at);
+                for (int64_t i = 0; i < block.tiles_across(); ++i) {
+                    const int64_t t = top / block.tile_rows() * block.tiles_across() + i;
+                    for (int64_t head = first_head_; head < last_head_; ++head) {
+                        gram(block.tile(t), head, g_.slot(at, head), t == 0);
+                    }
+                }
+            }
+        }
+    }
+
+  private:
+    int64_t block_index(int64_t y, int64_t x) const {
+        return (image_ * g_.vertical.blocks() + y) * g_.horizontal.blocks() + x;
+    }
+    int64_t pixel_index(int64_t y, int64_t x) const { return (image_ * g_.vertical.size + y) * g_.horizontal.size + x; }
+    // Rows -1, 0, 1, 2 and so on follow each other from the last third of the ring: whole tiles are not torn.
+    static int64_t ring_row(int64_t y) { return (y + kRingRows - 1) % kRingRows; }
+    float* ring(int64_t head, int64_t row) const {
+        return ring_ + ((head - first_head_) * kRingRows + row) * width_ * 3 * g_.depth;
+    }
+
+    // Rows begin to end (without it) of q, k and v, before the depthwise convolution, into the ring.
+    void fill(int64_t begin, int64_t end) {
+        const int64_t height = g_.vertical.size, channels = p_.channels(), row = padded(channels);
+        for (int64_t y = begin, count = 1; y < end; y += count) {
+            const int64_t at = ring_row(y);
+            count = 1;
+            if (y < 0 || y >= height) {
+                for (int64_t head = first_head_; head < last_head_; ++head) {
+                    memset(ring(head, at), 0, width_ * 3 * g_.depth * sizeof(float));
+                }
+                continue;
+            }
+            while (count < kTileRows && at + count < kRingRows && y + count < end && y + count < height) {
+                ++count;
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                normalize(y + i, normal_ + i * width_ * row);
+            }
+            for (int64_t part = 3 * first_head_; part < 3 * last_head_; ++part) {
+                unit_.multiply(count * width_, g_.head_channels, channels, normal_, row, packed_part(p_, part),
+                               ring(part / 3, at) + part % 3 * g_.depth, 3 * g_.depth, false);
+            }
+        }
+    }
+
+    // The strip's pixels of one row after the norm, with the halo; zeros outside of the image.
+    void normalize(int64_t y, typename Unit::Value* out) const {
+        const int64_t channels = p_.channels(), row = padded(channels);
+        const int64_t skipped = left_ < 0 ? 1 : 0, after = left_ + width_ > g_.horizontal.size ? 1 : 0;
+        const int64_t count = width_ - skipped - after;
+        const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + skipped) * channels;
+        memset(out, 0, skipped * row * sizeof(*out));
+        memset(out + (width_ - after) * row, 0, after * row * sizeof(*out));
+        load_rows(x, channels, count, channels, pixels_, row);
+        normalize_rows(pixels_, row, count, channels, p_.norm, out + skipped * row, row);
+    }
+
+    void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
+        const GramTile<2> staged(g_.depth, tile_scratch_);
+        const TokenWeights<2> weights(g_, head, tile);
+        const int64_t channels = p_.channels();
+        convolve(
+            tile, head, 0,
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
+                staged.put_q(tile, y, x, c, value, weights, squares);
+            },
+            [&](int64_t c, const auto& squares) { add_norms(slot, 0, c, squares, begin); });
+        convolve(
+            tile, head, 1,
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
+                staged.put_k(tile, y, x, c, value, weights, squares);
+            },
+            [&](int64_t c, const auto& squares) { add_norms(slot, g_.depth, c, squares, begin); });
+        T* v = static_cast<T*>(p_.out) + pixel_index(tile.y, tile.x) * channels + head * g_.head_channels;
+        convolve(
+            tile, head, 2,
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {
+                T* pixel = v + (y * g_.horizontal.size + x) * channels;
+                if (c + kLanes <= g_.head_channels) {
+                    store(pixel + c, value);
+                } else if (c < g_.head_channels) {
+                    store(pixel + c, value, g_.head_channels - c);
+                }
+            },
+            [](int64_t, const auto&) {});
+        staged.multiply(tile.tokens(), slot, begin);
+    }
+
+    void add_norms(float* slot, int64_t offset, int64_t c, const Vec (&squares)[2], bool begin) const {
+        for (int branch = 0; branch < 2; ++branch) {
+            add_to(g_.norms(slot, branch) + offset + c, squares[branch], begin);
+        }
+    }
+
+    // body(y, x, c, value, squares) for a tile of q, k or v (part 0, 1, 2) after the depthwise convolution, one vector
+    // of channels at a time; then end(c, squares).
+    template <typename Body, typename End>
+    void convolve(const Tile& tile, int64_t head, int64_t part, const Body& body, const End& end) const {
+        const int64_t pixel = 3 * g_.depth;
+        for (int64_t c = 0; c < g_.depth; c += kLanes) {
+            const int64_t offset = (tile.x - 1 - left_) * pixel + part * g_.depth + c;
+            Vec squares[2]{};
+            for (int64_t y = 0; y < tile.rows; ++y) {
+                const float* rows[3];
+                for (int64_t i = 0; i < 3; ++i) {
+                    rows[i] = ring(head, ring_row(tile.y + y + i - 1)) + offset;
+                }
+                depthwise_row<3>(rows, pixel, tile.columns, p_.depthwise + head * 9 * pixel + part * g_.depth + c,
+                                 pixel, [&](int64_t x, Vec value) { body(y, x, c, value, squares); });
+            }
+            end(c, squares);
+        }
+    }
+
+    const Params& p_;
+    const Unit& unit_;
+    const Groups& g_;
+    int64_t image_, first_head_, last_head_, first_block_, last_block_;
+    int64_t left_, width_;  // of the strip with its halo of one pixel
+    float* pixels_;
+    typename Unit::Value* normal_;
+    float *ring_, *tile_scratch_;
+};
+
+template <typename T, typename Unit>
+void gram(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+    memset(scratch, 0, p.gram_scratch() * sizeof(float));  // the padding of channels stays zero
+    const int64_t down = p.groups.vertical.blocks();
+    for (int64_t index = begin; index < end; ++index) {
+        Strip<T, Unit>(p, unit, index / down, scratch).block_row(index % down, index > begin && index % down > 0);
+    }
+}
+
+template <typename T, typename Unit>
+void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+    memset(scratch, 0, p.apply_scratch() * sizeof(float));
+    const Groups& g = p.groups;
+    const int64_t channels = p.channels(), row = p.attended_row();
+    float* attended = scratch + apply_scratch(g);
+    float* result = attended + kTileTokens * row;
+    auto* left = reinterpret_cast<typename Unit::Value*>(attended);
+    if constexpr (sizeof(*left) != sizeof(float)) {
+        left = reinterpret_cast<typename Unit::Value*>(result + kTileTokens * row);
+    }
+    for (int64_t index = begin; index < end; ++index) {
+        const int64_t b = index / kBlockShares, share = index % kBlockShares;
+        const Block block(g.vertical, g.horizontal, b);
+        for (int64_t t = share * block.tiles() / kBlockShares; t < (share + 1) * block.tiles() / kBlockShares; ++t) {
+            const Tile tile = block.tile(t);
+            const int64_t first = ((block.image * g.vertical.size + tile.y) * g.horizontal.size + tile.x) * channels;
+            T* out = static_cast<T*>(p.out) + first;
+            for (int64_t head = 0; head < g.heads; ++head) {
+                // the padding of a head's columns is overwritten by the next head
+                apply_tile<2>(g, head, tile, g.slot(b, head), out + head * g.head_channels, channels,
+                              attended + head * g.head_channels, row, scratch);
+            }
+            if constexpr (sizeof(*left) != sizeof(float)) {
+                for (int64_t i = 0; i < tile.tokens() * row; i += kLanes) {
+                    store(left + i, load(attended + i));
+                }
+            }
+            unit.multiply(tile.tokens(), channels, channels, left, row, packed_part(p, 3 * g.heads), result, row,
+                          false);
+            for (int64_t y = 0; y < tile.rows; ++y) {
+                const int64_t offset = y * g.horizontal.size * channels;
+                store_rows(result + y * tile.columns * row, row, tile.columns, channels,
+                           static_cast<const T*>(p.x) + first + offset, out + offset);
+            }
+        }
+    }
+}
+
+// body(value of the storage type, unit)
+template <typename Body>
+void dispatch(const Params& p, const Body& body) {
+    switch (p.dtype) {
+        case DType::f32:
+            return body(float{}, VectorUnit{});
+        case DType::bf16:
+#if defined(__AVX512F__)
+            if (p.brgemm != nullptr) {
+                return body(BFloat16{}, MatrixUnit{p.brgemm});
+            }
+#endif
+            return body(BFloat16{}, VectorUnit{});
+        case DType::f16:
+            return body(Half{}, VectorUnit{});
+    }
+}
+
+void pack_any(const Params& p, int64_t begin, int64_t end) {
+    dispatch(p, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
+}
+
+void gram_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
+    dispatch(p, [&](auto type, const auto& unit) { gram<decltype(type)>(p, unit, begin, end, scratch); });
+}
+
+void apply_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
+    dispatch(p, [&](auto type, const auto& unit) { apply<decltype(type)>(p, unit, begin, end, scratch); });
+}
+
+}  // namespace
+
+const FocalAttentionLayerKernels IPT_FAST_THIS_ISA(focal_attention_layer) = {pack_any, gram_any, apply_any};
+
+}  // namespace ipt_fast

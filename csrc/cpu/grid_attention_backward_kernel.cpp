@@ -1,0 +1,140 @@
+// The gradient of grid attention for the translation unit's instruction set.
+//
+// Per group and head, in chunks of queries: the weights P are computed again, dV += P^T dO, dP = dO V^T,
+// dS = P (dP - rowsum(P dP)), dQ = dS K / sqrt(d), dK += dS^T Q / sqrt(d). All of it runs on gathered rows in the first
+// and second cache; qkv and the gradient are read once and the result is written once: 7 * channels values a pixel,
+// 10 * tokens * channels FLOP. dS is added to its places in the bias table after every chunk, in fp32 within a group
+// and in fp64 over the groups.
+#include "attention.h"
+
+namespace ipt_fast {
+namespace {
+
+// From the powers of the scores (weights, with the inverses of their columns' sums) and dP (slopes), both
+// [rows][columns]: P and dS in their places. kLanes divides columns.
+void score_gradients(float* weights, float* slopes, int64_t rows, int64_t columns, const float* inverses) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+        Vec sums[4]{};
+        for (int64_t k = 0; k < rows; ++k) {
+            sums[k % 4] = fma(load(weights + k * columns + c), load(slopes + k * columns + c), sums[k % 4]);
+        }
+        const Vec inverse = load(inverses + c), mean = (sums[0] + sums[1] + (sums[2] + sums[3])) * inverse;
+        for (int64_t k = 0; k < rows; ++k) {
+            const int64_t at = k * columns + c;
+            const Vec weight = load(weights + at) * inverse;
+            store(weights + at, weight);
+            store(slopes + at, weight * (load(slopes + at) - mean));
+        }
+    }
+}
+
+// Adds the gradients of a chunk's scores to those of the biases they were started with: start_scores backwards.
+// Neighbours in a row of keys have biases that overlap, so the next key is the one in the next row.
+void add_bias_gradients(const GridAttention& p, const Group& g, const float* gradients, int64_t first, int64_t count,
+                        float* bias) {
+    const int64_t rows = g.rows, columns = g.columns, row = padded(count);
+    const int64_t last = p.lattice.grid - 1, step = bias_row(p);
+    for_pieces(g, first, count, [=](int64_t a, int64_t b, int64_t start, int64_t piece) {
+        for (int64_t c = 0; c < piece; c += kLanes) {
+            const IntVec valid = lane_index() < static_cast<int32_t>(piece - c);
+            for (int64_t key_b = 0; key_b < columns; ++key_b) {
+                const float* source = gradients + key_b * row + start + c;
+                float* target = bias + (a + last) * step + last + b - key_b + c;
+                for (int64_t key_a = 0; key_a < rows; ++key_a, source += columns * row, target -= step) {
+                    store(target, load(target) + (valid ? load(source) : Vec{}));
+                }
+            }
+        }
+    });
+}
+
+// `count` rows of a group from token `first` on, times a factor, to a map of `pixel` values a pixel.
+template <typename T>
+void scatter(const Group& g, int64_t first, int64_t count, const float* rows, int64_t row, int64_t channels,
+             float factor, T* map, int64_t pixel) {
+    for_pixels(g, first, count, [=](int64_t token, int64_t index) {
+        for_vectors(channels, [=](int64_t c, int64_t n) {
+            store(map + index * pixel + c, load(rows + (token - first) * row + c) * factor, n);
+        });
+    });
+}
+
+template <typename T>
+void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int64_t end, float* memory,
+              double* grad_bias) {
+    const int64_t channels = channels_of(p), depth = padded(p.depth), groups = group_count(p.lattice);
+    const int64_t pixels = p.lattice.height * p.lattice.width;
+    const float* bias = p.bias + head * bias_size(p);
+    Scratch scratch{memory};
+    float* rows[3];
+    for (float*& piece : rows) {
+        piece = scratch.take(head_size(p));
+    }
+    const auto& [q, k, v] = rows;
+    float* grad_rows = scratch.take(head_size(p));
+    float* grad_k = scratch.take(head_size(p));
+    float* grad_v = scratch.take(head_size(p));
+    float* queries = scratch.take(chunk_size(p));
+    float* grad_queries = scratch.take(chunk_size(p));
+    float* grad_q = scratch.take(chunk_size(p));
+    float* weights = scratch.take(scores_size(p));
+    float* slopes = scratch.take(scores_size(p));
+    float* biases = scratch.take(bias_size(p));
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t image = item / groups;
+        const Group group = group_of(p.lattice, item % groups);
+        const int64_t tokens = group.tokens();
+        const int64_t origin = image * pixels * channels + head * p.depth,
+                      origin3 = origin + 2 * image * pixels * channels;
+        for (int64_t i = 0; i < 3; ++i) {
+            gather(group, static_cast<const T*>(p.qkv) + origin3 + i * channels, 3 * channels, p.depth, rows[i], depth);
+        }
+        gather(group, static_cast<const T*>(p.grad) + origin, channels, p.depth, grad_rows, depth);
+        T* out = static_cast<T*>(p.grad_qkv) + origin3;
+        memset(biases, 0, bias_size(p) * sizeof(float));
+        for (int64_t first = 0; first < tokens; first += kChunk) {
+            const int64_t count = tokens - first < kChunk ? tokens - first : kChunk, row = padded(count);
+            const float *chunk_q = q + first * depth, *chunk_grad = grad_rows + first * depth;
+            float inverses[kChunk];
+            transpose_rows(chunk_q, count, p.depth, p.scale * kLog2E, queries);
+            transpose_rows(chunk_grad, count, p.depth, 1.0f, grad_queries);
+            start_scores(p, group, bias, first, count, weights);
+            product(tokens, row, p.depth, k, depth, queries, row, weights, row, true);
+            powers(weights, tokens, row, inverses);
+            product(tokens, row, p.depth, v, depth, grad_queries, row, slopes, row, false);
+            score_gradients(weights, slopes, tokens, row, inverses);
+            product(tokens, p.depth, count, weights, row, chunk_grad, depth, grad_v, depth, first > 0);
+            product(tokens, p.depth, count, slopes, row, chunk_q, depth, grad_k, depth, first > 0);
+            product_transposed(count, p.depth, tokens, slopes, row, k, depth, grad_q, depth, false);
+            scatter(group, first, count, grad_q, depth, p.depth, p.scale, out, 3 * channels);
+            if (grad_bias != nullptr) {
+                add_bias_gradients(p, group, slopes, first, count, biases);
+            }
+        }
+        scatter(group, 0, tokens, grad_k, depth, p.depth, p.scale, out + channels, 3 * channels);
+        scatter(group, 0, tokens, grad_v, depth, p.depth, 1.0f, out + 2 * channels, 3 * channels);
+        if (grad_bias != nullptr) {
+            for (int64_t i = 0; i < bias_size(p); ++i) {
+                grad_bias[i] += biases[i];
+            }
+        }
+    }
+}
+
+void backward_any(const GridAttentionGradients& p, int64_t head, int64_t begin, int64_t end, float* scratch,
+                  double* grad_bias) {
+    switch (p.dtype) {
+        case DType::f32:
+            return backward<float>(p, head, begin, end, scratch, grad_bias);
+        case DType::bf16:
+            return backward<BFloat16>(p, head, begin, end, scratch, grad_bias);
+        case DType::f16:
+            return backward<Half>(p, head, begin, end, scratch, grad_bias);
+    }
+}
+
+}  // namespace
+
+const GridAttentionBackwardKernels IPT_FAST_THIS_ISA(grid_attention_backward) = {backward_any};
+
+}  // namespace ipt_fast

@@ -1,0 +1,26 @@
+// What the ATen sides of grid attention, its gradient and the layer share.
+#pragma once
+
+#include <tuple>
+
+#include "ipt_fast/grid_attention.h"
+#include "tensor.h"
+
+namespace ipt_fast {
+
+// Checks the arguments and fills in the common parameters; `map` has `channels` = heads * depth or three times as
+// many. The returned tensor holds the biases.
+at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channels, const OptionalTensor& bias_table,
+                         int64_t num_heads, int64_t grid_size);
+
+// A third of the channels of a qkv map.
+int64_t attention_channels(const at::Tensor& qkv);
+
+at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads,
+                          int64_t grid_size);
+
+std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& grad, const at::Tensor& qkv,
+                                                           const OptionalTensor& bias_table, int64_t num_heads,
+                                                           int64_t grid_size);
+
+}  // namespace ipt_fast

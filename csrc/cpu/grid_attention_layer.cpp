@@ -1,0 +1,117 @@
+// The grid attention layer and its backward: checks, work partition, registration. The arithmetic is in
+// grid_attention_layer_kernel.cpp.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "convolution.h"
+#include "grid_attention_call.h"
+
+namespace ipt_fast {
+namespace {
+
+at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps,
+                         bool centered) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ipt_fast_cpu::layer_norm_2d", "")
+                               .typed<decltype(layer_norm_2d)>();
+    return op.call(x, weight, bias, eps, centered);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                      const at::Tensor& weight,
+                                                                      const OptionalTensor& bias, double eps,
+                                                                      bool centered) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ipt_fast_cpu::layer_norm_2d_backward", "")
+                               .typed<decltype(layer_norm_2d_backward)>();
+    return op.call(grad, x, weight, bias, eps, centered);
+}
+
+void check_layer(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                 const at::Tensor& qkv_weight, const at::Tensor& project_weight) {
+    check_image(x, "x");
+    const int64_t channels = x.size(1);
+    check_tensor(norm_weight, "norm_weight", {channels}, x, true);
+    if (norm_bias.has_value()) {
+        check_tensor(*norm_bias, "norm_bias", {channels}, x, true);
+    }
+    check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x);
+    check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x);
+}
+
+at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                const at::Tensor& qkv_weight, const at::Tensor& project_weight,
+                                const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size, double eps,
+                                bool centered) {
+    check_layer(x, norm_weight, norm_bias, qkv_weight, project_weight);
+    const int64_t channels = x.size(1);
+    GridAttentionLayerParams p{};
+    const at::Tensor bias = set_attention(p, x, channels, bias_table, num_heads, grid_size);
+    const at::Tensor map = channels_last(x);
+    const at::Tensor weight_of_norm = padded_parameter(norm_weight, padded(channels));
+    const at::Tensor bias_of_norm = padded_parameter(norm_bias, padded(channels));
+    at::Tensor out = empty_channels_last(x.sizes(), x);
+    p.x = map.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    p.norm = {weight_of_norm.const_data_ptr<float>(), bias_of_norm.const_data_ptr<float>(), static_cast<float>(eps),
+              centered};
+    p.qkv = weight_of(qkv_weight);
+    p.project = weight_of(project_weight);
+    p.brgemm = brgemm();
+
+    const GridAttentionLayerKernels& kernel = IPT_FAST_KERNELS(grid_attention_layer);
+    const int64_t floats = round_up(scratch_size(p), kChannelPad);
+    WorkSpace space;
+    const int64_t packed = space.add(kernel.packed_size(p));
+    const int64_t scratch = space.add(at::get_num_threads() * floats * static_cast<int64_t>(sizeof(float)));
+    space.allocate();
+    p.packed = space.at<void>(packed);
+    at::parallel_for(0, 3 * num_heads + 1, 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
+    at::parallel_for(0, p.batch * blocks_of_image(p), 1, [&](int64_t begin, int64_t end) {
+        const BrgemmScope scope;
+        kernel.forward(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * floats);
+    });
+    return out;
+}
+
+// Recomputes the projections; grid_attention and layer_norm_2d differentiate themselves.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> grid_attention_layer_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+    const at::Tensor& qkv_weight, const at::Tensor& project_weight, const OptionalTensor& bias_table, int64_t num_heads,
+    int64_t grid_size, double eps, bool centered) {
+    check_layer(x, norm_weight, norm_bias, qkv_weight, project_weight);
+    check_tensor(grad, "grad", x.sizes(), x);
+    const at::Tensor map = channels_last(x), grad_out = channels_last(grad);
+    const at::Tensor normal = layer_norm_2d(map, norm_weight, norm_bias, eps, centered);
+    const at::Tensor qkv = pointwise(normal, qkv_weight);
+    const at::Tensor grad_project =
+        pointwise_weight_gradient(grad_out, grid_attention(qkv, bias_table, num_heads, grid_size));
+    const auto [grad_qkv, grad_table] = grid_attention_backward(pointwise_input_gradient(grad_out, project_weight), qkv,
+                                                                bias_table, num_heads, grid_size);
+    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_qkv, normal);
+    auto [grad_x, grad_norm_weight, grad_norm_bias] = layer_norm_2d_backward(
+        pointwise_input_gradient(grad_qkv, qkv_weight), map, norm_weight, norm_bias, eps, centered);
+    grad_x.add_(grad_out);
+    return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_project, grad_table};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
+    m.def(
+        "grid_attention_layer(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
+        "Tensor project_weight, Tensor? bias_table, int num_heads, int grid_size, float eps, bool centered) -> Tensor");
+    m.def(
+        "grid_attention_layer_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor "
+        "qkv_weight, "
+        "Tensor project_weight, Tensor? bias_table, int num_heads, int grid_size, float eps, bool centered) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
+    m.impl("grid_attention_layer", grid_attention_layer);
+    m.impl("grid_attention_layer_backward", grid_attention_layer_backward);
+}
+
+}  // namespace ipt_fast

@@ -1,0 +1,150 @@
+// The layer x + project(grid_attention(qkv(norm(x)))) for the translation unit's instruction set.
+//
+// Groups are independent of each other, so a block of a few of them runs from x to the output in scratch memory: rows
+// of x are gathered and normalised; for each head q, k and v are computed from them and attended (attention.h); the
+// attended rows of all heads are projected, x is added, and the rows go back to their pixels.
+// Traffic: x is read and the output written, 2 * channels values a pixel; the x added at the end is still in a cache.
+// FLOP a pixel: 8 * channels^2 for the projections, 4 * tokens * channels for the attention.
+#include "attention.h"
+
+namespace ipt_fast {
+namespace {
+
+// One piece of packed weights: q, k or v of one head. All pieces are channels deep.
+template <typename Unit>
+int64_t piece_size(const GridAttentionLayerParams& p) {
+    return round_up(Unit::packed_size(p.depth, channels_of(p)), 64);
+}
+
+template <typename Unit>
+int64_t packed_size(const GridAttentionLayerParams& p) {
+    return 3 * p.heads * piece_size<Unit>(p) + Unit::packed_size(channels_of(p), channels_of(p));
+}
+
+// The pieces of qkv in the order of its columns, then the projection.
+template <typename T, typename Unit>
+void pack(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin, int64_t end) {
+    char* packed = static_cast<char*>(p.packed);
+    for (int64_t piece = begin; piece < end; ++piece) {
+        Weight weight = p.project;
+        if (piece < 3 * p.heads) {
+            weight = p.qkv;
+            weight.columns = p.depth;
+            weight.data = static_cast<const T*>(weight.data) + piece * p.depth * weight.column_stride;
+        }
+        unit.template pack<T>(weight, packed + piece * piece_size<Unit>(p));
+    }
+}
+
+// Consecutive groups of one image.
+struct Block {
+    const Lattice& lattice;
+    int64_t image, first, last;
+
+    Block(const GridAttentionLayerParams& p, int64_t index)
+        : lattice(p.lattice), image(index / blocks_of_image(p)), first(index % blocks_of_image(p) * block_groups(p)) {
+        const int64_t end = first + block_groups(p), groups = group_count(p.lattice);
+        last = end < groups ? end : groups;
+    }
+
+    // body(group, its first row in the block); returns the number of rows.
+    template <typename Body>
+    int64_t for_groups(const Body& body) const {
+        int64_t start = 0;
+        for (int64_t index = first; index < last; ++index) {
+            const Group group = group_of(lattice, index);
+            body(group, start);
+            start += group.tokens();
+        }
+        return start;
+    }
+};
+
+template <typename T, typename Unit>
+void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin, int64_t end, float* memory) {
+    using Value = typename Unit::Value;
+    const int64_t channels = channels_of(p), depth = p.depth, most_rows = block_rows(p);
+    const int64_t row = padded(channels), head_row = padded(depth), value_row = attended_row(p);
+    const int64_t image_size = p.lattice.height * p.lattice.width * channels, piece = piece_size<Unit>(p);
+    const char* packed = static_cast<const char*>(p.packed);
+    Scratch scratch{memory};
+    float* rows = scratch.take(most_rows * row);
+    Value* normal = reinterpret_cast<Value*>(scratch.take(most_rows * row));
+    Value* attended = reinterpret_cast<Value*>(scratch.take(most_rows * value_row));
+    float* qkv = scratch.take(3 * most_rows * head_row);
+    memset(attended, 0, most_rows * value_row * sizeof(Value));
+    for (int64_t index = begin; index < end; ++index) {
+        const Block block(p, index);
+        const T* x = static_cast<const T*>(p.x) + block.image * image_size;
+        T* out = static_cast<T*>(p.out) + block.image * image_size;
+        const int64_t count = block.for_groups(
+            [&](const Group& group, int64_t start) { gather(group, x, channels, channels, rows + start * row, row); });
+        normalize_rows(rows, row, count, channels, p.norm, normal, row);
+        for (int64_t head = 0; head < p.heads; ++head) {
+            const float* bias = p.bias + head * bias_size(p);
+            const float *q = qkv, *k = q + most_rows * head_row, *v = k + most_rows * head_row;
+            for (int64_t i = 0; i < 3; ++i) {
+                unit.multiply(count, depth, channels, normal, row, packed + (i * p.heads + head) * piece,
+                              qkv + i * most_rows * head_row, head_row, false);
+            }
+            block.for_groups([&](const Group& group, int64_t start) {
+                Value* target = attended + start * value_row + head * depth;
+                const int64_t at = start * head_row;
+                attend(p, group, bias, q + at, k + at, v + at, scratch,
+                       [=](int64_t query, int64_t queries, const float* values, const float* factors) {
+                           for (int64_t i = 0; i < queries; ++i) {
+                               for (int64_t c = 0; c < depth; c += kLanes) {
+                                   const Vec value = load(values + i * head_row + c) * factors[i];
+                                   store(target + (query + i) * value_row + c, value);
+                               }
+                           }
+                       });
+            });
+        }
+        unit.multiply(count, channels, channels, attended, value_row, packed + 3 * p.heads * piece, rows, row, false);
+        block.for_groups([&](const Group& group, int64_t start) {
+            for_pixels(group, 0, group.tokens(), [=](int64_t token, int64_t pixel) {
+                const int64_t at = pixel * channels;
+                store_rows(rows + (start + token) * row, row, 1, channels, x + at, out + at);
+            });
+        });
+    }
+}
+
+// body(T{}, unit): the storage type and the unit in use.
+template <typename Body>
+void with_types(const GridAttentionLayerParams& p, const Body& body) {
+    switch (p.dtype) {
+        case DType::f32:
+            return body(float{}, VectorUnit{});
+        case DType::bf16:
+#if defined(__AVX512F__)
+            if (p.brgemm != nullptr) {
+                return body(BFloat16{}, MatrixUnit{p.brgemm});
+            }
+#endif
+            return body(BFloat16{}, VectorUnit{});
+        case DType::f16:
+            return body(Half{}, VectorUnit{});
+    }
+}
+
+int64_t packed_size_any(const GridAttentionLayerParams& p) {
+    int64_t size = 0;
+    with_types(p, [&]<typename Unit>(auto, const Unit&) { size = packed_size<Unit>(p); });
+    return size;
+}
+
+void pack_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end) {
+    with_types(p, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
+}
+
+void forward_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
+    with_types(p, [&](auto type, const auto& unit) { forward<decltype(type)>(p, unit, begin, end, scratch); });
+}
+
+}  // namespace
+
+const GridAttentionLayerKernels IPT_FAST_THIS_ISA(grid_attention_layer) = {packed_size_any, pack_any, forward_any};
+
+}  // namespace ipt_fast

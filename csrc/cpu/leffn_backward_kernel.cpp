@@ -1,0 +1,390 @@
+// Backward of PW(DW(GELU(PW(x)))) for the translation unit's instruction set.
+//
+// With h = expand x, a = gelu(h), b = depthwise a, y = project b and the gradient g of y:
+//   gb = project^T g, ga = depthwise^T gb, gh = ga * gelu'(h), grad_x = expand^T gh,
+//   grad_project = g b^T, grad_depthwise[t] = sum of gb[p] * a[p + t], grad_expand = gh x^T.
+// Nothing of the hidden width is kept: a tile of x and g with the convolution's halo is staged as fp32 rows, then a
+// chunk of hidden channels at a time sweeps down the tile. a, gelu'(h) and gb of the rows in reach of the convolution
+// lie in rings of rows, zero outside the image, and everything else of a few rows follows from them in the second
+// cache.
+//
+// FLOPs of a pixel: 2 * hidden * (3 * channels + 2 * out_channels + 3 * kernel^2), and the first `channels` and
+// `out_channels` again for the halo, 27 % of a tile of 32 by 32 inside an image (kernel 5). Bytes: x and g once and
+// the halo, grad_x once.
+#include "depthwise.h"
+#include "gelu.h"
+#include "gemm.h"
+#include "ipt_fast/leffn_backward.h"
+#include "rows.h"
+
+namespace ipt_fast {
+namespace {
+
+// The kernel's size as a constant, or 0: any.
+template <int fixed>
+inline int64_t size_of(const LeffnBackwardParams& p) {
+    return fixed ? fixed : p.kernel;
+}
+
+// body(pixel, sum) for a row of the depthwise convolution, kLanes channels next to each other. rows[y] begins
+// kernel / 2 pixels before the row of output.
+template <int fixed, typename Body>
+inline void convolve_row(const float* const* rows, int64_t count, int64_t kernel, const float* weight,
+                         int64_t weight_stride, const Body& body) {
+    int64_t first = 0;
+    if constexpr (fixed != 0) {
+        constexpr int kPixels = 8;  // chains of FMAs enough to hide their latency
+        for (; first + kPixels <= count; first += kPixels) {
+            Vec sums[kPixels];
+            depthwise_pixels<fixed, kPixels>(rows, first, kLanes, weight, weight_stride, sums);
+#pragma GCC unroll 8
+            for (int i = 0; i < kPixels; ++i) {
+                body(first + i, sums[i]);
+            }
+        }
+    }
+    for (; first < count; ++first) {
+        Vec sum{};
+        for (int64_t y = 0; y < kernel; ++y) {
+            for (int64_t x = 0; x < kernel; ++x) {
+                sum = fma(load(rows[y] + (first + x) * kLanes), load(weight + (y * kernel + x) * weight_stride), sum);
+            }
+        }
+        body(first, sum);
+    }
+}
+
+// sums[tap] += the sum of grad[pixel] * input[pixel + tap] over a row of grad. input[y] begins kernel / 2 pixels
+// before it.
+template <int fixed>
+inline void add_tap_gradients(const float* grad, const float* const* input, int64_t count, int64_t kernel,
+                              float* sums) {
+    if constexpr (fixed != 0) {
+#if defined(__AVX512F__)
+        constexpr int kPixels = 8;
+#else
+        constexpr int kPixels = 4;
+#endif
+        for (int y = 0; y < fixed; ++y) {
+            Vec parts[2][fixed]{};  // of even and of odd pixels: two chains of FMAs for each tap
+            int64_t first = 0;
+            for (; first + kPixels <= count; first += kPixels) {
+                Vec values[kPixels];
+#pragma GCC unroll 8
+                for (int i = 0; i < kPixels; ++i) {
+                    values[i] = load(grad + (first + i) * kLanes);
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < kPixels + fixed - 1; ++i) {
+                    const Vec value = load(input[y] + (first + i) * kLanes);
+#pragma GCC unroll 5
+                    for (int x = 0; x < fixed; ++x) {
+                        if (i - x >= 0 && i - x < kPixels) {
+                            parts[(i - x) % 2][x] = fma(value, values[i - x], parts[(i - x) % 2][x]);
+                        }
+                    }
+                }
+            }
+            for (; first < count; ++first) {
+                const Vec value = load(grad + first * kLanes);
+#pragma GCC unroll 5
+                for (int x = 0; x < fixed; ++x) {
+                    parts[0][x] = fma(value, load(input[y] + (first + x) * kLanes), parts[0][x]);
+                }
+            }
+#pragma GCC unroll 5
+            for (int x = 0; x < fixed; ++x) {
+                float* target = sums + (y * fixed + x) * kLanes;
+                store(target, load(target) + parts[0][x] + parts[1][x]);
+            }
+        }
+    } else {
+        for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+            const float* in = input[tap / kernel] + tap % kernel * kLanes;
+            Vec sum = load(sums + tap * kLanes);
+            for (int64_t i = 0; i < count; ++i) {
+                sum = fma(load(grad + i * kLanes), load(in + i * kLanes), sum);
+            }
+            store(sums + tap * kLanes, sum);
+        }
+    }
+}
+
+// total[rows][columns] += sums, whole vectors.
+inline void add_to(float* total, int64_t total_row, const float* sums, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; j += kLanes) {
+            float* target = total + i * total_row + j;
+            store(target, load(target) + load(sums + i * columns + j));
+        }
+    }
+}
+
+// begin <= i < end.
+struct Range {
+    int64_t begin, end;
+
+    Range(const Cut& cut, int64_t piece) : begin(cut.first(piece)), end(cut.first(piece + 1)) {}
+    Range(int64_t b, int64_t e) : begin(b), end(e) {}
+    int64_t size() const { return end - begin; }
+    // With `margin` on both sides, as far as it lies in 0 <= i < limit.
+    Range wider(int64_t margin, int64_t limit) const {
+        return {begin > margin ? begin - margin : 0, end + margin < limit ? end + margin : limit};
+    }
+};
+
+// The sweep of one thread over its tiles and chunks.
+template <typename T, int fixed>
+class Sweep {
+  public:
+    Sweep(const LeffnBackwardParams& params, int64_t share, int64_t group, float* scratch)
+        : p(params),
+          layout(params),
+          share(share),
+          group(group),
+          channels(padded(p.channels)),
+          hidden(padded(p.hidden)),
+          out(padded(p.out_channels)),
+          reach(size_of<fixed>(p) / 2),
+          x(scratch + layout.x),
+          grad(scratch + layout.grad),
+          grad_x(scratch + layout.grad_x),
+          row_hidden(scratch + layout.row),
+          activation(scratch + layout.activation),
+          slope(scratch + layout.slope),
+          upstream(scratch + layout.upstream),
+          convolved(scratch + layout.convolved),
+          grad_hidden(scratch + layout.grad_hidden),
+          sums(scratch + layout.sums),
+          taps(scratch + layout.taps),
+          around_activation(reinterpret_cast<const float**>(scratch + layout.around)),
+          around_upstream(around_activation + p.kernel) {}
+
+    void run() {
+        const Range tiles(p.shares, share), chunks(p.groups, group);
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+            const int64_t per_image = p.tile_rows.count * p.tile_columns.count;
+            image = tile / per_image;
+            rows = Range(p.tile_rows, tile % per_image / p.tile_columns.count);
+            columns = Range(p.tile_columns, tile % p.tile_columns.count);
+            near_rows = rows.wider(reach, p.height);
+            near_columns = columns.wider(reach, p.width);
+            stage();
+            for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+                sweep(Range(p.chunks, chunk), chunk > chunks.begin);
+            }
+            store_grad_x();
+        }
+    }
+
+  private:
+    // Index of the first pixel of an image row in a map.
+    int64_t pixel(int64_t row, int64_t column) const { return (image * p.height + row) * p.width + column; }
+    // Index of a staged pixel.
+    int64_t staged(int64_t row, int64_t column) const {
+        return (row - near_rows.begin) * near_columns.size() + column - near_columns.begin;
+    }
+    // Where, in a ring, kLanes channels from m of an image row begin, kernel / 2 pixels before the tile. A ring is
+    // [chunk / kLanes][ring rows][ring columns][kLanes]: the convolution runs through it in order.
+    int64_t in_ring(int64_t row, int64_t m) const {
+        const int64_t ring_row = (row - rows.begin + reach) % layout.ring_rows;
+        return (m / kLanes * layout.ring_rows + ring_row) * layout.ring_columns * kLanes;
+    }
+
+    void stage() {
+        for (int64_t row = near_rows.begin; row < near_rows.end; ++row) {
+            const int64_t source = pixel(row, near_columns.begin), target = staged(row, near_columns.begin);
+            load_rows(static_cast<const T*>(p.x) + source * p.channels, p.channels, near_columns.size(), p.channels,
+                      x + target * channels, channels);
+            load_rows(static_cast<const T*>(p.grad) + source * p.out_channels, p.out_channels, near_columns.size(),
+                      p.out_channels, grad + target * out, out);
+        }
+        if (p.norm.weight) {
+            normalize_rows(x, channels, near_rows.size() * near_columns.size(), p.channels, p.norm, x, channels);
+        }
+    }
+
+    void store_grad_x() {
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+            const float* source = grad_x + (row - rows.begin) * columns.size() * channels;
+            const int64_t target = pixel(row, columns.begin) * p.channels;
+            if (p.groups.count == 1) {
+                store_rows<T>(source, channels, columns.size(), p.channels, nullptr,
+                              static_cast<T*>(p.grad_x) + target);
+            } else {
+                const int64_t map = group * p.batch * p.height * p.width * p.channels;
+                store_rows<float>(source, channels, columns.size(), p.channels, nullptr,
+                                  p.partial_grad_x + map + target);
+            }
+        }
+    }
+
+    // One chunk, a range in units of kChannelPad channels, over the whole tile.
+    void sweep(const Range& units, bool accumulate) {
+        first_channel = units.begin * kChannelPad;
+        width = units.size() * kChannelPad;
+        int64_t ready = rows.begin - reach;
+        for (int64_t row = rows.begin; row < rows.end; row += p.band_rows) {
+            const Range band(row, row + p.band_rows < rows.end ? row + p.band_rows : rows.end);
+            for (; ready < band.end + reach; ++ready) {
+                fill_rings(ready);
+            }
+            convolve(band);
+            multiply(band, accumulate);
+        }
+    }
+
+    // a, gelu'(h) and gb of an image row and its halo.
+    void fill_rings(int64_t row) {
+        const int64_t before = near_columns.begin - columns.begin + reach, count = near_columns.size();
+        const int64_t after = before + count, end = columns.size() + 2 * reach;
+        const bool inside = near_rows.begin <= row && row < near_rows.end;
+        for (int64_t m = 0; m < width; m += kLanes) {
+            for (int64_t i = 0; i < end; ++i) {
+                if (!inside || i < before || i >= after) {
+                    store(activation + in_ring(row, m) + i * kLanes, Vec{});
+                    store(upstream + in_ring(row, m) + i * kLanes, Vec{});
+                }
+            }
+        }
+        if (!inside) {
+            return;
+        }
+        const int64_t first = staged(row, near_columns.begin);
+        product(count, width, p.channels, x + first * channels, channels, p.packed_expand + first_channel * channels,
+                width, row_hidden, width, false);
+        for (int64_t m = 0; m < width; m += kLanes) {
+            const int64_t target = in_ring(row, m) + before * kLanes;
+            for (int64_t i = 0; i < count; ++i) {
+                Vec a, s;
+                gelu_with_slope(load(row_hidden + i * width + m), a, s);
+                store(activation + target + i * kLanes, a);
+                store(slope + target + i * kLanes, s);
+            }
+        }
+        product(count, width, p.out_channels, grad + first * out, out,
+                p.packed_project + first_channel * p.out_channels, width, row_hidden, width, false);
+        for (int64_t m = 0; m < width; m += kLanes) {
+            const int64_t target = in_ring(row, m) + before * kLanes;
+            for (int64_t i = 0; i < count; ++i) {
+                store(upstream + target + i * kLanes, load(row_hidden + i * width + m));
+            }
+        }
+    }
+
+    // b and gh of a band; grad_depthwise.
+    void convolve(const Range& band) {
+        const int64_t kernel = size_of<fixed>(p);
+        float* total = p.grad_depthwise + share * kernel * kernel * hidden + first_channel;
+        for (int64_t m = 0; m < width; m += kLanes) {
+            for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+                store(taps + tap * kLanes, Vec{});
+            }
+            for (int64_t row = band.begin; row < band.end; ++row) {
+                for (int64_t y = 0; y < kernel; ++y) {
+                    around_activation[y] = activation + in_ring(row - reach + y, m);
+                    around_upstream[y] = upstream + in_ring(row - reach + y, m);
+                }
+                const int64_t target = (row - band.begin) * columns.size() * layout.band_pitch + m;
+                const int64_t centre = in_ring(row, m) + reach * kLanes;
+                convolve_row<fixed>(
+                    around_activation, columns.size(), kernel, p.depthwise + first_channel + m, hidden,
+                    [&](int64_t i, Vec sum) { store(convolved + target + i * layout.band_pitch, sum); });
+                add_tap_gradients<fixed>(upstream + centre, around_activation, columns.size(), kernel, taps);
+                convolve_row<fixed>(around_upstream, columns.size(), kernel, p.flipped + first_channel + m, hidden,
+                                    [&](int64_t i, Vec sum) {
+                                        const Vec s = load(slope + centre + i * kLanes);
+                                        store(grad_hidden + target + i * layout.band_pitch, sum * s);
+                                    });
+            }
+            for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+                float* sum = total + tap * hidden + m;
+                store(sum, load(sum) + load(taps + tap * kLanes));
+            }
+        }
+    }
+
+    // grad_project += g b^T, grad_expand += gh x^T and grad_x (+)= expand^T gh over a band.
+    void multiply(const Range& band, bool accumulate) {
+        const int64_t pixels = band.size() * columns.size(), pitch = layout.band_pitch;
+        // Staged rows without a halo are one run of pixels.
+        const int64_t run = near_columns.size() == columns.size() ? pixels : columns.size();
+        for (int64_t i = 0; i < pixels; i += run) {
+            const float* g = grad + staged(band.begin + i / columns.size(), columns.begin) * out;
+            product_transposed(p.out_channels, width, run, g, out, convolved + i * pitch, pitch, sums, width, i > 0);
+        }
+        add_to(p.grad_project + share * p.out_channels * hidden + first_channel, hidden, sums, p.out_channels, width);
+        for (int64_t i = 0; i < pixels; i += run) {
+            const float* input = x + staged(band.begin + i / columns.size(), columns.begin) * channels;
+            product_transposed(width, p.channels, run, grad_hidden + i * pitch, pitch, input, channels, sums, channels,
+                               i > 0);
+        }
+        add_to(p.grad_expand + (share * hidden + first_channel) * channels, channels, sums, width, channels);
+        product(pixels, p.channels, width, grad_hidden, pitch, p.expand + first_channel * channels, channels,
+                grad_x + (band.begin - rows.begin) * columns.size() * channels, channels, accumulate);
+    }
+
+    const LeffnBackwardParams& p;
+    const LeffnBackwardScratch layout;
+    const int64_t share, group;
+    const int64_t channels, hidden, out;  // padded
+    const int64_t reach;                  // of the convolution
+    float *const x, *const grad, *const grad_x, *const row_hidden;
+    float *const activation, *const slope, *const upstream;  // rings: a, gelu'(h), gb
+    float *const convolved, *const grad_hidden;              // of a band: b, gh
+    float *const sums, *const taps;
+    const float **const around_activation, **const around_upstream;
+    int64_t image = 0;
+    Range rows{0, 0}, columns{0, 0}, near_rows{0, 0}, near_columns{0, 0};  // of the tile, and with its halo
+    int64_t first_channel = 0, width = 0;                                  // of the chunk
+};
+
+template <typename T>
+void run(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scratch) {
+    switch (p.kernel) {
+        case 3:
+            return Sweep<T, 3>(p, share, group, scratch).run();
+        case 5:
+            return Sweep<T, 5>(p, share, group, scratch).run();
+        default:
+            return Sweep<T, 0>(p, share, group, scratch).run();
+    }
+}
+
+void run_any(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scratch) {
+    switch (p.dtype) {
+        case DType::f32:
+            return run<float>(p, share, group, scratch);
+        case DType::bf16:
+            return run<BFloat16>(p, share, group, scratch);
+        case DType::f16:
+            return run<Half>(p, share, group, scratch);
+    }
+}
+
+void pack(const LeffnBackwardParams& p, int64_t chunk) {
+    const int64_t first = p.chunks.first(chunk) * kChannelPad, last = p.chunks.first(chunk + 1) * kChannelPad;
+    const int64_t width = last - first, channels = padded(p.channels), hidden = padded(p.hidden);
+    for (int64_t m = 0; m < width; m += kLanes) {
+        for (int64_t c = 0; c < channels; c += kLanes) {
+            Vec block[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) {
+                block[i] = load(p.expand + (first + m + i) * channels + c);
+            }
+            transpose(block);
+            for (int64_t i = 0; i < kLanes; ++i) {
+                store(p.packed_expand + first * channels + (c + i) * width + m, block[i]);
+            }
+        }
+    }
+    for (int64_t n = 0; n < p.out_channels; ++n) {
+        memcpy(p.packed_project + first * p.out_channels + n * width, p.project + n * hidden + first,
+               width * sizeof(float));
+    }
+}
+
+}  // namespace
+
+const LeffnBackwardKernels IPT_FAST_THIS_ISA(leffn_backward) = {pack, run_any};
+
+}  // namespace ipt_fast

@@ -1,0 +1,295 @@
+// leffn of leffn.h for the translation unit's instruction set.
+//
+// A thread goes down a strip of columns, `rows_per_step` rows of output at a time, and keeps the last hidden rows
+// (after GELU) in a ring. In a step, for one block of hidden channels after the other: expand the new rows of x, GELU
+// into the ring, then in chunks of columns the depthwise convolution into a tile that is projected and added to the
+// output rows. The ring of one channel group is contiguous, [row][column][kChannelPad], so what the depthwise
+// convolution reads stays in the first cache and strides do not alias; the ring as a whole stays in the second.
+//
+// With C channels in, M hidden, N out: 2 M (C + K^2 + N) FLOP and about 12 M for GELU, (C + N) * sizeof(T) bytes of
+// memory traffic a pixel (C again for the residual, from the cache); hidden values at the edges of bands and strips are
+// computed twice.
+#include "depthwise.h"
+#include "gelu.h"
+#include "gemm.h"
+#include "ipt_fast/leffn.h"
+#include "rows.h"
+
+namespace ipt_fast {
+namespace {
+
+constexpr int64_t kTilePixels = 48;   // of one product of the expansion: the tile stays in the first cache
+constexpr int64_t kChunkPixels = 32;  // columns of the depthwise convolution that are done for all rows of a step
+
+// One row of a depthwise convolution of any size, as depthwise_row.
+template <typename Body>
+inline void depthwise_row_any(int64_t kernel, const float* const* rows, int64_t count, const float* weight,
+                              const Body& body) {
+    for (int64_t i = 0; i < count; ++i) {
+        Vec sum{};
+        for (int64_t y = 0; y < kernel; ++y) {
+            for (int64_t x = 0; x < kernel; ++x) {
+                sum = fma(load(rows[y] + (i + x) * kChannelPad), load(weight + (y * kernel + x) * kChannelPad), sum);
+            }
+        }
+        body(i, sum);
+    }
+}
+
+// Where the pieces of a thread's scratch memory begin; the offset behind the last one is its size.
+template <typename Value>
+struct Scratch {
+    int64_t ring, rows, tile, filtered, sums, pointers, end;
+
+    explicit Scratch(const LeffnParams& p) {
+        const int64_t width = p.strip_width() + 2 * p.radius(), in = padded(p.channels);
+        const int64_t widest = in > kHiddenBlock ? in : kHiddenBlock, pixels = p.rows_per_step * p.strip_width();
+        end = 0;
+        ring = add(padded(p.hidden) * p.slots() * width * sizeof(float));
+        rows = add(p.rows_per_step * width * in * sizeof(Value));
+        tile = add(kTilePixels * widest * sizeof(float));
+        filtered = add(p.rows_per_step * kChunkPixels * kHiddenBlock * sizeof(Value));
+        sums = add(pixels * padded(p.out_channels) * sizeof(float));
+        pointers = add(p.kernel * sizeof(float*));
+    }
+
+    int64_t add(int64_t bytes) {
+        const int64_t offset = end;
+        end += round_up(bytes, 64);
+        return offset;
+    }
+};
+
+// The output pixels of one strip of a band.
+template <typename T, typename Unit>
+struct Share {
+    using Value = typename Unit::Value;
+
+    const LeffnParams& p;
+    const Unit unit;
+    int64_t image, top, bottom, left, right;
+    int64_t width;        // of a hidden row: with the kernel's radius at both sides
+    int64_t begin, stop;  // the part of it that is inside the image
+    float *ring, *tile, *sums;
+    Value *rows, *filtered;
+    const float** pointers;
+
+    Share(const LeffnParams& params, const Unit& unit_, int64_t index, void* scratch) : p(params), unit(unit_) {
+        image = index / (p.bands * p.strips);
+        const int64_t band = index / p.strips % p.bands, strip = index % p.strips;
+        top = p.height * band / p.bands;
+        bottom = p.height * (band + 1) / p.bands;
+        left = p.first_column(strip);
+        right = p.first_column(strip + 1);
+        width = right - left + 2 * p.radius();
+        begin = left < p.radius() ? p.radius() - left : 0;
+        stop = right + p.radius() > p.width ? p.width - left + p.radius() : width;
+        const Scratch<Value> offset(p);
+        char* memory = static_cast<char*>(scratch);
+        ring = reinterpret_cast<float*>(memory + offset.ring);
+        rows = reinterpret_cast<Value*>(memory + offset.rows);
+        tile = reinterpret_cast<float*>(memory + offset.tile);
+        filtered = reinterpret_cast<Value*>(memory + offset.filtered);
+        sums = reinterpret_cast<float*>(memory + offset.sums);
+        pointers = reinterpret_cast<const float**>(memory + offset.pointers);
+    }
+
+    // The hidden row y, of the group of channels that begins with this one.
+    float* hidden_row(int64_t channel, int64_t y) const {
+        const int64_t slot = (y - top + p.radius()) % p.slots();
+        return ring + (channel / kChannelPad * p.slots() + slot) * width * kChannelPad;
+    }
+
+    int64_t block_size(int64_t block) const {
+        const int64_t rest = p.hidden - block * kHiddenBlock;
+        return rest < kHiddenBlock ? rest : kHiddenBlock;
+    }
+
+    // The first pixel of this strip in a row of a map, hidden columns counted from the halo's first.
+    int64_t pixel(int64_t y, int64_t column) const { return (image * p.height + y) * p.width + left + column; }
+
+    // Loads and normalises the rows of x that the hidden rows first <= y < last need.
+    void load_input(int64_t first, int64_t last) {
+        const int64_t in = padded(p.channels);
+        for (int64_t y = first < 0 ? 0 : first; y < last && y < p.height; ++y) {
+            const T* source = static_cast<const T*>(p.x) + pixel(y, begin - p.radius()) * p.channels;
+            Value* target = rows + (y - first) * width * in;
+            if (p.norm.weight == nullptr) {
+                load_rows(source, p.channels, stop - begin, p.channels, target, in);
+                continue;
+            }
+            for (int64_t i = 0; i < stop - begin; i += kTilePixels) {
+                const int64_t count = stop - begin - i < kTilePixels ? stop - begin - i : kTilePixels;
+                load_rows(source + i * p.channels, p.channels, count, p.channels, tile, in);
+                normalize_rows(tile, in, count, p.channels, p.norm, target + i * in, in);
+            }
+        }
+    }
+
+    void clear(int64_t size, float* row, int64_t first, int64_t last) const {
+        for (int64_t c = 0; c < size; c += kChannelPad) {
+            float* group = row + c * p.slots() * width;
+            memset(group + first * kChannelPad, 0, (last - first) * kChannelPad * sizeof(float));
+        }
+    }
+
+    // A block of the hidden rows first <= y < last, zeros outside the image.
+    void expand(int64_t block, int64_t first, int64_t last) {
+        const int64_t in = padded(p.channels), size = block_size(block);
+        const auto* weight = static_cast<const float*>(p.packed_expand) + block * kHiddenBlock * in;
+        for (int64_t y = first; y < last; ++y) {
+            float* row = hidden_row(block * kHiddenBlock, y);
+            if (y < 0 || y >= p.height) {
+                clear(size, row, 0, width);
+                continue;
+            }
+            clear(size, row, 0, begin);
+            clear(size, row, stop, width);
+            const Value* source = rows + (y - first) * width * in;
+            for (int64_t i = begin; i < stop; i += kTilePixels) {
+                const int64_t count = stop - i < kTilePixels ? stop - i : kTilePixels;
+                unit.multiply(count, size, p.channels, source + (i - begin) * in, in, weight, tile, kHiddenBlock,
+                              false);
+                for (int64_t c = 0; c < size; c += kLanes) {
+                    float* out = row + c / kChannelPad * kChannelPad * p.slots() * width + i * kChannelPad;
+                    for (int64_t j = 0; j < count; ++j) {
+                        store(out + j * kChannelPad + c % kChannelPad, gelu(load(tile + j * kHiddenBlock + c)));
+                    }
+                }
+            }
+        }
+    }
+
+    // One row of output of the depthwise convolution, kLanes channels, chunk columns.
+    void filter_row(int64_t channel, int64_t y, int64_t column, int64_t count, Value* out) {
+        const int64_t lane = channel % kChannelPad;
+        for (int64_t i = 0; i < p.kernel; ++i) {
+            pointers[i] = hidden_row(channel, y - p.radius() + i) + column * kChannelPad + lane;
+        }
+        const float* weight = p.depthwise + channel / kChannelPad * p.kernel * p.kernel * kChannelPad + lane;
+        const auto body = [&](int64_t i, Vec sum) { store(out + i * kHiddenBlock, sum); };
+        switch (p.kernel) {
+            case 3:
+                return depthwise_row<3>(pointers, kChannelPad, count, weight, kChannelPad, body);
+            case 5:
+                return depthwise_row<5>(pointers, kChannelPad, count, weight, kChannelPad, body);
+            default:
+                return depthwise_row_any(p.kernel, pointers, count, weight, body);
+        }
+    }
+
+    // Adds a block's share of the output rows first <= y < last to the sums, which lie chunk by chunk.
+    void filter_and_project(int64_t block, int64_t first, int64_t last) {
+        const int64_t size = block_size(block), out = padded(p.out_channels);
+        const auto* weight = static_cast<const float*>(p.packed_project) + block * kHiddenBlock * out;
+        for (int64_t column = 0; column < right - left; column += kChunkPixels) {
+            const int64_t count = chunk(column);
+            for (int64_t c = 0; c < size; c += kLanes) {
+                for (int64_t y = first; y < last; ++y) {
+                    filter_row(block * kHiddenBlock + c, y, column, count,
+                               filtered + (y - first) * count * kHiddenBlock + c);
+                }
+            }
+            unit.multiply((last - first) * count, p.out_channels, size, filtered, kHiddenBlock, weight,
+                          sums + column * (last - first) * out, out, block > 0);
+        }
+    }
+
+    void store_output(int64_t first, int64_t last) {
+        const int64_t out = padded(p.out_channels);
+        for (int64_t column = 0; column < right - left; column += kChunkPixels) {
+            const int64_t count = chunk(column);
+            for (int64_t y = first; y < last; ++y) {
+                const int64_t offset = pixel(y, column) * p.out_channels;
+                store_rows(sums + (column * (last - first) + (y - first) * count) * out, out, count, p.out_channels,
+                           p.residual ? static_cast<const T*>(p.x) + offset : nullptr, static_cast<T*>(p.out) + offset);
+            }
+        }
+    }
+
+    int64_t chunk(int64_t column) const {
+        return right - left - column < kChunkPixels ? right - left - column : kChunkPixels;
+    }
+
+    void run() {
+        for (int64_t y = top - p.radius(); y < top + p.radius(); y += p.rows_per_step) {
+            const int64_t last = y + p.rows_per_step < top + p.radius() ? y + p.rows_per_step : top + p.radius();
+            load_input(y, last);
+            for (int64_t block = 0; block < p.blocks(); ++block) {
+                expand(block, y, last);
+            }
+        }
+        for (int64_t y = top; y < bottom; y += p.rows_per_step) {
+            const int64_t last = y + p.rows_per_step < bottom ? y + p.rows_per_step : bottom;
+            load_input(y + p.radius(), last + p.radius());
+            for (int64_t block = 0; block < p.blocks(); ++block) {
+                expand(block, y + p.radius(), last + p.radius());
+                filter_and_project(block, y, last);
+            }
+            store_output(y, last);
+        }
+    }
+};
+
+template <typename T, typename Unit>
+struct Leffn {
+    static int64_t scratch_size(const LeffnParams& p, const Unit&) { return Scratch<typename Unit::Value>(p).end; }
+
+    static void pack(const LeffnParams& p, const Unit& unit, int64_t begin, int64_t end) {
+        auto* expand = static_cast<float*>(p.packed_expand);
+        auto* project = static_cast<float*>(p.packed_project);
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t first = block * kHiddenBlock, rest = p.hidden - first;
+            const int64_t size = rest < kHiddenBlock ? rest : kHiddenBlock;
+            Weight e = p.expand, q = p.project;
+            e.data = static_cast<const T*>(e.data) + first * e.column_stride;
+            e.columns = size;
+            q.data = static_cast<const T*>(q.data) + first * q.depth_stride;
+            q.depth = size;
+            unit.template pack<T>(e, expand + first * padded(p.channels));
+            unit.template pack<T>(q, project + first * padded(p.out_channels));
+        }
+    }
+
+    static void forward(const LeffnParams& p, const Unit& unit, int64_t begin, int64_t end, void* scratch) {
+        for (int64_t index = begin; index < end; ++index) {
+            Share<T, Unit>(p, unit, index, scratch).run();
+        }
+    }
+};
+
+// body(Leffn, unit) for the storage type and the unit in use.
+template <typename Body>
+auto with_type(const LeffnParams& p, const Body& body) {
+    switch (p.dtype) {
+        case DType::f32:
+            return body(Leffn<float, VectorUnit>{}, VectorUnit{});
+        case DType::f16:
+            return body(Leffn<Half, VectorUnit>{}, VectorUnit{});
+        default:
+#if defined(__AVX512F__)
+            if (p.brgemm != nullptr) {
+                return body(Leffn<BFloat16, MatrixUnit>{}, MatrixUnit{p.brgemm});
+            }
+#endif
+            return body(Leffn<BFloat16, VectorUnit>{}, VectorUnit{});
+    }
+}
+
+int64_t scratch_size(const LeffnParams& p) {
+    return with_type(p, [&](auto leffn, const auto& unit) { return leffn.scratch_size(p, unit); });
+}
+
+void pack(const LeffnParams& p, int64_t begin, int64_t end) {
+    with_type(p, [&](auto leffn, const auto& unit) { leffn.pack(p, unit, begin, end); });
+}
+
+void forward(const LeffnParams& p, int64_t begin, int64_t end, void* scratch) {
+    with_type(p, [&](auto leffn, const auto& unit) { leffn.forward(p, unit, begin, end, scratch); });
+}
+
+}  // namespace
+
+const LeffnKernels IPT_FAST_THIS_ISA(leffn) = {scratch_size, pack, forward};
+
+}  // namespace ipt_fast

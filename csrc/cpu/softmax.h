@@ -1,0 +1,77 @@
+// Softmax over the columns of scores that are given times log2(e): powers of two take their place.
+#pragma once
+
+#include "vec.h"
+
+namespace ipt_fast {
+namespace {
+
+// Replaces `count` vectors by 2^(score - largest) within two units in the last place and adds them to `sums`. The power
+// is 2^n 2^r with whole n and |r| <= 1/2, and about 2^-126 at least. Step by step for all vectors, since one vector's
+// chain of dependent instructions is longer than what the processor looks ahead.
+template <int count>
+inline __attribute__((always_inline)) void powers_of(float* scores, const Vec (&largest)[count], Vec (&sums)[count]) {
+    const Vec shifter = broadcast(0x1.8p23f);  // adding it rounds to an integer, which the low bits then hold
+    const IntVec lowest = (IntVec)(shifter - 126.0f);
+    Vec n[count], r[count], y[count];
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+        r[i] = load(scores + i * kLanes) - largest[i];
+        n[i] = r[i] + shifter;
+        r[i] = r[i] - (n[i] - shifter);
+        y[i] = fma(broadcast(0x1.5bba12p-10f), r[i], broadcast(0x1.3cea88p-7f));
+    }
+    constexpr float kCoefficients[] = {0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+#pragma GCC unroll 4
+    for (const float coefficient : kCoefficients) {
+#pragma GCC unroll 4
+        for (int i = 0; i < count; ++i) {
+            y[i] = fma(y[i], r[i], broadcast(coefficient));
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+        const IntVec exponent = (IntVec)n[i] > lowest ? (IntVec)n[i] : lowest;
+        y[i] = (Vec)((IntVec)y[i] + (exponent << 23));
+        store(scores + i * kLanes, y[i]);
+        sums[i] += y[i];
+    }
+}
+
+// The same for `count` columns of vectors, and the inverses of the columns' sums.
+template <int count>
+inline void column_powers(float* scores, int64_t rows, int64_t row, float* inverses) {
+    Vec largest[count], sums[count]{};
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+        largest[i] = load(scores + i * kLanes);
+    }
+    for (int64_t k = 1; k < rows; ++k) {
+#pragma GCC unroll 4
+        for (int i = 0; i < count; ++i) {
+            largest[i] = max(largest[i], load(scores + k * row + i * kLanes));
+        }
+    }
+    for (int64_t k = 0; k < rows; ++k) {
+        powers_of<count>(scores + k * row, largest, sums);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+        store(inverses + i * kLanes, 1.0f / sums[i]);
+    }
+}
+
+// 2^(score - the column's largest) in place of the scores, [rows][columns], and the inverse of each column's sum.
+// kLanes divides columns.
+inline void powers(float* scores, int64_t rows, int64_t columns, float* inverses) {
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= columns; c += 4 * kLanes) {
+        column_powers<4>(scores + c, rows, columns, inverses + c);
+    }
+    for (; c < columns; c += kLanes) {
+        column_powers<1>(scores + c, rows, columns, inverses + c);
+    }
+}
+
+}  // namespace
+}  // namespace ipt_fast

@@ -1,0 +1,55 @@
+// Backward of channel attention in windows, framework-free. Serves channel_attention (one branch, no weights) and
+// focal_channel_attention (two branches).
+#pragma once
+
+#include "channel_attention.h"
+
+namespace ipt_fast {
+
+struct ChannelAttentionBackwardParams {
+    DType dtype;
+    Groups groups;  // without slots
+    Pixels q, k, v, grad;
+    void *grad_q, *grad_k, *grad_v;  // channels of head 0 first
+    int64_t grad_pixel;              // values between their pixels
+    // (blocks, heads): for each branch the Gram matrix of w^2 k and q, [k][q], and that of the merge weight times v and
+    // grad, [v][grad], then the squared norms as in channel_attention.h.
+    float* slots;
+    // (windows, heads, branches): the gradient of the Gram matrix as [k][q] and as [q][k], the attention [q][k], and
+    // what the norms add to the gradients of q and k for each unit of q and k.
+    float* matrices;
+    double* grad_scale;  // (windows, heads, branches)
+    // (4, heads, images, rows, columns), two branches only: the sums over channels that the gradients of the token
+    // weights in windows and in shifted windows, and of both merge weights, are made of.
+    float* token_sums;
+
+    int64_t slot_size() const { return groups.branches * groups.depth * 2 * (groups.depth + 1); }
+    float* slot(int64_t block, int64_t head) const { return slots + (block * groups.heads + head) * slot_size(); }
+    int64_t matrices_size() const { return groups.depth * (3 * groups.depth + 2); }
+    float* matrices_of(int64_t window, int64_t head, int branch) const {
+        return matrices + ((window * groups.heads + head) * groups.branches + branch) * matrices_size();
+    }
+    float* token_row(int64_t map, int64_t head, int64_t image, int64_t y, int64_t x) const {
+        const Groups& g = groups;
+        return token_sums + (((map * g.heads + head) * g.images + image) * g.vertical.size + y) * g.horizontal.size + x;
+    }
+    // Floats of scratch of gram, apply and attend.
+    int64_t scratch() const {
+        const int64_t d = groups.depth, tiles = (groups.branches + 2) * kTileTokens * d + groups.branches * d * d;
+        const int64_t sums = 2 * d * (3 * d + 9);
+        return round_up(tiles > sums ? tiles : sums, kChannelPad);
+    }
+};
+
+struct ChannelAttentionBackwardKernels {
+    // The slots, for begin <= block * heads + head < end.
+    void (*gram)(const ChannelAttentionBackwardParams& params, int64_t begin, int64_t end, float* scratch);
+    // The matrices, for begin <= (window * heads + head) * branches + branch < end.
+    void (*attend)(const ChannelAttentionBackwardParams& params, int64_t begin, int64_t end, float* scratch);
+    // The gradients of q, k, v and the token sums, for begin <= block * heads + head < end.
+    void (*apply)(const ChannelAttentionBackwardParams& params, int64_t begin, int64_t end, float* scratch);
+};
+
+IPT_FAST_DECLARE_KERNELS(ChannelAttentionBackwardKernels, channel_attention_backward);
+
+}  // namespace ipt_fast
