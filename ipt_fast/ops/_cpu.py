@@ -29,13 +29,26 @@ def _private(name):
     return getattr(torch.ops.ipt_fast_cpu, name).default
 
 
-def kernel(name):
-    """``ipt_fast_cpu::<name>`` and ``<name>_backward``, which returns an empty gradient for an absent tensor."""
+def kernel(name, rounds_between=False):
+    """``ipt_fast_cpu::<name>`` and ``<name>_backward``, which returns an empty gradient for an absent tensor.
+
+    ``rounds_between``: the backward is a chain of kernels with maps in the dtype of the images between them. It gets
+    16-bit tensors as float32, so that their gradients are rounded once.
+    """
 
     def forward(*args):
         return _private(name)(*args)
 
     def backward(grad, *args):
-        return _private(f"{name}_backward")(grad, *args)
+        grads = _private(f"{name}_backward")
+        if not rounds_between or grad.dtype == torch.float32:
+            return grads(grad, *args)
+        wide = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
+        tensors = (value for value, kind in zip(args, grads._schema.arguments[1:], strict=True) if _is_tensor(kind))
+        return [g if t is None else g.to(t.dtype) for g, t in zip(grads(grad.float(), *wide), tensors, strict=True)]
 
     return Kernel(check, forward, backward)
+
+
+def _is_tensor(argument):
+    return str(argument.type) in ("Tensor", "Optional[Tensor]")

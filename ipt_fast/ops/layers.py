@@ -195,6 +195,6 @@ _leffn = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_leffn_flops,
 )
-_focal.kernels["cpu"] = _cpu.kernel("focal_attention_layer")
-_grid.kernels["cpu"] = _cpu.kernel("grid_attention_layer")
+_focal.kernels["cpu"] = _cpu.kernel("focal_attention_layer", rounds_between=True)
+_grid.kernels["cpu"] = _cpu.kernel("grid_attention_layer", rounds_between=True)
 _leffn.kernels["cpu"] = _cpu.kernel("leffn_layer")
