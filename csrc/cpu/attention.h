@@ -74,30 +74,41 @@ inline void for_pieces(const Group& g, int64_t first, int64_t count, const Body&
     }
 }
 
-// The biases of `count` queries from `first` on, [keys][padded(count)], what their scores are added to. They are copied
-// in runs, which may go too far: into what is written later or into the padding.
-inline void start_scores(const GridAttention& p, const Group& g, const float* bias, int64_t first, int64_t count,
-                         float* scores) {
-    constexpr int64_t kRun = 8;
-    const int64_t rows = g.rows, columns = g.columns, row = padded(count);
-    const int64_t last = p.lattice.grid - 1, step = bias_row(p);
-    for_pieces(g, first, count, [=](int64_t a, int64_t b, int64_t start, int64_t piece) {
-        for (int64_t c = start; c < start + piece; c += kRun) {
-            const int64_t room = row - c < kRun ? row - c : kRun;
-            const float* source = bias + (a + last) * step + last + b + c - start;
-            float* target = scores + c;
-            for (int64_t key_a = 0; key_a < rows; ++key_a, source -= step) {
-                for (int64_t key_b = 0; key_b < columns; ++key_b, target += row) {
-                    if (room == kRun) {
-                        memcpy(target, source - key_b, kRun * sizeof(float));
-                    } else {
-                        memcpy(target, source - key_b, room * sizeof(float));
-                    }
+// The biases of `piece` queries, next to each other in a row of the lattice, for all keys; `room` in a row of scores.
+// They are copied in runs, which may go too far where there is room.
+template <int64_t run>
+inline void copy_biases(const Group& g, const float* bias, int64_t step, int64_t piece, int64_t room, float* scores,
+                        int64_t row) {
+    const int64_t rows = g.rows, columns = g.columns;
+    for (int64_t c = 0; c < piece; c += run) {
+        const float* source = bias + c;
+        float* target = scores + c;
+        for (int64_t a = 0; a < rows; ++a, source -= step) {
+            for (int64_t b = 0; b < columns; ++b, target += row) {
+                if (room - c >= run) {
+                    memcpy(target, source - b, run * sizeof(float));
+                } else {
+                    memcpy(target, source - b, (room - c) * sizeof(float));
                 }
             }
         }
+    }
+}
+
+// The biases of `count` queries from `first` on, [keys][padded(count)], what their scores are added to.
+inline void start_scores(const GridAttention& p, const Group& g, const float* bias, int64_t first, int64_t count,
+                         float* scores) {
+    const int64_t row = padded(count), step = bias_row(p), last = p.lattice.grid - 1;
+    for_pieces(g, first, count, [&](int64_t a, int64_t b, int64_t start, int64_t piece) {
+        const float* source = bias + (a + last) * step + last + b;
+        // What goes too far is written later.
+        if (piece < 16) {
+            copy_biases<8>(g, source, step, piece, row - start, scores + start, row);
+        } else {
+            copy_biases<16>(g, source, step, piece, row - start, scores + start, row);
+        }
     });
-    for (int64_t k = 0; k < rows * columns && count < row; ++k) {
+    for (int64_t k = 0; k < g.tokens() && count < row; ++k) {
         memset(scores + k * row + count, 0, (row - count) * sizeof(float));
     }
 }

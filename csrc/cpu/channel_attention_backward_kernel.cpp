@@ -42,25 +42,44 @@ struct Tokens {
         first = static_cast<const T*>(map.data) + index * pixel + head * g.head_channels;
     }
     const T* at(int64_t y, int64_t x) const { return first + y * row + x * pixel; }
-
-    // Asks for the tile ahead of its use: rows of a tile are too short for the processor to foresee them.
-    template <bool write>
-    void prefetch(const Tile& tile, int64_t channels) const {
-        constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-        for (int64_t y = 0; y < tile.rows; ++y) {
-            for (int64_t x = 0; x < tile.columns; ++x) {
-                for (int64_t c = 0; c < channels; c += kLine) {
-                    __builtin_prefetch(at(y, x) + c, write, 2);
-                }
-            }
-        }
-    }
 };
 
-// The tile after tile t of a block, itself after the last.
-inline Tile next_tile(const Block& block, int64_t t) { return block.tile(t + 1 < block.tiles() ? t + 1 : t); }
-
 // ---- Gram matrices of blocks ----------------------------------------------------------------------------------------
+
+// One map of a tile, out[token][copy][depth]: with `scaled` a copy times the weight for each branch, else one as it is.
+// Adds the sums of weight * value^2 over the tokens to `norms` (nullptr: none), 2 * depth apart.
+template <bool scaled, int branches, typename T, typename Weights>
+inline void stage_tokens(const Tokens<T>& tokens, const Tile& tile, int64_t channels, int64_t depth,
+                         const Weights& weights, float* out, float* norms, bool begin) {
+    const auto channel = [&](int64_t c, auto full) __attribute__((always_inline)) {
+        Vec squares[branches]{};
+        float* target = out + c;
+        for (int64_t y = 0; y < tile.rows; ++y) {
+            const T* const row = tokens.at(y, 0);
+            for (int64_t x = 0, columns = tile.columns, pixel = tokens.pixel; x < columns; ++x) {
+                const T* const in = row + x * pixel;
+                const Vec value = decltype(full)::value ? load(in + c) : load_channels(in, c, channels);
+                for (int branch = 0; branch < branches; ++branch) {
+                    const Vec weighted = weights.at(branch, y, x) * value;
+                    squares[branch] = fma(weighted, value, squares[branch]);
+                    if (scaled) {
+                        store(target + branch * depth, weighted);
+                    }
+                }
+                if (!scaled) {
+                    store(target, value);
+                }
+                target += (scaled ? branches : 1) * depth;
+            }
+        }
+        for (int branch = 0; branch < branches && norms; ++branch) {
+            add_to(norms + 2 * branch * depth + c, squares[branch], begin);
+        }
+    };
+    for (int64_t c = 0; c < depth; c += kLanes) {
+        c + kLanes <= channels ? channel(c, Constant<1>{}) : channel(c, Constant<0>{});
+    }
+}
 
 template <typename T, int branches>
 void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
@@ -76,54 +95,16 @@ void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
             const Tile tile = block.tile(t);
             const TokenWeights<branches> weights(g, head, tile);
             const MergeWeights<branches> merge(g, head, tile);
-            // put(y, x, channel, value, squares) for all of one map; squares are sums over the tokens of a channel
-            const auto stage = [&](const Pixels& map, const auto& put, float* norm) {
+            const auto stage = [&](auto scaled, const Pixels& map, const auto& with, float* out, float* squares) {
                 const Tokens<T> tokens(g, map, block, tile, head);
-                for (int64_t c = 0; c < depth; c += kLanes) {
-                    Vec squares[branches]{};
-                    for (int64_t y = 0; y < tile.rows; ++y) {
-                        for (int64_t x = 0; x < tile.columns; ++x) {
-                            put(y, x, c, load_channels(tokens.at(y, x), c, g.head_channels), squares);
-                        }
-                    }
-                    for (int branch = 0; branch < branches && norm; ++branch) {
-                        add_to(norm + 2 * branch * depth + c, squares[branch], t == 0);
-                    }
-                }
+                stage_tokens<decltype(scaled)::value, branches>(tokens, tile, g.head_channels, depth, with, out,
+                                                                squares, t == 0);
             };
-            const Tile next = next_tile(block, t);
-            Tokens<T>(g, p.q, block, next, head).template prefetch<false>(next, g.head_channels);
-            Tokens<T>(g, p.k, block, next, head).template prefetch<false>(next, g.head_channels);
-            Tokens<T>(g, p.v, block, tile, head).template prefetch<false>(tile, g.head_channels);
-            Tokens<T>(g, p.grad, block, tile, head).template prefetch<false>(tile, g.head_channels);
-            stage(
-                p.q,
-                [&](int64_t y, int64_t x, int64_t c, Vec value, Vec(&squares)[branches]) {
-                    staged.put_q(tile, y, x, c, value, weights, squares);
-                },
-                norms);
-            stage(
-                p.k,
-                [&](int64_t y, int64_t x, int64_t c, Vec value, Vec(&squares)[branches]) {
-                    staged.put_k(tile, y, x, c, value, weights, squares);
-                },
-                norms + depth);
+            stage(Constant<0>{}, p.q, weights, staged.q, norms);
+            stage(Constant<1>{}, p.k, weights, staged.k, norms + depth);
             staged.multiply(tile.tokens(), slot, t == 0);
-            stage(
-                p.grad,
-                [&](int64_t y, int64_t x, int64_t c, Vec value, Vec*) {
-                    store(staged.q + (y * tile.columns + x) * depth + c, value);
-                },
-                nullptr);
-            stage(
-                p.v,
-                [&](int64_t y, int64_t x, int64_t c, Vec value, Vec*) {
-                    for (int branch = 0; branch < branches; ++branch) {
-                        store(staged.k + ((y * tile.columns + x) * branches + branch) * depth + c,
-                              merge.at(branch, y, x) * value);
-                    }
-                },
-                nullptr);
+            stage(Constant<0>{}, p.grad, merge, staged.q, nullptr);
+            stage(Constant<1>{}, p.v, merge, staged.k, nullptr);
             staged.multiply(tile.tokens(), slot + branches * depth * depth, t == 0);
         }
     }
@@ -297,27 +278,34 @@ struct ApplyTile {
 
     const float* slopes(int branch, int64_t of_k) const { return matrices[branch] + g.depth * (3 * g.depth + of_k); }
 
-    // Writes the gradients that body(token, y, x, out, sums) computes for the tokens (y, x) of the tile; adds for every
-    // branch a sum over the channels to token map first_map + branch.
-    template <typename Body>
-    void write(void* out, int64_t first_map, const Body& body) const {
-        for (int64_t y = 0; y < tile.rows; ++y) {
+    // body(token, pixel's gradient, weights of the branches, sums of the branches) for all tokens of the tile. Writes
+    // the sums over the lanes to token map first_map and the next (-1: nowhere); body adds to them.
+    template <int first_map, typename Weights, typename Body>
+    inline __attribute__((always_inline)) void for_tokens(void* out, const Weights& weights, const Body& body) const {
+        for (int64_t y = 0, token = 0; y < tile.rows; ++y) {
             const int64_t pixel = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
-            T* const row = static_cast<T*>(out) + pixel * p.grad_pixel + head * g.head_channels;
-            for (int64_t first = 0; first < tile.columns; first += kLanes) {
-                const int64_t count = tile.columns - first < kLanes ? tile.columns - first : kLanes;
-                Vec sums[branches][kLanes]{};
-                for (int64_t i = 0; i < count; ++i) {
-                    const int64_t x = first + i;
-                    Vec token_sums[branches]{};
-                    body(y * tile.columns + x, y, x, row + x * p.grad_pixel, token_sums);
+            T* target = static_cast<T*>(out) + pixel * p.grad_pixel + head * g.head_channels;
+            for (int64_t first = 0, columns = tile.columns; first < columns; first += kLanes) {
+                const int64_t count = columns - first < kLanes ? columns - first : kLanes;
+                Vec sums[branches][kLanes];
+                for (int64_t i = 0; i < count; ++i, ++token, target += p.grad_pixel) {
+                    Vec weight[branches], sum[branches]{};
                     for (int branch = 0; branch < branches; ++branch) {
-                        sums[branch][i] = token_sums[branch];
+                        weight[branch] = weights.at(branch, y, first + i);
+                    }
+                    body(token, target, weight, sum);
+                    for (int branch = 0; branch < branches; ++branch) {
+                        sums[branch][i] = sum[branch];
                     }
                 }
-                for (int branch = 0; branch < branches && branches == 2 && first_map >= 0; ++branch) {
-                    store(p.token_row(first_map + branch, head, block.image, tile.y + y, tile.x + first),
-                          sum_each(sums[branch]), count);
+                if constexpr (branches == 2 && first_map >= 0) {
+                    for (int branch = 0; branch < branches; ++branch) {
+                        for (int64_t i = count; i < kLanes; ++i) {
+                            sums[branch][i] = Vec{};
+                        }
+                        store(p.token_row(first_map + branch, head, block.image, tile.y + y, tile.x + first),
+                              sum_each(sums[branch]), count);
+                    }
                 }
             }
         }
@@ -326,61 +314,76 @@ struct ApplyTile {
     // dq = sum over the branches of w^2 (dG k + slope q); the gradient of w is w times the token sum.
     void gradient_of_q() const {
         multiply(k, 0);
-        const TokenWeights<branches> weights(g, head, tile);
-        write(p.grad_q, 0, [&](int64_t token, int64_t y, int64_t x, T* out, Vec* sums) {
-            for_vectors(g.head_channels, [&](int64_t c, int64_t n) {
-                const Vec q_value = load(q + token * g.depth + c), k_value = load(k + token * g.depth + c);
-                const Vec k_square = k_value * k_value;
-                Vec total{};
-                for (int branch = 0; branch < branches; ++branch) {
-                    const Vec dg_k = load(products + (token * branches + branch) * g.depth + c);
-                    const Vec gradient = fma(load(slopes(branch, 0) + c), q_value, dg_k);
-                    sums[branch] = fma(q_value, gradient + dg_k, sums[branch]);
-                    sums[branch] = fma(load(slopes(branch, 1) + c), k_square, sums[branch]);
-                    total = fma(weights.at(branch, y, x), gradient, total);
-                }
-                store(out + c, total, n);
-            });
-        });
+        const float *const all_q = q, *const all_k = k, *const all_products = products, *of_q[branches],
+                           *of_k[branches];
+        for (int branch = 0; branch < branches; ++branch) {
+            of_q[branch] = slopes(branch, 0);
+            of_k[branch] = slopes(branch, 1);
+        }
+        const int64_t depth = g.depth, channels = g.head_channels;
+        for_tokens<0>(p.grad_q, TokenWeights<branches>(g, head, tile),
+                      [&](int64_t token, T* out, const Vec* weight, Vec* sums) __attribute__((always_inline)) {
+                          const float* const dg_k = all_products + token * branches * depth;
+                          for_vectors(channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                              const Vec q_value = load(all_q + token * depth + c);
+                              const Vec k_value = load(all_k + token * depth + c), k_square = k_value * k_value;
+                              Vec total{};
+                              for (int branch = 0; branch < branches; ++branch) {
+                                  const Vec product = load(dg_k + branch * depth + c);
+                                  const Vec gradient = fma(load(of_q[branch] + c), q_value, product);
+                                  sums[branch] = fma(q_value, gradient + product, sums[branch]);
+                                  sums[branch] = fma(load(of_k[branch] + c), k_square, sums[branch]);
+                                  total = fma(weight[branch], gradient, total);
+                              }
+                              store(out + c, total, n);
+                          });
+                      });
     }
 
     // dk = sum over the branches of w^2 (dG^T q + slope k)
     void gradient_of_k() const {
         multiply(q, 1);
-        const TokenWeights<branches> weights(g, head, tile);
-        write(p.grad_k, -1, [&](int64_t token, int64_t y, int64_t x, T* out, Vec*) {
-            for_vectors(g.head_channels, [&](int64_t c, int64_t n) {
-                const Vec k_value = load(k + token * g.depth + c);
-                Vec total{};
-                for (int branch = 0; branch < branches; ++branch) {
-                    const Vec dg_q = load(products + (token * branches + branch) * g.depth + c);
-                    total = fma(weights.at(branch, y, x), fma(load(slopes(branch, 1) + c), k_value, dg_q), total);
-                }
-                store(out + c, total, n);
-            });
-        });
+        const float *const all_k = k, *const all_products = products, *of_k[branches];
+        for (int branch = 0; branch < branches; ++branch) {
+            of_k[branch] = slopes(branch, 1);
+        }
+        const int64_t depth = g.depth, channels = g.head_channels;
+        for_tokens<-1>(p.grad_k, TokenWeights<branches>(g, head, tile),
+                       [&](int64_t token, T* out, const Vec* weight, Vec*) __attribute__((always_inline)) {
+                           const float* const dg_q = all_products + token * branches * depth;
+                           for_vectors(channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                               const Vec k_value = load(all_k + token * depth + c);
+                               Vec total{};
+                               for (int branch = 0; branch < branches; ++branch) {
+                                   const Vec product = load(dg_q + branch * depth + c);
+                                   total = fma(weight[branch], fma(load(of_k[branch] + c), k_value, product), total);
+                               }
+                               store(out + c, total, n);
+                           });
+                       });
     }
 
     // dv = sum over the branches of merge A^T grad; the gradient of merge is v A^T grad.
     void gradient_of_v() const {
-        float* const grad = q;
-        stage(p.grad, grad);
-        multiply(grad, 2);
-        const Tokens<T> v(g, p.v, block, tile, head);
-        const MergeWeights<branches> weights(g, head, tile);
-        write(p.grad_v, 2, [&](int64_t token, int64_t y, int64_t x, T* out, Vec* sums) {
-            const T* const v_token = v.at(y, x);
-            for_vectors(g.head_channels, [&](int64_t c, int64_t n) {
-                const Vec v_value = load(v_token + c, n);
-                Vec total{};
-                for (int branch = 0; branch < branches; ++branch) {
-                    const Vec a_grad = load(products + (token * branches + branch) * g.depth + c);
-                    sums[branch] = fma(v_value, a_grad, sums[branch]);
-                    total = fma(weights.at(branch, y, x), a_grad, total);
-                }
-                store(out + c, total, n);
-            });
-        });
+        stage(p.grad, q);
+        multiply(q, 2);
+        stage(p.v, k);
+        const float *const all_v = k, *const all_products = products;
+        const int64_t depth = g.depth, channels = g.head_channels;
+        for_tokens<2>(p.grad_v, MergeWeights<branches>(g, head, tile),
+                      [&](int64_t token, T* out, const Vec* weight, Vec* sums) __attribute__((always_inline)) {
+                          const float* const a_grad = all_products + token * branches * depth;
+                          for_vectors(channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                              const Vec v_value = load(all_v + token * depth + c);
+                              Vec total{};
+                              for (int branch = 0; branch < branches; ++branch) {
+                                  const Vec product = load(a_grad + branch * depth + c);
+                                  sums[branch] = fma(v_value, product, sums[branch]);
+                                  total = fma(weight[branch], product, total);
+                              }
+                              store(out + c, total, n);
+                          });
+                      });
     }
 };
 
@@ -400,14 +403,6 @@ void apply(const Params& p, int64_t begin, int64_t end, float* scratch) {
         for (int64_t t = 0; t < block.tiles(); ++t) {
             const Tile tile = block.tile(t);
             const ApplyTile<T, branches> apply_tile{p, g, block, tile, head, matrices, q, k, products};
-            const Tile next = next_tile(block, t);
-            Tokens<T>(g, p.q, block, next, head).template prefetch<false>(next, g.head_channels);
-            Tokens<T>(g, p.k, block, next, head).template prefetch<false>(next, g.head_channels);
-            Tokens<T>(g, p.v, block, tile, head).template prefetch<false>(tile, g.head_channels);
-            Tokens<T>(g, p.grad, block, tile, head).template prefetch<false>(tile, g.head_channels);
-            Tokens<T>(g, {p.grad_q, p.grad_pixel}, block, tile, head).template prefetch<true>(tile, g.head_channels);
-            Tokens<T>(g, {p.grad_k, p.grad_pixel}, block, tile, head).template prefetch<true>(tile, g.head_channels);
-            Tokens<T>(g, {p.grad_v, p.grad_pixel}, block, tile, head).template prefetch<true>(tile, g.head_channels);
             apply_tile.stage(p.q, q);
             apply_tile.stage(p.k, k);
             apply_tile.gradient_of_q();

@@ -14,6 +14,20 @@ inline const T* pixel_of(const Groups& g, const Pixels& map, int64_t image, int6
     return static_cast<const T*>(map.data) + pixel * map.stride;
 }
 
+// Asks for the head's channels of a tile, if the block has it.
+template <typename T>
+inline void prefetch(const Groups& g, const Pixels& map, const Block& block, int64_t t, int64_t head) {
+    if (t < block.tiles()) {
+        const Tile tile = block.tile(t);
+        for (int64_t y = 0; y < tile.rows; ++y) {
+            const T* row = pixel_of<T>(g, map, block.image, tile.y + y, tile.x) + head * g.head_channels;
+            for (int64_t x = 0; x < tile.columns; ++x) {
+                prefetch_values(row + x * map.stride, g.head_channels);
+            }
+        }
+    }
+}
+
 template <typename T, int branches>
 void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
@@ -24,6 +38,8 @@ void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* sc
         float* slot = g.slot(index / g.heads, head);
         for (int64_t t = 0; t < block.tiles(); ++t) {
             const Tile tile = block.tile(t);
+            prefetch<T>(g, p.q, block, t + 1, head);
+            prefetch<T>(g, p.k, block, t + 1, head);
             const TokenWeights<branches> weights(g, head, tile);
             const auto stage = [&](const Pixels& map, int64_t norms, const auto& put) {
                 const T* first = pixel_of<T>(g, map, block.image, tile.y, tile.x) + head * g.head_channels;
@@ -66,6 +82,7 @@ void apply(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* s
         const int64_t head = index % g.heads;
         for (int64_t t = 0; t < block.tiles(); ++t) {
             const Tile tile = block.tile(t);
+            prefetch<T>(g, p.v, block, t + 1, head);
             const T* v = pixel_of<T>(g, p.v, block.image, tile.y, tile.x) + head * g.head_channels;
             apply_tile<branches>(g, head, tile, g.slot(index / g.heads, head), v, p.v.stride, rows, g.depth, scratch);
             for (int64_t y = 0; y < tile.rows; ++y) {

@@ -11,8 +11,9 @@
 namespace ipt_fast {
 namespace {
 
-// A weight's gradient is summed in this many fixed shares of the pixels, fewer where they would need much memory.
+// A weight's gradient is summed in about this many fixed shares, fewer where they would be small or need much memory.
 constexpr int64_t kShares = 64;
+constexpr int64_t kLeastRuns = 4;
 constexpr int64_t kShareBytes = 16 << 20;
 // The rows of a strip under the kernel have this much of the second cache.
 constexpr int64_t kStripFloats = 64 << 10;
@@ -112,12 +113,11 @@ at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x
     p.channels = x.size(1);
     p.columns = grad.size(1);
     const int64_t width = padded(p.channels), size = p.columns * width;
-    const int64_t runs = divide_up(x.size(0) * x.size(2) * x.size(3), kPointwiseRun);
-    const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
-    const int64_t fitting = std::max<int64_t>(kShareBytes / (size * static_cast<int64_t>(sizeof(float))), 1);
-    const int64_t shares = std::min({runs, kShares, fitting});
+    const int64_t pixels = x.size(0) * x.size(2) * x.size(3), runs = divide_up(pixels, kPointwiseRun);
     const int64_t tiles = divide_up(p.columns, kPointwiseTile);
-    const at::Tensor sums = at::zeros({shares, p.columns, width}, at::kFloat);
+    const int64_t fitting = std::max<int64_t>(kShareBytes / (size * static_cast<int64_t>(sizeof(float))), 1);
+    const int64_t shares = std::min({divide_up(runs, kLeastRuns), divide_up(kShares, tiles), fitting});
+    const at::Tensor sums = at::empty({shares, p.columns, width}, at::kFloat);
     float* const first = sums.mutable_data_ptr<float>();
     const ConvolutionKernels& kernel = IPT_FAST_KERNELS(convolution);
     at::parallel_for(0, shares * tiles, 1, [&](int64_t begin, int64_t end) {
@@ -129,10 +129,20 @@ at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x
                 item % tiles * kPointwiseTile, scratch.mutable_data_ptr<float>(), first + share * size);
         }
     });
-    return sums.sum(0, false, at::kDouble)
-        .narrow(1, 0, p.channels)
-        .to(x.scalar_type())
-        .view({p.columns, p.channels, 1, 1});
+    const at::Tensor out = at::empty({p.columns, p.channels, 1, 1}, at::kFloat);
+    float* const gradient = out.mutable_data_ptr<float>();
+    at::parallel_for(0, p.columns, divide_up(1 << 14, width), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            for (int64_t j = 0; j < p.channels; ++j) {
+                double sum = 0;
+                for (int64_t share = 0; share < shares; ++share) {
+                    sum += first[share * size + i * width + j];
+                }
+                gradient[i * p.channels + j] = static_cast<float>(sum);
+            }
+        }
+    });
+    return out.to(x.scalar_type());
 }
 
 at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight) { return convolve(x, weight, false); }

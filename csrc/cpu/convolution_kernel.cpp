@@ -89,8 +89,9 @@ void pointwise_weight(const PointwiseWeightParams& p, int64_t begin, int64_t end
         load_rows(static_cast<const T*>(p.x) + first * p.channels, p.channels, count, p.channels, x, width);
         load_rows(static_cast<const T*>(p.grad) + first * p.columns + first_row, p.columns, count, rows, grad,
                   kPointwiseTile);
-        product_transposed(rows, width, count, grad, kPointwiseTile, x, width, product, width, false);
-        for (int64_t i = 0; i < rows * width; i += kLanes) {
+        float* const target = first == begin ? total : product;
+        product_transposed(rows, width, count, grad, kPointwiseTile, x, width, target, width, false);
+        for (int64_t i = 0; i < rows * width && first > begin; i += kLanes) {
             store(total + i, load(total + i) + load(product + i));
         }
     }
@@ -122,23 +123,29 @@ struct Strip {
 
     int64_t offset(int64_t y, int64_t x) const { return ((image * p.height + y) * p.width + x) * p.channels; }
 
-    // Row y of the image, or zeros, into the ring.
-    void load_row(int64_t y) const {
-        float* const row = ring + (y + kernel) % kernel * ring_row;
-        for (int64_t i = 0; i < count + kernel - 1; ++i) {
-            const int64_t x = first + i - kHalf;
+    // `pixels` pixels of a map from (y, x) on, or zeros outside of it, as [vector of channels][pixel][lane] with
+    // `vector_row` floats for each vector.
+    void stage(const void* map, int64_t y, int64_t x, int64_t pixels, float* out, int64_t vector_row) const {
+        for (int64_t i = 0; i < pixels; ++i, ++x, out += kLanes) {
             const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
-            const T* const source = static_cast<const T*>(p.x) + (inside ? offset(y, x) : 0);
+            const T* const source = static_cast<const T*>(map) + (inside ? offset(y, x) : 0);
+            float* target = out;
             for_vectors(p.channels, [&](int64_t c, int64_t n) {
-                store(row + c / kLanes * kernel * ring_row + i * kLanes, inside ? load(source + c, n) : Vec{});
+                store(target, inside ? load(source + c, n) : Vec{});
+                target += vector_row;
             });
         }
     }
 
-    // The rows under the kernel at row y, for the vector of channel c.
-    void rows(int64_t y, int64_t c, const float** out) const {
+    // Row y of the image into the ring.
+    void load_row(int64_t y) const {
+        stage(p.x, y, first - kHalf, count + kernel - 1, ring + (y + kernel) % kernel * ring_row, kernel * ring_row);
+    }
+
+    // The rows under the kernel at row y, from pixel x of the strip on, for the vector of channel c.
+    void rows(int64_t y, int64_t x, int64_t c, const float** out) const {
         for (int64_t i = 0; i < kernel; ++i) {
-            out[i] = ring + (c / kLanes * kernel + (y + i - kHalf + kernel) % kernel) * ring_row;
+            out[i] = ring + (c / kLanes * kernel + (y + i - kHalf + kernel) % kernel) * ring_row + x * kLanes;
         }
     }
 };
@@ -166,14 +173,18 @@ template <typename T, int kernel>
 void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch) {
     for_rows<T, kernel>(p, begin, end, scratch, [&](const Strip<T, kernel>& strip, int64_t y) {
         T* const out = static_cast<T*>(p.out) + strip.offset(y, strip.first);
-        for_vectors(p.channels, [&](int64_t c, int64_t n) {
-            const float* rows[kernel];
-            strip.rows(y, c, rows);
-            depthwise_row<kernel>(rows, kLanes, strip.count, p.weight + c, padded(p.channels), [&](int64_t i, Vec sum) {
-                T* const target = out + i * p.channels + c;
-                n == kLanes ? store(target, sum) : store(target, sum, n);
+        // a few pixels at a time, so that memory is written in order
+        for (int64_t first = 0; first < strip.count; first += kDepthwisePixels) {
+            const int64_t count = strip.count - first < kDepthwisePixels ? strip.count - first : kDepthwisePixels;
+            for_vectors(p.channels, [&](int64_t c, int64_t n) {
+                const float* rows[kernel];
+                strip.rows(y, first, c, rows);
+                depthwise_row<kernel>(rows, kLanes, count, p.weight + c, padded(p.channels), [&](int64_t i, Vec sum) {
+                    T* const target = out + (first + i) * p.channels + c;
+                    n == kLanes ? store(target, sum) : store(target, sum, n);
+                });
             });
-        });
+        }
     });
 }
 
@@ -201,25 +212,24 @@ template <typename T, int kernel>
 void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums) {
     float* const staged = scratch + padded(p.channels) * kernel * (p.widest() + kernel - 1);
     for_rows<T, kernel>(p, begin, end, scratch, [&](const Strip<T, kernel>& strip, int64_t y) {
-        const T* const grad = static_cast<const T*>(p.grad) + strip.offset(y, strip.first);
-        for_vectors(p.channels, [&](int64_t c, int64_t n) {
-            for (int64_t i = 0; i < strip.count; ++i) {
-                store(staged + i * kLanes, load(grad + i * p.channels + c, n));
-            }
+        const int64_t staged_row = p.widest() * kLanes;
+        strip.stage(p.grad, y, strip.first, strip.count, staged, staged_row);
+        for (int64_t c = 0; c < p.channels; c += kLanes) {
+            const float* const grad = staged + c / kLanes * staged_row;
             const float* rows[kernel];
-            strip.rows(y, c, rows);
+            strip.rows(y, 0, c, rows);
             Vec totals[kernel][kernel]{};
             int64_t i = 0;
             for (; i + 4 <= strip.count; i += 4) {
 #pragma GCC unroll 5
                 for (int k = 0; k < kernel; ++k) {
-                    tap_sums<kernel, 4>(rows[k] + i * kLanes, staged + i * kLanes, totals[k]);
+                    tap_sums<kernel, 4>(rows[k] + i * kLanes, grad + i * kLanes, totals[k]);
                 }
             }
             for (; i < strip.count; ++i) {
 #pragma GCC unroll 5
                 for (int k = 0; k < kernel; ++k) {
-                    tap_sums<kernel, 1>(rows[k] + i * kLanes, staged + i * kLanes, totals[k]);
+                    tap_sums<kernel, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals[k]);
                 }
             }
             for (int tap = 0; tap < kernel * kernel; ++tap) {
@@ -227,7 +237,7 @@ void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, floa
                     sums[tap * padded(p.channels) + c + lane] += totals[tap / kernel][tap % kernel][lane];
                 }
             }
-        });
+        }
     });
 }
 

@@ -23,6 +23,7 @@ void partition(FocalAttentionLayerParams& p) {
     const int64_t most_heads = (g.heads + p.head_groups - 1) / p.head_groups;
     const int64_t columns = std::max<int64_t>(kRingBytes / (column * most_heads) - 2, 1);
     p.strips = std::min((g.horizontal.size + columns - 1) / columns, g.horizontal.blocks());
+    p.block_shares = g.blocks() < 4 * at::get_num_threads() ? 4 : 1;
 }
 
 at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
@@ -85,7 +86,7 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
     for_all(g.images * params.head_groups * params.strips * blocks_down,
             [&](auto... share) { kernel.gram(params, share...); });
     for_all(g.windows() * g.heads * g.branches, [&](auto... share) { attention.attend(g, share...); });
-    for_all(g.blocks() * kBlockShares, [&](auto... share) { kernel.apply(params, share...); });
+    for_all(g.blocks() * params.block_shares, [&](auto... share) { kernel.apply(params, share...); });
     return out;
 }
 

@@ -5,7 +5,6 @@
 // Pass 2 (after the softmax, attend in channel_attention.h): attention of a tile, projection, residual.
 // Bytes a pixel: read x twice, write and read v, write out: 5 * C * sizeof(T), and the slots of channel_attention.
 // FLOP a pixel: 8 * C * C + 8 * C * d + 54 * C.
-#include "depthwise.h"
 #include "gram.h"
 #include "ipt_fast/focal_attention_layer.h"
 #include "rows.h"
@@ -28,6 +27,38 @@ void pack(const Params& p, const Unit& unit, int64_t begin, int64_t end) {
             w.data = static_cast<const T*>(w.data) + (part % 3 * heads + part / 3) * d * w.column_stride;
         }
         unit.template pack<T>(w, packed_part(p, part));
+    }
+}
+
+// A 3x3 depthwise convolution of `count` columns of a few rows at once, one vector of channels: body(y, x, value).
+// Columns are `stride` floats apart, taps `tap_stride`.
+template <int height, typename Body>
+inline __attribute__((always_inline)) void depthwise_rows(const float* const* rows, int64_t stride, int64_t count,
+                                                          const float* weight, int64_t tap_stride, const Body& body) {
+    Vec taps[3][3];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) {
+        taps[i / 3][i % 3] = load(weight + i * tap_stride);
+    }
+    for (int64_t x = 0; x < count; ++x) {
+        Vec sums[height]{};
+#pragma GCC unroll 6
+        for (int i = 0; i < height + 2; ++i) {
+#pragma GCC unroll 3
+            for (int j = 0; j < 3; ++j) {
+                const Vec value = load(rows[i] + (x + j) * stride);
+#pragma GCC unroll 4
+                for (int y = 0; y < height; ++y) {
+                    if (i - y >= 0 && i - y < 3) {
+                        sums[y] = fma(value, taps[i - y][j], sums[y]);
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int y = 0; y < height; ++y) {
+            body(y, x, sums[y]);
+        }
     }
 }
 
@@ -76,7 +107,7 @@ class Strip {
         return (image_ * g_.vertical.blocks() + y) * g_.horizontal.blocks() + x;
     }
     int64_t pixel_index(int64_t y, int64_t x) const { return (image_ * g_.vertical.size + y) * g_.horizontal.size + x; }
-    // Rows -1, 0, 1, 2 and so on follow each other from the last third of the ring: whole tiles are not torn.
+    // Row 1 is at the ring's beginning: the rows that a tile adds, its last ones and one below, lie next to each other.
     static int64_t ring_row(int64_t y) { return (y + kRingRows - 1) % kRingRows; }
     float* ring(int64_t head, int64_t row) const {
         return ring_ + ((head - first_head_) * kRingRows + row) * width_ * 3 * g_.depth;
@@ -162,15 +193,21 @@ class Strip {
     void convolve(const Tile& tile, int64_t head, int64_t part, const Body& body, const End& end) const {
         const int64_t pixel = 3 * g_.depth;
         for (int64_t c = 0; c < g_.depth; c += kLanes) {
-            const int64_t offset = (tile.x - 1 - left_) * pixel + part * g_.depth + c;
+            const int64_t first = part * g_.depth + c;
+            const float* rows[kTileRows + 2];
+            for (int64_t i = 0; i < tile.rows + 2; ++i) {
+                rows[i] = ring(head, ring_row(tile.y + i - 1)) + (tile.x - 1 - left_) * pixel + first;
+            }
+            const float* taps = p_.depthwise + head * 9 * pixel + first;
             Vec squares[2]{};
-            for (int64_t y = 0; y < tile.rows; ++y) {
-                const float* rows[3];
-                for (int64_t i = 0; i < 3; ++i) {
-                    rows[i] = ring(head, ring_row(tile.y + y + i - 1)) + offset;
+            const auto put = [&](int64_t y, int64_t x, Vec value) { body(y, x, c, value, squares); };
+            if (tile.rows == kTileRows) {
+                depthwise_rows<kTileRows>(rows, pixel, tile.columns, taps, pixel, put);
+            } else {
+                for (int64_t y = 0; y < tile.rows; ++y) {
+                    depthwise_rows<1>(rows + y, pixel, tile.columns, taps, pixel,
+                                      [&](int64_t, int64_t x, Vec value) { put(y, x, value); });
                 }
-                depthwise_row<3>(rows, pixel, tile.columns, p_.depthwise + head * 9 * pixel + part * g_.depth + c,
-                                 pixel, [&](int64_t x, Vec value) { body(y, x, c, value, squares); });
             }
             end(c, squares);
         }
@@ -195,6 +232,18 @@ void gram(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* 
     }
 }
 
+// Asks for x and v of a tile.
+template <typename T>
+void prefetch(const Params& p, const Block& block, int64_t t) {
+    const Tile tile = block.tile(t);
+    const Groups& g = p.groups;
+    for (int64_t y = 0; y < tile.rows; ++y) {
+        const int64_t pixel = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
+        prefetch_values(static_cast<const T*>(p.out) + pixel * p.channels(), tile.columns * p.channels());
+        prefetch_values(static_cast<const T*>(p.x) + pixel * p.channels(), tile.columns * p.channels());
+    }
+}
+
 template <typename T, typename Unit>
 void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
     memset(scratch, 0, p.apply_scratch() * sizeof(float));
@@ -207,12 +256,18 @@ void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float*
         left = reinterpret_cast<typename Unit::Value*>(result + kTileTokens * row);
     }
     for (int64_t index = begin; index < end; ++index) {
-        const int64_t b = index / kBlockShares, share = index % kBlockShares;
+        const int64_t b = index / p.block_shares, share = index % p.block_shares;
         const Block block(g.vertical, g.horizontal, b);
-        for (int64_t t = share * block.tiles() / kBlockShares; t < (share + 1) * block.tiles() / kBlockShares; ++t) {
+        const int64_t last = (share + 1) * block.tiles() / p.block_shares;
+        for (int64_t t = share * block.tiles() / p.block_shares; t < last; ++t) {
             const Tile tile = block.tile(t);
             const int64_t first = ((block.image * g.vertical.size + tile.y) * g.horizontal.size + tile.x) * channels;
             T* out = static_cast<T*>(p.out) + first;
+            if (t + 1 < block.tiles()) {
+                prefetch<T>(p, block, t + 1);
+            } else if (b + 1 < g.blocks()) {
+                prefetch<T>(p, Block(g.vertical, g.horizontal, b + 1), 0);
+            }
             for (int64_t head = 0; head < g.heads; ++head) {
                 // the padding of a head's columns is overwritten by the next head
                 apply_tile<2>(g, head, tile, g.slot(b, head), out + head * g.head_channels, channels,

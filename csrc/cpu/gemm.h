@@ -12,7 +12,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kPanelVectors = 4;
-constexpr int panel_rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 16; }
+constexpr int panel_rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 10 : 16; }
 #else
 constexpr int kPanelVectors = 2;
 constexpr int panel_rows(int vectors) { return vectors == 2 ? 6 : 8; }
@@ -24,7 +24,8 @@ struct Panels {
 
     explicit Panels(int64_t columns)
         : vectors((columns + kLanes - 1) / kLanes), count((vectors + kPanelVectors - 1) / kPanelVectors) {}
-    int64_t first(int64_t panel) const { return panel * vectors / count; }
+    // A division of 64 bits would take as long as many products.
+    int64_t first(int64_t panel) const { return static_cast<uint32_t>(panel * vectors) / static_cast<uint32_t>(count); }
     int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
 };
 
@@ -149,13 +150,26 @@ inline void product_transposed(int64_t rows, int64_t columns, int64_t depth, con
         [&](int64_t) { return b_row; }, c, c_row, accumulate);
 }
 
-// Element (k, column) of a weight matrix as fp32; 0 outside.
+// rows[i] = row k + i of a weight matrix, kLanes columns from `column` on, as fp32; 0 outside.
 template <typename T>
-inline float element(const Weight& w, int64_t k, int64_t column) {
-    if (k >= w.depth || column >= w.columns) {
-        return 0.0f;
+inline void load_weight(const Weight& w, int64_t k, int64_t column, Vec (&rows)[kLanes]) {
+    const T* data = static_cast<const T*>(w.data) + column * w.column_stride + k * w.depth_stride;
+    const int64_t depth = w.depth - k < kLanes ? w.depth - k : kLanes;
+    const int64_t columns = w.columns - column < kLanes ? w.columns - column : kLanes;
+    if (w.depth_stride == 1) {
+        for (int64_t j = 0; j < kLanes; ++j) {
+            const T* source = data + j * w.column_stride;
+            rows[j] = j >= columns ? Vec{} : depth == kLanes ? load(source) : load(source, depth);
+        }
+        transpose(rows);
+        return;
     }
-    return load(static_cast<const T*>(w.data) + column * w.column_stride + k * w.depth_stride, 1)[0];
+    for (int64_t i = 0; i < kLanes; ++i) {
+        rows[i] = Vec{};
+        for (int64_t j = 0; i < depth && j < columns; ++j) {
+            rows[i][j] = load(data + j * w.column_stride + i * w.depth_stride, 1)[0];
+        }
+    }
 }
 
 // Products with a packed weight matrix on the vector unit. `Value` is what the left operand's rows are made of.
@@ -173,12 +187,17 @@ struct VectorUnit {
         float* out = static_cast<float*>(packed);
         const Panels panels(w.columns);
         for (int64_t panel = 0; panel < panels.count; ++panel) {
-            for (int64_t k = 0; k < w.depth; ++k) {
-                const int64_t first = panels.first(panel) * kLanes, count = panels.width(panel) * kLanes;
-                for (int64_t column = first; column < first + count; ++column) {
-                    *out++ = element<T>(w, k, column);
+            const int64_t width = panels.width(panel) * kLanes;
+            for (int64_t column = 0; column < width; column += kLanes) {
+                for (int64_t k = 0; k < w.depth; k += kLanes) {
+                    Vec rows[kLanes];
+                    load_weight<T>(w, k, panels.first(panel) * kLanes + column, rows);
+                    for (int64_t i = 0; i < kLanes && k + i < w.depth; ++i) {
+                        store(out + (k + i) * width + column, rows[i]);
+                    }
                 }
             }
+            out += w.depth * width;
         }
     }
 
@@ -214,13 +233,19 @@ struct MatrixUnit {
         BFloat16* out = static_cast<BFloat16*>(packed);
         const int64_t columns = padded(w.columns), depth = padded(w.depth);
         for (int64_t first = 0; first < columns; first += kBlock) {
-            const int64_t last = first + kBlock < columns ? first + kBlock : columns;
-            for (int64_t k = 0; k < depth; k += 2) {
-                for (int64_t column = first; column < last; ++column) {
-                    store(out++, broadcast(element<T>(w, k, column)), 1);
-                    store(out++, broadcast(element<T>(w, k + 1, column)), 1);
+            const int64_t width = columns - first < kBlock ? columns - first : kBlock;
+            for (int64_t column = 0; column < width; column += kLanes) {
+                for (int64_t k = 0; k < depth; k += kLanes) {
+                    Vec rows[kLanes];
+                    load_weight<T>(w, k, first + column, rows);
+                    for (int64_t i = 0; i < kLanes; i += 2) {
+                        const Bits low = __builtin_convertvector(to_bf16(rows[i]), Bits);
+                        const Bits high = __builtin_convertvector(to_bf16(rows[i + 1]), Bits);
+                        store(reinterpret_cast<float*>(out) + (k + i) / 2 * width + column, (Vec)(low | high << 16));
+                    }
                 }
             }
+            out += depth * width;
         }
     }
 

@@ -31,6 +31,14 @@ struct TokenWeights {
 
 inline void add_to(float* sum, Vec value, bool begin) { store(sum, begin ? value : load(sum) + value); }
 
+// Asks for values ahead of their use: a tile's rows are too far apart for the processor to foresee them.
+template <typename T>
+inline void prefetch_values(const T* first, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) {
+        __builtin_prefetch(first + i, 0, 2);
+    }
+}
+
 // q and k of a tile of tokens, w^2 k of all branches side by side.
 template <int branches>
 struct GramTile {

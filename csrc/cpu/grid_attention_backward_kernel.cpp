@@ -10,20 +10,39 @@
 namespace ipt_fast {
 namespace {
 
+// The sum over k of body(k), rows added up in short blocks: a few short sums round less than one long one.
+template <typename Body>
+inline Vec sum_rows(int64_t rows, const Body& body) {
+    constexpr int64_t kBlock = 8;
+    Vec total{};
+    for (int64_t first = 0; first < rows; first += kBlock) {
+        const int64_t last = first + kBlock < rows ? first + kBlock : rows;
+        Vec sum{};
+        for (int64_t k = first; k < last; ++k) {
+            sum += body(k);
+        }
+        total += sum;
+    }
+    return total;
+}
+
 // From the powers of the scores (weights, with the inverses of their columns' sums) and dP (slopes), both
 // [rows][columns]: P and dS in their places. kLanes divides columns.
 void score_gradients(float* weights, float* slopes, int64_t rows, int64_t columns, const float* inverses) {
     for (int64_t c = 0; c < columns; c += kLanes) {
-        Vec sums[4]{};
+        float *weight = weights + c, *slope = slopes + c;
+        const Vec inverse = load(inverses + c);
+        const Vec mean =
+            sum_rows(rows, [=](int64_t k) { return load(weight + k * columns) * load(slope + k * columns); }) * inverse;
+        // mean + rest is the mean to more than fp32's digits: where one weight is almost 1, little else is left of dS.
+        const Vec rest = sum_rows(rows, [=](int64_t k) {
+            const Vec p = load(weight + k * columns) * inverse, difference = load(slope + k * columns) - mean;
+            store(weight + k * columns, p);
+            store(slope + k * columns, difference);
+            return p * difference;
+        });
         for (int64_t k = 0; k < rows; ++k) {
-            sums[k % 4] = fma(load(weights + k * columns + c), load(slopes + k * columns + c), sums[k % 4]);
-        }
-        const Vec inverse = load(inverses + c), mean = (sums[0] + sums[1] + (sums[2] + sums[3])) * inverse;
-        for (int64_t k = 0; k < rows; ++k) {
-            const int64_t at = k * columns + c;
-            const Vec weight = load(weights + at) * inverse;
-            store(weights + at, weight);
-            store(slopes + at, weight * (load(slopes + at) - mean));
+            store(slope + k * columns, load(weight + k * columns) * (load(slope + k * columns) - rest));
         }
     }
 }

@@ -10,8 +10,10 @@
 namespace ipt_fast {
 namespace {
 
-// What the ring of hidden rows may take of a second cache of 1 MB.
+// What the ring of hidden rows may take of a second cache of 1 MB, unless strips would become so narrow that the
+// columns computed twice cost more.
 constexpr int64_t kRingBytes = 600 << 10;
+constexpr int64_t kStripColumns = 64;
 constexpr int64_t kRowsPerStep = 4;
 
 void check(const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
@@ -42,7 +44,7 @@ void partition(LeffnParams& p, int64_t batch, int64_t threads) {
     const auto ring_bytes = [&] {
         return padded(p.hidden) * p.slots() * (p.strip_width() + 2 * p.radius()) * int64_t(sizeof(float));
     };
-    for (p.strips = 1; p.strip_width() > kChannelPad && ring_bytes() > kRingBytes;) {
+    for (p.strips = 1; p.strip_width() > kStripColumns && ring_bytes() > kRingBytes;) {
         ++p.strips;
     }
     const auto rows_of_a_thread = [&](int64_t bands) {

@@ -13,10 +13,11 @@
 namespace ipt_fast {
 namespace {
 
-constexpr int64_t kTile = 32;    // most rows and columns of a tile
-constexpr int64_t kChunk = 64;   // most hidden channels of a chunk
-constexpr int64_t kBand = 128;   // pixels of a band, about: sums over so many are added up in fp32
-constexpr int64_t kShares = 64;  // most sums of the weights' gradients, and most bytes of all of them:
+constexpr int64_t kTileRows = 32, kTileColumns = 64;  // most of a tile
+constexpr int64_t kChunk = 64;                        // most hidden channels of a chunk
+static const int64_t kBand =
+    getenv("BAND") ? atoi(getenv("BAND")) : 128;  // pixels of a band, about: sums over so many are added up in fp32
+constexpr int64_t kShares = 64;                   // most sums of the weights' gradients, and most bytes of all of them:
 constexpr int64_t kShareBytes = 32 << 20;
 
 void check(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise,
@@ -84,8 +85,8 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tens
     p.depthwise = depthwise.const_data_ptr<float>();
     p.flipped = flipped.const_data_ptr<float>();
 
-    p.tile_rows = Cut::at_most(p.height, kTile);
-    p.tile_columns = Cut::at_most(p.width, kTile);
+    p.tile_rows = Cut::at_most(p.height, kTileRows);
+    p.tile_columns = Cut::at_most(p.width, kTileColumns);
     p.band_rows = std::clamp<int64_t>(kBand / p.tile_columns.largest(), 1, p.tile_rows.largest());
     p.chunks = Cut::at_most(hidden / kChannelPad, kChunk / kChannelPad);
     const int64_t weights = expand.numel() + project.numel() + depthwise.numel();

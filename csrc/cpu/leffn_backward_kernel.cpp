@@ -9,7 +9,7 @@
 // cache.
 //
 // FLOPs of a pixel: 2 * hidden * (3 * channels + 2 * out_channels + 3 * kernel^2), and the first `channels` and
-// `out_channels` again for the halo, 27 % of a tile of 32 by 32 inside an image (kernel 5). Bytes: x and g once and
+// `out_channels` again for the halo, 20 % of a tile of 32 by 64 inside an image (kernel 5). Bytes: x and g once and
 // the halo, grad_x once.
 #include "depthwise.h"
 #include "gelu.h"
@@ -31,26 +31,17 @@ inline int64_t size_of(const LeffnBackwardParams& p) {
 template <int fixed, typename Body>
 inline void convolve_row(const float* const* rows, int64_t count, int64_t kernel, const float* weight,
                          int64_t weight_stride, const Body& body) {
-    int64_t first = 0;
     if constexpr (fixed != 0) {
-        constexpr int kPixels = 8;  // chains of FMAs enough to hide their latency
-        for (; first + kPixels <= count; first += kPixels) {
-            Vec sums[kPixels];
-            depthwise_pixels<fixed, kPixels>(rows, first, kLanes, weight, weight_stride, sums);
-#pragma GCC unroll 8
-            for (int i = 0; i < kPixels; ++i) {
-                body(first + i, sums[i]);
+        depthwise_row<fixed>(rows, kLanes, count, weight, weight_stride, body);
+    } else {
+        for (int64_t i = 0; i < count; ++i) {
+            Vec sum{};
+            for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+                const float* input = rows[tap / kernel] + (i + tap % kernel) * kLanes;
+                sum = fma(load(input), load(weight + tap * weight_stride), sum);
             }
+            body(i, sum);
         }
-    }
-    for (; first < count; ++first) {
-        Vec sum{};
-        for (int64_t y = 0; y < kernel; ++y) {
-            for (int64_t x = 0; x < kernel; ++x) {
-                sum = fma(load(rows[y] + (first + x) * kLanes), load(weight + (y * kernel + x) * weight_stride), sum);
-            }
-        }
-        body(first, sum);
     }
 }
 
@@ -67,16 +58,17 @@ inline void add_tap_gradients(const float* grad, const float* const* input, int6
 #endif
         for (int y = 0; y < fixed; ++y) {
             Vec parts[2][fixed]{};  // of even and of odd pixels: two chains of FMAs for each tap
-            int64_t first = 0;
-            for (; first + kPixels <= count; first += kPixels) {
+            const float *g = grad, *in = input[y];
+            int64_t left = count;
+            for (; left >= kPixels; left -= kPixels, g += kPixels * kLanes, in += kPixels * kLanes) {
                 Vec values[kPixels];
 #pragma GCC unroll 8
                 for (int i = 0; i < kPixels; ++i) {
-                    values[i] = load(grad + (first + i) * kLanes);
+                    values[i] = load(g + i * kLanes);
                 }
 #pragma GCC unroll 16
                 for (int i = 0; i < kPixels + fixed - 1; ++i) {
-                    const Vec value = load(input[y] + (first + i) * kLanes);
+                    const Vec value = load(in + i * kLanes);
 #pragma GCC unroll 5
                     for (int x = 0; x < fixed; ++x) {
                         if (i - x >= 0 && i - x < kPixels) {
@@ -85,11 +77,11 @@ inline void add_tap_gradients(const float* grad, const float* const* input, int6
                     }
                 }
             }
-            for (; first < count; ++first) {
-                const Vec value = load(grad + first * kLanes);
+            for (; left > 0; --left, g += kLanes, in += kLanes) {
+                const Vec value = load(g);
 #pragma GCC unroll 5
                 for (int x = 0; x < fixed; ++x) {
-                    parts[0][x] = fma(value, load(input[y] + (first + x) * kLanes), parts[0][x]);
+                    parts[0][x] = fma(value, load(in + x * kLanes), parts[0][x]);
                 }
             }
 #pragma GCC unroll 5
@@ -156,6 +148,7 @@ class Sweep {
           convolved(scratch + layout.convolved),
           grad_hidden(scratch + layout.grad_hidden),
           sums(scratch + layout.sums),
+          part(scratch + layout.part),
           taps(scratch + layout.taps),
           around_activation(reinterpret_cast<const float**>(scratch + layout.around)),
           around_upstream(around_activation + p.kernel) {}
@@ -187,7 +180,7 @@ class Sweep {
     // Where, in a ring, kLanes channels from m of an image row begin, kernel / 2 pixels before the tile. A ring is
     // [chunk / kLanes][ring rows][ring columns][kLanes]: the convolution runs through it in order.
     int64_t in_ring(int64_t row, int64_t m) const {
-        const int64_t ring_row = (row - rows.begin + reach) % layout.ring_rows;
+        const int64_t past = row - ring_begin, ring_row = past < layout.ring_rows ? past : past - layout.ring_rows;
         return (m / kLanes * layout.ring_rows + ring_row) * layout.ring_columns * kLanes;
     }
 
@@ -224,8 +217,12 @@ class Sweep {
         first_channel = units.begin * kChannelPad;
         width = units.size() * kChannelPad;
         int64_t ready = rows.begin - reach;
+        ring_begin = ready;
         for (int64_t row = rows.begin; row < rows.end; row += p.band_rows) {
             const Range band(row, row + p.band_rows < rows.end ? row + p.band_rows : rows.end);
+            if (row - reach >= ring_begin + layout.ring_rows) {
+                ring_begin += layout.ring_rows;
+            }
             for (; ready < band.end + reach; ++ready) {
                 fill_rings(ready);
             }
@@ -239,12 +236,11 @@ class Sweep {
         const int64_t before = near_columns.begin - columns.begin + reach, count = near_columns.size();
         const int64_t after = before + count, end = columns.size() + 2 * reach;
         const bool inside = near_rows.begin <= row && row < near_rows.end;
+        float* const rings[] = {activation, upstream};
         for (int64_t m = 0; m < width; m += kLanes) {
-            for (int64_t i = 0; i < end; ++i) {
-                if (!inside || i < before || i >= after) {
-                    store(activation + in_ring(row, m) + i * kLanes, Vec{});
-                    store(upstream + in_ring(row, m) + i * kLanes, Vec{});
-                }
+            for (float* const ring : rings) {
+                clear(ring + in_ring(row, m), 0, inside ? before : end);
+                clear(ring + in_ring(row, m), inside ? after : end, end);
             }
         }
         if (!inside) {
@@ -254,21 +250,31 @@ class Sweep {
         product(count, width, p.channels, x + first * channels, channels, p.packed_expand + first_channel * channels,
                 width, row_hidden, width, false);
         for (int64_t m = 0; m < width; m += kLanes) {
-            const int64_t target = in_ring(row, m) + before * kLanes;
-            for (int64_t i = 0; i < count; ++i) {
-                Vec a, s;
-                gelu_with_slope(load(row_hidden + i * width + m), a, s);
-                store(activation + target + i * kLanes, a);
-                store(slope + target + i * kLanes, s);
+            const int64_t target = in_ring(row, m) + before * kLanes, step = width;
+            const float* h = row_hidden + m;
+            float *a = activation + target, *s = slope + target;
+            for (int64_t i = 0; i < count; ++i, h += step, a += kLanes, s += kLanes) {
+                Vec value, slope_value;
+                gelu_with_slope(load(h), value, slope_value);
+                store(a, value);
+                store(s, slope_value);
             }
         }
         product(count, width, p.out_channels, grad + first * out, out,
                 p.packed_project + first_channel * p.out_channels, width, row_hidden, width, false);
         for (int64_t m = 0; m < width; m += kLanes) {
-            const int64_t target = in_ring(row, m) + before * kLanes;
-            for (int64_t i = 0; i < count; ++i) {
-                store(upstream + target + i * kLanes, load(row_hidden + i * width + m));
+            const int64_t step = width;
+            const float* source = row_hidden + m;
+            float* target = upstream + in_ring(row, m) + before * kLanes;
+            for (int64_t i = 0; i < count; ++i, source += step, target += kLanes) {
+                store(target, load(source));
             }
+        }
+    }
+
+    static void clear(float* pixels, int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            store(pixels + i * kLanes, Vec{});
         }
     }
 
@@ -285,17 +291,16 @@ class Sweep {
                     around_activation[y] = activation + in_ring(row - reach + y, m);
                     around_upstream[y] = upstream + in_ring(row - reach + y, m);
                 }
-                const int64_t target = (row - band.begin) * columns.size() * layout.band_pitch + m;
-                const int64_t centre = in_ring(row, m) + reach * kLanes;
-                convolve_row<fixed>(
-                    around_activation, columns.size(), kernel, p.depthwise + first_channel + m, hidden,
-                    [&](int64_t i, Vec sum) { store(convolved + target + i * layout.band_pitch, sum); });
+                const int64_t first = (row - band.begin) * columns.size() * layout.band_pitch + m;
+                const int64_t centre = in_ring(row, m) + reach * kLanes, pitch = layout.band_pitch;
+                float *b = convolved + first, *gh = grad_hidden + first;
+                const float* slopes = slope + centre;
+                convolve_row<fixed>(around_activation, columns.size(), kernel, p.depthwise + first_channel + m, hidden,
+                                    [=](int64_t i, Vec sum) { store(b + i * pitch, sum); });
                 add_tap_gradients<fixed>(upstream + centre, around_activation, columns.size(), kernel, taps);
-                convolve_row<fixed>(around_upstream, columns.size(), kernel, p.flipped + first_channel + m, hidden,
-                                    [&](int64_t i, Vec sum) {
-                                        const Vec s = load(slope + centre + i * kLanes);
-                                        store(grad_hidden + target + i * layout.band_pitch, sum * s);
-                                    });
+                convolve_row<fixed>(
+                    around_upstream, columns.size(), kernel, p.flipped + first_channel + m, hidden,
+                    [=](int64_t i, Vec sum) { store(gh + i * pitch, sum * load(slopes + i * kLanes)); });
             }
             for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
                 float* sum = total + tap * hidden + m;
@@ -320,8 +325,13 @@ class Sweep {
                                i > 0);
         }
         add_to(p.grad_expand + (share * hidden + first_channel) * channels, channels, sums, width, channels);
+        // Each chunk's part is summed on its own: one long sum over all hidden channels would round more.
+        float* const target = grad_x + (band.begin - rows.begin) * columns.size() * channels;
         product(pixels, p.channels, width, grad_hidden, pitch, p.expand + first_channel * channels, channels,
-                grad_x + (band.begin - rows.begin) * columns.size() * channels, channels, accumulate);
+                accumulate ? part : target, channels, false);
+        if (accumulate) {
+            add_to(target, channels, part, pixels, channels);
+        }
     }
 
     const LeffnBackwardParams& p;
@@ -332,10 +342,11 @@ class Sweep {
     float *const x, *const grad, *const grad_x, *const row_hidden;
     float *const activation, *const slope, *const upstream;  // rings: a, gelu'(h), gb
     float *const convolved, *const grad_hidden;              // of a band: b, gh
-    float *const sums, *const taps;
+    float *const sums, *const part, *const taps;
     const float **const around_activation, **const around_upstream;
     int64_t image = 0;
     Range rows{0, 0}, columns{0, 0}, near_rows{0, 0}, near_columns{0, 0};  // of the tile, and with its halo
+    int64_t ring_begin = 0;                                                // an image row in the rings' first row
     int64_t first_channel = 0, width = 0;                                  // of the chunk
 };
 

@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kTilePixels = 48;   // of one product of the expansion: the tile stays in the first cache
 constexpr int64_t kChunkPixels = 32;  // columns of the depthwise convolution that are done for all rows of a step
+constexpr int64_t kFilteredRow = kHiddenBlock + kChannelPad;  // a power of two would use a quarter of the cache's sets
 
 // One row of a depthwise convolution of any size, as depthwise_row.
 template <typename Body>
@@ -39,18 +40,19 @@ inline void depthwise_row_any(int64_t kernel, const float* const* rows, int64_t 
 // Where the pieces of a thread's scratch memory begin; the offset behind the last one is its size.
 template <typename Value>
 struct Scratch {
-    int64_t ring, rows, tile, filtered, sums, pointers, end;
+    int64_t ring, rows, tile, filtered, sums, in, end;
 
     explicit Scratch(const LeffnParams& p) {
-        const int64_t width = p.strip_width() + 2 * p.radius(), in = padded(p.channels);
-        const int64_t widest = in > kHiddenBlock ? in : kHiddenBlock, pixels = p.rows_per_step * p.strip_width();
+        const int64_t width = p.strip_width() + 2 * p.radius(), channels = padded(p.channels);
+        const int64_t widest = channels > kHiddenBlock ? channels : kHiddenBlock,
+                      pixels = p.rows_per_step * p.strip_width();
         end = 0;
         ring = add(padded(p.hidden) * p.slots() * width * sizeof(float));
-        rows = add(p.rows_per_step * width * in * sizeof(Value));
+        rows = add(p.rows_per_step * width * channels * sizeof(Value));
         tile = add(kTilePixels * widest * sizeof(float));
-        filtered = add(p.rows_per_step * kChunkPixels * kHiddenBlock * sizeof(Value));
+        filtered = add(p.rows_per_step * kChunkPixels * kFilteredRow * sizeof(Value));
         sums = add(pixels * padded(p.out_channels) * sizeof(float));
-        pointers = add(p.kernel * sizeof(float*));
+        in = add(p.slots() * sizeof(float*));
     }
 
     int64_t add(int64_t bytes) {
@@ -72,7 +74,7 @@ struct Share {
     int64_t begin, stop;  // the part of it that is inside the image
     float *ring, *tile, *sums;
     Value *rows, *filtered;
-    const float** pointers;
+    const float** in;  // rows of the ring
 
     Share(const LeffnParams& params, const Unit& unit_, int64_t index, void* scratch) : p(params), unit(unit_) {
         image = index / (p.bands * p.strips);
@@ -91,12 +93,13 @@ struct Share {
         tile = reinterpret_cast<float*>(memory + offset.tile);
         filtered = reinterpret_cast<Value*>(memory + offset.filtered);
         sums = reinterpret_cast<float*>(memory + offset.sums);
-        pointers = reinterpret_cast<const float**>(memory + offset.pointers);
+        in = reinterpret_cast<const float**>(memory + offset.in);
     }
 
-    // The hidden row y, of the group of channels that begins with this one.
-    float* hidden_row(int64_t channel, int64_t y) const {
-        const int64_t slot = (y - top + p.radius()) % p.slots();
+    int64_t slot_of(int64_t y) const { return (y - top + p.radius()) % p.slots(); }
+
+    // A hidden row, of the group of channels that this one belongs to.
+    float* hidden_row(int64_t channel, int64_t slot) const {
         return ring + (channel / kChannelPad * p.slots() + slot) * width * kChannelPad;
     }
 
@@ -110,18 +113,18 @@ struct Share {
 
     // Loads and normalises the rows of x that the hidden rows first <= y < last need.
     void load_input(int64_t first, int64_t last) {
-        const int64_t in = padded(p.channels);
+        const int64_t channels = padded(p.channels);
         for (int64_t y = first < 0 ? 0 : first; y < last && y < p.height; ++y) {
             const T* source = static_cast<const T*>(p.x) + pixel(y, begin - p.radius()) * p.channels;
-            Value* target = rows + (y - first) * width * in;
+            Value* target = rows + (y - first) * width * channels;
             if (p.norm.weight == nullptr) {
-                load_rows(source, p.channels, stop - begin, p.channels, target, in);
+                load_rows(source, p.channels, stop - begin, p.channels, target, channels);
                 continue;
             }
             for (int64_t i = 0; i < stop - begin; i += kTilePixels) {
                 const int64_t count = stop - begin - i < kTilePixels ? stop - begin - i : kTilePixels;
-                load_rows(source + i * p.channels, p.channels, count, p.channels, tile, in);
-                normalize_rows(tile, in, count, p.channels, p.norm, target + i * in, in);
+                load_rows(source + i * p.channels, p.channels, count, p.channels, tile, channels);
+                normalize_rows(tile, channels, count, p.channels, p.norm, target + i * channels, channels);
             }
         }
     }
@@ -135,21 +138,21 @@ struct Share {
 
     // A block of the hidden rows first <= y < last, zeros outside the image.
     void expand(int64_t block, int64_t first, int64_t last) {
-        const int64_t in = padded(p.channels), size = block_size(block);
-        const auto* weight = static_cast<const float*>(p.packed_expand) + block * kHiddenBlock * in;
+        const int64_t channels = padded(p.channels), size = block_size(block);
+        const auto* weight = static_cast<const float*>(p.packed_expand) + block * kHiddenBlock * channels;
         for (int64_t y = first; y < last; ++y) {
-            float* row = hidden_row(block * kHiddenBlock, y);
+            float* row = hidden_row(block * kHiddenBlock, slot_of(y));
             if (y < 0 || y >= p.height) {
                 clear(size, row, 0, width);
                 continue;
             }
             clear(size, row, 0, begin);
             clear(size, row, stop, width);
-            const Value* source = rows + (y - first) * width * in;
+            const Value* source = rows + (y - first) * width * channels;
             for (int64_t i = begin; i < stop; i += kTilePixels) {
                 const int64_t count = stop - i < kTilePixels ? stop - i : kTilePixels;
-                unit.multiply(count, size, p.channels, source + (i - begin) * in, in, weight, tile, kHiddenBlock,
-                              false);
+                unit.multiply(count, size, p.channels, source + (i - begin) * channels, channels, weight, tile,
+                              kHiddenBlock, false);
                 for (int64_t c = 0; c < size; c += kLanes) {
                     float* out = row + c / kChannelPad * kChannelPad * p.slots() * width + i * kChannelPad;
                     for (int64_t j = 0; j < count; ++j) {
@@ -160,21 +163,18 @@ struct Share {
         }
     }
 
-    // One row of output of the depthwise convolution, kLanes channels, chunk columns.
-    void filter_row(int64_t channel, int64_t y, int64_t column, int64_t count, Value* out) {
-        const int64_t lane = channel % kChannelPad;
-        for (int64_t i = 0; i < p.kernel; ++i) {
-            pointers[i] = hidden_row(channel, y - p.radius() + i) + column * kChannelPad + lane;
-        }
-        const float* weight = p.depthwise + channel / kChannelPad * p.kernel * p.kernel * kChannelPad + lane;
-        const auto body = [&](int64_t i, Vec sum) { store(out + i * kHiddenBlock, sum); };
+    // One row of output of the depthwise convolution, kLanes channels of the rows of input from `in` on.
+    void filter_row(const float* const* in, int64_t channel, int64_t count, Value* out) const {
+        const float* weight = p.depthwise + channel / kChannelPad * p.kernel * p.kernel * kChannelPad;
+        weight += channel % kChannelPad;
+        const auto body = [=](int64_t i, Vec sum) { store(out + i * kFilteredRow, sum); };
         switch (p.kernel) {
             case 3:
-                return depthwise_row<3>(pointers, kChannelPad, count, weight, kChannelPad, body);
+                return depthwise_row<3>(in, kChannelPad, count, weight, kChannelPad, body);
             case 5:
-                return depthwise_row<5>(pointers, kChannelPad, count, weight, kChannelPad, body);
+                return depthwise_row<5>(in, kChannelPad, count, weight, kChannelPad, body);
             default:
-                return depthwise_row_any(p.kernel, pointers, count, weight, body);
+                return depthwise_row_any(p.kernel, in, count, weight, body);
         }
     }
 
@@ -185,12 +185,16 @@ struct Share {
         for (int64_t column = 0; column < right - left; column += kChunkPixels) {
             const int64_t count = chunk(column);
             for (int64_t c = 0; c < size; c += kLanes) {
-                for (int64_t y = first; y < last; ++y) {
-                    filter_row(block * kHiddenBlock + c, y, column, count,
-                               filtered + (y - first) * count * kHiddenBlock + c);
+                const int64_t channel = block * kHiddenBlock + c;
+                for (int64_t i = 0, slot = slot_of(first - p.radius()); i < last - first + p.kernel - 1; ++i) {
+                    in[i] = hidden_row(channel, slot) + column * kChannelPad + channel % kChannelPad;
+                    slot = slot + 1 < p.slots() ? slot + 1 : 0;
+                }
+                for (int64_t y = 0; y < last - first; ++y) {
+                    filter_row(in + y, channel, count, filtered + y * count * kFilteredRow + c);
                 }
             }
-            unit.multiply((last - first) * count, p.out_channels, size, filtered, kHiddenBlock, weight,
+            unit.multiply((last - first) * count, p.out_channels, size, filtered, kFilteredRow, weight,
                           sums + column * (last - first) * out, out, block > 0);
         }
     }

@@ -20,35 +20,51 @@ void check_weight(const at::Tensor& w, const char* name) {
     TORCH_CHECK_VALUE(w.is_cpu(), name, " is on ", w.device(), ", expected cpu");
 }
 
+// As fp32, with its rows or its columns contiguous.
+at::Tensor as_matrix(const at::Tensor& matrix) {
+    const at::Tensor wide = matrix.to(at::kFloat);
+    return wide.stride(0) == 1 || wide.stride(1) == 1 ? wide : wide.contiguous();
+}
+
 // The product of two matrices in fp32, rounded once to their dtype: the weight of a pointwise convolution.
 at::Tensor multiply(const at::Tensor& left_, const at::Tensor& right_) {
+    const at::Tensor left = as_matrix(left_), right = as_matrix(right_);
+    const at::Tensor out = at::empty({left.size(0), right.size(1), 1, 1}, left_.options());
     MergeParams p{};
     p.dtype = dtype_of(left_);
-    p.rows = left_.size(0);
-    p.columns = right_.size(1);
-    p.depth = right_.size(0);
-    const at::Tensor left = left_.to(at::kFloat);
+    p.rows = left.size(0);
+    p.columns = right.size(1);
+    p.depth = left.size(1);
     p.left = left.const_data_ptr<float>();
     p.left_row = left.stride(0);
     p.left_depth = left.stride(1);
-    // One more cache line: rows a power of two apart would share few of a cache's sets.
-    p.right_row = padded(p.columns) + kChannelPad;
-    const at::Tensor right = at::zeros({p.depth, p.right_row}, at::kFloat);
-    right.narrow(1, 0, p.columns).copy_(right_);
     p.right = right.const_data_ptr<float>();
-    const at::Tensor out = at::empty({p.rows, p.columns, 1, 1}, left_.options());
+    p.right_row = right.stride(0);
+    p.right_column = right.stride(1);
     p.out = out.mutable_data_ptr();
 
-    const MergeKernels& kernel = IPT_FAST_KERNELS(merge);
-    const int64_t size = kMergeRows * padded(p.columns) * sizeof(float), flops = 2 * p.columns * p.depth * kMergeRows;
+    // A multiple of the products' register tiles, few enough for the second cache.
+    const int64_t threads = at::get_num_threads();
+    p.block_rows = std::min<int64_t>(round_up((p.rows + threads - 1) / threads, 12), 192);
+
     WorkSpace space;
-    const int64_t scratch = space.add(at::get_num_threads() * size);
+    const int64_t packed = space.add(padded(p.columns) * p.depth * sizeof(float));
+    const int64_t scratch_size = merge_scratch(p) * sizeof(float);
+    const int64_t scratch = space.add(threads * scratch_size);
     space.allocate();
-    constexpr int64_t kGrainFlops = 1 << 20;  // fewer are not worth a thread
-    const int64_t blocks = (p.rows + kMergeRows - 1) / kMergeRows;
-    at::parallel_for(0, blocks, std::max<int64_t>(1, kGrainFlops / flops), [&](int64_t begin, int64_t end) {
+    p.packed = space.at<float>(packed);
+    const MergeKernels& kernel = IPT_FAST_KERNELS(merge);
+    constexpr int64_t kGrain = 1 << 19;  // FMAs; fewer are not worth a thread
+    const int64_t panels = (p.columns + kMergeColumns - 1) / kMergeColumns;
+    const int64_t blocks = (p.rows + p.block_rows - 1) / p.block_rows, total = p.rows * p.columns * p.depth;
+    at::parallel_for(0, panels, std::max<int64_t>(1, panels * kGrain / total), [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+            kernel.pack(p, panel * kMergeColumns);
+        }
+    });
+    at::parallel_for(0, blocks, std::max<int64_t>(1, blocks * kGrain / total), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
-            kernel.multiply(p, block * kMergeRows, space.at<float>(scratch + at::get_thread_num() * size));
+            kernel.multiply(p, block * p.block_rows, space.at<float>(scratch + at::get_thread_num() * scratch_size));
         }
     });
     return out;

@@ -25,45 +25,48 @@ inline void load_rows(const T* in, int64_t in_row, int64_t count, int64_t channe
 }
 
 // The layer norm of rows, in place or into rows of another type; the padding of `in` must be zeros.
-// Statistics as in layer_norm_2d: mean + rest is the mean to more than fp32's digits.
 template <typename Value>
 inline void normalize_rows(const float* in, int64_t in_row, int64_t count, int64_t channels, const Norm& norm,
                            Value* out, int64_t out_row) {
-    const int64_t end = padded(channels);
+    const float *weight = norm.weight, *bias = norm.bias;
+    const bool centered = norm.centered;
+    const int64_t end = padded(channels), whole = channels / kLanes * kLanes;
     const float scale = 1.0f / static_cast<float>(channels);
-    for (int64_t first = 0; first < count; first += kLanes) {
-        const int64_t last = first + kLanes < count ? first + kLanes : count;
-        Vec sums[kLanes]{}, squares[kLanes]{};
-        for (int64_t i = first; i < last; ++i) {
-            Vec sum{};
-            for (int64_t c = 0; c < end; c += kLanes) {
+    for (int64_t first = 0; first < count; first += kLanes, in += kLanes * in_row, out += kLanes * out_row) {
+        const int64_t pixels = count - first < kLanes ? count - first : kLanes;
+        Vec sums[kLanes];
+        for (int64_t i = pixels; i < kLanes; ++i) {
+            sums[i] = Vec{};
+        }
+        for (int64_t i = 0; i < pixels; ++i) {
+            Vec sum = load(in + i * in_row);
+            for (int64_t c = kLanes; c < end; c += kLanes) {
                 sum += load(in + i * in_row + c);
             }
-            sums[i - first] = sum;
+            sums[i] = sum;
         }
-        const Vec mean = sum_each(sums) * scale;
-        for (int64_t i = first; i < last; ++i) {
-            Vec sum{}, square{};
-            int64_t c = 0;
-            for (; c < end; c += kLanes) {
-                Vec difference = load(in + i * in_row + c) - mean[i - first];
-                if (c + kLanes > channels) {
-                    difference = lane_index() < static_cast<int32_t>(channels - c) ? difference : Vec{};
-                }
-                sum += difference;
+        float mean[kLanes], rstd[kLanes];
+        store(mean, sum_each(sums) * scale);
+        for (int64_t i = 0; i < pixels; ++i) {
+            Vec square{};
+            for (int64_t c = 0; c < whole; c += kLanes) {
+                const Vec difference = load(in + i * in_row + c) - mean[i];
                 square = fma(difference, difference, square);
             }
-            sums[i - first] = sum;
-            squares[i - first] = square;
+            if (whole < channels) {
+                Vec difference = load(in + i * in_row + whole) - mean[i];
+                difference = lane_index() < static_cast<int32_t>(channels - whole) ? difference : Vec{};
+                square = fma(difference, difference, square);
+            }
+            sums[i] = square;
         }
-        const Vec rest = sum_each(sums) * scale;
-        const Vec rstd = 1.0f / sqrt(sum_each(squares) * scale - rest * rest + norm.eps);
-        for (int64_t i = first; i < last; ++i) {
-            const float m = norm.centered ? mean[i - first] : 0.0f, r = norm.centered ? rest[i - first] : 0.0f;
+        store(rstd, 1.0f / sqrt(sum_each(sums) * scale + norm.eps));
+        for (int64_t i = 0; i < pixels; ++i) {
+            const Vec m = broadcast(centered ? mean[i] : 0.0f), r = broadcast(rstd[i]);
             for (int64_t c = 0; c < end; c += kLanes) {
-                const Vec x = (load(in + i * in_row + c) - m - r) * rstd[i - first];
                 // weight and bias are padded with zeros, so the padding stays zero
-                store(out + i * out_row + c, fma(x, load(norm.weight + c), load(norm.bias + c)));
+                const Vec y = fma((load(in + i * in_row + c) - m) * r, load(weight + c), load(bias + c));
+                store(out + i * out_row + c, y);
             }
         }
     }

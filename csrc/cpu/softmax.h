@@ -7,22 +7,23 @@ namespace ipt_fast {
 namespace {
 
 // Replaces `count` vectors by 2^(score - largest) within two units in the last place and adds them to `sums`. The power
-// is 2^n 2^r with whole n and |r| <= 1/2, and about 2^-126 at least. Step by step for all vectors, since one vector's
-// chain of dependent instructions is longer than what the processor looks ahead.
+// is 2^n 2^r with whole n and |r| <= 1/2. Less than 2^-64 counts nothing beside the largest one, but products with it
+// could be subnormal numbers, which are slow: n stops there. Step by step for all vectors, since one vector's chain of
+// dependent instructions is longer than what the processor looks ahead.
 template <int count>
 inline __attribute__((always_inline)) void powers_of(float* scores, const Vec (&largest)[count], Vec (&sums)[count]) {
     const Vec shifter = broadcast(0x1.8p23f);  // adding it rounds to an integer, which the low bits then hold
-    const IntVec lowest = (IntVec)(shifter - 126.0f);
+    const IntVec lowest = (IntVec)(shifter - 64.0f);
     Vec n[count], r[count], y[count];
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
         r[i] = load(scores + i * kLanes) - largest[i];
         n[i] = r[i] + shifter;
         r[i] = r[i] - (n[i] - shifter);
-        y[i] = fma(broadcast(0x1.5bba12p-10f), r[i], broadcast(0x1.3cea88p-7f));
+        y[i] = fma(broadcast(0x1.41fbbcp-13f), r[i], broadcast(0x1.5f3e54p-10f));
     }
-    constexpr float kCoefficients[] = {0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
-#pragma GCC unroll 4
+    constexpr float kCoefficients[] = {0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f, 1.0f};
+#pragma GCC unroll 5
     for (const float coefficient : kCoefficients) {
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i) {
@@ -52,8 +53,17 @@ inline void column_powers(float* scores, int64_t rows, int64_t row, float* inver
             largest[i] = max(largest[i], load(scores + k * row + i * kLanes));
         }
     }
-    for (int64_t k = 0; k < rows; ++k) {
-        powers_of<count>(scores + k * row, largest, sums);
+    constexpr int64_t kBlock = 8;  // rows added up by themselves: a few short sums round less than one long one
+    for (int64_t first = 0; first < rows; first += kBlock) {
+        const int64_t last = first + kBlock < rows ? first + kBlock : rows;
+        Vec parts[count]{};
+        for (int64_t k = first; k < last; ++k) {
+            powers_of<count>(scores + k * row, largest, parts);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < count; ++i) {
+            sums[i] += parts[i];
+        }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {

@@ -185,7 +185,9 @@ def assert_within_rule(got, truth, base, units=4):
     for name, value in got.items():
         limits = torch.finfo(value.dtype)
         scale = truth[name].abs().max().item() if truth[name].numel() else 1.0
-        floor = (units if name == "out" else 2 * units) * (limits.eps + limits.smallest_normal * limits.eps / (scale or 1.0))
+        floor = (units if name == "out" else 2 * units) * (
+            limits.eps + limits.smallest_normal * limits.eps / (scale or 1.0)
+        )
         of_base = error(base[name], truth[name])
         allowed = max((2 if name == "out" else 3) * of_base if of_base < float("inf") else 0.0, floor)
         found = error(value, truth[name])

@@ -23,7 +23,7 @@ inline int64_t pointwise_scratch(int64_t channels, int64_t columns) {
     return kPointwiseBlock * (padded(channels) + padded(columns));
 }
 
-// sums[i][j] += the sum over pixels of grad[pixel][i] x[pixel][j] for a tile of rows i.
+// sums[i][j] = the sum over pixels of grad[pixel][i] x[pixel][j] for a tile of rows i.
 struct PointwiseWeightParams {
     DType dtype;
     const void* x;     // (pixels, channels)

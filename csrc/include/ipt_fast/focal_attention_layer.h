@@ -12,8 +12,6 @@ namespace ipt_fast {
 constexpr int64_t kRingRows = 2 * kTileRows;
 // What one thread keeps of them should leave room for the rest in the second cache.
 constexpr int64_t kRingBytes = 448 << 10;
-// Shares of a block in the second pass.
-constexpr int64_t kBlockShares = 4;
 
 struct FocalAttentionLayerParams {
     DType dtype;
@@ -27,6 +25,7 @@ struct FocalAttentionLayerParams {
     void* packed;            // weights of q, k and v of each head, then the projection's
     int64_t strips;          // parts side by side of an image
     int64_t head_groups;     // heads are computed in so many groups
+    int64_t block_shares;    // a block is shared by so many threads in pass 2
 
     int64_t channels() const { return groups.heads * groups.head_channels; }
     int64_t first_block(int64_t strip) const { return strip * groups.horizontal.blocks() / strips; }
@@ -68,7 +67,7 @@ struct FocalAttentionLayerKernels {
     // Gram matrices, norms and v, for
     // begin <= ((image * head_groups + group) * strips + strip) * blocks down + block < end.
     void (*gram)(const FocalAttentionLayerParams& params, int64_t begin, int64_t end, float* scratch);
-    // The output, for begin <= block * kBlockShares + share < end.
+    // The output, for begin <= block * block_shares + share < end.
     void (*apply)(const FocalAttentionLayerParams& params, int64_t begin, int64_t end, float* scratch);
 };
 

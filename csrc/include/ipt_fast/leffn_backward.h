@@ -40,7 +40,8 @@ struct LeffnBackwardScratch {
     int64_t
         band_pitch;  // floats between the pixels of a band: an odd number of cache lines, to use all sets of a cache
     int64_t ring_rows, ring_columns;
-    int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, taps, around, size = 0;
+    int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, part, taps, around,
+        size = 0;
 
     explicit LeffnBackwardScratch(const LeffnBackwardParams& p) {
         chunk = p.chunks.largest() * kChannelPad;
@@ -62,6 +63,7 @@ struct LeffnBackwardScratch {
         convolved = add(band);
         grad_hidden = add(band);
         sums = add(chunk * (channels > out ? channels : out));
+        part = add(p.band_rows * p.tile_columns.largest() * channels);
         taps = add(p.kernel * p.kernel * kChannelPad);
         around = add(4 * p.kernel);  // two pointers for each row of the convolution
     }

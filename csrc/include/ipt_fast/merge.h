@@ -9,18 +9,27 @@ namespace ipt_fast {
 struct MergeParams {
     DType dtype;  // of out
     int64_t rows, columns, depth;
-    const float* left;  // element (i, k) at i * left_row + k * left_depth
+    const float* left;  // element (i, k) at i * left_row + k * left_depth; one of the two is 1, as below
     int64_t left_row, left_depth;
-    const float* right;  // contiguous rows, right_row floats apart, padded with zeros
-    int64_t right_row;
-    void* out;  // contiguous
+    const float* right;  // element (k, j) at k * right_row + j * right_column
+    int64_t right_row, right_column;
+    float* packed;       // padded(columns) * depth, written by `pack`
+    void* out;           // contiguous
+    int64_t block_rows;  // of one call of `multiply`
 };
 
-// Rows of one call: a multiple of the products' register tiles, few enough for the second cache.
-constexpr int64_t kMergeRows = 48;
+// Columns of the right matrix that are packed next to each other.
+constexpr int64_t kMergeColumns = 64;
+
+// Floats of one call's scratch.
+inline int64_t merge_scratch(const MergeParams& params) {
+    return params.block_rows * (params.depth + 2 * kMergeColumns);
+}
 
 struct MergeKernels {
-    // Rows first <= i < first + kMergeRows, as far as there are; scratch: kMergeRows * padded(columns) floats.
+    // Packs the columns first <= j < first + kMergeColumns, as far as there are.
+    void (*pack)(const MergeParams& params, int64_t first);
+    // Rows first <= i < first + block_rows, as far as there are.
     void (*multiply)(const MergeParams& params, int64_t first, float* scratch);
 };
 
