@@ -27,9 +27,9 @@ bench: $(VENV)/.installed
 	$(PY) -m benchmarks
 
 # The kernels' tests with every access and every undefined operation checked, on a build of its own.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: $(VENV)/.installed
-	CXXFLAGS="$(SANITIZE)" $(PY) setup.py -q build --build-lib build/sanitize
+	CMAKE_BUILD_TYPE=None CXXFLAGS="$(SANITIZE)" $(PY) setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=$(THREADS) \
 	    $(PY) -m pytest -o pythonpath="build/sanitize ." tests/ops tests/build/test_extension_layer_norm.py

@@ -98,7 +98,7 @@ class CMakeBuild(build_ext):
         program, *arguments = shlex.split(find_compiler()[0])
         torch_dir = Path(torch.__file__).parent
         options = {
-            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "CMAKE_CXX_COMPILER": shutil.which(program),
             "CMAKE_CXX_FLAGS": shlex.join(arguments + shlex.split(os.environ.get("CXXFLAGS", ""))),

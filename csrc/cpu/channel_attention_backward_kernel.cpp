@@ -5,6 +5,7 @@
 // grad once, for both branches); all that is d x d, for every window; and the gradients, products of each pixel with
 // three matrices of each branch (reads q, k, v and grad again, writes the gradients of q, k and v).
 // Bytes a pixel: 11 * C * sizeof(T) and the slots. FLOP a pixel: 10 * C * d for each branch.
+#include "attend_backward.h"
 #include "gram.h"
 #include "ipt_fast/channel_attention_backward.h"
 #include "rows.h"
@@ -111,123 +112,6 @@ void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
 }
 
 // ---- matrices of windows --------------------------------------------------------------------------------------------
-
-// out[j][i] = in[i][j]
-inline void transpose_matrix(const float* in, int64_t depth, float* out) {
-    for (int64_t i = 0; i < depth; i += kLanes) {
-        for (int64_t j = 0; j < depth; j += kLanes) {
-            Vec rows[kLanes];
-            for (int k = 0; k < kLanes; ++k) {
-                rows[k] = load(in + (i + k) * depth + j);
-            }
-            transpose(rows);
-            for (int k = 0; k < kLanes; ++k) {
-                store(out + (j + k) * depth + i, rows[k]);
-            }
-        }
-    }
-}
-
-// Everything of one window, head and branch that is d x d, in fp64 because the gradients of normalised vectors are
-// differences of nearly equal terms. Rows of a matrix are k's (v's) channels, columns q's (grad's).
-void attend_window(const Params& p, int64_t image, int64_t window_y, int64_t window_x, int64_t head, int branch,
-                   double* scratch, float* out, double* grad_scale) {
-    const Groups& g = p.groups;
-    const int64_t depth = g.depth, channels = g.head_channels, matrix = depth * depth;
-    double *const scores = scratch, *const grads = scores + matrix;  // both Gram matrices at first
-    double *const q = grads + matrix, *const k = q + depth;          // squared norms at first
-    memset(scratch, 0, (2 * matrix + 2 * depth) * sizeof(double));
-    int64_t tokens = 0;
-    for (int64_t i = 0; i < g.vertical.parts; ++i) {
-        for (int64_t j = 0; j < g.horizontal.parts; ++j) {
-            const int64_t y = g.vertical.block_of(branch, window_y, i);
-            const int64_t x = g.horizontal.block_of(branch, window_x, j);
-            if (y >= g.vertical.blocks() || x >= g.horizontal.blocks()) {
-                continue;
-            }
-            const int64_t index = (image * g.vertical.blocks() + y) * g.horizontal.blocks() + x;
-            const Block block(g.vertical, g.horizontal, index);
-            tokens += block.rows * block.columns;
-            const float* const slot = p.slot(index, head);
-            const auto add = [](const float* from, int64_t count, double* to) {
-                for (int64_t n = 0; n < count; ++n) {
-                    to[n] += from[n];
-                }
-            };
-            add(slot + branch * matrix, matrix, scores);
-            add(slot + (g.branches + branch) * matrix, matrix, grads);
-            add(slot + 2 * (g.branches * matrix + branch * depth), 2 * depth, q);
-        }
-    }
-    double *const q_slopes = k + depth, *const k_slopes = q_slopes + depth;
-    for (int64_t i = 0; i < 2 * depth; ++i) {  // of q, then of k
-        const double norm = __builtin_sqrt(q[i]);
-        q[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
-        q_slopes[i] = norm < 1e-12 ? 0.0 : -q[i] * q[i];
-    }
-    double *const most = k_slopes + depth, *const sums = most + depth, *const means = sums + depth;
-    double *const slopes = means + depth, *const of_scales = slopes + depth, *const attention = of_scales + depth;
-    memset(sums, 0, 4 * depth * sizeof(double));
-    const double scale = g.scale[head];
-    for (int64_t j = 0; j < channels; ++j) {
-        double* const score = scores + j * depth;
-        for (int64_t i = 0; i < depth; ++i) {
-            score[i] *= q[i] * k[j];
-            const double logit = score[i] * scale;
-            most[i] = j == 0 || logit > most[i] ? logit : most[i];
-        }
-    }
-    for (int64_t j = 0; j < channels; ++j) {
-        float* const logits = out;  // not yet in use
-        for (int64_t i = 0; i < depth; ++i) {
-            logits[i] = static_cast<float>(scores[j * depth + i] * scale - most[i]);
-        }
-        for (int64_t i = 0; i < depth; i += kLanes) {
-            store(logits + i, exp(load(logits + i)));
-        }
-        for (int64_t i = 0; i < depth; ++i) {
-            attention[j * depth + i] = logits[i];
-            sums[i] += logits[i];
-            means[i] += grads[j * depth + i] * logits[i];
-        }
-    }
-    for (int64_t i = 0; i < depth; ++i) {
-        sums[i] = i < channels ? 1.0 / sums[i] : 0.0;
-        means[i] *= sums[i];
-    }
-    float *const of_gram = out, *const of_values = out + matrix;  // the latter is moved at the end
-    memset(of_gram + channels * depth, 0, (depth - channels) * depth * sizeof(float));
-    memset(of_values + channels * depth, 0, (depth - channels) * depth * sizeof(float));
-    const double through = tokens == 1 ? 0.0 : scale;  // a channel of one token is normalised to its sign
-    for (int64_t j = 0; j < channels; ++j) {
-        double row[kChannelPad]{};
-        for (int64_t first = 0; first < depth; first += kChannelPad) {
-            for (int64_t lane = 0; lane < kChannelPad; ++lane) {
-                const int64_t i = first + lane;
-                const double a = attention[j * depth + i] * sums[i], score = scores[j * depth + i];
-                const double of_logit = a * (grads[j * depth + i] - means[i]), of_score = of_logit * through;
-                of_scales[i] += of_logit * score;
-                slopes[i] += of_score * score;
-                row[lane] += of_score * score;
-                of_gram[j * depth + i] = static_cast<float>(of_score * q[i] * k[j]);
-                of_values[j * depth + i] = static_cast<float>(a);
-            }
-        }
-        double slope = 0;
-        for (int64_t lane = 0; lane < kChannelPad; ++lane) {
-            slope += row[lane];
-        }
-        k_slopes[j] *= slope;
-    }
-    *grad_scale = 0;
-    for (int64_t i = 0; i < depth; ++i) {
-        *grad_scale += of_scales[i];
-        out[3 * matrix + i] = static_cast<float>(q_slopes[i] * slopes[i]);
-        out[3 * matrix + depth + i] = i < channels ? static_cast<float>(k_slopes[i]) : 0.0f;
-    }
-    transpose_matrix(of_values, depth, out + 2 * matrix);
-    transpose_matrix(of_gram, depth, out + matrix);
-}
 
 void attend(const Params& p, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;

@@ -48,7 +48,7 @@ at::Tensor multiply(const at::Tensor& map, const Weight& weight) {
     p.packed = work.at<void>(packed);
     const int64_t blocks = divide_up(p.pixels, kPointwiseBlock);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        const BrgemmScope scope;
+        const BrgemmScope scope{p.brgemm};
         kernel.pointwise(p, begin, end, work.at<float>(scratch) + at::get_thread_num() * scratch_size);
     });
     return out;
@@ -177,6 +177,7 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor> pointwise_backward(const at::Tensor& grad, const at::Tensor& x,
                                                       const at::Tensor& weight) {
+    check_tensor(weight, "weight", {grad.size(1), x.size(1), 1, 1}, x);
     return {pointwise_input_gradient(grad, weight), pointwise_weight_gradient(grad, x)};
 }
 

@@ -77,7 +77,7 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
     const ChannelAttentionKernels& attention = IPT_FAST_KERNELS(channel_attention);
     const auto for_all = [&](int64_t count, const auto& pass) {
         at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-            const BrgemmScope scope;
+            const BrgemmScope scope{params.brgemm};
             pass(begin, end, space.at<float>(scratch) + at::get_thread_num() * each);
         });
     };

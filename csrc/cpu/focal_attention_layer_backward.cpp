@@ -28,6 +28,7 @@ Tensors10 focal_attention_layer_backward(T grad_, T x_, T norm_weight, const Opt
                                          double eps, bool centered) {
     check_image(x_, "x");
     check_tensor(grad_, "grad", x_.sizes(), x_);
+    check_tensor(depthwise_weight, "depthwise_weight", {3 * x_.size(1), 1, 3, 3}, x_);
     static const auto norm =
         operator_of<at::Tensor(T, T, const OptionalTensor&, double, bool)>("ipt_fast_cpu::layer_norm_2d");
     static const auto norm_backward =

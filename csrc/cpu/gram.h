@@ -87,7 +87,8 @@ inline void attend_group(const Groups& g, int64_t image, int64_t window_y, int64
                          float* scratch) {
     const int64_t depth = g.depth, matrix = depth * depth;
     double* totals = reinterpret_cast<double*>(scratch);
-    float *scores = scratch + 2 * (matrix + 2 * depth), *q = scores + matrix, *k = q + depth;
+    double *const q = totals + matrix, *const k = q + depth;  // squared norms at first, then their inverses
+    float* scores = scratch + 2 * (matrix + 2 * depth);
     const auto for_slots = [&](const auto& body) {
         for (int64_t i = 0; i < g.vertical.parts; ++i) {
             for (int64_t j = 0; j < g.horizontal.parts; ++j) {
@@ -110,20 +111,20 @@ inline void attend_group(const Groups& g, int64_t image, int64_t window_y, int64
             totals[matrix + i] += norms[i];
         }
     });
-    for (int64_t i = 0; i < matrix + 2 * depth; ++i) {
-        scores[i] = static_cast<float>(totals[i]);
+    for (int64_t i = 0; i < 2 * depth; ++i) {
+        const double norm = __builtin_sqrt(q[i]);
+        q[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
+    }
+    for (int64_t j = 0; j < depth; ++j) {
+        const double factor = k[j] * g.scale[head];
+        for (int64_t i = 0; i < depth; ++i) {
+            scores[j * depth + i] = static_cast<float>(totals[j * depth + i] * q[i] * factor);
+        }
     }
     for (int64_t i = 0; i < depth; i += kLanes) {
-        store(q + i, 1.0f / max(sqrt(load(q + i)), broadcast(1e-12f)));
-        store(k + i, g.scale[head] / max(sqrt(load(k + i)), broadcast(1e-12f)));
-    }
-    for (int64_t i = 0; i < depth; i += kLanes) {
-        const Vec norm = load(q + i);
         Vec most = broadcast(-__builtin_inff()), sum{};
         for (int64_t j = 0; j < g.head_channels; ++j) {
-            const Vec score = load(scores + j * depth + i) * norm * k[j];
-            store(scores + j * depth + i, score);
-            most = max(most, score);
+            most = max(most, load(scores + j * depth + i));
         }
         for (int64_t j = 0; j < g.head_channels; ++j) {
             const Vec e = exp(load(scores + j * depth + i) - most);

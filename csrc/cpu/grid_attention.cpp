@@ -64,7 +64,9 @@ at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channe
         check_tensor(*bias_table, "bias_table", {rows, num_heads}, map, true);
     }
     p.dtype = dtype_of(map);
-    p.lattice = {map.size(2), map.size(3), grid_size};
+    // Without a table the lattice need not be finer than the map.
+    const int64_t finest = bias_table.has_value() ? grid_size : std::max(map.size(2), map.size(3));
+    p.lattice = {map.size(2), map.size(3), std::min(grid_size, finest)};
     p.batch = map.size(0);
     p.heads = num_heads;
     p.depth = channels / num_heads;

@@ -25,8 +25,9 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
     // The bias table's gradient is summed in fixed shares of the groups, whatever the number of threads.
     const int64_t groups = p.batch * group_count(p.lattice);
     const int64_t shares = std::min(groups, std::max<int64_t>(1, 64 / num_heads));
-    const at::Tensor sums = at::zeros({num_heads, shares, bias_rows(p), bias_row(p)}, at::kDouble);
-    double* const grad_bias = bias_table.has_value() ? sums.mutable_data_ptr<double>() : nullptr;
+    const bool has_table = bias_table.has_value();
+    const at::Tensor sums = at::zeros({has_table ? num_heads : 0, shares, bias_rows(p), bias_row(p)}, at::kDouble);
+    double* const grad_bias = has_table ? sums.mutable_data_ptr<double>() : nullptr;
 
     const GridAttentionBackwardKernels& kernel = IPT_FAST_KERNELS(grid_attention_backward);
     const int64_t floats = round_up(scratch_size(p), kChannelPad);

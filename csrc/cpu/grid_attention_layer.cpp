@@ -69,7 +69,7 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
     p.packed = space.at<void>(packed);
     at::parallel_for(0, 3 * num_heads + 1, 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
     at::parallel_for(0, p.batch * blocks_of_image(p), 1, [&](int64_t begin, int64_t end) {
-        const BrgemmScope scope;
+        const BrgemmScope scope{p.brgemm};
         kernel.forward(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * floats);
     });
     return out;

@@ -94,7 +94,7 @@ at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand,
     p.packed_project = space.at<void>(packed_project);
     at::parallel_for(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
     at::parallel_for(0, batch * p.bands * p.strips, 1, [&](int64_t begin, int64_t end) {
-        const BrgemmScope scope;
+        const BrgemmScope scope{p.brgemm};
         kernel.forward(p, begin, end, space.at<char>(scratch) + at::get_thread_num() * scratch_size);
     });
     return out;

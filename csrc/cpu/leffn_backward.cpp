@@ -15,9 +15,8 @@ namespace {
 
 constexpr int64_t kTileRows = 32, kTileColumns = 64;  // most of a tile
 constexpr int64_t kChunk = 64;                        // most hidden channels of a chunk
-static const int64_t kBand =
-    getenv("BAND") ? atoi(getenv("BAND")) : 128;  // pixels of a band, about: sums over so many are added up in fp32
-constexpr int64_t kShares = 64;                   // most sums of the weights' gradients, and most bytes of all of them:
+constexpr int64_t kBand = 128;                        // pixels of a band, about: sums over so many are added up in fp32
+constexpr int64_t kShares = 64;  // most sums of the weights' gradients, and most bytes of all of them:
 constexpr int64_t kShareBytes = 32 << 20;
 
 void check(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise,

@@ -64,7 +64,7 @@ inline void normalize_rows(const float* in, int64_t in_row, int64_t count, int64
         for (int64_t i = 0; i < pixels; ++i) {
             const Vec m = broadcast(centered ? mean[i] : 0.0f), r = broadcast(rstd[i]);
             for (int64_t c = 0; c < end; c += kLanes) {
-                // weight and bias are padded with zeros, so the padding stays zero
+                // weight and bias are padded with zeros, so the padding of a finite row stays zero
                 const Vec y = fma((load(in + i * in_row + c) - m) * r, load(weight + c), load(bias + c));
                 store(out + i * out_row + c, y);
             }

@@ -8,16 +8,16 @@ namespace {
 
 // Replaces `count` vectors by 2^(score - largest) within two units in the last place and adds them to `sums`. The power
 // is 2^n 2^r with whole n and |r| <= 1/2. Less than 2^-64 counts nothing beside the largest one, but products with it
-// could be subnormal numbers, which are slow: n stops there. Step by step for all vectors, since one vector's chain of
-// dependent instructions is longer than what the processor looks ahead.
+// could be subnormal numbers, which are slow: the difference stops there. Step by step for all vectors, since one
+// vector's chain of dependent instructions is longer than what the processor looks ahead.
 template <int count>
 inline __attribute__((always_inline)) void powers_of(float* scores, const Vec (&largest)[count], Vec (&sums)[count]) {
     const Vec shifter = broadcast(0x1.8p23f);  // adding it rounds to an integer, which the low bits then hold
-    const IntVec lowest = (IntVec)(shifter - 64.0f);
     Vec n[count], r[count], y[count];
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
         r[i] = load(scores + i * kLanes) - largest[i];
+        r[i] = r[i] < -64.0f ? broadcast(-64.0f) : r[i];  // NaN stays
         n[i] = r[i] + shifter;
         r[i] = r[i] - (n[i] - shifter);
         y[i] = fma(broadcast(0x1.41fbbcp-13f), r[i], broadcast(0x1.5f3e54p-10f));
@@ -32,8 +32,8 @@ inline __attribute__((always_inline)) void powers_of(float* scores, const Vec (&
     }
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
-        const IntVec exponent = (IntVec)n[i] > lowest ? (IntVec)n[i] : lowest;
-        y[i] = (Vec)((IntVec)y[i] + (exponent << 23));
+        const Vec scaled = (Vec)((IntVec)y[i] + ((IntVec)n[i] << 23));
+        y[i] = r[i] == r[i] ? scaled : r[i];
         store(scores + i * kLanes, y[i]);
         sums[i] += y[i];
     }

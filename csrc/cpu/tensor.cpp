@@ -107,7 +107,7 @@ Brgemm brgemm() {
 }
 
 BrgemmScope::~BrgemmScope() {
-    if (isa() == Isa::amx && !amx_is_emulated()) {
+    if (used == torch_brgemm) {
         at::native::cpublas::brgemm_release();
     }
 }

@@ -97,7 +97,7 @@ inline Vec exp(Vec x) {
     y = fma(y, r, broadcast(0x1.fffff8p-2f));
     y = fma(fma(r * r, y, r), broadcast(1.0f), broadcast(1.0f));
     const Vec scaled = (Vec)((Bits)y + ((Bits)shifted << 23));
-    return x < broadcast(-87.3f) ? Vec{} : scaled;
+    return x < broadcast(-87.3f) ? Vec{} : x == x ? scaled : x;
 }
 
 inline Vec to_float(Vec v, float) { return v; }

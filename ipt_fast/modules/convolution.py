@@ -24,7 +24,7 @@ class Conv2d(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         autocast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        if x.device.type != "cpu" or dtype not in EMULATED:
+        if x.device.type != "cpu" or x.dtype == torch.float64 or dtype not in EMULATED:
             return super()._conv_forward(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
             bias = None if bias is None else bias.float()

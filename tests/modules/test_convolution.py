@@ -57,3 +57,10 @@ def test_emulated_convolution_computes_in_float32(monkeypatch):
     x = torch.randn(1, 5, 8, 8, dtype=torch.bfloat16)
     exact = nn.functional.conv2d(x.double(), ours.weight.double(), padding=1)
     assert torch.equal(ours(x), exact.to(torch.bfloat16))
+
+
+def test_float64_is_not_cast_by_autocast(emulated):
+    plain, ours = pair(torch.float64)
+    x = torch.randn(1, 5, 4, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == plain(x).dtype == torch.float64

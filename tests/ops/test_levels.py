@@ -1,5 +1,9 @@
 """The C++ kernels at every instruction set this machine has, at sizes that cross their tiles, and on other threads."""
 
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from tests.ops.test_parity import gradient_of_output
 
 pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
 
+ROOT = pathlib.Path(__file__).parents[2]
 LEVELS = [*torch.ops.ipt_fast_cpu.isa_levels()] if _extension.load() else []
 if "avx512" in LEVELS and "amx" not in LEVELS:
     LEVELS.append("amx")  # emulated
@@ -47,7 +52,12 @@ def on_cpu(operator, tensors, options, grad):
         return forward_and_gradients(getattr(ipt_fast.ops, operator), tensors, options, grad)
 
 
-@pytest.fixture(params=LEVELS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# the matrix unit computes bfloat16 only
+LEVELS_AND_DTYPES = [(level, dtype) for level in LEVELS for dtype in DTYPES if level != "amx" or dtype == DTYPES[1]]
+
+
+@pytest.fixture
 def level(request, monkeypatch):
     emulate = request.param not in torch.ops.ipt_fast_cpu.isa_levels()
     monkeypatch.setenv("IPT_FAST_CPU_ISA", request.param)
@@ -57,11 +67,9 @@ def level(request, monkeypatch):
     torch.ops.ipt_fast_cpu.emulate_amx(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("level", "dtype"), LEVELS_AND_DTYPES, indirect=["level"])
 @pytest.mark.parametrize("call", CALLS)
 def test_every_level(call, dtype, level):
-    if level == "amx" and dtype != torch.bfloat16:
-        pytest.skip("the matrix unit computes bfloat16 only")
     for operator, tensors, options in (build(call, (2, 7, 5), dtype), large(call, dtype)):
         grad = gradient_of_output(operator, tensors, options)
         truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
@@ -88,6 +96,33 @@ def test_threads(call, dtype, threads):
         assert_within_rule(first, truth, base)
         again = on_cpu(operator, tensors, options, grad)
         assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_a_level_that_does_not_exist_is_an_error_also_in_mid_call():
+    """The level is read once a call: changing it meanwhile must not end the process."""
+    program = """
+import os, threading, torch, ipt_fast
+operator, tensors, options = __import__("tests.ops.cases", fromlist=["build"]).build("leffn_layer", (1, 90, 90))
+tensors = {name: value.float() for name, value in tensors.items()}
+stop = threading.Event()
+def flip():
+    while not stop.is_set():
+        for level in ("avx2", "nonsense", "generic"):
+            os.environ["IPT_FAST_CPU_ISA"] = level
+thread = threading.Thread(target=flip)
+thread.start()
+errors = 0
+for _ in range(200):
+    try:
+        ipt_fast.ops.leffn_layer(**tensors, **options)
+    except ValueError:
+        errors += 1
+stop.set()
+thread.join()
+print("alive", errors)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("alive"), done.stderr
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -1,0 +1,62 @@
+"""Infinity and NaN come out where the formula has them, and nowhere else."""
+
+import math
+
+import pytest
+import torch
+
+import ipt_fast
+from ipt_fast import _extension
+from tests.ops.cases import IMAGE_CALLS, IMAGES, build
+
+pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+
+PAYLOAD = torch.tensor([0x7FFFFFFF, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+NEGATIVE = torch.tensor([-0x400000], dtype=torch.int32).view(torch.float32)  # what x86 makes of inf - inf
+
+
+def on(backend, operator, tensors, options):
+    with ipt_fast.use_backend(backend), torch.no_grad():
+        return getattr(ipt_fast.ops, operator)(**tensors, **options)
+
+
+@pytest.mark.parametrize("level", torch.ops.ipt_fast_cpu.isa_levels() if _extension.load() else [])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, NEGATIVE[0], *PAYLOAD])
+@pytest.mark.parametrize("call", IMAGE_CALLS)
+def test_one_pixel_that_is_not_finite(call, value, level, monkeypatch):
+    monkeypatch.setenv("IPT_FAST_CPU_ISA", level)
+    operator, tensors, options = build(call, (2, 9, 7), torch.float32)
+    for name in IMAGES & tensors.keys():
+        changed = tensors[name].clone()
+        changed[1, 1, 4, 3] = value
+        with_it = {**tensors, name: changed}
+        ours, plain = on("cpu", operator, with_it, options), on("reference", operator, with_it, options)
+        assert torch.equal(ours.isfinite(), plain.isfinite()), name
+        finite = plain.isfinite()
+        torch.testing.assert_close(ours[finite], plain[finite], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", torch.ops.ipt_fast_cpu.isa_levels() if _extension.load() else [])
+def test_a_bias_of_minus_infinity_is_a_mask(level, monkeypatch):
+    monkeypatch.setenv("IPT_FAST_CPU_ISA", level)
+    _, tensors, options = build("grid_attention", (1, 7, 9), torch.float32)
+    tensors["bias_table"][::5] = -math.inf
+    tensors["bias_table"][12] = 0.0  # a token may always look at itself
+    leaves = {}
+    for backend in ("cpu", "reference"):
+        leaves[backend] = {name: value.clone().requires_grad_() for name, value in tensors.items()}
+        with ipt_fast.use_backend(backend):
+            out = ipt_fast.ops.grid_attention(**leaves[backend], **options)
+            out.square().sum().backward()
+        leaves[backend]["out"] = out
+    for name in ("qkv", "bias_table"):
+        torch.testing.assert_close(leaves["cpu"][name].grad, leaves["reference"][name].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(leaves["cpu"]["out"], leaves["reference"]["out"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_grid_finer_than_the_map_costs_nothing():
+    qkv = torch.randn(1, 6, 5, 7)
+    assert torch.equal(
+        on("cpu", "grid_attention", {"qkv": qkv}, {"num_heads": 2, "grid_size": 2**40}),
+        on("cpu", "grid_attention", {"qkv": qkv}, {"num_heads": 2, "grid_size": 7}),
+    )
