@@ -66,3 +66,4 @@ def test_readme_shows_the_recorded_figures():
     readme = (ROOT / "README.md").read_text()
     assert table.denoising() in readme
     assert table.speed() in readme
+    assert table.footprint() in readme
