@@ -21,11 +21,11 @@ def denoising(path=results.FOLDER / "denoise.csv"):
 def speed(path=results.FOLDER / "cpu.csv"):
     """Times faster than the best plain PyTorch, forward / training, in the default and in the tuned process.
 
-    Of every case the rows of the last day on which it was measured: older ones are of other kernels.
+    Of every case the rows of the last commit that it was measured at: older ones are of other kernels.
     """
     ours = [row for row in results.read(path) if row["contender"] == "ipt_fast"]
-    last_day = {(row["case"], row["dtype"]): row["date"][:10] for row in ours}
-    ours = [row for row in ours if row["date"].startswith(last_day[row["case"], row["dtype"]])]
+    commit = {row["case"]: row["commit"].removesuffix("-dirty") for row in ours}
+    ours = [row for row in ours if row["commit"].removesuffix("-dirty") == commit[row["case"]]]
     rows = newest(ours, "case", "dtype", "allocator", "direction")
     lines = ["| case | dtype | default process | tuned allocator |", "|---|---|---|---|"]
     for case, dtype in dict.fromkeys(key[:2] for key in rows):

@@ -9,7 +9,9 @@ import numpy as np
 import PIL.Image
 import torch
 
+from . import _extension
 from .data import io
+from .ops._select import policy
 from .tiling import BLENDS, available_memory, balanced_tile, blend_weights, tile_limit, tile_starts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -196,7 +198,7 @@ class Restorer:
         if self.tile is None:
             limit = max(lengths)
         elif self.tile == "auto":
-            limit = tile_limit(self.config, available_memory(self.device), batch)
+            limit = tile_limit(self.config, available_memory(self.device), batch, fused=self._layers_are_fused())
             if self.overlap is not None:
                 limit = max(limit, 2 * self.overlap)
         else:
@@ -205,6 +207,9 @@ class Restorer:
         if self.tile == "auto":
             return tuple(balanced_tile(length, limit, overlap) for length in lengths), overlap
         return tuple(min(length, limit) for length in lengths), overlap
+
+    def _layers_are_fused(self):
+        return self.device.type == "cpu" and policy() in ("auto", "cpu") and _extension.load()
 
     def _run_tiles(self, image, tiles, overlap):
         rows, columns = (

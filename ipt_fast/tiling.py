@@ -10,6 +10,7 @@ BLENDS = ("cosine", "average")
 DEFAULT_TILE = 512
 SMALLEST_AUTO_TILE = 128
 BYTES_PER_PIXEL_AND_CHANNEL = 250
+BYTES_WITH_FUSED_LAYERS = 50
 
 
 def count_tiles(length: int, tile: int, overlap: int) -> int:
@@ -58,18 +59,20 @@ def blend_weights(length: int, tile: int, overlap: int, blend: str) -> list[torc
     return [window / total[start : start + size] for start, window in zip(starts, windows, strict=True)]
 
 
-def tile_limit(config, available: int, batch: int = 1) -> int:
+def tile_limit(config, available: int, batch: int = 1, fused: bool = False) -> int:
     """The largest square tile that a model of ``config`` should be run on with ``available`` bytes, at least 128.
 
-    The forward pass of a model takes about 250 bytes for each pixel and each channel of ``config.width``; half of what
-    is available may be taken. Measured as peak resident memory (VmHWM) less that after an image of 64 x 64 (VmRSS) of
-    merged models, fp32, CPU: tiny 243 at 256 x 256 and 246 at 512 x 512, small 204 and 183, base 229 at 256 x 256;
-    autocast to bf16 took as much. A model without a ``width`` in its config gets 512.
+    The forward pass of a model takes about 250 bytes for each pixel and each channel of ``config.width``, 50 where the
+    layers run on the C++ kernels (``fused``); half of what is available may be taken. Measured as peak resident memory
+    (VmHWM) less that after an image of 64 x 64 (VmRSS) of merged models, fp32, CPU: tiny 243 at 256 x 256 and 246 at
+    512 x 512, small 204 and 183, base 229 at 256 x 256; autocast to bf16 took as much. The C++ kernels took 39 for
+    small at 3840 x 2160. A model without a ``width`` in its config gets 512.
     """
     width = getattr(config, "width", None)
     if width is None:
         return DEFAULT_TILE
-    return max(math.isqrt(available // (2 * BYTES_PER_PIXEL_AND_CHANNEL * width * max(batch, 1))), SMALLEST_AUTO_TILE)
+    size = BYTES_WITH_FUSED_LAYERS if fused else BYTES_PER_PIXEL_AND_CHANNEL
+    return max(math.isqrt(available // (2 * size * width * max(batch, 1))), SMALLEST_AUTO_TILE)
 
 
 def available_memory(device: torch.device) -> int:

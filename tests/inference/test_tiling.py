@@ -74,6 +74,7 @@ def test_tile_limit_follows_memory_width_and_batch():
     config = types.SimpleNamespace(width=48)
     assert tile_limit(config, 24_000 * 1000**2) == 1000
     assert tile_limit(config, 24_000 * 1000**2, batch=4) == 500
+    assert tile_limit(config, 4_800 * 1000**2, fused=True) == 1000
     assert tile_limit(types.SimpleNamespace(width=12), 24_000 * 1000**2) == 2000
     assert tile_limit(config, 0) == 128
     assert tile_limit(None, 10**12) == 512
