@@ -146,8 +146,12 @@ class Strip {
         const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + skipped) * channels;
         memset(out, 0, skipped * row * sizeof(*out));
         memset(out + (width_ - after) * row, 0, after * row * sizeof(*out));
-        load_rows(x, channels, count, channels, pixels_, row);
-        normalize_rows(pixels_, row, count, channels, p_.norm, out + skipped * row, row);
+        if (channels == row) {
+            normalize_rows(x, channels, count, channels, p_.norm, out + skipped * row, row);
+        } else {
+            load_rows(x, channels, count, channels, pixels_, row);
+            normalize_rows(pixels_, row, count, channels, p_.norm, out + skipped * row, row);
+        }
     }
 
     void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {

@@ -121,6 +121,10 @@ struct Share {
                 load_rows(source, p.channels, stop - begin, p.channels, target, channels);
                 continue;
             }
+            if (channels == p.channels) {
+                normalize_rows(source, channels, stop - begin, channels, p.norm, target, channels);
+                continue;
+            }
             for (int64_t i = 0; i < stop - begin; i += kTilePixels) {
                 const int64_t count = stop - begin - i < kTilePixels ? stop - begin - i : kTilePixels;
                 load_rows(source + i * p.channels, p.channels, count, p.channels, tile, channels);

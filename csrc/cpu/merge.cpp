@@ -1,6 +1,6 @@
-// merge_pointwise and merge_depthwise with their backwards. The products of matrices are in merge_kernel.cpp.
-#include "ipt_fast/merge.h"
-
+// merge_pointwise and merge_depthwise with their backwards: products of matrices are PyTorch's, which nothing of ours
+// beats, and the kernels of a depthwise convolution are so small that the calls are what counts.
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -20,54 +20,10 @@ void check_weight(const at::Tensor& w, const char* name) {
     TORCH_CHECK_VALUE(w.is_cpu(), name, " is on ", w.device(), ", expected cpu");
 }
 
-// As fp32, with its rows or its columns contiguous.
-at::Tensor as_matrix(const at::Tensor& matrix) {
-    const at::Tensor wide = matrix.to(at::kFloat);
-    return wide.stride(0) == 1 || wide.stride(1) == 1 ? wide : wide.contiguous();
-}
-
-// The product of two matrices in fp32, rounded once to their dtype: the weight of a pointwise convolution.
-at::Tensor multiply(const at::Tensor& left_, const at::Tensor& right_) {
-    const at::Tensor left = as_matrix(left_), right = as_matrix(right_);
-    const at::Tensor out = at::empty({left.size(0), right.size(1), 1, 1}, left_.options());
-    MergeParams p{};
-    p.dtype = dtype_of(left_);
-    p.rows = left.size(0);
-    p.columns = right.size(1);
-    p.depth = left.size(1);
-    p.left = left.const_data_ptr<float>();
-    p.left_row = left.stride(0);
-    p.left_depth = left.stride(1);
-    p.right = right.const_data_ptr<float>();
-    p.right_row = right.stride(0);
-    p.right_column = right.stride(1);
-    p.out = out.mutable_data_ptr();
-
-    // A multiple of the products' register tiles, few enough for the second cache.
-    const int64_t threads = at::get_num_threads();
-    p.block_rows = std::min<int64_t>(round_up((p.rows + threads - 1) / threads, 12), 192);
-
-    WorkSpace space;
-    const int64_t packed = space.add(padded(p.columns) * p.depth * sizeof(float));
-    const int64_t scratch_size = merge_scratch(p) * sizeof(float);
-    const int64_t scratch = space.add(threads * scratch_size);
-    space.allocate();
-    p.packed = space.at<float>(packed);
-    const MergeKernels& kernel = IPT_FAST_KERNELS(merge);
-    constexpr int64_t kGrain = 1 << 19;  // FMAs; fewer are not worth a thread
-    const int64_t panels = (p.columns + kMergeColumns - 1) / kMergeColumns;
-    const int64_t blocks = (p.rows + p.block_rows - 1) / p.block_rows, total = p.rows * p.columns * p.depth;
-    at::parallel_for(0, panels, std::max<int64_t>(1, panels * kGrain / total), [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel) {
-            kernel.pack(p, panel * kMergeColumns);
-        }
-    });
-    at::parallel_for(0, blocks, std::max<int64_t>(1, blocks * kGrain / total), [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-            kernel.multiply(p, block * p.block_rows, space.at<float>(scratch + at::get_thread_num() * scratch_size));
-        }
-    });
-    return out;
+// left right in fp32, rounded once to their dtype: the weight of a pointwise convolution.
+at::Tensor multiply(const at::Tensor& left, const at::Tensor& right) {
+    const at::Tensor product = at::mm(left.to(at::kFloat), right.to(at::kFloat));
+    return product.to(left.scalar_type()).view({left.size(0), right.size(1), 1, 1});
 }
 
 void check_pointwise(const at::Tensor& first, const at::Tensor& second) {
@@ -97,18 +53,38 @@ void check_depthwise(const at::Tensor& k5, const at::Tensor& k3, const at::Tenso
     check_tensor(k1, "k1", {k5.size(0), 1, 1, 1}, k5);
 }
 
-// The middle size x size values of 5x5 kernels.
-at::Tensor middle(const at::Tensor& kernels, int64_t size) {
-    const int64_t first = (5 - size) / 2;
-    return kernels.narrow(2, first, size).narrow(3, first, size);
+// body(value of the storage type)
+template <typename Body>
+void with_type(at::ScalarType dtype, const Body& body) {
+    switch (dtype) {
+        case at::kFloat:
+            return body(float{});
+        case at::kBFloat16:
+            return body(at::BFloat16{});
+        default:
+            return body(at::Half{});
+    }
 }
 
 at::Tensor merge_depthwise(const at::Tensor& k5, const at::Tensor& k3, const at::Tensor& k1, bool identity) {
     check_depthwise(k5, k3, k1);
-    at::Tensor sum = k5.to(k5.options().dtype(at::kFloat), false, true, at::MemoryFormat::Contiguous);
-    middle(sum, 3).add_(k3);
-    middle(sum, 1).add_(k1.to(at::kFloat).add(identity ? 1 : 0));
-    return sum.to(k5.scalar_type());
+    const at::Tensor large = k5.contiguous(), small = k3.contiguous(), centre = k1.contiguous();
+    at::Tensor out = at::empty(k5.sizes(), k5.options());
+    with_type(k5.scalar_type(), [&]<typename T>(T) {
+        const T *from5 = large.const_data_ptr<T>(), *from3 = small.const_data_ptr<T>(),
+                *from1 = centre.const_data_ptr<T>();
+        T* to = out.mutable_data_ptr<T>();
+        for (int64_t i = 0; i < k5.size(0); ++i, from5 += 25, from3 += 9, to += 25) {
+            float sums[25];
+            std::copy(from5, from5 + 25, sums);
+            for (int64_t tap = 0; tap < 9; ++tap) {
+                sums[6 + tap / 3 * 5 + tap % 3] += from3[tap];
+            }
+            sums[12] += static_cast<float>(from1[i]) + (identity ? 1.0f : 0.0f);
+            std::copy(sums, sums + 25, to);
+        }
+    });
+    return out;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_depthwise_backward(const at::Tensor& grad, const at::Tensor& k5,
@@ -116,8 +92,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_depthwise_backward(const at
                                                                         bool) {
     check_depthwise(k5, k3, k1);
     check_tensor(grad, "grad", k5.sizes(), k5);
-    const auto copy = [&](int64_t size) { return middle(grad, size).clone(at::MemoryFormat::Contiguous); };
-    return {copy(5), copy(3), copy(1)};
+    at::Tensor grad5 = grad.clone(at::MemoryFormat::Contiguous);
+    at::Tensor grad3 = at::empty(k3.sizes(), k3.options()), grad1 = at::empty(k1.sizes(), k1.options());
+    with_type(grad.scalar_type(), [&]<typename T>(T) {
+        const T* from = grad5.const_data_ptr<T>();
+        T *to3 = grad3.mutable_data_ptr<T>(), *to1 = grad1.mutable_data_ptr<T>();
+        for (int64_t i = 0; i < k5.size(0); ++i, from += 25, to3 += 9) {
+            for (int64_t tap = 0; tap < 9; ++tap) {
+                to3[tap] = from[6 + tap / 3 * 5 + tap % 3];
+            }
+            to1[i] = from[12];
+        }
+    });
+    return {grad5, grad3, grad1};
 }
 
 }  // namespace
