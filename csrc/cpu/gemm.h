@@ -52,7 +52,8 @@ inline __attribute__((always_inline)) void with_width(int64_t vectors, const Bod
     }
 }
 
-// c[rows][vectors] (+)= a[rows][depth] b[depth][vectors]; element (i, k) of a is at i * a_row + k * a_depth.
+// c[rows][vectors] (+)= a[rows][depth] b[depth][vectors]; element (i, k) of a is at i * a_row + k * a_depth. What c holds
+// is added to the finished sums: a few short sums round less than one long one.
 template <int rows, int vectors>
 inline __attribute__((always_inline)) void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                                                 const float* b, int64_t b_row, float* c, int64_t c_row,
@@ -62,7 +63,7 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const float* a, i
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; ++j) {
-            sums[i][j] = accumulate ? load(c + i * c_row + j * kLanes) : Vec{};
+            sums[i][j] = Vec{};
         }
     }
     for (int64_t k = 0; k < depth; ++k) {
@@ -84,7 +85,8 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const float* a, i
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; ++j) {
-            store(c + i * c_row + j * kLanes, sums[i][j]);
+            float* target = c + i * c_row + j * kLanes;
+            store(target, accumulate ? load(target) + sums[i][j] : sums[i][j]);
         }
     }
 }
@@ -106,8 +108,8 @@ void panel_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, i
     }
 }
 
-// Depth of one pass: a panel of this depth stays in the first cache.
-constexpr int64_t kDepthBlock = 192;
+// Depth of one pass: a panel of this depth stays in the first cache, and one sum has no more terms.
+constexpr int64_t kDepthBlock = 128;
 
 // c[rows][columns] (+)= a b. Element (i, k) of a is at i * a_row + k * a_depth; b(panel, k) points to row k of a
 // panel's columns, b_row(panel) floats apart. Whole vectors of columns are read and written.
