@@ -22,6 +22,7 @@ void check_weight(const at::Tensor& w, const char* name) {
 
 // left right in fp32, rounded once to their dtype: the weight of a pointwise convolution.
 at::Tensor multiply(const at::Tensor& left, const at::Tensor& right) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::Tensor product = at::mm(left.to(at::kFloat), right.to(at::kFloat));
     return product.to(left.scalar_type()).view({left.size(0), right.size(1), 1, 1});
 }
