@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -132,4 +132,9 @@ def extensions() -> list[Extension]:
     return [Extension(name, sources=[]) for name in MODULES]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["ipt_fast*"]), "ipt_fast.kernels"],
+    package_dir={"ipt_fast.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": CMakeBuild},
+)

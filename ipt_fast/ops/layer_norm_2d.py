@@ -1,7 +1,7 @@
 """Layer normalisation over the channels of a map."""
 
 from .. import reference
-from . import _check, _cpu
+from . import _check, _cpu, _triton
 from ._operator import Operator
 
 
@@ -42,3 +42,4 @@ _operator = Operator(
     flops=lambda *_: 0,
 )
 _operator.kernels["cpu"] = _cpu.kernel("layer_norm_2d")
+_triton.register(_operator)

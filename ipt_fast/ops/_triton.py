@@ -1,0 +1,84 @@
+"""The Triton backend of an operator: functions of ipt_fast.kernels with the operator's name and arguments."""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from ._operator import Kernel, as_channels_last
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (3, 5)
+LEAST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _installed():
+    """None if a usable Triton is there, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install ipt-fast[triton])"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"the kernels need Triton {OLDEST[0]}.{OLDEST[1]} or later; this is {version}"
+    return None
+
+
+@functools.cache
+def _too_old(device):
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    return f"the kernels need compute capability 8.0 or later; {name} has {capability[0]}.{capability[1]}"
+
+
+def _check_device(device):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda":
+        return "TRITON_INTERPRET=1 runs kernels on CPU tensors only" if interpreted else _too_old(device.index)
+    if device.type == "cpu" and interpreted:
+        return None
+    return f"Triton's kernels run on NVIDIA GPUs, or on the CPU with TRITON_INTERPRET=1; the tensors are on {device}"
+
+
+@functools.cache
+def _function(name):
+    return getattr(importlib.import_module("ipt_fast.kernels"), name)
+
+
+def register(operator, limits=None):
+    """Give ``operator`` the backend "triton": functions ``<name>`` and ``<name>_backward`` of ipt_fast.kernels.
+
+    They get images channels-last and all other tensors contiguous. ``limits(*args)`` answers None or why the kernels
+    do not take the arguments.
+    """
+
+    def check(args):
+        if error := _installed():
+            return error
+        if args is None:
+            return None
+        if reason := _check_device(args[0].device):
+            return reason
+        if args[0].dtype not in DTYPES:
+            return f"Triton's kernels take float32, bfloat16 and float16; the tensors are {args[0].dtype}"
+        return limits(*args) if limits else None
+
+    def prepare(args):
+        named = zip(operator.arguments, args, strict=True)
+        return [
+            value
+            if not isinstance(value, torch.Tensor)
+            else (as_channels_last(value) if name in operator.images else value.contiguous())
+            for name, value in named
+        ]
+
+    def forward(*args):
+        return _function(operator.name)(*prepare(args))
+
+    def backward(grad, *args):
+        grad = as_channels_last(grad) if operator.images else grad.contiguous()
+        return _function(f"{operator.name}_backward")(grad, *prepare(args))
+
+    operator.kernels["triton"] = Kernel(check, forward, backward)

@@ -1,0 +1,125 @@
+"""Launching kernels: where tile sizes come from, in which precision products run, and how much work a launch is.
+
+Every launch goes through `launch`, so that one place can also record it: for compiling ahead of time, and for
+predicting the time of a whole model from the bytes and operations of the schedule as written.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+
+import torch
+import triton
+
+# What triton.jit reads when a kernel is defined: run on CPU tensors by NumPy, slowly.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one launch: bytes of memory traffic, FLOP on the matrix units and on the vector units (2 an FMA)."""
+
+    bytes: int
+    matrix: int = 0
+    vector: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded launch. ``kernel`` is None for a matrix product of PyTorch's."""
+
+    kernel: object
+    grid: tuple
+    arguments: tuple
+    meta: dict
+    work: Work
+
+
+_recorder = None  # a list while launches are recorded instead of run
+_choice = 0  # of the configurations a kernel has, while they are recorded
+
+
+@contextlib.contextmanager
+def record(choice=0):
+    """Collects launches as `Launch` instead of running them; outputs stay unwritten, tensors may be on "meta".
+
+    ``choice``: the configuration of every kernel, counted from its default and ending with its last one.
+    """
+    global _recorder, _choice
+    before = _recorder, _choice
+    _recorder, _choice = [], choice
+    try:
+        yield _recorder
+    finally:
+        _recorder, _choice = before
+
+
+def launch(kernel, grid, *arguments, work, **meta):
+    """Run ``kernel[grid](*arguments, **meta)`` on the device of the first tensor; nothing where the grid is empty."""
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, grid, arguments, meta, work))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **meta)
+    else:
+        kernel[grid](*arguments, **meta)
+
+
+def matmul(a, b):
+    """a @ b of matrices, by PyTorch: what is a plain product is theirs. fp32 sums; the dtype of ``a``."""
+    if _recorder is not None:
+        size = (a.numel() + b.numel() + a.shape[0] * b.shape[1]) * a.element_size()
+        work = Work(size, matrix=2 * a.shape[0] * a.shape[1] * b.shape[1])
+        _recorder.append(Launch(None, (), (a, b), {}, work))
+        return a.new_empty(a.shape[0], b.shape[1])
+    return torch.mm(a, b)
+
+
+@functools.cache
+def _tuned(device):
+    """The configurations measured on this GPU, {kernel: {key: configuration}}; empty where there are none."""
+    name = re.sub(r"[^A-Za-z0-9]+", "_", torch.cuda.get_device_name(device))
+    path = CONFIGS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def config(name, key, candidates, device):
+    """Tile sizes, warps and stages of a kernel.
+
+    Args:
+        name: of the kernel in the tuned files.
+        key: a string of what the best tiles depend on (widths, dtype), never of image or batch size.
+        candidates: configurations that are correct for ``key``; the first is the safe default.
+        device: of the tensors.
+    """
+    if _recorder is not None:
+        return candidates[min(_choice, len(candidates) - 1)]
+    if device.type == "cuda":
+        tuned = _tuned(device.index).get(name, {}).get(key)
+        if tuned in candidates:
+            return tuned
+    return candidates[0]
+
+
+def key_of(x, *widths):
+    """The key of a configuration: the dtype of ``x`` and widths."""
+    return "-".join([str(x.dtype).removeprefix("torch."), *map(str, widths)])
+
+
+def precision(x):
+    """``input_precision`` of tl.dot for products of ``x``: true fp32, unless PyTorch's own switch allows TF32."""
+    return "tf32" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def block_of(width, least=16):
+    """The power of two that holds ``width``: a tile's side."""
+    return max(least, triton.next_power_of_2(width))

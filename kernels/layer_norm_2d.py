@@ -1,0 +1,102 @@
+"""Layer norm over the channels of every pixel, in both kinds; see ipt_fast.ops.layer_norm_2d.
+
+Forward: read x, write y, 2 C values a pixel. Backward: read x and the gradient, write one; each of PROGRAMS programs
+adds up the gradients of weight and bias over its own pixels, and PyTorch adds up those sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import Work, block_of, config, key_of, launch
+
+PROGRAMS = 512  # of the backward: a number of its own, so that sums are in the same order on every GPU
+
+
+@triton.jit
+def layer_norm_2d_fwd_kernel(
+    x, weight, bias, y, pixels, eps, C: tl.constexpr, CENTERED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    # b_x, b_s, b_y: (BLOCK_P, BLOCK_C)
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    m_x = (o_p < pixels)[:, None] & m_c[None, :]
+    p_x = o_p[:, None] * C + o_c[None, :]
+    b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
+    b_mean = tl.sum(b_x, axis=1) / C
+    b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
+    b_rstd = 1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps)
+    b_y = (b_s if CENTERED else b_x) * b_rstd[:, None]
+    b_y *= tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + p_x, b_y.to(y.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def layer_norm_2d_bwd_kernel(
+    grad, x, weight, grad_x, sums, pixels, eps,
+    C: tl.constexpr, CENTERED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # b_x, b_s, b_g: (BLOCK_P, BLOCK_C); sums: (PROGRAMS, 2, C), of weight and bias
+    i_program = tl.program_id(0)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_gw = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    b_gb = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for i_block in range(i_program, tl.cdiv(pixels, BLOCK_P), PROGRAMS):
+        o_p = i_block * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
+        m_x = (o_p < pixels)[:, None] & m_c[None, :]
+        p_x = o_p[:, None] * C + o_c[None, :]
+        b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_g = tl.load(grad + p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_mean = tl.sum(b_x, axis=1) / C
+        b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
+        b_rstd = (1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps))[:, None]
+        b_n = (b_s if CENTERED else b_x) * b_rstd
+        b_gw += tl.sum(b_g * b_n, axis=0)
+        b_gb += tl.sum(b_g, axis=0)
+        b_g *= b_w[None, :]
+        b_gx = b_g - b_s * b_rstd * (tl.sum(b_g * b_n, axis=1) / C)[:, None]
+        if CENTERED:
+            b_gx -= (tl.sum(b_g, axis=1) / C)[:, None]
+        tl.store(grad_x + p_x, (b_gx * b_rstd).to(grad_x.dtype.element_ty), mask=m_x)
+    p_sums = sums + i_program * 2 * C + o_c
+    tl.store(p_sums, b_gw, mask=m_c)
+    tl.store(p_sums + C, b_gb, mask=m_c)
+
+
+def _tiles(values, block_c):
+    """Configurations with about so many values a tile."""
+    return [dict(BLOCK_P=max(1, n // block_c), BLOCK_C=block_c, num_warps=4) for n in values]
+
+
+def layer_norm_2d(x, weight, bias, eps, centered):
+    batch, channels, height, width = x.shape
+    pixels = batch * height * width
+    y = torch.empty_like(x)
+    tiles = config("layer_norm_2d_fwd", key_of(x, channels), _tiles((4096, 2048, 8192), block_of(channels)), x.device)
+    launch(
+        layer_norm_2d_fwd_kernel, (triton.cdiv(pixels, tiles["BLOCK_P"]),), x, weight, bias, y, pixels, eps,
+        C=channels, CENTERED=centered, **tiles,
+        work=Work(2 * x.numel() * x.element_size(), vector=8 * x.numel()),
+    )  # fmt: skip
+    return y
+
+
+def layer_norm_2d_backward(grad, x, weight, bias, eps, centered):
+    batch, channels, height, width = x.shape
+    pixels = batch * height * width
+    grad_x = torch.empty_like(x)
+    tiles = config("layer_norm_2d_bwd", key_of(x, channels), _tiles((2048, 1024, 4096), block_of(channels)), x.device)
+    programs = min(PROGRAMS, triton.cdiv(pixels, tiles["BLOCK_P"]))
+    sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    launch(
+        layer_norm_2d_bwd_kernel, (programs,), grad, x, weight, grad_x, sums, pixels, eps,
+        C=channels, CENTERED=centered, PROGRAMS=PROGRAMS, **tiles,
+        work=Work(3 * x.numel() * x.element_size(), vector=20 * x.numel()),
+    )  # fmt: skip
+    grad_weight, grad_bias = sums.sum(dim=0)
+    return grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)

@@ -1,0 +1,115 @@
+"""Compiles recorded launches for GPUs that are not there, and reads registers, spills and shared memory back.
+
+``python -m tests.aot.ahead_of_time CALL ...`` prints a JSON list of `Compiled`, one for each different kernel.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+# Bytes of shared memory a block may have, by compute capability.
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    kernel: str
+    constants: dict
+    options: dict
+    capability: int
+    registers: int
+    spills: int  # bytes
+    shared: int  # bytes
+
+
+def source_and_options(launch):
+    """What triton.compile needs, with the alignment that the running kernel would find."""
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.arguments, strict=False)) | launch.meta
+    options = {name: values.pop(name) for name in OPTIONS if name in values}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or isinstance(value, (bool, str)):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int) and value == 1:
+            signature[parameter.name], constants[(index,)] = "constexpr", 1
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(launch.kernel, signature, constants, attributes), options
+
+
+def _resources(cubin):
+    """Registers of a thread and bytes it spills, by the disassembler that Triton brings."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = said.stdout + said.stderr
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"LOCAL:(\d+)", text)[1])
+
+
+def compile_launch(launch, capability):
+    """`Compiled` for one chip."""
+    source, options = source_and_options(launch)
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options=options)
+    registers, spills = _resources(kernel.asm["cubin"])
+    constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+    return Compiled(launch.kernel.__name__, constants, options, capability, registers, spills, kernel.metadata.shared)
+
+
+def distinct(launches):
+    """One launch of every kernel that would be compiled by itself."""
+    seen = {}
+    for launch in launches:
+        if launch.kernel is not None:
+            source, options = source_and_options(launch)
+            key = (launch.kernel.__name__, source.hash(), json.dumps(options, sort_keys=True))
+            seen.setdefault(key, launch)
+    return list(seen.values())
+
+
+def main():
+    from tests.aot.calls import record_calls
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pattern", nargs="?", default="", help="regular expression: names of the calls")
+    parser.add_argument("--capability", type=int, action="append", choices=SHARED_MEMORY, help="default: all")
+    parser.add_argument("--choice", type=int, default=0, help="configuration of every kernel, 0 is the default one")
+    args = parser.parse_args()
+    found = []
+    for launch in distinct(record_calls(args.pattern, args.choice)):
+        for capability in args.capability or SHARED_MEMORY:
+            found.append(dataclasses.asdict(compile_launch(launch, capability)))
+            print(json.dumps(found[-1], default=str), file=sys.stderr, flush=True)
+    print(json.dumps(found, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The operators' calls that are compiled ahead of time: the widths, heads and dtypes of the models."""
+
+import re
+
+import torch
+
+import ipt_fast.kernels
+from ipt_fast.kernels import _launch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDTHS = (32, 48, 64, 96, 192, 384)  # of IPT-V2 small and base, from the first level to the latent one
+
+
+def _image(channels, dtype, size=64):
+    shape = (1, channels, size, size)
+    return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+
+
+def _tensor(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls():
+    """{name: (operator, arguments)}; every operator is called forward and backward."""
+    found = {}
+    for label, dtype in DTYPES.items():
+        for width in WIDTHS:
+            x, norm = _image(width, dtype), _tensor(width)
+            found[f"layer_norm_2d {width} {label}"] = "layer_norm_2d", (x, norm, norm, 1e-5, True)
+            found[f"layer_norm_2d bias-free {width} {label}"] = "layer_norm_2d", (x, norm, None, 1e-5, False)
+    return found
+
+
+def record_calls(pattern="", choice=0):
+    """All launches of the calls whose name matches."""
+    launches = []
+    for name, (operator, arguments) in calls().items():
+        if re.search(pattern, name):
+            with _launch.record(choice) as recorded:
+                out = getattr(ipt_fast.kernels, operator)(*arguments)
+                getattr(ipt_fast.kernels, f"{operator}_backward")(torch.empty_like(out), *arguments)
+            launches += recorded
+    return launches
