@@ -14,19 +14,6 @@
 namespace ipt_fast {
 namespace {
 
-// body(T{}) for the storage type.
-template <typename Body>
-inline void with_type(DType dtype, const Body& body) {
-    switch (dtype) {
-        case DType::f32:
-            return body(float{});
-        case DType::bf16:
-            return body(BFloat16{});
-        case DType::f16:
-            return body(Half{});
-    }
-}
-
 template <typename T>
 constexpr bool kIsFloat = sizeof(T) == sizeof(float);
 
@@ -37,10 +24,7 @@ int64_t packed_size(Brgemm brgemm, int64_t columns, int64_t depth) {
 }
 
 void pack(DType dtype, Brgemm brgemm, const Weight& weight, void* packed) {
-    with_type(dtype, [&](auto type) {
-        using T = decltype(type);
-        brgemm ? MatrixUnit{brgemm}.pack<T>(weight, packed) : VectorUnit{}.pack<T>(weight, packed);
-    });
+    with_types(dtype, brgemm, [&](auto type, const auto& unit) { unit.template pack<decltype(type)>(weight, packed); });
 }
 
 template <typename T, typename Unit>
@@ -67,12 +51,8 @@ void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_
 }
 
 void pointwise_any(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch) {
-#if defined(__AVX512F__)
-    if (p.brgemm && p.dtype == DType::bf16) {
-        return pointwise<BFloat16>(p, MatrixUnit{p.brgemm}, begin, end, scratch);
-    }
-#endif
-    with_type(p.dtype, [&](auto type) { pointwise<decltype(type)>(p, VectorUnit{}, begin, end, scratch); });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { pointwise<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 template <typename T>

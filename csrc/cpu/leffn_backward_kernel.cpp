@@ -363,14 +363,7 @@ void run(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scra
 }
 
 void run_any(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scratch) {
-    switch (p.dtype) {
-        case DType::f32:
-            return run<float>(p, share, group, scratch);
-        case DType::bf16:
-            return run<BFloat16>(p, share, group, scratch);
-        case DType::f16:
-            return run<Half>(p, share, group, scratch);
-    }
+    with_type(p.dtype, [&](auto type) { run<decltype(type)>(p, share, group, scratch); });
 }
 
 void pack(const LeffnBackwardParams& p, int64_t chunk) {
