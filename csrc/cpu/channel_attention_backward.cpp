@@ -14,10 +14,6 @@
 namespace ipt_fast {
 namespace {
 
-// A whole image is one group, in at most so many blocks of at least so many pixels.
-constexpr int64_t kMostBlocks = 256;
-constexpr int64_t kLeastBlockPixels = 512;
-
 // The gradients of the parameters, as far as they are sums over the map.
 struct Sums {
     at::Tensor scale;  // (heads), fp64
@@ -94,22 +90,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_bac
     check_tensor(v_, "v", q_.sizes(), q_);
     check_tensor(grad_, "grad", q_.sizes(), q_);
     check_heads(q_.size(1), num_heads, "q");
-    check_per_head(temperature, "temperature", num_heads, q_);
-    TORCH_CHECK_VALUE(window_size.value_or(1) > 0, "window_size is ", *window_size, ", expected a positive number");
     const at::Tensor q = with_pixels(q_), k = with_pixels(k_), v = with_pixels(v_), grad = channels_last(grad_);
-    const at::Tensor scale = as_float(temperature);
     const at::Tensor grad_q = empty_channels_last(q.sizes(), q), grad_k = empty_channels_last(q.sizes(), q);
     const at::Tensor grad_v = empty_channels_last(q.sizes(), q);
-    const int64_t height = q.size(2), width = q.size(3), pixels = height * width;
-    // the order of the pixels of a whole image does not matter: take it as one row
-    const bool whole = !window_size.has_value() || *window_size >= std::max(height, width);
-    const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, *window_size, 1);
-    const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
-                                  : Axis::windows_of(width, *window_size, 1);
+    const WindowGroups windows(q, temperature, num_heads, window_size);
     ChannelAttentionBackwardParams p{};
     p.dtype = dtype_of(q);
-    p.groups = groups_of(q.size(0), q.size(1), num_heads, vertical, horizontal, 1);
-    p.groups.scale = scale.const_data_ptr<float>();
+    p.groups = windows.groups;
     p.q = pixels_of(q);
     p.k = pixels_of(k);
     p.v = pixels_of(v);
