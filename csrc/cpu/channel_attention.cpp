@@ -53,12 +53,13 @@ at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const a
     return out;
 }
 
+}  // namespace
+
 at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& temperature,
                                    const at::Tensor& token_weight, const at::Tensor& top_weight,
                                    const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
     check_image(qkv_, "qkv");
-    TORCH_CHECK_VALUE(qkv_.size(1) % 3 == 0, "qkv has ", qkv_.size(1), " channels, expected a multiple of 3");
-    const int64_t channels = qkv_.size(1) / 3;
+    const int64_t channels = attention_channels(qkv_);
     check_heads(channels, num_heads, "qkv / 3");
     const at::Tensor qkv = with_pixels(qkv_);
     const at::Tensor out = empty_channels_last({qkv.size(0), channels, qkv.size(2), qkv.size(3)}, qkv);
@@ -74,8 +75,6 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& tem
     run(params);
     return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
     m.def(

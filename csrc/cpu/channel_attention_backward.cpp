@@ -109,12 +109,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_bac
     return {grad_q, grad_k, grad_v, like(sums.scale, temperature)};
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
     const at::Tensor& grad_, const at::Tensor& qkv_, const at::Tensor& temperature, const at::Tensor& token_weight,
     const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
     check_image(qkv_, "qkv");
-    TORCH_CHECK_VALUE(qkv_.size(1) % 3 == 0, "qkv has ", qkv_.size(1), " channels, expected a multiple of 3");
-    const int64_t channels = qkv_.size(1) / 3;
+    const int64_t channels = attention_channels(qkv_);
     check_heads(channels, num_heads, "qkv / 3");
     check_tensor(grad_, "grad", {qkv_.size(0), channels, qkv_.size(2), qkv_.size(3)}, qkv_);
     const at::Tensor qkv = with_pixels(qkv_), grad = channels_last(grad_);
@@ -138,8 +139,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_cha
     return {grad_qkv, like(-sums.scale / (alpha * alpha), temperature), like(of_token, token_weight),
             like(sums.maps[2], top_weight), like(sums.maps[3], bottom_weight)};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
     m.def(

@@ -1,4 +1,5 @@
-// The ATen side of channel attention's groups: checks, and the tensors that the groups point into.
+// What the ATen sides of channel attention and of the focal attention layer share: the operators that the layer's
+// backward is made of, checks, and the groups with the tensors that they point into.
 #pragma once
 
 #include <ATen/ops/reciprocal.h>
@@ -12,6 +13,15 @@
 #include "tensor.h"
 
 namespace ipt_fast {
+
+at::Tensor focal_channel_attention(const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
+                                   const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
+                                   int64_t window_size);
+
+// -> the gradients of qkv and of the parameters in this order.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
+    const at::Tensor& grad, const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
+    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size);
 
 inline void check_heads(int64_t channels, int64_t num_heads, const char* name) {
     TORCH_CHECK_VALUE(num_heads > 0 && channels % num_heads == 0, name, " has ", channels,
