@@ -1,11 +1,15 @@
 """Interleaved timing in one process, parity before speed, and ceilings measured in the same run."""
 
+import functools
 import os
 import statistics
 import time
 
 import torch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROUNDS = int(os.environ.get("IPT_FAST_BENCH_ROUNDS", 7))
+COMPILE = os.environ.get("IPT_FAST_BENCH_COMPILE", "1") == "1"
 # Keeps glibc from mapping and unmapping every large temporary: the honest rival.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -51,6 +55,23 @@ def seconds(call):
     return time.perf_counter() - start
 
 
+def interleaved(benchmark, calls):
+    """{name: median seconds} of ``calls``; in every round the rivals run right before "ipt_fast"."""
+    times = {name: [] for name in calls}
+
+    def time_rivals():
+        for name, call in calls.items():
+            if name != "ipt_fast":
+                times[name].append(seconds(call))
+
+    def ours():
+        times["ipt_fast"].append(seconds(calls["ipt_fast"]))
+
+    benchmark.pedantic(ours, setup=time_rivals, rounds=ROUNDS, iterations=1)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@functools.cache
 def ceilings(dtype):
     """(FLOP/s of a large matrix product in ``dtype``, bytes/s of a copy that does not fit the caches)."""
     a, b = torch.rand(2048, 512).to(dtype), torch.rand(512, 2048).to(dtype)

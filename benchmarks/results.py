@@ -3,6 +3,7 @@
 import csv
 import datetime
 import io
+import os
 import pathlib
 import subprocess
 
@@ -55,17 +56,31 @@ def times_faster(medians):
     return min(value for name, value in medians.items() if name != "ipt_fast") / medians["ipt_fast"]
 
 
-def append_medians(path, case, dtype, direction, medians, work, ceilings):
+def record(benchmark, case, dtype_name, direction, medians, forward):
+    """Show the medians, {contender: seconds}, with the benchmark; append them to the CSV IPT_FAST_BENCH_CSV names.
+
+    ``forward`` is (FLOPs, bytes) of one forward.
+    """
+    benchmark.extra_info.update({name: value * 1e3 for name, value in medians.items()})
+    benchmark.extra_info["times_faster_than_best_rival"] = times_faster(medians)
+    if path := os.environ.get("IPT_FAST_BENCH_CSV"):
+        passes = 3 if direction == "training" else 1  # a backward is counted as two forwards
+        work = [passes * amount for amount in forward]
+        append_medians(path, case, dtype_name, direction, medians, work)
+
+
+def append_medians(path, case, dtype_name, direction, medians, work):
     """Add one row per contender of {contender: seconds}, each with its rates and its share of the ceiling.
 
-    ``work`` is (FLOPs, bytes) of the call and ``ceilings`` (FLOP/s, bytes/s) as measured in this run.
+    ``work`` is (FLOPs, bytes) of the call; the ceilings are measured in this run.
     """
+    ceilings = measure.ceilings(measure.DTYPES[dtype_name])
     floor = max(amount / ceiling for amount, ceiling in zip(work, ceilings, strict=True))
     shared = {
         **environment(),
         "allocator": "tuned" if measure.memory_is_tuned() else "default",
         "case": case,
-        "dtype": dtype,
+        "dtype": dtype_name,
         "direction": direction,
     }
     rows = [

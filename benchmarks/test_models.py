@@ -5,8 +5,6 @@ SDPA compiled (for inference with frozen weights), which takes minutes for every
 """
 
 import copy
-import os
-import statistics
 
 import pytest
 import torch
@@ -15,17 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ipt_fast
 from benchmarks import baseline, measure, results
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ROUNDS = int(os.environ.get("IPT_FAST_BENCH_ROUNDS", 7))
-COMPILE = os.environ.get("IPT_FAST_BENCH_COMPILE", "1") == "1"
 INFERENCE = [("ipt_v2_tiny", 1, 256), ("ipt_v2_small", 1, 256), ("ipt_v2_base", 1, 256)]
 TRAINING = [("ipt_v2_small", 2, 128)]
 SDPA = {"grid_attention": baseline.sdpa_grid_attention, "grid_attention_layer": baseline.sdpa_grid_layer}
-
-
-@pytest.fixture(scope="session")
-def ceilings():
-    return {name: measure.ceilings(dtype) for name, dtype in DTYPES.items()}
 
 
 def plain(call, **overrides):
@@ -73,7 +63,7 @@ def contenders(make, model, x, dtype):
         "eager": plain(make(*last, dtype)),
         "sdpa": plain(make(*last, dtype), **SDPA),
     }
-    if COMPILE:
+    if measure.COMPILE:
         calls["sdpa compiled"] = plain(make(*last, dtype, compiled=True), **SDPA)
     return calls
 
@@ -86,9 +76,9 @@ def check_parity(calls, dtype):
     assert error < limit, f"error {error:.1e} is above {limit:.1e}; no speed is reported"
 
 
-def compare(benchmark, ceilings, make, name, batch, size, dtype_name):
+def compare(benchmark, make, name, batch, size, dtype_name):
     torch.manual_seed(0)
-    dtype, direction = DTYPES[dtype_name], "forward" if make is inference else "training"
+    dtype, direction = measure.DTYPES[dtype_name], "forward" if make is inference else "training"
     model = ipt_fast.create_model(name, merged=make is inference).eval()
     x = torch.rand(batch, 3, size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -97,35 +87,19 @@ def compare(benchmark, ceilings, make, name, batch, size, dtype_name):
     check_parity(calls, dtype)
     for call in calls.values():  # warm-up and compilation
         call()
-    times = {contender: [] for contender in calls}
-
-    def time_rivals():
-        for contender, call in calls.items():
-            if contender != "ipt_fast":
-                times[contender].append(measure.seconds(call))
-
-    def ours():
-        times["ipt_fast"].append(measure.seconds(calls["ipt_fast"]))
-
-    benchmark.pedantic(ours, setup=time_rivals, rounds=ROUNDS, iterations=1)
-    medians = {contender: statistics.median(values) for contender, values in times.items()}
-    benchmark.extra_info.update({contender: value * 1e3 for contender, value in medians.items()})
-    benchmark.extra_info["times_faster_than_best_rival"] = results.times_faster(medians)
-    if path := os.environ.get("IPT_FAST_BENCH_CSV"):
-        passes = 3 if direction == "training" else 1
-        size_of = sum(t.numel() for t in (x, x, *model.parameters())) * dtype.itemsize
-        work = (passes * counter.get_total_flops(), passes * size_of)
-        label = f"{name} {batch}x3x{size}x{size}"
-        results.append_medians(path, label, dtype_name, direction, medians, work, ceilings[dtype_name])
+    medians = measure.interleaved(benchmark, calls)
+    size_of = sum(t.numel() for t in (x, x, *model.parameters())) * dtype.itemsize
+    work = (counter.get_total_flops(), size_of)
+    results.record(benchmark, f"{name} {batch}x3x{size}x{size}", dtype_name, direction, medians, work)
 
 
-@pytest.mark.parametrize("dtype_name", DTYPES)
+@pytest.mark.parametrize("dtype_name", measure.DTYPES)
 @pytest.mark.parametrize(("name", "batch", "size"), INFERENCE)
-def test_inference(benchmark, ceilings, name, batch, size, dtype_name):
-    compare(benchmark, ceilings, inference, name, batch, size, dtype_name)
+def test_inference(benchmark, name, batch, size, dtype_name):
+    compare(benchmark, inference, name, batch, size, dtype_name)
 
 
-@pytest.mark.parametrize("dtype_name", DTYPES)
+@pytest.mark.parametrize("dtype_name", measure.DTYPES)
 @pytest.mark.parametrize(("name", "batch", "size"), TRAINING)
-def test_training_step(benchmark, ceilings, name, batch, size, dtype_name):
-    compare(benchmark, ceilings, training_step, name, batch, size, dtype_name)
+def test_training_step(benchmark, name, batch, size, dtype_name):
+    compare(benchmark, training_step, name, batch, size, dtype_name)

@@ -12,10 +12,6 @@
 namespace ipt_fast {
 namespace {
 
-// A whole image is one group, in at most so many blocks of at least so many pixels.
-constexpr int64_t kMostBlocks = 256;
-constexpr int64_t kLeastBlockPixels = 512;
-
 // The three passes over a map; p lacks only the slots.
 void run(ChannelAttentionParams& p) {
     Groups& g = p.groups;
@@ -43,20 +39,12 @@ at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const a
     check_tensor(k_, "k", q_.sizes(), q_);
     check_tensor(v_, "v", q_.sizes(), q_);
     check_heads(q_.size(1), num_heads, "q");
-    check_per_head(temperature, "temperature", num_heads, q_);
-    TORCH_CHECK_VALUE(window_size.value_or(1) > 0, "window_size is ", *window_size, ", expected a positive number");
-    const at::Tensor q = with_pixels(q_), k = with_pixels(k_), v = with_pixels(v_), scale = as_float(temperature);
+    const at::Tensor q = with_pixels(q_), k = with_pixels(k_), v = with_pixels(v_);
     const at::Tensor out = empty_channels_last(q.sizes(), q);
-    const int64_t height = q.size(2), width = q.size(3), pixels = height * width;
-    // the order of the pixels of a whole image does not matter: take it as one row
-    const bool whole = !window_size.has_value() || *window_size >= std::max(height, width);
-    const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, *window_size, 1);
-    const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
-                                  : Axis::windows_of(width, *window_size, 1);
+    const WindowGroups windows(q, temperature, num_heads, window_size);
     ChannelAttentionParams params{};
     params.dtype = dtype_of(q);
-    params.groups = groups_of(q.size(0), q.size(1), num_heads, vertical, horizontal, 1);
-    params.groups.scale = scale.const_data_ptr<float>();
+    params.groups = windows.groups;
     params.q = pixels_of(q);
     params.k = pixels_of(k);
     params.v = pixels_of(v);
@@ -65,12 +53,13 @@ at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const a
     return out;
 }
 
+}  // namespace
+
 at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& temperature,
                                    const at::Tensor& token_weight, const at::Tensor& top_weight,
                                    const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
     check_image(qkv_, "qkv");
-    TORCH_CHECK_VALUE(qkv_.size(1) % 3 == 0, "qkv has ", qkv_.size(1), " channels, expected a multiple of 3");
-    const int64_t channels = qkv_.size(1) / 3;
+    const int64_t channels = attention_channels(qkv_);
     check_heads(channels, num_heads, "qkv / 3");
     const at::Tensor qkv = with_pixels(qkv_);
     const at::Tensor out = empty_channels_last({qkv.size(0), channels, qkv.size(2), qkv.size(3)}, qkv);
@@ -86,8 +75,6 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& tem
     run(params);
     return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
     m.def(

@@ -14,10 +14,6 @@
 namespace ipt_fast {
 namespace {
 
-// A whole image is one group, in at most so many blocks of at least so many pixels.
-constexpr int64_t kMostBlocks = 256;
-constexpr int64_t kLeastBlockPixels = 512;
-
 // The gradients of the parameters, as far as they are sums over the map.
 struct Sums {
     at::Tensor scale;  // (heads), fp64
@@ -94,22 +90,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_bac
     check_tensor(v_, "v", q_.sizes(), q_);
     check_tensor(grad_, "grad", q_.sizes(), q_);
     check_heads(q_.size(1), num_heads, "q");
-    check_per_head(temperature, "temperature", num_heads, q_);
-    TORCH_CHECK_VALUE(window_size.value_or(1) > 0, "window_size is ", *window_size, ", expected a positive number");
     const at::Tensor q = with_pixels(q_), k = with_pixels(k_), v = with_pixels(v_), grad = channels_last(grad_);
-    const at::Tensor scale = as_float(temperature);
     const at::Tensor grad_q = empty_channels_last(q.sizes(), q), grad_k = empty_channels_last(q.sizes(), q);
     const at::Tensor grad_v = empty_channels_last(q.sizes(), q);
-    const int64_t height = q.size(2), width = q.size(3), pixels = height * width;
-    // the order of the pixels of a whole image does not matter: take it as one row
-    const bool whole = !window_size.has_value() || *window_size >= std::max(height, width);
-    const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, *window_size, 1);
-    const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
-                                  : Axis::windows_of(width, *window_size, 1);
+    const WindowGroups windows(q, temperature, num_heads, window_size);
     ChannelAttentionBackwardParams p{};
     p.dtype = dtype_of(q);
-    p.groups = groups_of(q.size(0), q.size(1), num_heads, vertical, horizontal, 1);
-    p.groups.scale = scale.const_data_ptr<float>();
+    p.groups = windows.groups;
     p.q = pixels_of(q);
     p.k = pixels_of(k);
     p.v = pixels_of(v);
@@ -122,12 +109,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_bac
     return {grad_q, grad_k, grad_v, like(sums.scale, temperature)};
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
     const at::Tensor& grad_, const at::Tensor& qkv_, const at::Tensor& temperature, const at::Tensor& token_weight,
     const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
     check_image(qkv_, "qkv");
-    TORCH_CHECK_VALUE(qkv_.size(1) % 3 == 0, "qkv has ", qkv_.size(1), " channels, expected a multiple of 3");
-    const int64_t channels = qkv_.size(1) / 3;
+    const int64_t channels = attention_channels(qkv_);
     check_heads(channels, num_heads, "qkv / 3");
     check_tensor(grad_, "grad", {qkv_.size(0), channels, qkv_.size(2), qkv_.size(3)}, qkv_);
     const at::Tensor qkv = with_pixels(qkv_), grad = channels_last(grad_);
@@ -151,8 +139,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_cha
     return {grad_qkv, like(-sums.scale / (alpha * alpha), temperature), like(of_token, token_weight),
             like(sums.maps[2], top_weight), like(sums.maps[3], bottom_weight)};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
     m.def(

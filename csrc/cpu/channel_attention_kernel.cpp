@@ -98,30 +98,16 @@ void apply(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* s
     }
 }
 
-// body(value of the storage type, Constant<branches>)
-template <typename Body>
-void dispatch(const ChannelAttentionParams& p, const Body& body) {
-    const auto with_branches = [&](auto type) {
-        return p.groups.branches == 1 ? body(type, Constant<1>{}) : body(type, Constant<2>{});
-    };
-    switch (p.dtype) {
-        case DType::f32:
-            return with_branches(float{});
-        case DType::bf16:
-            return with_branches(BFloat16{});
-        case DType::f16:
-            return with_branches(Half{});
-    }
-}
-
 void gram_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    dispatch(
-        p, [&](auto type, auto branches) { gram<decltype(type), decltype(branches)::value>(p, begin, end, scratch); });
+    with_branches(p.dtype, p.groups.branches, [&](auto type, auto branches) {
+        gram<decltype(type), decltype(branches)::value>(p, begin, end, scratch);
+    });
 }
 
 void apply_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    dispatch(
-        p, [&](auto type, auto branches) { apply<decltype(type), decltype(branches)::value>(p, begin, end, scratch); });
+    with_branches(p.dtype, p.groups.branches, [&](auto type, auto branches) {
+        apply<decltype(type), decltype(branches)::value>(p, begin, end, scratch);
+    });
 }
 
 }  // namespace

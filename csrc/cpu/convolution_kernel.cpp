@@ -7,25 +7,13 @@
 // Depthwise: a strip's last rows lie in a ring of fp32 rows in the second cache, every vector of channels by itself.
 // 2 * kernel^2 FLOPs a value; bound by reading x once (the gradient: x and grad) and writing out once.
 #include "depthwise.h"
+#include "depthwise_gradient.h"
 #include "gemm.h"
 #include "ipt_fast/convolution.h"
 #include "rows.h"
 
 namespace ipt_fast {
 namespace {
-
-// body(T{}) for the storage type.
-template <typename Body>
-inline void with_type(DType dtype, const Body& body) {
-    switch (dtype) {
-        case DType::f32:
-            return body(float{});
-        case DType::bf16:
-            return body(BFloat16{});
-        case DType::f16:
-            return body(Half{});
-    }
-}
 
 template <typename T>
 constexpr bool kIsFloat = sizeof(T) == sizeof(float);
@@ -37,10 +25,7 @@ int64_t packed_size(Brgemm brgemm, int64_t columns, int64_t depth) {
 }
 
 void pack(DType dtype, Brgemm brgemm, const Weight& weight, void* packed) {
-    with_type(dtype, [&](auto type) {
-        using T = decltype(type);
-        brgemm ? MatrixUnit{brgemm}.pack<T>(weight, packed) : VectorUnit{}.pack<T>(weight, packed);
-    });
+    with_types(dtype, brgemm, [&](auto type, const auto& unit) { unit.template pack<decltype(type)>(weight, packed); });
 }
 
 template <typename T, typename Unit>
@@ -67,12 +52,8 @@ void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_
 }
 
 void pointwise_any(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch) {
-#if defined(__AVX512F__)
-    if (p.brgemm && p.dtype == DType::bf16) {
-        return pointwise<BFloat16>(p, MatrixUnit{p.brgemm}, begin, end, scratch);
-    }
-#endif
-    with_type(p.dtype, [&](auto type) { pointwise<decltype(type)>(p, VectorUnit{}, begin, end, scratch); });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { pointwise<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 template <typename T>
@@ -188,26 +169,6 @@ void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scra
     });
 }
 
-// sums[x] += the sum over `pixels` pixels of grad[i] row[i + x].
-template <int kernel, int pixels>
-inline __attribute__((always_inline)) void tap_sums(const float* row, const float* grad, Vec* sums) {
-    Vec g[pixels];
-#pragma GCC unroll 4
-    for (int i = 0; i < pixels; ++i) {
-        g[i] = load(grad + i * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < pixels + kernel - 1; ++i) {
-        const Vec value = load(row + i * kLanes);
-#pragma GCC unroll 5
-        for (int x = 0; x < kernel; ++x) {
-            if (i - x >= 0 && i - x < pixels) {
-                sums[x] = fma(value, g[i - x], sums[x]);
-            }
-        }
-    }
-}
-
 template <typename T, int kernel>
 void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums) {
     float* const staged = scratch + padded(p.channels) * kernel * (p.widest() + kernel - 1);
@@ -223,13 +184,13 @@ void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, floa
             for (; i + 4 <= strip.count; i += 4) {
 #pragma GCC unroll 5
                 for (int k = 0; k < kernel; ++k) {
-                    tap_sums<kernel, 4>(rows[k] + i * kLanes, grad + i * kLanes, totals[k]);
+                    add_tap_sums<kernel, 4, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals + k);
                 }
             }
             for (; i < strip.count; ++i) {
 #pragma GCC unroll 5
                 for (int k = 0; k < kernel; ++k) {
-                    tap_sums<kernel, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals[k]);
+                    add_tap_sums<kernel, 1, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals + k);
                 }
             }
             for (int tap = 0; tap < kernel * kernel; ++tap) {

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "groups.h"
-#include "tensor.h"
+#include "layer_norm_2d.h"
 
 namespace ipt_fast {
 namespace {
@@ -35,18 +35,13 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
     check_image(x_, "x");
     const int64_t channels = x_.size(1);
     check_heads(channels, num_heads, "x");
-    check_tensor(norm_weight, "norm_weight", {channels}, x_, true);
-    if (norm_bias.has_value()) {
-        check_tensor(*norm_bias, "norm_bias", {channels}, x_, true);
-    }
+    const LayerNorm norm(x_, norm_weight, norm_bias, eps, centered);
     check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x_);
     check_tensor(depthwise_weight, "depthwise_weight", {3 * channels, 1, 3, 3}, x_);
     check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x_);
     const at::Tensor x = channels_last(x_), out = empty_channels_last(x.sizes(), x);
     const FocalGroups focal(x, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
     const int64_t head_channels = channels / num_heads;
-    const at::Tensor weight = padded_parameter(norm_weight, padded(channels));
-    const at::Tensor bias = padded_parameter(norm_bias, padded(channels));
     const at::Tensor depthwise = padded_parameter(
         depthwise_weight.reshape({3, num_heads, head_channels, 9}).permute({1, 3, 0, 2}), padded(head_channels));
 
@@ -54,7 +49,7 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
     params.dtype = dtype_of(x);
     params.brgemm = params.dtype == DType::bf16 ? brgemm() : nullptr;
     params.groups = focal.groups;
-    params.norm = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), static_cast<float>(eps), centered};
+    params.norm = norm.params;
     params.x = x.const_data_ptr();
     params.out = out.mutable_data_ptr();
     params.qkv = weight_of(qkv_weight);

@@ -1,24 +1,17 @@
 // Backward of the focal attention layer, y = x + project(attention(depthwise(qkv(norm(x))))). Every intermediate is
 // computed again and dropped after its last use; at most three maps of three times the channels exist at once.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "convolution.h"
+#include "groups.h"
+#include "layer_norm_2d.h"
 
 namespace ipt_fast {
 namespace {
 
-// A private operator of this library.
-template <typename Function>
-auto operator_of(const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-}
-
 using T = const at::Tensor&;
-using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Tensors10 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                              at::Tensor, at::Tensor, at::Tensor>;
 
@@ -29,24 +22,17 @@ Tensors10 focal_attention_layer_backward(T grad_, T x_, T norm_weight, const Opt
     check_image(x_, "x");
     check_tensor(grad_, "grad", x_.sizes(), x_);
     check_tensor(depthwise_weight, "depthwise_weight", {3 * x_.size(1), 1, 3, 3}, x_);
-    static const auto norm =
-        operator_of<at::Tensor(T, T, const OptionalTensor&, double, bool)>("ipt_fast_cpu::layer_norm_2d");
-    static const auto norm_backward =
-        operator_of<Tensors3(T, T, T, const OptionalTensor&, double, bool)>("ipt_fast_cpu::layer_norm_2d_backward");
-    static const auto attention =
-        operator_of<at::Tensor(T, T, T, T, T, int64_t, int64_t)>("ipt_fast_cpu::focal_channel_attention");
-    static const auto attention_backward =
-        operator_of<Tensors5(T, T, T, T, T, T, int64_t, int64_t)>("ipt_fast_cpu::focal_channel_attention_backward");
 
     const at::Tensor grad = channels_last(grad_), x = channels_last(x_);
-    at::Tensor normed = norm.call(x, norm_weight, norm_bias, eps, centered);
+    at::Tensor normed = layer_norm_2d(x, norm_weight, norm_bias, eps, centered);
     at::Tensor projected = pointwise(normed, qkv_weight);
     at::Tensor qkv = depthwise(projected, depthwise_weight);
     const at::Tensor grad_project = pointwise_weight_gradient(
-        grad, attention.call(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size));
+        grad,
+        focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size));
     auto [grad_qkv, grad_temperature, grad_token, grad_top, grad_bottom] =
-        attention_backward.call(pointwise_input_gradient(grad, project_weight), qkv, temperature, token_weight,
-                                top_weight, bottom_weight, num_heads, window_size);
+        focal_channel_attention_backward(pointwise_input_gradient(grad, project_weight), qkv, temperature, token_weight,
+                                         top_weight, bottom_weight, num_heads, window_size);
     qkv.reset();
     const at::Tensor grad_depthwise = depthwise_weight_gradient(grad_qkv, projected, 3);
     projected.reset();
@@ -57,7 +43,7 @@ Tensors10 focal_attention_layer_backward(T grad_, T x_, T norm_weight, const Opt
     at::Tensor grad_normed = pointwise_input_gradient(grad_projected, qkv_weight);
     grad_projected.reset();
     auto [grad_x, grad_norm_weight, grad_norm_bias] =
-        norm_backward.call(grad_normed, x, norm_weight, norm_bias, eps, centered);
+        layer_norm_2d_backward(grad_normed, x, norm_weight, norm_bias, eps, centered);
     grad_x.add_(grad);
     return {grad_x,       grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_depthwise,
             grad_project, grad_temperature, grad_token,     grad_top,        grad_bottom};

@@ -293,34 +293,18 @@ void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float*
     }
 }
 
-// body(value of the storage type, unit)
-template <typename Body>
-void dispatch(const Params& p, const Body& body) {
-    switch (p.dtype) {
-        case DType::f32:
-            return body(float{}, VectorUnit{});
-        case DType::bf16:
-#if defined(__AVX512F__)
-            if (p.brgemm != nullptr) {
-                return body(BFloat16{}, MatrixUnit{p.brgemm});
-            }
-#endif
-            return body(BFloat16{}, VectorUnit{});
-        case DType::f16:
-            return body(Half{}, VectorUnit{});
-    }
-}
-
 void pack_any(const Params& p, int64_t begin, int64_t end) {
-    dispatch(p, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
+    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
 }
 
 void gram_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
-    dispatch(p, [&](auto type, const auto& unit) { gram<decltype(type)>(p, unit, begin, end, scratch); });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { gram<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 void apply_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
-    dispatch(p, [&](auto type, const auto& unit) { apply<decltype(type)>(p, unit, begin, end, scratch); });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { apply<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 }  // namespace

@@ -262,5 +262,16 @@ struct MatrixUnit {
     }
 };
 
+// body(T{}, unit) for the storage type and the unit in use: the matrix unit, where there is one, for bf16.
+template <typename Body>
+inline auto with_types(DType dtype, [[maybe_unused]] Brgemm brgemm, const Body& body) {
+#if defined(__AVX512F__)
+    if (dtype == DType::bf16 && brgemm != nullptr) {
+        return body(BFloat16{}, MatrixUnit{brgemm});
+    }
+#endif
+    return with_type(dtype, [&](auto type) { return body(type, VectorUnit{}); });
+}
+
 }  // namespace
 }  // namespace ipt_fast

@@ -182,5 +182,11 @@ inline void apply_tile(const Groups& g, int64_t head, const Tile& tile, const fl
     }
 }
 
+// body(T{}, Constant<branches>) for the storage type.
+template <typename Body>
+inline void with_branches(DType dtype, int branches, const Body& body) {
+    with_type(dtype, [&](auto type) { branches == 1 ? body(type, Constant<1>{}) : body(type, Constant<2>{}); });
+}
+
 }  // namespace
 }  // namespace ipt_fast

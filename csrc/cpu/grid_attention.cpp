@@ -49,11 +49,6 @@ at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_tabl
     return out;
 }
 
-int64_t attention_channels(const at::Tensor& qkv) {
-    TORCH_CHECK_VALUE(qkv.size(1) % 3 == 0, "qkv has ", qkv.size(1), " channels, expected a multiple of 3");
-    return qkv.size(1) / 3;
-}
-
 at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channels, const OptionalTensor& bias_table,
                          int64_t num_heads, int64_t grid_size) {
     TORCH_CHECK_VALUE(num_heads >= 1 && channels % num_heads == 0, "num_heads is ", num_heads,

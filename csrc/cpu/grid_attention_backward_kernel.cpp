@@ -142,14 +142,7 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
 
 void backward_any(const GridAttentionGradients& p, int64_t head, int64_t begin, int64_t end, float* scratch,
                   double* grad_bias) {
-    switch (p.dtype) {
-        case DType::f32:
-            return backward<float>(p, head, begin, end, scratch, grad_bias);
-        case DType::bf16:
-            return backward<BFloat16>(p, head, begin, end, scratch, grad_bias);
-        case DType::f16:
-            return backward<Half>(p, head, begin, end, scratch, grad_bias);
-    }
+    with_type(p.dtype, [&](auto type) { backward<decltype(type)>(p, head, begin, end, scratch, grad_bias); });
 }
 
 }  // namespace

@@ -13,9 +13,6 @@ namespace ipt_fast {
 at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channels, const OptionalTensor& bias_table,
                          int64_t num_heads, int64_t grid_size);
 
-// A third of the channels of a qkv map.
-int64_t attention_channels(const at::Tensor& qkv);
-
 at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads,
                           int64_t grid_size);
 

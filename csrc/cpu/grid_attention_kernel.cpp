@@ -38,14 +38,7 @@ void forward(const GridAttentionParams& p, int64_t begin, int64_t end, float* me
 }
 
 void forward_any(const GridAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    switch (p.dtype) {
-        case DType::f32:
-            return forward<float>(p, begin, end, scratch);
-        case DType::bf16:
-            return forward<BFloat16>(p, begin, end, scratch);
-        case DType::f16:
-            return forward<Half>(p, begin, end, scratch);
-    }
+    with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p, begin, end, scratch); });
 }
 
 }  // namespace

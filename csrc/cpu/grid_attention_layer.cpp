@@ -6,36 +6,14 @@
 
 #include "convolution.h"
 #include "grid_attention_call.h"
+#include "layer_norm_2d.h"
 
 namespace ipt_fast {
 namespace {
 
-at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps,
-                         bool centered) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ipt_fast_cpu::layer_norm_2d", "")
-                               .typed<decltype(layer_norm_2d)>();
-    return op.call(x, weight, bias, eps, centered);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                                      const at::Tensor& weight,
-                                                                      const OptionalTensor& bias, double eps,
-                                                                      bool centered) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ipt_fast_cpu::layer_norm_2d_backward", "")
-                               .typed<decltype(layer_norm_2d_backward)>();
-    return op.call(grad, x, weight, bias, eps, centered);
-}
-
-void check_layer(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
-                 const at::Tensor& qkv_weight, const at::Tensor& project_weight) {
+void check_layer(const at::Tensor& x, const at::Tensor& qkv_weight, const at::Tensor& project_weight) {
     check_image(x, "x");
     const int64_t channels = x.size(1);
-    check_tensor(norm_weight, "norm_weight", {channels}, x, true);
-    if (norm_bias.has_value()) {
-        check_tensor(*norm_bias, "norm_bias", {channels}, x, true);
-    }
     check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x);
     check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x);
 }
@@ -44,18 +22,16 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
                                 const at::Tensor& qkv_weight, const at::Tensor& project_weight,
                                 const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size, double eps,
                                 bool centered) {
-    check_layer(x, norm_weight, norm_bias, qkv_weight, project_weight);
+    check_layer(x, qkv_weight, project_weight);
     const int64_t channels = x.size(1);
+    const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
     GridAttentionLayerParams p{};
     const at::Tensor bias = set_attention(p, x, channels, bias_table, num_heads, grid_size);
     const at::Tensor map = channels_last(x);
-    const at::Tensor weight_of_norm = padded_parameter(norm_weight, padded(channels));
-    const at::Tensor bias_of_norm = padded_parameter(norm_bias, padded(channels));
     at::Tensor out = empty_channels_last(x.sizes(), x);
     p.x = map.const_data_ptr();
     p.out = out.mutable_data_ptr();
-    p.norm = {weight_of_norm.const_data_ptr<float>(), bias_of_norm.const_data_ptr<float>(), static_cast<float>(eps),
-              centered};
+    p.norm = norm.params;
     p.qkv = weight_of(qkv_weight);
     p.project = weight_of(project_weight);
     p.brgemm = brgemm();
@@ -80,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
     const at::Tensor& qkv_weight, const at::Tensor& project_weight, const OptionalTensor& bias_table, int64_t num_heads,
     int64_t grid_size, double eps, bool centered) {
-    check_layer(x, norm_weight, norm_bias, qkv_weight, project_weight);
+    check_layer(x, qkv_weight, project_weight);
     check_tensor(grad, "grad", x.sizes(), x);
     const at::Tensor map = channels_last(x), grad_out = channels_last(grad);
     const at::Tensor normal = layer_norm_2d(map, norm_weight, norm_bias, eps, centered);

@@ -111,36 +111,17 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
     }
 }
 
-// body(T{}, unit): the storage type and the unit in use.
-template <typename Body>
-void with_types(const GridAttentionLayerParams& p, const Body& body) {
-    switch (p.dtype) {
-        case DType::f32:
-            return body(float{}, VectorUnit{});
-        case DType::bf16:
-#if defined(__AVX512F__)
-            if (p.brgemm != nullptr) {
-                return body(BFloat16{}, MatrixUnit{p.brgemm});
-            }
-#endif
-            return body(BFloat16{}, VectorUnit{});
-        case DType::f16:
-            return body(Half{}, VectorUnit{});
-    }
-}
-
 int64_t packed_size_any(const GridAttentionLayerParams& p) {
-    int64_t size = 0;
-    with_types(p, [&]<typename Unit>(auto, const Unit&) { size = packed_size<Unit>(p); });
-    return size;
+    return with_types(p.dtype, p.brgemm, [&]<typename Unit>(auto, const Unit&) { return packed_size<Unit>(p); });
 }
 
 void pack_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end) {
-    with_types(p, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
+    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
 }
 
 void forward_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p, [&](auto type, const auto& unit) { forward<decltype(type)>(p, unit, begin, end, scratch); });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { forward<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 }  // namespace

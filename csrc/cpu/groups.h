@@ -1,13 +1,27 @@
-// The ATen side of channel attention's groups: checks, and the tensors that the groups point into.
+// What the ATen sides of channel attention and of the focal attention layer share: the operators that the layer's
+// backward is made of, checks, and the groups with the tensors that they point into.
 #pragma once
 
 #include <ATen/ops/reciprocal.h>
 #include <ATen/ops/square.h>
 
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
 #include "ipt_fast/channel_attention.h"
 #include "tensor.h"
 
 namespace ipt_fast {
+
+at::Tensor focal_channel_attention(const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
+                                   const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
+                                   int64_t window_size);
+
+// -> the gradients of qkv and of the parameters in this order.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
+    const at::Tensor& grad, const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
+    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size);
 
 inline void check_heads(int64_t channels, int64_t num_heads, const char* name) {
     TORCH_CHECK_VALUE(num_heads > 0 && channels % num_heads == 0, name, " has ", channels,
@@ -35,6 +49,31 @@ inline Groups groups_of(int64_t images, int64_t channels, int64_t num_heads, con
     g.horizontal = horizontal;
     return g;
 }
+
+// The groups of channel attention of a map `x` of all heads' channels: its windows, or without a size the whole image,
+// in at most kMostBlocks blocks of at least kLeastBlockPixels pixels.
+struct WindowGroups {
+    static constexpr int64_t kMostBlocks = 256;
+    static constexpr int64_t kLeastBlockPixels = 512;
+
+    WindowGroups(const at::Tensor& x, const at::Tensor& temperature, int64_t num_heads,
+                 std::optional<int64_t> window_size) {
+        TORCH_CHECK_VALUE(window_size.value_or(1) > 0, "window_size is ", *window_size, ", expected a positive number");
+        check_per_head(temperature, "temperature", num_heads, x);
+        scale = as_float(temperature);
+        const int64_t height = x.size(2), width = x.size(3), pixels = height * width;
+        // the order of the pixels of a whole image does not matter: take it as one row
+        const bool whole = !window_size.has_value() || *window_size >= std::max(height, width);
+        const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, *window_size, 1);
+        const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
+                                      : Axis::windows_of(width, *window_size, 1);
+        groups = groups_of(x.size(0), x.size(1), num_heads, vertical, horizontal, 1);
+        groups.scale = scale.const_data_ptr<float>();
+    }
+
+    at::Tensor scale;
+    Groups groups;
+};
 
 // The groups of focal channel attention of a map `x` of all heads' channels, with the parameters in fp32.
 struct FocalGroups {

@@ -1,12 +1,12 @@
-// layer_norm_2d and its backward: checks, work partition, registration. The arithmetic is in layer_norm_2d_kernel.h.
-#include "ipt_fast/layer_norm_2d.h"
+// layer_norm_2d and its backward: checks, work partition, registration. The arithmetic is in layer_norm_2d_kernel.cpp.
+#include "layer_norm_2d.h"
 
 #include <torch/library.h>
 
 #include <algorithm>
-#include <tuple>
+#include <cmath>
 
-#include "tensor.h"
+#include "ipt_fast/layer_norm_2d.h"
 
 namespace ipt_fast {
 namespace {
@@ -16,20 +16,18 @@ constexpr int64_t kShares = 64;
 // Fewer values than this are not worth a thread.
 constexpr int64_t kGrainValues = 1 << 15;
 
-void check_channel_parameter(const at::Tensor& parameter, const char* name, const at::Tensor& x) {
-    TORCH_CHECK_VALUE(parameter.dim() == 1 && parameter.size(0) == x.size(1), name, " has shape ", parameter.sizes(),
-                      ", expected (", x.size(1), "), one value for each channel of x");
-    TORCH_CHECK_TYPE(parameter.scalar_type() == x.scalar_type() || parameter.scalar_type() == at::kFloat, name,
-                     " has dtype ", parameter.scalar_type(), ", expected that of x (", x.scalar_type(), ") or Float");
-    TORCH_CHECK_VALUE(parameter.is_cpu(), name, " is on ", parameter.device(), ", expected cpu");
+void check_norm(const at::Tensor& x, const at::Tensor& weight, const char* weight_name, const OptionalTensor& bias,
+                const char* bias_name, double eps) {
+    check_tensor(weight, weight_name, {x.size(1)}, x, true);
+    if (bias.has_value()) {
+        check_tensor(*bias, bias_name, {x.size(1)}, x, true);
+    }
+    TORCH_CHECK_VALUE(eps > 0 && std::isfinite(eps), "eps is ", eps, ", expected a positive and finite number");
 }
 
-void check(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+void check(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps) {
     check_image(x, "x");
-    check_channel_parameter(weight, "weight", x);
-    if (bias.has_value()) {
-        check_channel_parameter(*bias, "bias", x);
-    }
+    check_norm(x, weight, "weight", bias, "bias", eps);
 }
 
 // x itself where a kernel can read it, else a channels-last copy.
@@ -64,9 +62,28 @@ struct Call {
     LayerNorm2dParams params{};
 };
 
+// The shares' rows added one after the other, as a parameter's gradient.
+at::Tensor sum_shares(const at::Tensor& shares, const at::Tensor& parameter) {
+    at::Tensor out = at::zeros({shares.size(1)}, at::kDouble);
+    for (int64_t share = 0; share < shares.size(0); ++share) {
+        out.add_(shares.select(0, share));
+    }
+    return out.narrow(0, 0, parameter.size(0)).to(parameter.scalar_type());
+}
+
+}  // namespace
+
+LayerNorm::LayerNorm(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias, double eps,
+                     bool centered) {
+    check_norm(x, norm_weight, "norm_weight", norm_bias, "norm_bias", eps);
+    weight = padded_parameter(norm_weight, padded(x.size(1)));
+    bias = padded_parameter(norm_bias, padded(x.size(1)));
+    params = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), static_cast<float>(eps), centered};
+}
+
 at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps,
                          bool centered) {
-    check(x, weight, bias);
+    check(x, weight, bias, eps);
     const Call call(x, weight, bias, eps, centered);
     const LayerNorm2dKernels& kernel = IPT_FAST_KERNELS(layer_norm_2d);
     const int64_t scratch_size = forward_scratch(call.params.padded_channels);
@@ -78,20 +95,11 @@ at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const Op
     return call.out;
 }
 
-// The shares' rows added one after the other, as a parameter's gradient.
-at::Tensor sum_shares(const at::Tensor& shares, const at::Tensor& parameter) {
-    at::Tensor out = at::zeros({shares.size(1)}, at::kDouble);
-    for (int64_t share = 0; share < shares.size(0); ++share) {
-        out.add_(shares.select(0, share));
-    }
-    return out.narrow(0, 0, parameter.size(0)).to(parameter.scalar_type());
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::Tensor& grad, const at::Tensor& x,
                                                                       const at::Tensor& weight,
                                                                       const OptionalTensor& bias, double eps,
                                                                       bool centered) {
-    check(x, weight, bias);
+    check(x, weight, bias, eps);
     TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad has shape ", grad.sizes(), ", expected that of x, ", x.sizes());
     TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "grad has dtype ", grad.scalar_type(),
                      ", expected that of x, ", x.scalar_type());
@@ -120,8 +128,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::
     return {call.out, sum_shares(grad_weights, weight),
             bias.has_value() ? sum_shares(grad_biases, *bias) : at::empty({0}, at::kFloat)};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
     m.def("layer_norm_2d(Tensor x, Tensor weight, Tensor? bias, float eps, bool centered) -> Tensor");

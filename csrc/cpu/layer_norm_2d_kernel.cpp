@@ -191,26 +191,12 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
 }
 
 void forward_any(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch) {
-    switch (p.dtype) {
-        case DType::f32:
-            return forward<float>(p, begin, end, scratch);
-        case DType::bf16:
-            return forward<BFloat16>(p, begin, end, scratch);
-        case DType::f16:
-            return forward<Half>(p, begin, end, scratch);
-    }
+    with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p, begin, end, scratch); });
 }
 
 void backward_any(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch, double* grad_weight,
                   double* grad_bias) {
-    switch (p.dtype) {
-        case DType::f32:
-            return backward<float>(p, begin, end, scratch, grad_weight, grad_bias);
-        case DType::bf16:
-            return backward<BFloat16>(p, begin, end, scratch, grad_weight, grad_bias);
-        case DType::f16:
-            return backward<Half>(p, begin, end, scratch, grad_weight, grad_bias);
-    }
+    with_type(p.dtype, [&](auto type) { backward<decltype(type)>(p, begin, end, scratch, grad_weight, grad_bias); });
 }
 
 }  // namespace

@@ -1,22 +1,17 @@
 // leffn and leffn_layer: checks, work partition, registration. The arithmetic is in leffn_kernel.cpp.
-#include "ipt_fast/leffn.h"
+#include "leffn.h"
 
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "tensor.h"
+#include "ipt_fast/leffn.h"
+#include "layer_norm_2d.h"
 
 namespace ipt_fast {
-namespace {
 
-// What the ring of hidden rows may take of a second cache of 1 MB, unless strips would become so narrow that the
-// columns computed twice cost more.
-constexpr int64_t kRingBytes = 600 << 10;
-constexpr int64_t kStripColumns = 64;
-constexpr int64_t kRowsPerStep = 4;
-
-void check(const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
+void check_leffn(const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise,
+                 const at::Tensor& project) {
     check_image(x, "x");
     TORCH_CHECK_VALUE(expand.dim() == 4, "expand_weight has ", expand.dim(), " dimensions, expected 4: (M, C, 1, 1)");
     TORCH_CHECK_VALUE(project.dim() == 4, "project_weight has ", project.dim(),
@@ -29,6 +24,14 @@ void check(const at::Tensor& x, const at::Tensor& expand, const at::Tensor& dept
     check_tensor(depthwise, "depthwise_weight", {hidden, 1, kernel, kernel}, x);
     check_tensor(project, "project_weight", {project.size(0), hidden, 1, 1}, x);
 }
+
+namespace {
+
+// What the ring of hidden rows may take of a second cache of 1 MB, unless strips would become so narrow that the
+// columns computed twice cost more.
+constexpr int64_t kRingBytes = 600 << 10;
+constexpr int64_t kStripColumns = 64;
+constexpr int64_t kRowsPerStep = 4;
 
 // The weights as [padded hidden / kChannelPad][kernel * kernel][kChannelPad], fp32, padded with zeros.
 at::Tensor packed_depthwise(const at::Tensor& weight) {
@@ -102,25 +105,18 @@ at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand,
 
 at::Tensor leffn(const at::Tensor& x, const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
                  const at::Tensor& project_weight) {
-    check(x, expand_weight, depthwise_weight, project_weight);
+    check_leffn(x, expand_weight, depthwise_weight, project_weight);
     return run(x, Norm{}, expand_weight, depthwise_weight, project_weight, false);
 }
 
 at::Tensor leffn_layer(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
                        const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
                        const at::Tensor& project_weight, double eps, bool centered) {
-    check(x, expand_weight, depthwise_weight, project_weight);
-    const int64_t channels = x.size(1);
-    check_tensor(norm_weight, "norm_weight", {channels}, x, true);
-    if (norm_bias.has_value()) {
-        check_tensor(*norm_bias, "norm_bias", {channels}, x, true);
-    }
-    TORCH_CHECK_VALUE(project_weight.size(0) == channels, "project_weight has ", project_weight.size(0),
-                      " output channels, expected those of x, ", channels);
-    const at::Tensor weight = padded_parameter(norm_weight, padded(channels));
-    const at::Tensor bias = padded_parameter(norm_bias, padded(channels));
-    const Norm norm{weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), static_cast<float>(eps), centered};
-    return run(x, norm, expand_weight, depthwise_weight, project_weight, true);
+    check_leffn(x, expand_weight, depthwise_weight, project_weight);
+    const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
+    TORCH_CHECK_VALUE(project_weight.size(0) == x.size(1), "project_weight has ", project_weight.size(0),
+                      " output channels, expected those of x, ", x.size(1));
+    return run(x, norm.params, expand_weight, depthwise_weight, project_weight, true);
 }
 
 }  // namespace

@@ -2,13 +2,13 @@
 // leffn_backward_kernel.cpp.
 #include "ipt_fast/leffn_backward.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "tensor.h"
+#include "layer_norm_2d.h"
+#include "leffn.h"
 
 namespace ipt_fast {
 namespace {
@@ -21,15 +21,7 @@ constexpr int64_t kShareBytes = 32 << 20;
 
 void check(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise,
            const at::Tensor& project) {
-    check_image(x, "x");
-    TORCH_CHECK_VALUE(expand.dim() == 4 && project.dim() == 4 && depthwise.dim() == 4,
-                      "the weights of convolutions have 4 dimensions");
-    const int64_t hidden = expand.size(0), kernel = depthwise.size(3);
-    TORCH_CHECK_VALUE(hidden > 0 && project.size(0) > 0, "a weight is empty");
-    TORCH_CHECK_VALUE(kernel % 2 == 1, "depthwise_weight has a kernel of size ", kernel, ", expected an odd one");
-    check_tensor(expand, "expand_weight", {hidden, x.size(1), 1, 1}, x);
-    check_tensor(depthwise, "depthwise_weight", {hidden, 1, kernel, kernel}, x);
-    check_tensor(project, "project_weight", {project.size(0), hidden, 1, 1}, x);
+    check_leffn(x, expand, depthwise, project);
     check_tensor(grad, "grad", {x.size(0), project.size(0), x.size(2), x.size(3)}, x);
 }
 
@@ -157,24 +149,13 @@ using LayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor
 LayerGradients leffn_layer_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm_weight,
                                     const OptionalTensor& norm_bias, const at::Tensor& expand,
                                     const at::Tensor& depthwise, const at::Tensor& project, double eps, bool centered) {
-    using NormBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-        const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, double, bool);
-    static const auto norm_backward = c10::Dispatcher::singleton()
-                                          .findSchemaOrThrow("ipt_fast_cpu::layer_norm_2d_backward", "")
-                                          .typed<NormBackward>();
     check(grad, x, expand, depthwise, project);
     TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad has shape ", grad.sizes(), ", expected that of x, ", x.sizes());
-    check_tensor(norm_weight, "norm_weight", {x.size(1)}, x, true);
-    if (norm_bias.has_value()) {
-        check_tensor(*norm_bias, "norm_bias", {x.size(1)}, x, true);
-    }
-    const at::Tensor weight = padded_parameter(norm_weight, padded(x.size(1)));
-    const at::Tensor bias = padded_parameter(norm_bias, padded(x.size(1)));
-    const Norm norm{weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), static_cast<float>(eps), centered};
+    const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
     const auto [grad_normed, grad_expand, grad_depthwise, grad_project] =
-        backward(grad, x, expand, depthwise, project, norm);
+        backward(grad, x, expand, depthwise, project, norm.params);
     const auto [grad_x, grad_weight, grad_bias] =
-        norm_backward.call(grad_normed, x, norm_weight, norm_bias, eps, centered);
+        layer_norm_2d_backward(grad_normed, x, norm_weight, norm_bias, eps, centered);
     grad_x.add_(grad);
     return {grad_x, grad_weight, grad_bias, grad_expand, grad_depthwise, grad_project};
 }

@@ -12,6 +12,7 @@
 // `out_channels` again for the halo, 20 % of a tile of 32 by 64 inside an image (kernel 5). Bytes: x and g once and
 // the halo, grad_x once.
 #include "depthwise.h"
+#include "depthwise_gradient.h"
 #include "gelu.h"
 #include "gemm.h"
 #include "ipt_fast/leffn_backward.h"
@@ -61,28 +62,10 @@ inline void add_tap_gradients(const float* grad, const float* const* input, int6
             const float *g = grad, *in = input[y];
             int64_t left = count;
             for (; left >= kPixels; left -= kPixels, g += kPixels * kLanes, in += kPixels * kLanes) {
-                Vec values[kPixels];
-#pragma GCC unroll 8
-                for (int i = 0; i < kPixels; ++i) {
-                    values[i] = load(g + i * kLanes);
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < kPixels + fixed - 1; ++i) {
-                    const Vec value = load(in + i * kLanes);
-#pragma GCC unroll 5
-                    for (int x = 0; x < fixed; ++x) {
-                        if (i - x >= 0 && i - x < kPixels) {
-                            parts[(i - x) % 2][x] = fma(value, values[i - x], parts[(i - x) % 2][x]);
-                        }
-                    }
-                }
+                add_tap_sums<fixed, kPixels, 2>(in, g, parts);
             }
             for (; left > 0; --left, g += kLanes, in += kLanes) {
-                const Vec value = load(g);
-#pragma GCC unroll 5
-                for (int x = 0; x < fixed; ++x) {
-                    parts[0][x] = fma(value, load(in + x * kLanes), parts[0][x]);
-                }
+                add_tap_sums<fixed, 1, 2>(in, g, parts);
             }
 #pragma GCC unroll 5
             for (int x = 0; x < fixed; ++x) {
@@ -363,14 +346,7 @@ void run(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scra
 }
 
 void run_any(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scratch) {
-    switch (p.dtype) {
-        case DType::f32:
-            return run<float>(p, share, group, scratch);
-        case DType::bf16:
-            return run<BFloat16>(p, share, group, scratch);
-        case DType::f16:
-            return run<Half>(p, share, group, scratch);
-    }
+    with_type(p.dtype, [&](auto type) { run<decltype(type)>(p, share, group, scratch); });
 }
 
 void pack(const LeffnBackwardParams& p, int64_t chunk) {

@@ -269,19 +269,8 @@ struct Leffn {
 // body(Leffn, unit) for the storage type and the unit in use.
 template <typename Body>
 auto with_type(const LeffnParams& p, const Body& body) {
-    switch (p.dtype) {
-        case DType::f32:
-            return body(Leffn<float, VectorUnit>{}, VectorUnit{});
-        case DType::f16:
-            return body(Leffn<Half, VectorUnit>{}, VectorUnit{});
-        default:
-#if defined(__AVX512F__)
-            if (p.brgemm != nullptr) {
-                return body(Leffn<BFloat16, MatrixUnit>{}, MatrixUnit{p.brgemm});
-            }
-#endif
-            return body(Leffn<BFloat16, VectorUnit>{}, VectorUnit{});
-    }
+    return with_types(p.dtype, p.brgemm,
+                      [&]<typename T, typename Unit>(T, const Unit& unit) { return body(Leffn<T, Unit>{}, unit); });
 }
 
 int64_t scratch_size(const LeffnParams& p) {

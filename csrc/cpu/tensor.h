@@ -62,6 +62,12 @@ inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef 
     TORCH_CHECK_VALUE(t.is_cpu(), name, " is on ", t.device(), ", expected cpu");
 }
 
+// A third of the channels of a qkv map.
+inline int64_t attention_channels(const at::Tensor& qkv) {
+    TORCH_CHECK_VALUE(qkv.size(1) % 3 == 0, "qkv has ", qkv.size(1), " channels, expected a multiple of 3");
+    return qkv.size(1) / 3;
+}
+
 // A dense channels-last tensor of this shape and x's dtype; large ones are backed by large pages where the system
 // allows it, since the first touch of small ones takes as long as a copy.
 at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x);

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "ipt_fast/kernels.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -31,6 +33,19 @@ struct BFloat16 {
 struct Half {
     uint16_t bits;
 };
+
+// body(T{}) for the storage type.
+template <typename Body>
+inline auto with_type(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::f32:
+            return body(float{});
+        case DType::bf16:
+            return body(BFloat16{});
+        default:
+            return body(Half{});
+    }
+}
 
 inline Vec broadcast(float value) { return value - Vec{}; }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ipt_fast
+from ipt_fast import _extension
 from tests.ops.cases import IMAGE_CALLS, OPERATORS, build, public
 
 
@@ -145,6 +146,22 @@ def test_both_shapes_of_temperature(operator):
 def test_eps_must_be_positive(eps):
     with pytest.raises(ValueError, match=r"layer_norm_2d.*\beps\b"):
         ipt_fast.ops.layer_norm_2d(torch.ones(1, 2, 3, 3), torch.ones(2), eps=eps)
+
+
+WITH_EPS = [operator for operator in OPERATORS if "eps" in build(operator)[2]]
+
+
+@pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan"), float("inf")])
+@pytest.mark.parametrize("operator", WITH_EPS)
+def test_kernels_refuse_eps_too(operator, eps):
+    _, tensors, options = build(operator, (2, 5, 6), torch.float32)
+    arguments = {**tensors, **options, "eps": eps}
+    kernels = torch.ops.ipt_fast_cpu
+    with pytest.raises(ValueError, match=r"\beps\b"):
+        getattr(kernels, operator)(**arguments)
+    with pytest.raises(ValueError, match=r"\beps\b"):
+        getattr(kernels, f"{operator}_backward")(grad=tensors["x"], **arguments)
 
 
 @pytest.mark.parametrize("eps", ["small", None, [1e-5]])
