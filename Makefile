@@ -15,7 +15,7 @@ PIP    := $(PY) -m pip
 CSRC   := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp,$(CSRC))
 
-.PHONY: demo test bench sanitize lint clean
+.PHONY: demo test bench gpu-check sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo
@@ -25,6 +25,13 @@ test: $(VENV)/.installed $(VENV)/.oracles
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks
+
+# On a machine with an NVIDIA GPU, with the Python, torch and triton that are there; nothing is downloaded.
+# PART=tests, sanitize or bench runs one part; logs, gpu.csv, gpu.png and summary.txt go to OUT.
+PART ?= all
+OUT  ?= build/gpu-check
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --part $(PART) --out "$(OUT)"
 
 # The kernels' tests with every access and every undefined operation checked, on a build of its own.
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer

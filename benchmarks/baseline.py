@@ -1,7 +1,10 @@
 """Plain PyTorch, the rival: the same formulas with every intermediate in the tested dtype."""
 
 import contextlib
+import functools
 
+import torch
+import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 
 from ipt_fast import ops, reference
@@ -37,23 +40,53 @@ def native_layer_norm(x, weight, bias=None, *, eps=1e-5, centered=True):
     return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
 
 
-def sdpa_grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
-    """Grid attention with the core by scaled_dot_product_attention."""
+def _grid_attention(core, qkv, num_heads, grid_size):
+    """Grid attention with ``core(q, k, v, padding)`` on (groups, heads, tokens, depth)."""
     batch, packed, height, width = qkv.shape
     qkv = pad_to_multiple(qkv, grid_size, grid_size)
     rows, columns = qkv.shape[2:]
     q, k, v = (lattice(t, num_heads, grid_size).flatten(0, 2) for t in qkv.chunk(3, dim=1))
-    mask = None
-    if bias_table is not None:
-        mask = bias_table[relative_position_index(grid_size, qkv.device)].permute(2, 0, 1)[None]
+    padding = None
     if (rows, columns) != (height, width):
         inside = pad_to_multiple(qkv.new_ones(batch, 1, height, width), grid_size, grid_size)
         padding = lattice(inside, 1, grid_size).flatten(0, 2).transpose(-2, -1).log()  # 0, or -inf on padded keys
-        mask = padding if mask is None else mask + padding
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = core(q, k, v, padding)
     cubby = (rows // grid_size, columns // grid_size)
     out = out.reshape(batch, *cubby, num_heads, grid_size, grid_size, -1).permute(0, 3, 6, 4, 1, 5, 2)
     return out.reshape(batch, packed // 3, rows, columns)[..., :height, :width]
+
+
+def sdpa_grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
+    """Grid attention with the core by scaled_dot_product_attention."""
+
+    def core(q, k, v, padding):
+        mask = padding
+        if bias_table is not None:
+            bias = bias_table[relative_position_index(grid_size, qkv.device)].permute(2, 0, 1)[None]
+            mask = bias if padding is None else bias + padding
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return _grid_attention(core, qkv, num_heads, grid_size)
+
+
+@functools.cache
+def _flex_attention():
+    return torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=False)
+
+
+def flex_grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
+    """Grid attention with the core by FlexAttention, compiled; whole lattices only."""
+    index = relative_position_index(grid_size, qkv.device)
+
+    def with_bias(score, group, head, query, key):
+        return score if bias_table is None else score + bias_table[index[query, key], head]
+
+    def core(q, k, v, padding):
+        if padding is not None:
+            raise ValueError(f"the lattice must be whole; {qkv.shape[2]}x{qkv.shape[3]} is not")
+        return _flex_attention()(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=with_bias)
+
+    return _grid_attention(core, qkv, num_heads, grid_size)
 
 
 def sdpa_grid_layer(x, norm_weight, norm_bias, qkv_weight, project_weight, bias_table=None, **options):

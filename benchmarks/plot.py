@@ -1,4 +1,6 @@
-"""How much faster than the best rival: the newest row of every case as bars."""
+"""How much faster than the best rival: the newest row of every case as bars. ``python -m benchmarks.plot CSV PNG``"""
+
+import sys
 
 from benchmarks import results
 
@@ -12,8 +14,9 @@ def draw(csv_path, png_path):
 
     newest = {}
     for row in results.read(csv_path):
-        if row["contender"] == "ipt_fast":
-            newest[row["case"], row["dtype"], row["direction"], row["allocator"]] = float(row["times_faster"])
+        if row["contender"] == "ipt_fast" and row["times_faster"]:
+            process = row.get("allocator") or row["gpu"]
+            newest[row["case"], row["dtype"], row["direction"], process] = float(row["times_faster"])
     cases = list(dict.fromkeys(key[0] for key in newest))
     series = list(dict.fromkeys(key[1:] for key in newest))
     height = 0.8 / len(series)
@@ -30,3 +33,7 @@ def draw(csv_path, png_path):
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(png_path, dpi=110)
+
+
+if __name__ == "__main__":
+    draw(*sys.argv[1:])

@@ -155,3 +155,39 @@ CASES = [
         [parameter(1024, 1, 5, 5), parameter(1024, 1, 3, 3), parameter(1024, 1, 1, 1)],
     ),
 ]
+
+# On GPUs: full-resolution levels of IPT-V2 base (48 channels, 96 in the decoder) and small, 512 x 512.
+GPU_CASES = [
+    _operator("layer_norm_2d with bias 1x48x512x512", "layer_norm_2d", [image(48, 512), parameter(48), parameter(48)]),
+    _operator(
+        "channel_attention 1x48x512x512",
+        "channel_attention",
+        [image(48, 512), image(48, 512), image(48, 512), parameter(1)],
+        {"num_heads": 1},
+    ),
+    _operator(
+        "focal_channel_attention 1x48x512x512 p32",
+        "focal_channel_attention",
+        [image(144, 512), parameter(1), *[parameter(1, 32, 32)] * 3],
+        {"num_heads": 1, "window_size": 32},
+    ),
+    _operator(
+        "grid_attention 1x48x512x512 g16",
+        "grid_attention",
+        [image(144, 512), parameter(961, 1)],
+        {"num_heads": 1, "grid_size": 16},
+        sdpa=baseline.sdpa_grid_attention,
+        flex=baseline.flex_grid_attention,
+    ),
+    *(_focal_layer(*sizes) for sizes in ((48, 1, 512), (96, 2, 512))),
+    *(_grid_layer(*sizes) for sizes in ((48, 1, 512, 16), (96, 2, 512, 16), (32, 1, 512, 8))),
+    *(_leffn_layer(*sizes) for sizes in ((48, 512), (96, 512))),
+    _operator(
+        "merge_pointwise 384-768-1536", "merge_pointwise", [parameter(768, 384, 1, 1), parameter(1536, 768, 1, 1)]
+    ),
+    _operator(
+        "merge_depthwise 1536",
+        "merge_depthwise",
+        [parameter(1536, 1, 5, 5), parameter(1536, 1, 3, 3), parameter(1536, 1, 1, 1)],
+    ),
+]

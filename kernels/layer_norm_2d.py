@@ -15,7 +15,16 @@ PROGRAMS = 512  # of the backward: a number of its own, so that sums are in the 
 
 @triton.jit
 def layer_norm_2d_fwd_kernel(
-    x, weight, bias, y, pixels, eps, C: tl.constexpr, CENTERED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    weight,
+    bias,
+    y,
+    pixels,
+    eps,
+    C: tl.constexpr,
+    CENTERED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     # b_x, b_s, b_y: (BLOCK_P, BLOCK_C)
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -102,9 +102,10 @@ def main():
     parser.add_argument("pattern", nargs="?", default="", help="regular expression: names of the calls")
     parser.add_argument("--capability", type=int, action="append", choices=SHARED_MEMORY, help="default: all")
     parser.add_argument("--choice", type=int, default=0, help="configuration of every kernel, 0 is the default one")
+    parser.add_argument("--narrow", action="store_true", help="of every operator only the first matching call")
     args = parser.parse_args()
     found = []
-    for launch in distinct(record_calls(args.pattern, args.choice)):
+    for launch in distinct(record_calls(args.pattern, args.choice, args.narrow)):
         for capability in args.capability or SHARED_MEMORY:
             found.append(dataclasses.asdict(compile_launch(launch, capability)))
             print(json.dumps(found[-1], default=str), file=sys.stderr, flush=True)

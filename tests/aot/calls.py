@@ -2,9 +2,8 @@
 
 import re
 
-import torch
-
 import ipt_fast.kernels
+import torch
 from ipt_fast.kernels import _launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,13 +30,15 @@ def calls():
     return found
 
 
-def record_calls(pattern="", choice=0):
-    """All launches of the calls whose name matches."""
-    launches = []
+def record_calls(pattern="", choice=0, narrow=False):
+    """All launches of the calls whose name matches; ``narrow``: of every operator its first one."""
+    launches, seen = [], set()
     for name, (operator, arguments) in calls().items():
-        if re.search(pattern, name):
-            with _launch.record(choice) as recorded:
-                out = getattr(ipt_fast.kernels, operator)(*arguments)
-                getattr(ipt_fast.kernels, f"{operator}_backward")(torch.empty_like(out), *arguments)
-            launches += recorded
+        if not re.search(pattern, name) or (narrow and operator in seen):
+            continue
+        seen.add(operator)
+        with _launch.record(choice) as recorded:
+            out = getattr(ipt_fast.kernels, operator)(*arguments)
+            getattr(ipt_fast.kernels, f"{operator}_backward")(torch.empty_like(out), *arguments)
+        launches += recorded
     return launches

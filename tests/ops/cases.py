@@ -1,8 +1,12 @@
 """One or more calls of every operator, and the error rule by which their results are judged."""
 
+import os
+
 import torch
 
 from ipt_fast import ops, reference
+
+DEVICE = os.environ.get("IPT_FAST_TEST_DEVICE", "cpu")  # "cuda": the same tests on a GPU
 
 IMAGES = {"x", "q", "k", "v", "qkv"}
 WEIGHTS = {"expand_weight", "depthwise_weight", "project_weight", "qkv_weight", "first", "second", "k5", "k3", "k1"}
@@ -139,7 +143,7 @@ def cast(tensors, dtype, small_dtype=None):
     def of(name):
         return dtype if name in IMAGES | WEIGHTS else small_dtype or dtype
 
-    return {name: value.detach().to(of(name)) for name, value in tensors.items()}
+    return {name: value.detach().to(DEVICE, of(name)) for name, value in tensors.items()}
 
 
 def public(operator, tensors, options):

@@ -1,0 +1,97 @@
+"""``make gpu-check``: builds, tests, sanitises and measures on an NVIDIA GPU, offline, in ten minutes.
+
+Everything goes to the folder ``--out``: logs, gpu.csv, gpu.png and summary.txt, which says for every part whether it
+passed, failed or could not run.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TOOLS = ("memcheck", "racecheck")
+OPERATOR_TESTS = ["tests/ops/test_parity.py", "tests/ops/test_not_finite.py"]
+
+
+class Check:
+    """Runs the parts one after the other and keeps what became of them."""
+
+    def __init__(self, out, seconds):
+        self.out, self.end, self.results = out, time.monotonic() + seconds, []
+
+    def run(self, name, command, limit, **environment):
+        """A part: its output goes to <name>.log and its end to the screen."""
+        limit = min(limit, self.end - time.monotonic())
+        if limit < 10:
+            self.note(name, "left out for want of time")
+            return False
+        began = time.monotonic()
+        log = self.out / f"{name}.log"
+        try:
+            with open(log, "w") as file:
+                code = subprocess.run(
+                    command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
+                    timeout=limit,
+                ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = "timeout"
+        said = log.read_text(errors="replace").strip().splitlines()
+        print("\n".join(said[-15:]), flush=True)
+        last = said[-1] if said else ""
+        self.note(name, f"{'passed' if code == 0 else f'FAILED ({code})'} in {time.monotonic() - began:.0f} s: {last}")
+        return code == 0
+
+    def note(self, name, result):
+        self.results.append((name, result))
+        print(f"== {name}: {result}", flush=True)
+        (self.out / "summary.txt").write_text("".join(f"{part}: {said}\n" for part, said in self.results))
+
+    def build(self):
+        install = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
+        return self.run("build", [sys.executable, "-m", "pip", *install], 300)
+
+    def tests(self):
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        self.run("tests_models", [*pytest, "-m", "gpu", "tests/gpu"], 240)
+        self.run("tests_operators", [*pytest, *OPERATOR_TESTS], 240, IPT_FAST_TEST_DEVICE="cuda")
+
+    def sanitize(self):
+        sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if sanitizer is None:
+            self.note("sanitize", "could not run: there is no compute-sanitizer")
+            return
+        for tool in TOOLS:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "tests.gpu.sanitized"]
+            self.run(f"sanitize_{tool}", command, 150, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    def bench(self):
+        left = self.end - time.monotonic() - 20
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(self.out), "--seconds", str(0.7 * left)]
+        self.run("bench", command, left)
+        if (self.out / "gpu.csv").exists():
+            plot = [sys.executable, "-m", "benchmarks.plot", str(self.out / "gpu.csv"), str(self.out / "gpu.png")]
+            self.run("plot", plot, 60)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--part", choices=("all", "tests", "sanitize", "bench"), default="all")
+    parser.add_argument("--seconds", type=float, default=580, help="for everything")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    check = Check(out, args.seconds)
+    if check.build():
+        for part in ("tests", "sanitize", "bench"):
+            if args.part in ("all", part):
+                getattr(check, part)()
+    return int(any("FAILED" in result for _, result in check.results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Calls of the operators at the models' widths, larger than those of tests/ops."""
+
+import torch
+
+from tests.ops import cases
+
+# name: (call of tests/ops/cases.py, shape (batch, height, width), fields)
+SIZES = {
+    "layer_norm_2d 96": ("layer_norm_2d", (2, 61, 83), {"channels": 96}),
+    "channel_attention 48": ("channel_attention", (1, 131, 97), {"heads": 2, "depth": 48}),
+    "focal 32 p32": ("focal_channel_attention", (1, 70, 101), {"heads": 2, "depth": 32, "window": 32}),
+    "focal 48 p32": ("focal_channel_attention", (2, 64, 64), {"heads": 1, "depth": 48, "window": 32}),
+    "grid 32 g8": ("grid_attention", (1, 61, 72), {"heads": 2, "depth": 32, "grid": 8}),
+    "grid 48 g16": ("grid_attention", (1, 70, 64), {"heads": 2, "depth": 48, "grid": 16}),
+    "leffn 48": ("leffn", (1, 45, 83), {"channels": 48, "hidden": 192, "out": 48}),
+    "focal layer 32": ("focal_attention_layer", (1, 70, 64), {"heads": 2, "depth": 32, "window": 32}),
+    "focal layer 48": ("focal_attention_layer", (1, 64, 70), {"heads": 2, "depth": 48, "window": 32}),
+    "grid layer 32": ("grid_attention_layer", (1, 61, 72), {"heads": 2, "depth": 32, "grid": 8}),
+    "grid layer 48": ("grid_attention_layer", (1, 64, 70), {"heads": 1, "depth": 48, "grid": 16}),
+    "leffn layer 64": ("leffn_layer", (1, 45, 83), {"channels": 64, "hidden": 256}),
+    "leffn layer 96": ("leffn_layer", (1, 45, 40), {"channels": 96, "hidden": 384}),
+}
+
+
+def build(name, dtype):
+    """(operator, tensors, options) of a call at a model's size, on the device under test."""
+    call, shape, fields = SIZES[name]
+    operator, builder, _ = cases.CALLS[call]
+    tensors, options = builder(*shape, **fields)
+    return operator, cases.cast(tensors, dtype, torch.float32), options

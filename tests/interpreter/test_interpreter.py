@@ -1,0 +1,50 @@
+"""The Triton kernels on CPU tensors, by Triton's interpreter, through the tests of every other backend.
+
+The interpreter must be on before the kernels are imported, and then no kernel can be compiled: hence a process.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install ipt-fast[triton])")
+
+# A call and a dtype of each kind; the rest is slow.
+SUBSET = "float32 and small_fp32 or bfloat16 and small_same"
+EVERYTHING = "tests/ops/test_parity.py"
+
+
+def run(*arguments):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    return int(re.search(r"(\d+) passed", result.stdout)[1])
+
+
+def test_parity_of_every_operator():
+    assert run("tests/ops/test_parity.py", "-k", f"test_parity and ({SUBSET})") > 30
+
+
+@pytest.mark.slow
+def test_everything():
+    assert run(EVERYTHING, "tests/ops/test_not_finite.py") > 300
+
+
+def test_the_interpreter_accepts_cpu_tensors_and_nothing_else_does():
+    code = (
+        "import torch, ipt_fast\n"
+        "x, w = torch.rand(1, 4, 3, 5), torch.ones(4)\n"
+        "print(ipt_fast.explain('layer_norm_2d', x, w)['layer_norm_2d']['triton'])"
+    )
+    said = {}
+    for interpret in ("0", "1"):
+        environment = {**os.environ, "TRITON_INTERPRET": interpret}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        said[interpret] = result.stdout.strip()
+    assert said["1"] == "None"
+    assert "NVIDIA" in said["0"] and "TRITON_INTERPRET=1" in said["0"]
