@@ -2,8 +2,9 @@
 
 import re
 
-import ipt_fast.kernels
 import torch
+
+import ipt_fast.kernels
 from ipt_fast.kernels import _launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -73,8 +73,9 @@ def test_other_device(call):
 
 def compiled_kernels():
     """How many variants of Triton kernels this process has compiled."""
-    import ipt_fast.kernels
     from triton.runtime.jit import JITFunction
+
+    import ipt_fast.kernels
 
     modules = [value for value in vars(ipt_fast.kernels).values() if inspect.ismodule(value)]
     functions = {value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
