@@ -34,7 +34,7 @@ def inference(model, x, dtype, compiled=False):
 
     def call():
         with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
-            return run(x)
+            return [run(x)]
 
     return call
 
@@ -49,7 +49,7 @@ def training_step(model, x, dtype, compiled=False):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = run(x).square().mean()
         loss.backward()
-        return loss
+        return [loss.detach(), *(p.grad for p in model.parameters())]
 
     return call
 
@@ -69,11 +69,18 @@ def contenders(make, model, x, dtype):
 
 
 def check_parity(calls, dtype):
-    """Raise unless the output (or the loss) is that of plain eager PyTorch, as far as the dtype tells."""
-    ours, eager = calls["ipt_fast"]().float(), calls["eager"]().float()
-    error = ((ours - eager).abs().max() / eager.abs().max()).item()
+    """Raise unless the output, or the loss and all gradients together, are those of plain eager PyTorch.
+
+    The limits are of |ours - eager| / |eager|; a gradient has gone through every layer twice.
+    """
+    (ours, *our_grads), (eager, *grads) = calls["ipt_fast"](), calls["eager"]()
     limit = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    assert error < limit, f"error {error:.1e} is above {limit:.1e}; no speed is reported"
+    pairs = [("output", ours.flatten(), eager.flatten(), limit)]
+    if grads:
+        pairs.append(("gradients", *(torch.cat([g.flatten() for g in each]) for each in (our_grads, grads)), 4 * limit))
+    for name, value, truth, allowed in pairs:
+        error = ((value.float() - truth.float()).norm() / truth.float().norm()).item()
+        assert error < allowed, f"{name}: error {error:.1e} is above {allowed:.1e}; no speed is reported"
 
 
 def compare(benchmark, make, name, batch, size, dtype_name):

@@ -33,8 +33,18 @@ def _too_old(device):
     return f"the kernels need compute capability 8.0 or later; {name} has {capability[0]}.{capability[1]}"
 
 
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check_machine():
+    if torch.cuda.is_available() or _interpreted():
+        return None
+    return "PyTorch finds no NVIDIA GPU here (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly)"
+
+
 def _check_device(device):
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = _interpreted()
     if device.type == "cuda":
         return "TRITON_INTERPRET=1 runs kernels on CPU tensors only" if interpreted else _too_old(device.index)
     if device.type == "cpu" and interpreted:
@@ -58,7 +68,7 @@ def register(operator, limits=None):
         if error := _installed():
             return error
         if args is None:
-            return None
+            return _check_machine()
         if reason := _check_device(args[0].device):
             return reason
         if args[0].dtype not in DTYPES:

@@ -11,6 +11,7 @@ from tests.ops.cases import (
     assert_within_rule,
     baseline,
     build,
+    cast,
     exact,
     forward_and_gradients,
     public,
@@ -50,6 +51,51 @@ def test_parity(call, dtype, small_dtype):
             assert got["out"].dtype == dtype
             assert all(got[name].dtype == value.dtype for name, value in tensors.items())
             assert_within_rule(got, truth, base)
+
+
+UNUSUAL = {
+    "leffn": [{"kernel": 1}, {"kernel": 9}, {"hidden": 1, "channels": 1, "out": 1}],
+    "leffn_layer": [{"kernel": 9}],
+    "channel_attention/windows": [{"window": 1}, {"window": 100}],
+    "focal_channel_attention": [{"window": 1}, {"window": 2}, {"window": 100}],
+    "focal_attention_layer": [{"window": 1}, {"depth": 1}],
+    "grid_attention": [{"grid": 1}, {"grid": 20}],
+    "grid_attention_layer": [{"grid": 1}, {"depth": 1}],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", UNUSUAL)
+def test_unusual_sizes(call, dtype):
+    """Windows of one pixel and larger than the map, convolutions of one tap and of many, single channels."""
+    operator, builder, fields = CALLS[call]
+    for changes in UNUSUAL[call]:
+        tensors, options = builder(2, 9, 11, **{**fields, **changes})
+        tensors = cast(tensors, dtype)
+        grad = gradient_of_output(operator, tensors, options)
+        truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
+        for backend in runnable(operator, tensors, options):
+            assert_within_rule(on_backend(backend, operator, tensors, options, grad), truth, base)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_weights_with_strides(call):
+    """Parameters that are views: every second value of a larger tensor, or with their first axes exchanged."""
+    operator, tensors, options = build(call, (1, 6, 7), torch.float32)
+    grad = gradient_of_output(operator, tensors, options)
+    truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
+    moved = {name: every_second(value) for name, value in tensors.items() if name not in IMAGES}
+    turned = {name: v.transpose(0, 1).contiguous().transpose(0, 1) for name, v in moved.items() if v.dim() > 1}
+    for views in (moved, turned):
+        for backend in runnable(operator, {**tensors, **views}, options):
+            assert_within_rule(on_backend(backend, operator, {**tensors, **views}, options, grad), truth, base)
+
+
+def every_second(value):
+    """``value`` as a part of a tensor twice as wide, which is NaN elsewhere."""
+    wide = value.new_full((*value.shape, 2), float("nan"))
+    wide[..., 0] = value
+    return wide[..., 0]
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-3])
