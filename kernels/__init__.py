@@ -5,6 +5,16 @@ statistics are in fp32. Gradients are summed in a fixed order, never by atomic a
 ipt_fast imports this package before a kernel is asked for.
 """
 
+from .grid_attention import grid_attention
+from .grid_attention_backward import grid_attention_backward
+from .grid_attention_layer import grid_attention_layer, grid_attention_layer_backward
 from .layer_norm_2d import layer_norm_2d, layer_norm_2d_backward
 
-__all__ = ["layer_norm_2d", "layer_norm_2d_backward"]
+__all__ = [
+    "grid_attention",
+    "grid_attention_backward",
+    "grid_attention_layer",
+    "grid_attention_layer_backward",
+    "layer_norm_2d",
+    "layer_norm_2d_backward",
+]

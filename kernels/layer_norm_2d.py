@@ -45,7 +45,7 @@ def layer_norm_2d_fwd_kernel(
 
 @triton.jit
 def layer_norm_2d_bwd_kernel(
-    grad, x, weight, grad_x, sums, pixels, eps,
+    grad, x, weight, residual, grad_x, sums, pixels, eps,
     C: tl.constexpr, CENTERED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # b_x, b_s, b_g: (BLOCK_P, BLOCK_C); sums: (PROGRAMS, 2, C), of weight and bias
@@ -71,7 +71,10 @@ def layer_norm_2d_bwd_kernel(
         b_gx = b_g - b_s * b_rstd * (tl.sum(b_g * b_n, axis=1) / C)[:, None]
         if CENTERED:
             b_gx -= (tl.sum(b_g, axis=1) / C)[:, None]
-        tl.store(grad_x + p_x, (b_gx * b_rstd).to(grad_x.dtype.element_ty), mask=m_x)
+        b_gx *= b_rstd
+        if residual is not None:
+            b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)
+        tl.store(grad_x + p_x, b_gx.to(grad_x.dtype.element_ty), mask=m_x)
     p_sums = sums + i_program * 2 * C + o_c
     tl.store(p_sums, b_gw, mask=m_c)
     tl.store(p_sums + C, b_gb, mask=m_c)
@@ -95,7 +98,8 @@ def layer_norm_2d(x, weight, bias, eps, centered):
     return y
 
 
-def layer_norm_2d_backward(grad, x, weight, bias, eps, centered):
+def layer_norm_2d_backward(grad, x, weight, bias, eps, centered, residual=None):
+    """``residual``: a map that is added to the gradient of ``x``, before it is rounded."""
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     grad_x = torch.empty_like(x)
@@ -103,9 +107,9 @@ def layer_norm_2d_backward(grad, x, weight, bias, eps, centered):
     programs = min(PROGRAMS, triton.cdiv(pixels, tiles["BLOCK_P"]))
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     launch(
-        layer_norm_2d_bwd_kernel, (programs,), grad, x, weight, grad_x, sums, pixels, eps,
+        layer_norm_2d_bwd_kernel, (programs,), grad, x, weight, residual, grad_x, sums, pixels, eps,
         C=channels, CENTERED=centered, PROGRAMS=PROGRAMS, **tiles,
-        work=Work(3 * x.numel() * x.element_size(), vector=20 * x.numel()),
+        work=Work((3 if residual is None else 4) * x.numel() * x.element_size(), vector=20 * x.numel()),
     )  # fmt: skip
     grad_weight, grad_bias = sums.sum(dim=0)
     return grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)

@@ -28,6 +28,17 @@ def calls():
             x, norm = _image(width, dtype), _tensor(width)
             found[f"layer_norm_2d {width} {label}"] = "layer_norm_2d", (x, norm, norm, 1e-5, True)
             found[f"layer_norm_2d bias-free {width} {label}"] = "layer_norm_2d", (x, norm, None, 1e-5, False)
+        for head, grid in ((32, 8), (48, 16)):
+            for heads in (1, 2, 4, 8):
+                width, name = head * heads, f"{head * heads} {grid}x{grid} {label}"
+                table, shape = _tensor((2 * grid - 1) ** 2, heads), (heads, grid)
+                found[f"grid_attention {name}"] = "grid_attention", (_image(3 * width, dtype), table, *shape)
+                weights = _tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(width, width, 1, 1, dtype=dtype)
+                call = (_image(width, dtype), _tensor(width), None, *weights, table, *shape, 1e-5, False)
+                found[f"grid_attention_layer {name}"] = "grid_attention_layer", call
+            found[f"grid_attention no bias {head} {grid}x{grid} {label}"] = (
+                "grid_attention", (_image(3 * head, dtype), None, 1, grid),
+            )  # fmt: skip
     return found
 
 

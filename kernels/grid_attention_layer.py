@@ -1,0 +1,123 @@
+"""x + project(attention(qkv(norm(x)))) on dilated lattices; see ipt_fast.ops.grid_attention_layer.
+
+Small lattices and widths (`fits_one_kernel`): one program makes one group from x to the output, so that a pixel's 2 C
+values are all the memory traffic, and 8 C² + 4 tokens C FLOP a pixel run on what the chip holds. Otherwise the norm is
+part of the first projection, the residual of the second, with the attention between: 12 C values.
+
+Backward: normalised pixels and projections are made again, then each part's own backward runs.
+"""
+
+import triton
+import triton.language as tl
+
+from ._dot import dot
+from ._lattice import bias_offsets, biases, finite_shift, group_pixels, lattice_of, masked_scores
+from ._launch import Work, block_of, config, launch, matmul
+from .grid_attention import grid_attention
+from .grid_attention_backward import grid_attention_backward
+from .layer_norm_2d import layer_norm_2d, layer_norm_2d_backward
+from .pointwise import map_of, pixels_of, pointwise
+
+
+@triton.jit
+def grid_attention_layer_fwd_kernel(
+    x, norm_weight, norm_bias, qkv_weight, project_weight, table, out, height, width, row_step, column_step, scale, eps,
+    CENTERED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, LATTICE: tl.constexpr, SIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # b_x, b_y, b_out: (BLOCK_T, BLOCK_C); b_q, b_k, b_v, b_a: (BLOCK_T, BLOCK_D); b_s, b_p: (BLOCK_T, BLOCK_T)
+    C: tl.constexpr = HEADS * D
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    i_group = tl.program_id(0)
+    o_t = tl.arange(0, BLOCK_T)
+    o_c = tl.arange(0, BLOCK_C)
+    o_d = tl.arange(0, BLOCK_D)
+    m_c = o_c < C
+    m_w = (o_d < D)[:, None] & m_c[None, :]
+    o_pixel, m_t = group_pixels(i_group, o_t, height, width, row_step, column_step, LATTICE)
+    o_x = o_pixel[:, None] * C + o_c[None, :]
+    m_x = m_t[:, None] & m_c[None, :]
+    b_x = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_mean = tl.sum(b_x, axis=1) / C
+    b_y = tl.where(m_c[None, :], b_x - b_mean[:, None], 0.0)
+    b_rstd = 1.0 / tl.sqrt(tl.sum(b_y * b_y, axis=1) / C + eps)
+    if not CENTERED:
+        b_y = b_x
+    b_y *= b_rstd[:, None] * tl.load(norm_weight + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if norm_bias is not None:
+        b_y += tl.load(norm_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_y = b_y.to(DTYPE)
+    o_table = bias_offsets(o_t, LATTICE, SIDE)
+    o_bias = (o_table[:, None] - o_table[None, :] + SIDE * SIDE // 2) * HEADS
+    b_out = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    for i_head in range(0, HEADS):
+        p_w = qkv_weight + (i_head * D + o_d)[:, None] * C + o_c[None, :]
+        b_q = dot(b_y, tl.trans(tl.load(p_w, mask=m_w, other=0.0)), None, PRECISION).to(DTYPE)
+        b_k = dot(b_y, tl.trans(tl.load(p_w + C * C, mask=m_w, other=0.0)), None, PRECISION).to(DTYPE)
+        b_s = masked_scores(b_q, b_k, biases(table, o_bias + i_head), m_t[None, :], scale, PRECISION)
+        b_p = tl.exp2(b_s - finite_shift(tl.max(b_s, axis=1))[:, None])
+        b_sum = tl.sum(b_p, axis=1)
+        b_v = dot(b_y, tl.trans(tl.load(p_w + 2 * C * C, mask=m_w, other=0.0)), None, PRECISION).to(DTYPE)
+        b_a = dot(b_p.to(DTYPE), b_v, None, PRECISION) / b_sum[:, None]
+        p_w = project_weight + o_c[None, :] * C + (i_head * D + o_d)[:, None]
+        b_out = dot(b_a.to(DTYPE), tl.load(p_w, mask=m_w, other=0.0), b_out, PRECISION)
+    b_out += tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    tl.store(out + o_x, b_out.to(DTYPE), mask=m_x)
+
+
+def fits_one_kernel(lattice, x):
+    """Whether the layer is one kernel: a group, its keys and a head's weights have to stay on the chip."""
+    return lattice.tokens <= 64 and lattice.channels <= (64 if x.element_size() == 4 else 128)
+
+
+def _tiles(lattice):
+    block = dict(BLOCK_T=block_of(lattice.tokens), BLOCK_C=block_of(lattice.channels))
+    return [dict(**block, num_warps=warps, num_stages=stages) for warps, stages in [(4, 1), (8, 1), (4, 2)]]
+
+
+def _in_one_kernel(x, norm_weight, norm_bias, qkv_weight, project_weight, table, lattice, eps, centered):
+    out = x.new_empty(x.shape[0], *x.shape[2:], lattice.channels).permute(0, 3, 1, 2)
+    key = lattice.key(x, table) + f"-{lattice.heads}"
+    tiles = config("grid_attention_layer_fwd", key, _tiles(lattice), x.device)
+    depth, width = block_of(lattice.depth), tiles["BLOCK_C"]
+    scores = lattice.rows * lattice.heads * lattice.tokens
+    weights = 4 * lattice.channels**2
+    launch(
+        grid_attention_layer_fwd_kernel, (lattice.groups,),
+        x, norm_weight, norm_bias, qkv_weight, project_weight, table, out, *lattice.steps, lattice.depth**-0.5, eps,
+        CENTERED=centered, **lattice.constants(x), **tiles,
+        work=Work(
+            (2 * x.numel() + weights) * x.element_size(),
+            matrix=8 * lattice.rows * lattice.heads * width * depth + 4 * scores * depth,
+            vector=8 * (x.numel() + scores),
+        ),
+    )  # fmt: skip
+    return out
+
+
+def grid_attention_layer(
+    x, norm_weight, norm_bias, qkv_weight, project_weight, bias_table, num_heads, grid_size, eps, centered
+):
+    lattice = lattice_of(x, x.shape[1], num_heads, grid_size)
+    if fits_one_kernel(lattice, x):
+        weights = (norm_weight, norm_bias, qkv_weight, project_weight, bias_table)
+        return _in_one_kernel(x, *weights, lattice, eps, centered)
+    qkv = pointwise(x, qkv_weight, norm_weight, norm_bias, eps, centered)
+    return pointwise(grid_attention(qkv, bias_table, num_heads, grid_size), project_weight, residual=x)
+
+
+def grid_attention_layer_backward(
+    grad, x, norm_weight, norm_bias, qkv_weight, project_weight, bias_table, num_heads, grid_size, eps, centered
+):
+    channels = x.shape[1]
+    to_qkv, to_out = qkv_weight.view(3 * channels, channels), project_weight.view(channels, channels)
+    normal = layer_norm_2d(x, norm_weight, norm_bias, eps, centered)
+    qkv = map_of(matmul(pixels_of(normal), to_qkv.t()), x)
+    attended = grid_attention(qkv, bias_table, num_heads, grid_size)
+    grad_project = matmul(pixels_of(grad).t(), pixels_of(attended))
+    grad_attended = map_of(matmul(pixels_of(grad), to_out), x)
+    grad_qkv, grad_table = grid_attention_backward(grad_attended, qkv, bias_table, num_heads, grid_size)
+    grad_to_qkv = matmul(pixels_of(grad_qkv).t(), pixels_of(normal))
+    grad_normal = map_of(matmul(pixels_of(grad_qkv), to_qkv), x)
+    grad_x, *grad_norm = layer_norm_2d_backward(grad_normal, x, norm_weight, norm_bias, eps, centered, residual=grad)
+    return grad_x, *grad_norm, grad_to_qkv.view_as(qkv_weight), grad_project.view_as(project_weight), grad_table

@@ -1,0 +1,162 @@
+"""Pointwise convolution of a map: norm(x) W^T, with layer norm before it and GELU or a residual after it.
+
+A map is a matrix of pixels by channels. A program takes BLOCK_P pixels: it reads their mean and variance from the map
+(the second and third read of it come from the cache), then makes LOOP blocks of outputs; where all channels fit one
+block, normalised pixels stay in registers for them all. Memory traffic: C values in, N out, N more for a residual.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dot import dot
+from ._launch import Work, block_of, config, key_of, launch, matmul, precision
+
+
+@triton.jit
+def gelu(b_x):
+    return 0.5 * b_x * (1.0 + tl.erf(b_x * 0.7071067811865476))
+
+
+@triton.jit
+def row_statistics(x, o_p, m_p, eps, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
+    # mean and 1 / standard deviation of rows: (BLOCK_P,); the variance from centred values, so in a second pass
+    b_sum = tl.zeros((BLOCK_P,), dtype=tl.float32)
+    for i_k in range(0, C, BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        m_x = m_p[:, None] & (o_k < C)[None, :]
+        b_sum += tl.sum(tl.load(x + o_p[:, None] * C + o_k[None, :], mask=m_x, other=0.0).to(tl.float32), axis=1)
+    b_mean = b_sum / C
+    b_sum = tl.zeros((BLOCK_P,), dtype=tl.float32)
+    for i_k in range(0, C, BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        m_x = m_p[:, None] & (o_k < C)[None, :]
+        b_x = tl.load(x + o_p[:, None] * C + o_k[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
+        b_sum += tl.sum(b_s * b_s, axis=1)
+    return b_mean, 1.0 / tl.sqrt(b_sum / C + eps)
+
+
+@triton.jit
+def normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C: tl.constexpr, CENTERED: tl.constexpr):
+    # (BLOCK_P, BLOCK_K) of norm(x), or of x where there is no norm; zero beyond the channels
+    m_k = o_k < C
+    b_x = tl.load(x + o_p[:, None] * C + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
+    if norm_weight is not None:
+        b_n = b_x.to(tl.float32)
+        if CENTERED:
+            b_n -= b_mean[:, None]
+        b_n *= b_rstd[:, None] * tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+        if norm_bias is not None:
+            b_n += tl.load(norm_bias + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+        b_x = b_n.to(x.dtype.element_ty)
+    return b_x
+
+
+@triton.jit
+def pointwise_fwd_kernel(
+    x, weight, norm_weight, norm_bias, residual, y, pixels, eps,
+    C: tl.constexpr, N: tl.constexpr, CENTERED: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    # b_a: (BLOCK_P, BLOCK_K), b_w: (BLOCK_K, BLOCK_N), b_y: (BLOCK_P, BLOCK_N)
+    GROUPS: tl.constexpr = (N + LOOP * BLOCK_N - 1) // (LOOP * BLOCK_N)
+    i_group = tl.program_id(0) % GROUPS
+    o_p = (tl.program_id(0) // GROUPS).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    m_p = o_p < pixels
+    b_mean, b_rstd = 0.0, 0.0
+    if norm_weight is not None:
+        b_mean, b_rstd = row_statistics(x, o_p, m_p, eps, C, BLOCK_P, BLOCK_K)
+    if BLOCK_K >= C:
+        o_k = tl.arange(0, BLOCK_K)
+        b_a = normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C, CENTERED)
+    for i_loop in range(LOOP):
+        o_n = (i_group * LOOP + i_loop) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_y = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
+        for i_k in range(0, C, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)
+            p_w = weight + o_n[None, :] * C + o_k[:, None]
+            b_w = tl.load(p_w, mask=m_n[None, :] & (o_k < C)[:, None], other=0.0)
+            if BLOCK_K < C:
+                b_a = normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C, CENTERED)
+            b_y = dot(b_a, b_w, b_y, PRECISION)
+        if GELU:
+            b_y = gelu(b_y)
+        p_y = o_p[:, None] * N + o_n[None, :]
+        m_y = m_p[:, None] & m_n[None, :]
+        if residual is not None:
+            b_y += tl.load(residual + p_y, mask=m_y, other=0.0).to(tl.float32)
+        tl.store(y + p_y, b_y.to(y.dtype.element_ty), mask=m_y)
+
+
+def side_of(width, sides=(128, 64, 32)):
+    """The largest of the block sides that cover ``width`` with at most an eighth more than the best of them."""
+    least = min(triton.cdiv(width, side) * side for side in sides)
+    return next(side for side in sides if triton.cdiv(width, side) * side * 8 <= least * 9)
+
+
+def _tiles(x, channels, outputs):
+    if x.dtype == torch.float32:
+        shapes = [(64, 32, 64, 4), (64, 16, 64, 4), (128, 32, 64, 8), (128, 16, 64, 4)]
+        return [
+            dict(BLOCK_P=p, BLOCK_K=min(k, block_of(channels)), BLOCK_N=n, LOOP=1, num_warps=w, num_stages=2)
+            for p, k, n, w in shapes
+        ]
+    if channels <= 128:
+        k, found = block_of(channels), []
+        for p, most, warps in [(64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 64, 4)]:
+            n = side_of(outputs, [side for side in (128, 64, 32) if side <= most])
+            loop = triton.cdiv(outputs, n)
+            found.append(dict(BLOCK_P=p, BLOCK_K=k, BLOCK_N=n, LOOP=loop, num_warps=warps, num_stages=2))
+        return found
+    shapes = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (64, 128, 128, 4, 2)]
+    return [dict(BLOCK_P=p, BLOCK_K=k, BLOCK_N=n, LOOP=1, num_warps=w, num_stages=s) for p, k, n, w, s in shapes]
+
+
+def empty_map(x, channels):
+    """An unwritten map or matrix with the pixels of ``x`` and other channels."""
+    if x.dim() == 2:
+        return x.new_empty(x.shape[0], channels)
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def pixels_of(x):
+    """A channels-last map as the matrix of its pixels, a view; a matrix as it is."""
+    return x if x.dim() == 2 else x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+def map_of(matrix, x):
+    """The inverse: a matrix with the pixels of the map ``x`` as a channels-last map."""
+    if x.dim() == 2:
+        return matrix
+    batch, _, height, width = x.shape
+    return matrix.view(batch, height, width, matrix.shape[1]).permute(0, 3, 1, 2)
+
+
+def pointwise(x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=True, gelu=False, residual=None):
+    """gelu(norm(x) W^T) + residual of a channels-last map (B, C, H, W) or a matrix (pixels, C).
+
+    ``weight``: (N, C, 1, 1). The result has the form of ``x``; so must ``residual``. A product with nothing around it is PyTorch's.
+    """
+    outputs, channels = weight.shape[:2]
+    if norm_weight is None and not gelu and residual is None:
+        return map_of(matmul(pixels_of(x), weight.view(outputs, channels).t()), x)
+    pixels = x.numel() // channels
+    y = empty_map(x, outputs)
+    tiles = config("pointwise_fwd", key_of(x, channels, outputs), _tiles(x, channels, outputs), x.device)
+    groups = triton.cdiv(outputs, tiles["BLOCK_N"] * tiles["LOOP"])
+    values = x.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
+    launch(
+        pointwise_fwd_kernel, (triton.cdiv(pixels, tiles["BLOCK_P"]) * groups,),
+        x, weight, norm_weight, norm_bias, residual, y, pixels, eps,
+        C=channels, N=outputs, CENTERED=centered, GELU=gelu, PRECISION=precision(x), **tiles,
+        work=Work(
+            values * x.element_size(), matrix=2 * math.prod((pixels, channels, outputs)),
+            vector=(0 if norm_weight is None else 8 * x.numel()) + (24 * y.numel() if gelu else 0),
+        ),
+    )  # fmt: skip
+    return y
