@@ -9,6 +9,8 @@ from .grid_attention import grid_attention
 from .grid_attention_backward import grid_attention_backward
 from .grid_attention_layer import grid_attention_layer, grid_attention_layer_backward
 from .layer_norm_2d import layer_norm_2d, layer_norm_2d_backward
+from .leffn import leffn, leffn_backward, leffn_layer, leffn_layer_backward
+from .merge import merge_depthwise, merge_depthwise_backward, merge_pointwise, merge_pointwise_backward
 
 __all__ = [
     "grid_attention",
@@ -17,4 +19,12 @@ __all__ = [
     "grid_attention_layer_backward",
     "layer_norm_2d",
     "layer_norm_2d_backward",
+    "leffn",
+    "leffn_backward",
+    "leffn_layer",
+    "leffn_layer_backward",
+    "merge_depthwise",
+    "merge_depthwise_backward",
+    "merge_pointwise",
+    "merge_pointwise_backward",
 ]

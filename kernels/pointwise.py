@@ -140,7 +140,7 @@ def map_of(matrix, x):
 def pointwise(x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=True, gelu=False, residual=None):
     """gelu(norm(x) W^T) + residual of a channels-last map (B, C, H, W) or a matrix (pixels, C).
 
-    ``weight``: (N, C, 1, 1). The result has the form of ``x``; so must ``residual``. A product with nothing around it is PyTorch's.
+    ``weight``: (N, C, 1, 1). The result has the form of ``x``; so must ``residual``. A bare product is PyTorch's.
     """
     outputs, channels = weight.shape[:2]
     if norm_weight is None and not gelu and residual is None:

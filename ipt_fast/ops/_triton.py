@@ -57,6 +57,12 @@ def _function(name):
     return getattr(importlib.import_module("ipt_fast.kernels"), name)
 
 
+def depthwise_limit(weight):
+    """None if the kernels take this depthwise weight, else the reason."""
+    size = weight.shape[-1]
+    return None if size <= 7 else f"the kernels take depthwise kernels up to 7 x 7; these are {size} x {size}"
+
+
 def register(operator, limits=None):
     """Give ``operator`` the backend "triton": functions ``<name>`` and ``<name>_backward`` of ipt_fast.kernels.
 

@@ -199,3 +199,4 @@ _focal.kernels["cpu"] = _cpu.kernel("focal_attention_layer", rounds_between=True
 _grid.kernels["cpu"] = _cpu.kernel("grid_attention_layer", rounds_between=True)
 _leffn.kernels["cpu"] = _cpu.kernel("leffn_layer")
 _triton.register(_grid, lambda x, *args: head_limit(x.shape[1], args[5]))
+_triton.register(_leffn, limits=lambda *args: _triton.depthwise_limit(args[4]))

@@ -1,7 +1,7 @@
 """Locally enhanced feed-forward network of IPT-V2."""
 
 from .. import reference
-from . import _check, _cpu
+from . import _check, _cpu, _triton
 from ._operator import Operator
 
 
@@ -44,3 +44,4 @@ _operator = Operator(
     flops=_flops,
 )
 _operator.kernels["cpu"] = _cpu.kernel("leffn")
+_triton.register(_operator, limits=lambda x, expand, depthwise, project: _triton.depthwise_limit(depthwise))

@@ -3,7 +3,7 @@
 import math
 
 from .. import reference
-from . import _check, _cpu
+from . import _check, _cpu, _triton
 from ._operator import Operator
 
 
@@ -73,3 +73,5 @@ _depthwise = Operator(
 )
 _pointwise.kernels["cpu"] = _cpu.kernel("merge_pointwise")
 _depthwise.kernels["cpu"] = _cpu.kernel("merge_depthwise")
+_triton.register(_pointwise)
+_triton.register(_depthwise)

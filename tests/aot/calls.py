@@ -28,6 +28,7 @@ def calls():
             x, norm = _image(width, dtype), _tensor(width)
             found[f"layer_norm_2d {width} {label}"] = "layer_norm_2d", (x, norm, norm, 1e-5, True)
             found[f"layer_norm_2d bias-free {width} {label}"] = "layer_norm_2d", (x, norm, None, 1e-5, False)
+            found |= _feed_forward(width, x, norm, label)
         for head, grid in ((32, 8), (48, 16)):
             for heads in (1, 2, 4, 8):
                 width, name = head * heads, f"{head * heads} {grid}x{grid} {label}"
@@ -40,6 +41,22 @@ def calls():
                 "grid_attention", (_image(3 * head, dtype), None, 1, grid),
             )  # fmt: skip
     return found
+
+
+def _feed_forward(width, x, norm, label):
+    def weight(*shape):
+        return _tensor(*shape, dtype=x.dtype)
+
+    weights = weight(4 * width, width, 1, 1), weight(4 * width, 1, 5, 5), weight(width, 4 * width, 1, 1)
+    merged = weight(2 * width, width, 1, 1), weight(4 * width, 2 * width, 1, 1)
+    branches = [weight(4 * width, 1, size, size) for size in (5, 3, 1)]
+    return {
+        f"leffn {width} {label}": ("leffn", (x, *weights)),
+        f"leffn_layer {width} {label}": ("leffn_layer", (x, norm, norm, *weights, 1e-5, True)),
+        f"leffn_layer bias-free {width} {label}": ("leffn_layer", (x, norm, None, *weights, 1e-5, False)),
+        f"merge_pointwise {width} {label}": ("merge_pointwise", merged),
+        f"merge_depthwise {width} {label}": ("merge_depthwise", (*branches, True)),
+    }
 
 
 def record_calls(pattern="", choice=0, narrow=False):

@@ -1,0 +1,184 @@
+"""Locally enhanced feed-forward network: see ipt_fast.ops.leffn, and leffn_layer in ipt_fast.ops.layers.
+
+Forward, two kernels: the pointwise expansion with GELU (and the layer's norm before it), then the projection, whose
+program convolves blocks of hidden channels for its 4 x BLOCK_W pixels and multiplies them on the spot, so that the
+convolved map never reaches memory. Traffic a pixel, for C channels and M hidden ones: C + M and M + C (+ C) values.
+
+Backward: the hidden map is made again, then the convolved one, the gradient of which lies in memory for the gradient of
+the depthwise weight. The gradient before GELU comes from a convolution with flipped taps, beside which GELU's argument
+is made once more from x, a product of matrices. At most two maps of M channels are in memory at a time.
+"""
+
+import triton
+import triton.language as tl
+
+from ._dot import dot
+from ._launch import Work, block_of, config, key_of, launch, matmul, precision
+from .depthwise import (
+    convolve_rows,
+    depthwise,
+    depthwise_weight_gradient,
+    stack_rows,
+    taps_of,
+    tile_pixels,
+    tile_position,
+    tiles_of,
+)
+from .layer_norm_2d import layer_norm_2d, layer_norm_2d_backward
+from .pointwise import empty_map, map_of, pixels_of, pointwise, side_of
+
+
+@triton.jit
+def leffn_project_fwd_kernel(
+    hidden, taps, weight, residual, y, height, width,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # b_h: (4 * BLOCK_W, BLOCK_C), b_w: (BLOCK_C, BLOCK_N), b_y: (4 * BLOCK_W, BLOCK_N)
+    GROUPS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    i_image, i_y, i_x = tile_position(tl.program_id(0) // GROUPS, height, width, BLOCK_W)
+    o_x = i_x + tl.arange(0, BLOCK_W)
+    o_n = tl.program_id(0) % GROUPS * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_y = tl.zeros((4 * BLOCK_W, BLOCK_N), dtype=tl.float32)
+    for i_c in range(0, M, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        b_rows = convolve_rows(hidden, taps, i_image, i_y, o_x, o_c, height, width, M, K, False, BLOCK_W, BLOCK_C)
+        b_h = stack_rows(b_rows[0], b_rows[1], b_rows[2], b_rows[3], BLOCK_W, BLOCK_C)
+        m_w = (o_c < M)[:, None] & (o_n < N)[None, :]
+        b_w = tl.load(weight + o_n[None, :] * M + o_c[:, None], mask=m_w, other=0.0)
+        b_y = dot(b_h.to(weight.dtype.element_ty), b_w, b_y, PRECISION)
+    o_p, m_p = tile_pixels(i_image, i_y, i_x, height, width, BLOCK_W)
+    p_y = o_p[:, None] * N + o_n[None, :]
+    m_y = m_p[:, None] & (o_n < N)[None, :]
+    if residual is not None:
+        b_y += tl.load(residual + p_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(y + p_y, b_y.to(y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def leffn_hidden_bwd_kernel(
+    grad, taps, x, weight, grad_u, height, width,
+    C: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # u = x W^T, before GELU; b_u, b_g: (4 * BLOCK_W, BLOCK_C), b_x: (4 * BLOCK_W, BLOCK_K), b_w: (BLOCK_K, BLOCK_C)
+    BLOCKS: tl.constexpr = (M + BLOCK_C - 1) // BLOCK_C
+    i_image, i_y, i_x = tile_position(tl.program_id(0) // BLOCKS, height, width, BLOCK_W)
+    o_c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < M
+    o_p, m_p = tile_pixels(i_image, i_y, i_x, height, width, BLOCK_W)
+    b_u = tl.zeros((4 * BLOCK_W, BLOCK_C), dtype=tl.float32)
+    for i_k in range(0, C, BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        m_k = o_k < C
+        b_x = tl.load(x + o_p[:, None] * C + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
+        b_w = tl.load(weight + o_c[None, :] * C + o_k[:, None], mask=m_k[:, None] & m_c[None, :], other=0.0)
+        b_u = dot(b_x, b_w, b_u, PRECISION)
+    b_slope = 0.5 + 0.5 * tl.erf(b_u * 0.7071067811865476) + b_u * tl.exp(-0.5 * b_u * b_u) * 0.3989422804014327
+    o_x = i_x + tl.arange(0, BLOCK_W)
+    b_rows = convolve_rows(grad, taps, i_image, i_y, o_x, o_c, height, width, M, K, True, BLOCK_W, BLOCK_C)
+    b_g = stack_rows(b_rows[0], b_rows[1], b_rows[2], b_rows[3], BLOCK_W, BLOCK_C) * b_slope
+    p_u = o_p[:, None] * M + o_c[None, :]
+    tl.store(grad_u + p_u, b_g.to(grad_u.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
+
+
+def _project_tiles(x, outputs):
+    if x.element_size() == 4:
+        shapes = [(16, 16, 64, 4), (16, 32, 64, 4), (32, 16, 64, 8), (32, 16, 32, 4)]
+    elif outputs <= 64:
+        shapes = [(32, 32, 64, 4), (64, 32, 64, 8), (32, 64, 64, 4), (16, 64, 64, 4)]
+    elif outputs <= 256:
+        shapes = [(32, 64, 256, 8), (32, 32, 256, 8), (16, 64, 256, 8), (32, 64, 128, 8)]
+    else:
+        shapes = [(16, 64, 512, 8), (16, 32, 512, 8), (32, 64, 256, 8), (32, 64, 128, 8)]
+    return [
+        dict(BLOCK_W=w, BLOCK_C=c, BLOCK_N=min(n, block_of(outputs)), num_warps=warps, num_stages=1)
+        for w, c, n, warps in shapes
+    ]
+
+
+def _project(hidden, depthwise_weight, weight, residual=None):
+    """PW(DW(hidden)) + residual."""
+    batch, channels, height, width = hidden.shape
+    outputs, size = weight.shape[0], depthwise_weight.shape[-1]
+    y = empty_map(hidden, outputs)
+    key = key_of(hidden, channels, outputs, size)
+    tiles = config("leffn_project_fwd", key, _project_tiles(hidden, outputs), hidden.device)
+    groups = triton.cdiv(outputs, tiles["BLOCK_N"])
+    values = hidden.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
+    launch(
+        leffn_project_fwd_kernel, (batch * tiles_of(height, width, tiles["BLOCK_W"]) * groups,),
+        hidden, taps_of(depthwise_weight), weight, residual, y, height, width,
+        M=channels, N=outputs, K=size, PRECISION=precision(hidden), **tiles,
+        work=Work(
+            values * hidden.element_size(), matrix=2 * channels * y.numel(),
+            vector=2 * size * size * hidden.numel() * groups,
+        ),
+    )  # fmt: skip
+    return y
+
+
+def _hidden_tiles(x, channels, hidden):
+    if x.element_size() == 4:
+        shapes = [(16, 32, 16, 4), (16, 32, 32, 4), (32, 32, 16, 8), (16, 64, 16, 4)]
+    else:
+        shapes = [(32, 32, 64, 4), (32, 64, 64, 8), (32, 64, 64, 4), (64, 32, 64, 8)]
+    return [
+        dict(BLOCK_W=w, BLOCK_C=side_of(hidden, (c, c // 2)), BLOCK_K=min(k, block_of(channels)), num_warps=n)
+        for w, c, k, n in shapes
+    ]
+
+
+def _hidden_backward(grad, depthwise_weight, x, weight):
+    """The gradient before GELU, from that of the convolved map."""
+    batch, hidden, height, width = grad.shape
+    channels, size = x.shape[1], depthwise_weight.shape[-1]
+    grad_u = empty_map(grad, hidden)
+    tiles = config("leffn_hidden_bwd", key_of(x, channels, hidden, size), _hidden_tiles(x, channels, hidden), x.device)
+    launch(
+        leffn_hidden_bwd_kernel,
+        (batch * tiles_of(height, width, tiles["BLOCK_W"]) * triton.cdiv(hidden, tiles["BLOCK_C"]),),
+        grad, taps_of(depthwise_weight), x, weight, grad_u, height, width,
+        C=channels, M=hidden, K=size, PRECISION=precision(x), **tiles,
+        work=Work(
+            (x.numel() + 2 * grad.numel()) * x.element_size(), matrix=2 * channels * grad.numel(),
+            vector=(2 * size * size + 40) * grad.numel(),
+        ),
+    )  # fmt: skip
+    return grad_u
+
+
+def leffn(x, expand_weight, depthwise_weight, project_weight):
+    return _project(pointwise(x, expand_weight, gelu=True), depthwise_weight, project_weight)
+
+
+def leffn_backward(grad, x, expand_weight, depthwise_weight, project_weight):
+    hidden = pointwise(x, expand_weight, gelu=True)
+    rows = pixels_of(grad)
+    grad_project = matmul(rows.t(), pixels_of(depthwise(hidden, depthwise_weight)))
+    grad_convolved = map_of(matmul(rows, project_weight.flatten(1)), x)
+    grad_depthwise = depthwise_weight_gradient(grad_convolved, hidden, depthwise_weight.shape[-1])
+    del hidden
+    grad_u = pixels_of(_hidden_backward(grad_convolved, depthwise_weight, x, expand_weight))
+    del grad_convolved
+    grad_expand = matmul(grad_u.t(), pixels_of(x))
+    return (
+        map_of(matmul(grad_u, expand_weight.flatten(1)), x),
+        grad_expand.view_as(expand_weight),
+        grad_depthwise.to(depthwise_weight.dtype),
+        grad_project.view_as(project_weight),
+    )
+
+
+def leffn_layer(x, norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, eps, centered):
+    hidden = pointwise(x, expand_weight, norm_weight, norm_bias, eps, centered, gelu=True)
+    return _project(hidden, depthwise_weight, project_weight, residual=x)
+
+
+def leffn_layer_backward(
+    grad, x, norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, eps, centered
+):
+    weights = expand_weight, depthwise_weight, project_weight
+    normed = layer_norm_2d(x, norm_weight, norm_bias, eps, centered)
+    grad_normed, *grads = leffn_backward(grad, normed, *weights)
+    return *layer_norm_2d_backward(grad_normed, x, norm_weight, norm_bias, eps, centered, residual=grad), *grads
