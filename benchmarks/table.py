@@ -2,9 +2,6 @@
 
 from benchmarks import results
 
-# Most operators had no kernels of their own yet at this commit: its rows stay in the record, but tell nothing now.
-BEFORE_KERNELS = "f5f72aa"
-
 
 def newest(rows, *key):
     """{values of the columns ``key``: row}, later rows replacing earlier ones."""
@@ -27,7 +24,6 @@ def speed(path=results.FOLDER / "cpu.csv"):
     A commit need not have measured everything: every figure is of the last commit that measured it.
     """
     ours = [row for row in results.read(path) if row["contender"] == "ipt_fast"]
-    ours = [row for row in ours if row["commit"].removesuffix("-dirty") != BEFORE_KERNELS]
     rows = newest(ours, "case", "dtype", "allocator", "direction")
     lines = ["| case | dtype | default process | tuned allocator |", "|---|---|---|---|"]
     for case, dtype in dict.fromkeys(key[:2] for key in rows):

@@ -1,10 +1,10 @@
 """Depthwise convolution of channels-last maps, K x K with zero padding, and its gradients.
 
-Forward, and the gradient of the input, which is the same with flipped taps: a program takes 4 rows of BLOCK_W pixels and
+Forward, and the gradient of the input, the same with flipped taps: a program takes 4 rows of BLOCK_W pixels and
 BLOCK_C channels. It reads a shifted row once for all the rows it makes from it: (3 + K) K reads of the cache for 4 K^2
 products. Memory traffic: C values in, C out a pixel.
 
-Gradient of the weight: a program walks down strips of BLOCK_W columns with its K^2 sums in registers and the last K rows
+Gradient of the weight: a program walks down strips of BLOCK_W columns, its K^2 sums in registers and the last K rows
 of the gradient beside them, so every row is read K times and every gradient once, from the cache; 2 C values a pixel
 from memory. The number of strips that are added up together depends on the channels alone; PyTorch adds up those sums.
 """

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed (pip install ipt-fast[triton])")
 
 # A call and a dtype of each kind; the rest is slow.
-SUBSET = "float32 and small_fp32 or bfloat16 and small_same"
+SUBSET = "fp32-small_same or bf16-small_fp32"
 EVERYTHING = "tests/ops/test_parity.py"
 
 

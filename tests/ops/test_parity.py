@@ -38,7 +38,7 @@ def gradient_of_output(operator, tensors, options):
 
 
 @pytest.mark.parametrize("small_dtype", [None, torch.float32], ids=["small_same", "small_fp32"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("call", CALLS)
 def test_parity(call, dtype, small_dtype):
     for shape in SIZES if call in IMAGE_CALLS else SIZES[:1]:
