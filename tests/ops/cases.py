@@ -186,13 +186,19 @@ def assert_within_rule(got, truth, base, units=4):
 
     Gradients pass through the operator twice, so their floor is twice as high.
     """
-    for name, value in got.items():
-        limits = torch.finfo(value.dtype)
-        scale = truth[name].abs().max().item() if truth[name].numel() else 1.0
-        floor = (units if name == "out" else 2 * units) * (
-            limits.eps + limits.smallest_normal * limits.eps / (scale or 1.0)
-        )
-        of_base = error(base[name], truth[name])
-        allowed = max((2 if name == "out" else 3) * of_base if of_base < float("inf") else 0.0, floor)
-        found = error(value, truth[name])
-        assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"
+    assert_all_within_rule([(got, truth, base)], units)
+
+
+def assert_all_within_rule(results, units=4):
+    """The rule for the largest errors of several (got, truth, base).
+
+    For kernels that round between their stages, as the baseline does: on one draw chance decides whose error is larger.
+    """
+    for name, first in results[0][0].items():
+        eps, smallest = torch.finfo(first.dtype).eps, torch.finfo(first.dtype).smallest_normal
+        found = [error(got[name], truth[name]) for got, truth, _ in results]
+        of_base = [e for e in (error(base[name], truth[name]) for _, truth, base in results) if e < float("inf")]
+        scale = max(truth[name].abs().max().item() if truth[name].numel() else 1.0 for _, truth, _ in results)
+        floor = (units if name == "out" else 2 * units) * (eps + smallest * eps / (scale or 1.0))
+        allowed = max((2 if name == "out" else 3) * max(of_base, default=0.0), floor)
+        assert max(found) <= allowed, f"{name}: error {max(found):.2e}, allowed {allowed:.2e}"
