@@ -118,6 +118,6 @@ def grid_attention_layer_backward(
     grad_attended = map_of(matmul(pixels_of(grad), to_out), x)
     grad_qkv, grad_table = grid_attention_backward(grad_attended, qkv, bias_table, num_heads, grid_size)
     grad_to_qkv = matmul(pixels_of(grad_qkv).t(), pixels_of(normal))
-    grad_normal = map_of(matmul(pixels_of(grad_qkv), to_qkv), x)
+    grad_normal = map_of(matmul(pixels_of(grad_qkv), to_qkv, torch.float32), x)  # sums to come: not yet rounded
     grad_x, *grad_norm = layer_norm_2d_backward(grad_normal, x, norm_weight, norm_bias, eps, centered, residual=grad)
     return grad_x, *grad_norm, grad_to_qkv.view_as(qkv_weight), grad_project.view_as(project_weight), grad_table

@@ -9,6 +9,7 @@ the depthwise weight. The gradient before GELU comes from a convolution with fli
 is made once more from x, a product of matrices. At most two maps of M channels are in memory at a time.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -152,7 +153,8 @@ def leffn(x, expand_weight, depthwise_weight, project_weight):
     return _project(pointwise(x, expand_weight, gelu=True), depthwise_weight, project_weight)
 
 
-def leffn_backward(grad, x, expand_weight, depthwise_weight, project_weight):
+def leffn_backward(grad, x, expand_weight, depthwise_weight, project_weight, dtype=None):
+    """``dtype``: of the gradient of ``x``, None for that of ``x``."""
     hidden = pointwise(x, expand_weight, gelu=True)
     rows = pixels_of(grad)
     grad_project = matmul(rows.t(), pixels_of(depthwise(hidden, depthwise_weight)))
@@ -163,7 +165,7 @@ def leffn_backward(grad, x, expand_weight, depthwise_weight, project_weight):
     del grad_convolved
     grad_expand = matmul(grad_u.t(), pixels_of(x))
     return (
-        map_of(matmul(grad_u, expand_weight.flatten(1)), x),
+        map_of(matmul(grad_u, expand_weight.flatten(1), dtype), x),
         grad_expand.view_as(expand_weight),
         grad_depthwise.to(depthwise_weight.dtype),
         grad_project.view_as(project_weight),
@@ -180,5 +182,5 @@ def leffn_layer_backward(
 ):
     weights = expand_weight, depthwise_weight, project_weight
     normed = layer_norm_2d(x, norm_weight, norm_bias, eps, centered)
-    grad_normed, *grads = leffn_backward(grad, normed, *weights)
+    grad_normed, *grads = leffn_backward(grad, normed, *weights, dtype=torch.float32)  # sums to come: not yet rounded
     return *layer_norm_2d_backward(grad_normed, x, norm_weight, norm_bias, eps, centered, residual=grad), *grads

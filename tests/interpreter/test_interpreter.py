@@ -17,8 +17,8 @@ SUBSET = "fp32-small_same or bf16-small_fp32"
 EVERYTHING = "tests/ops/test_parity.py"
 
 
-def run(*arguments):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def run(*arguments, **variables):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", **variables}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
@@ -26,7 +26,7 @@ def run(*arguments):
 
 
 def test_parity_of_every_operator():
-    assert run("tests/ops/test_parity.py", "-k", f"test_parity and ({SUBSET})") > 30
+    assert run("tests/ops/test_parity.py", "-k", f"test_parity and ({SUBSET})", IPT_FAST_TEST_SIZES="1") > 30
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Every operator, on every backend that runs here, against its reference in fp64."""
 
+import os
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from tests.ops.cases import (
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(2, 7, 13), (1, 16, 12), (2, 3, 2), (1, 1, 1), (1, 1, 11), (2, 17, 5)]
+SIZES = SIZES[: int(os.environ.get("IPT_FAST_TEST_SIZES", len(SIZES)))]  # fewer for the interpreter, which is slow
 
 
 def runnable(operator, tensors, options):
