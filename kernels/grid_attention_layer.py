@@ -7,6 +7,7 @@ part of the first projection, the residual of the second, with the attention bet
 Backward: normalised pixels and projections are made again, then each part's own backward runs.
 """
 
+import torch
 import triton
 import triton.language as tl
 
