@@ -273,7 +273,7 @@ def _table_gradient(sums, lattice, table):
 
 def _one_block(x, lattice):
     """Configurations where all tokens are one block."""
-    warps = (8, 4) if is_wide(x, lattice) else (4, 8)
+    warps = (8, 16) if is_wide(x, lattice) else (4, 8)
     return [dict(BLOCK_T=block_of(lattice.tokens), num_warps=count, num_stages=1) for count in warps]
 
 
@@ -282,7 +282,7 @@ def _query_tiles(x, lattice):
     if is_wide(x, lattice):
         shapes = [(32, 32, 4, 1), (16, 64, 4, 1)]
     else:
-        shapes = [(64, 64, 4, 1), (32, 256, 8, 1), (64, 256, 8, 1)]
+        shapes = [(32, 256, 8, 1), (32, 64, 4, 1), (64, 64, 4, 1), (64, 128, 8, 1)]
     return [
         dict(BLOCK_Q=q, BLOCK_K=min(k, block), num_warps=warps, num_stages=stages) for q, k, warps, stages in shapes
     ]
@@ -291,11 +291,11 @@ def _query_tiles(x, lattice):
 def _key_tiles(x, lattice, table):
     block = block_of(lattice.tokens)
     if is_wide(x, lattice):
-        shapes = [(32, 32, 4, 1), (16, 64, 4, 1)]
+        shapes = [(32, 32, 8, 1), (16, 32, 4, 1), (32, 32, 4, 1)]
     elif table is None:
-        shapes = [(64, 64, 4, 1), (64, 128, 8, 1), (128, 64, 4, 1)]
+        shapes = [(32, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 128, 8, 1)]
     else:
-        shapes = [(256, 32, 8, 1), (256, 16, 8, 1), (256, 16, 4, 1), (256, 64, 16, 1)]
+        shapes = [(256, 16, 8, 1), (256, 32, 16, 1), (256, 32, 8, 1)]
     return [
         dict(BLOCK_Q=min(q, block), BLOCK_K=k, num_warps=warps, num_stages=stages) for q, k, warps, stages in shapes
     ]

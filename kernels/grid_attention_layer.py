@@ -50,30 +50,32 @@ def grid_attention_layer_fwd_kernel(
     b_y = b_y.to(DTYPE)
     o_table = bias_offsets(o_t, LATTICE, SIDE)
     o_bias = (o_table[:, None] - o_table[None, :] + SIDE * SIDE // 2) * HEADS
-    b_out = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for i_head in range(0, HEADS):
+    b_out = tl.zeros((BLOCK_C, BLOCK_T), dtype=tl.float32)
+    for i_head in tl.range(0, HEADS, disable_licm=True):
         p_w = qkv_weight + (i_head * D + o_d)[:, None] * C + o_c[None, :]
+        b_v = dot(b_y, tl.trans(tl.load(p_w + 2 * C * C, mask=m_w, other=0.0)), None, PRECISION).to(DTYPE)
         b_q = dot(b_y, tl.trans(tl.load(p_w, mask=m_w, other=0.0)), None, PRECISION).to(DTYPE)
         b_k = dot(b_y, tl.trans(tl.load(p_w + C * C, mask=m_w, other=0.0)), None, PRECISION).to(DTYPE)
         b_s = masked_scores(b_q, b_k, biases(table, o_bias + i_head), m_t[None, :], scale, PRECISION)
         b_p = tl.exp2(b_s - finite_shift(tl.max(b_s, axis=1))[:, None])
         b_sum = tl.sum(b_p, axis=1)
-        b_v = dot(b_y, tl.trans(tl.load(p_w + 2 * C * C, mask=m_w, other=0.0)), None, PRECISION).to(DTYPE)
         b_a = dot(b_p.to(DTYPE), b_v, None, PRECISION) / b_sum[:, None]
-        p_w = project_weight + o_c[None, :] * C + (i_head * D + o_d)[:, None]
-        b_out = dot(b_a.to(DTYPE), tl.load(p_w, mask=m_w, other=0.0), b_out, PRECISION)
-    b_out += tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
+        p_w = project_weight + o_c[:, None] * C + (i_head * D + o_d)[None, :]
+        b_w = tl.load(p_w, mask=m_c[:, None] & (o_d < D)[None, :], other=0.0)
+        b_out = dot(b_w, tl.trans(b_a.to(DTYPE)), b_out, PRECISION)
+    b_out = tl.trans(b_out) + tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
     tl.store(out + o_x, b_out.to(DTYPE), mask=m_x)
 
 
 def fits_one_kernel(lattice, x):
-    """Whether the layer is one kernel: a group, its keys and a head's weights have to stay on the chip."""
-    return lattice.tokens <= 64 and lattice.channels <= (64 if x.element_size() == 4 else 128)
+    """Whether the layer is one kernel: a group and a head's weights have to stay in registers and shared memory."""
+    return lattice.tokens <= 64 and lattice.channels <= 128 and x.element_size() == 2
 
 
 def _tiles(lattice):
     block = dict(BLOCK_T=block_of(lattice.tokens), BLOCK_C=block_of(lattice.channels))
-    return [dict(**block, num_warps=warps, num_stages=stages) for warps, stages in [(4, 1), (8, 1), (4, 2)]]
+    warps = (8, 16, 4) if lattice.channels > 32 else (4, 8, 2)
+    return [dict(**block, num_warps=count, num_stages=1) for count in warps]
 
 
 def _in_one_kernel(x, norm_weight, norm_bias, qkv_weight, project_weight, table, lattice, eps, centered):

@@ -71,7 +71,8 @@ def _resources(cubin):
         file.flush()
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     text = said.stdout + said.stderr
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"LOCAL:(\d+)", text)[1])
+    # What is spilled lies on the stack.
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
 def compile_launch(launch, capability):

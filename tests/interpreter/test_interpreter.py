@@ -26,7 +26,7 @@ def run(*arguments, **variables):
 
 
 def test_parity_of_every_operator():
-    assert run("tests/ops/test_parity.py", "-k", f"test_parity and ({SUBSET})", IPT_FAST_TEST_SIZES="1") > 30
+    assert run("tests/ops/test_parity.py", "-k", f"test_parity and ({SUBSET})", IPT_FAST_TEST_SIZES="2") > 30
 
 
 @pytest.mark.slow
