@@ -1,12 +1,12 @@
 """Depthwise convolution of channels-last maps, K x K with zero padding, and its gradients.
 
-Forward, and the gradient of the input, the same with flipped taps: a program takes 4 rows of BLOCK_W pixels and
-BLOCK_C channels. It reads a shifted row once for all the rows it makes from it: (3 + K) K reads of the cache for 4 K^2
-products. Memory traffic: C values in, C out a pixel.
+Forward, and the gradient of the input, which is the same with flipped taps: a program takes 4 rows of BLOCK_W pixels
+and BLOCK_C channels. It reads a shifted row once for all the rows it makes from it: (3 + K) K reads of the cache for
+4 K^2 products. Memory traffic: C values in, C out a pixel.
 
-Gradient of the weight: a program walks down strips of BLOCK_W columns, its K^2 sums in registers and the last K rows
-of the gradient beside them, so every row is read K times and every gradient once, from the cache; 2 C values a pixel
-from memory. The number of strips that are added up together depends on the channels alone; PyTorch adds up those sums.
+Gradient of the weight: a program walks down strips of BLOCK_W columns with its K^2 sums in registers and the last K
+rows of the gradient beside them, so every row is read K times and every gradient once, from the cache; 2 C values a
+pixel from memory. How many strips are added up together depends on the channels alone; PyTorch adds up those sums.
 """
 
 import torch
@@ -159,10 +159,13 @@ def tiles_of(height, width, block_w):
     return triton.cdiv(height, ROWS) * triton.cdiv(width, block_w)
 
 
-def _forward_tiles(channels):
+def _forward_tiles(x, channels):
+    sides = (
+        [(32, 32), (32, 64), (64, 32), (16, 32)] if x.element_size() == 4 else [(32, 64), (32, 32), (64, 32), (16, 64)]
+    )
     return [
         dict(BLOCK_W=w, BLOCK_C=side_of(channels, [c for c in (64, 32, 16) if c <= most]), num_warps=4)
-        for w, most in ((32, 64), (32, 32), (64, 32), (16, 64))
+        for w, most in sides
     ]
 
 
@@ -171,7 +174,7 @@ def depthwise(x, weight, flip=False):
     batch, channels, height, width = x.shape
     size = weight.shape[-1]
     y = torch.empty_like(x)
-    tiles = config("depthwise_fwd", key_of(x, channels, size), _forward_tiles(channels), x.device)
+    tiles = config("depthwise_fwd", key_of(x, channels, size), _forward_tiles(x, channels), x.device)
     blocks = triton.cdiv(channels, tiles["BLOCK_C"])
     launch(
         depthwise_fwd_kernel, (batch * tiles_of(height, width, tiles["BLOCK_W"]) * blocks,),
@@ -184,7 +187,8 @@ def depthwise(x, weight, flip=False):
 def depthwise_weight_gradient(grad, x, size):
     """The gradient of the (C, 1, size, size) weight, in fp32, from that of the output and the input."""
     batch, channels, height, width = x.shape
-    candidates = [dict(BLOCK_W=8, BLOCK_C=32, num_warps=4), dict(BLOCK_W=16, BLOCK_C=32, num_warps=8)]
+    shapes = [(16, 4), (8, 4), (16, 8), (8, 2)] if size <= 5 else [(8, 4), (16, 8)]  # registers hold the K^2 sums
+    candidates = [dict(BLOCK_W=w, BLOCK_C=32, num_warps=n) for w, n in shapes]
     tiles = config("depthwise_weight_bwd", key_of(x, channels, size), candidates, x.device)
     strips = batch * triton.cdiv(height, STRIP) * triton.cdiv(width, tiles["BLOCK_W"])
     most = max(8, 16384 // channels)  # about 512 programs, of 32 channels each

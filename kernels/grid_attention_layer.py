@@ -7,7 +7,6 @@ part of the first projection, the residual of the second, with the attention bet
 Backward: normalised pixels and projections are made again, then each part's own backward runs.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -16,8 +15,9 @@ from ._lattice import bias_offsets, biases, finite_shift, group_pixels, lattice_
 from ._launch import Work, block_of, config, launch, matmul
 from .grid_attention import grid_attention
 from .grid_attention_backward import grid_attention_backward
-from .layer_norm_2d import layer_norm_2d, layer_norm_2d_backward
+from .layer_norm_2d import layer_norm_2d
 from .pointwise import map_of, pixels_of, pointwise
+from .pointwise_backward import pointwise_norm_backward
 
 
 @triton.jit
@@ -121,6 +121,6 @@ def grid_attention_layer_backward(
     grad_attended = map_of(matmul(pixels_of(grad), to_out), x)
     grad_qkv, grad_table = grid_attention_backward(grad_attended, qkv, bias_table, num_heads, grid_size)
     grad_to_qkv = matmul(pixels_of(grad_qkv).t(), pixels_of(normal))
-    grad_normal = map_of(matmul(pixels_of(grad_qkv), to_qkv, torch.float32), x)  # sums to come: not yet rounded
-    grad_x, *grad_norm = layer_norm_2d_backward(grad_normal, x, norm_weight, norm_bias, eps, centered, residual=grad)
+    norm = norm_weight, norm_bias, eps, centered
+    grad_x, *grad_norm = pointwise_norm_backward(grad_qkv, qkv_weight, x, *norm, residual=grad)
     return grad_x, *grad_norm, grad_to_qkv.view_as(qkv_weight), grad_project.view_as(project_weight), grad_table

@@ -9,7 +9,6 @@ the depthwise weight. The gradient before GELU comes from a convolution with fli
 is made once more from x, a product of matrices. At most two maps of M channels are in memory at a time.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -25,8 +24,9 @@ from .depthwise import (
     tile_position,
     tiles_of,
 )
-from .layer_norm_2d import layer_norm_2d, layer_norm_2d_backward
+from .layer_norm_2d import layer_norm_2d
 from .pointwise import empty_map, map_of, pixels_of, pointwise, side_of
+from .pointwise_backward import pointwise_norm_backward
 
 
 @triton.jit
@@ -153,8 +153,8 @@ def leffn(x, expand_weight, depthwise_weight, project_weight):
     return _project(pointwise(x, expand_weight, gelu=True), depthwise_weight, project_weight)
 
 
-def leffn_backward(grad, x, expand_weight, depthwise_weight, project_weight, dtype=None):
-    """``dtype``: of the gradient of ``x``, None for that of ``x``."""
+def _backward(grad, x, expand_weight, depthwise_weight, project_weight):
+    """The gradient before GELU, as a matrix of pixels, and those of the three weights."""
     hidden = pointwise(x, expand_weight, gelu=True)
     rows = pixels_of(grad)
     grad_project = matmul(rows.t(), pixels_of(depthwise(hidden, depthwise_weight)))
@@ -162,14 +162,16 @@ def leffn_backward(grad, x, expand_weight, depthwise_weight, project_weight, dty
     grad_depthwise = depthwise_weight_gradient(grad_convolved, hidden, depthwise_weight.shape[-1])
     del hidden
     grad_u = pixels_of(_hidden_backward(grad_convolved, depthwise_weight, x, expand_weight))
-    del grad_convolved
-    grad_expand = matmul(grad_u.t(), pixels_of(x))
-    return (
-        map_of(matmul(grad_u, expand_weight.flatten(1), dtype), x),
-        grad_expand.view_as(expand_weight),
+    return grad_u, (
+        matmul(grad_u.t(), pixels_of(x)).view_as(expand_weight),
         grad_depthwise.to(depthwise_weight.dtype),
         grad_project.view_as(project_weight),
     )
+
+
+def leffn_backward(grad, x, expand_weight, depthwise_weight, project_weight):
+    grad_u, grads = _backward(grad, x, expand_weight, depthwise_weight, project_weight)
+    return map_of(matmul(grad_u, expand_weight.flatten(1)), x), *grads
 
 
 def leffn_layer(x, norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, eps, centered):
@@ -180,7 +182,6 @@ def leffn_layer(x, norm_weight, norm_bias, expand_weight, depthwise_weight, proj
 def leffn_layer_backward(
     grad, x, norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, eps, centered
 ):
-    weights = expand_weight, depthwise_weight, project_weight
-    normed = layer_norm_2d(x, norm_weight, norm_bias, eps, centered)
-    grad_normed, *grads = leffn_backward(grad, normed, *weights, dtype=torch.float32)  # sums to come: not yet rounded
-    return *layer_norm_2d_backward(grad_normed, x, norm_weight, norm_bias, eps, centered, residual=grad), *grads
+    norm = norm_weight, norm_bias, eps, centered
+    grad_u, grads = _backward(grad, layer_norm_2d(x, *norm), expand_weight, depthwise_weight, project_weight)
+    return *pointwise_norm_backward(grad_u, expand_weight, x, *norm, residual=grad), *grads

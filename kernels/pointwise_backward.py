@@ -1,0 +1,99 @@
+"""The gradient through a layer norm and the pointwise convolution after it, to the input and the norm's parameters.
+
+A program takes BLOCK_P pixels with all their channels: it multiplies the output's gradient by the weight, and takes the
+product through the norm in fp32, so that the input's gradient is rounded once; then the next ones, while it adds up its
+share of the gradients of the norm's parameters, which PyTorch adds up in the end. N + 2 C values a pixel, C more for a
+residual. In fp32 nothing is rounded in between, and PyTorch's product is the faster one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dot import dot
+from ._launch import Work, block_of, config, key_of, launch, matmul, precision
+from .layer_norm_2d import PROGRAMS, layer_norm_2d_backward
+from .pointwise import map_of, pixels_of
+
+
+@triton.jit
+def pointwise_norm_bwd_kernel(
+    grad, weight, x, norm_weight, residual, grad_x, sums, pixels, eps,
+    C: tl.constexpr, N: tl.constexpr, CENTERED: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # b_x, b_s, b_g: (BLOCK_P, BLOCK_C), b_o: (BLOCK_P, BLOCK_K); sums: (programs, 2, C), of the norm's weight and bias
+    i_program = tl.program_id(0)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_gw = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    b_gb = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for i_block in range(i_program, tl.cdiv(pixels, BLOCK_P), PROGRAMS):
+        o_p = i_block * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
+        m_p = o_p < pixels
+        b_g = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+        for i_k in range(0, N, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)
+            m_k = o_k < N
+            b_o = tl.load(grad + o_p[:, None] * N + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
+            b_w = tl.load(weight + o_k[:, None] * C + o_c[None, :], mask=m_k[:, None] & m_c[None, :], other=0.0)
+            b_g = dot(b_o, b_w, b_g, PRECISION)
+        m_x = m_p[:, None] & m_c[None, :]
+        p_x = o_p[:, None] * C + o_c[None, :]
+        b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_mean = tl.sum(b_x, axis=1) / C
+        b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
+        b_rstd = (1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps))[:, None]
+        b_n = (b_s if CENTERED else b_x) * b_rstd
+        b_gw += tl.sum(b_g * b_n, axis=0)
+        b_gb += tl.sum(b_g, axis=0)
+        b_g *= tl.load(norm_weight + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        b_gx = b_g - b_s * b_rstd * (tl.sum(b_g * b_n, axis=1) / C)[:, None]
+        if CENTERED:
+            b_gx -= (tl.sum(b_g, axis=1) / C)[:, None]
+        b_gx *= b_rstd
+        if residual is not None:
+            b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)
+        tl.store(grad_x + p_x, b_gx.to(grad_x.dtype.element_ty), mask=m_x)
+    p_sums = sums + i_program * 2 * C + o_c
+    tl.store(p_sums, b_gw, mask=m_c)
+    tl.store(p_sums + C, b_gb, mask=m_c)
+
+
+def _tiles(channels):
+    block = block_of(channels)
+    if block <= 128:
+        shapes = [(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (32, 64, 4, 3)]
+    else:
+        shapes = [(32, 32, 8, 3), (32, 64, 8, 2), (16, 64, 4, 2), (64, 32, 8, 2)]
+    return [dict(BLOCK_P=p, BLOCK_C=block, BLOCK_K=k, num_warps=w, num_stages=s) for p, k, w, s in shapes]
+
+
+def pointwise_norm_backward(grad, weight, x, norm_weight, norm_bias, eps, centered, residual=None):
+    """Gradients of x, norm_weight and norm_bias in norm(x) W^T.
+
+    Args:
+        grad: of the output, a channels-last map (B, N, H, W) or a matrix (pixels, N).
+        weight: (N, C, 1, 1), of the convolution.
+        x: a channels-last map (B, C, H, W).
+        norm_weight, norm_bias, eps, centered: of the norm.
+        residual: a map that is added to the gradient of ``x``, before it is rounded.
+    """
+    outputs, channels = weight.shape[:2]
+    grad = pixels_of(grad)
+    norm = norm_weight, norm_bias, eps, centered
+    if x.dtype == torch.float32:
+        return layer_norm_2d_backward(map_of(matmul(grad, weight.flatten(1)), x), x, *norm, residual=residual)
+    grad_x = torch.empty_like(x)
+    pixels = grad.shape[0]
+    tiles = config("pointwise_norm_bwd", key_of(x, channels, outputs), _tiles(channels), x.device)
+    programs = min(PROGRAMS, triton.cdiv(pixels, tiles["BLOCK_P"]))
+    sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    values = grad.numel() + weight.numel() + (2 if residual is None else 3) * x.numel()
+    launch(
+        pointwise_norm_bwd_kernel, (programs,), grad, weight, x, norm_weight, residual, grad_x, sums, pixels, eps,
+        C=channels, N=outputs, CENTERED=centered, PRECISION=precision(x), PROGRAMS=PROGRAMS, **tiles,
+        work=Work(values * x.element_size(), matrix=2 * channels * grad.numel(), vector=20 * x.numel()),
+    )  # fmt: skip
+    grad_weight, grad_bias = sums.sum(dim=0)
+    return grad_x, grad_weight.to(norm_weight.dtype), None if norm_bias is None else grad_bias.to(norm_bias.dtype)
