@@ -5,6 +5,9 @@ statistics are in fp32. Gradients are summed in a fixed order, never by atomic a
 ipt_fast imports this package before a kernel is asked for.
 """
 
+from .channel_attention import channel_attention, channel_attention_backward
+from .focal_attention_layer import focal_attention_layer, focal_attention_layer_backward
+from .focal_channel_attention import focal_channel_attention, focal_channel_attention_backward
 from .grid_attention import grid_attention
 from .grid_attention_backward import grid_attention_backward
 from .grid_attention_layer import grid_attention_layer, grid_attention_layer_backward
@@ -13,6 +16,12 @@ from .leffn import leffn, leffn_backward, leffn_layer, leffn_layer_backward
 from .merge import merge_depthwise, merge_depthwise_backward, merge_pointwise, merge_pointwise_backward
 
 __all__ = [
+    "channel_attention",
+    "channel_attention_backward",
+    "focal_attention_layer",
+    "focal_attention_layer_backward",
+    "focal_channel_attention",
+    "focal_channel_attention_backward",
     "grid_attention",
     "grid_attention_backward",
     "grid_attention_layer",

@@ -57,6 +57,12 @@ def _function(name):
     return getattr(importlib.import_module("ipt_fast.kernels"), name)
 
 
+def head_limit(channels, num_heads):
+    """None, or why Triton's kernels do not take heads of this width."""
+    width = channels // num_heads
+    return None if width <= 128 else f"Triton's kernels take heads of up to 128 channels; these have {width}"
+
+
 def depthwise_limit(weight):
     """None if the kernels take this depthwise weight, else the reason."""
     size = weight.shape[-1]

@@ -1,7 +1,7 @@
 """Channel attention of whole images and of windows."""
 
 from .. import reference
-from . import _check, _cpu
+from . import _check, _cpu, _triton
 from ._operator import Operator
 
 
@@ -47,3 +47,4 @@ _operator = Operator(
     flops=_flops,
 )
 _operator.kernels["cpu"] = _cpu.kernel("channel_attention")
+_triton.register(_operator, lambda q, *args: _triton.head_limit(q.shape[1], args[3]))

@@ -1,7 +1,7 @@
 """Focal context self-attention of IPT-V2."""
 
 from .. import reference
-from . import _check, _cpu
+from . import _check, _cpu, _triton
 from ._operator import Operator
 
 
@@ -54,3 +54,4 @@ _operator = Operator(
     flops=_flops,
 )
 _operator.kernels["cpu"] = _cpu.kernel("focal_channel_attention")
+_triton.register(_operator, lambda qkv, *args: _triton.head_limit(qkv.shape[1] // 3, args[4]))

@@ -40,12 +40,6 @@ def squared_tokens(size, grid_size):
     return rest * (full + 1) ** 2 + (cubby - rest) * full**2
 
 
-def head_limit(channels, num_heads):
-    """None, or why Triton's kernels do not take heads of this width."""
-    width = channels // num_heads
-    return None if width <= 128 else f"Triton's kernels take heads of up to 128 channels; these have {width}"
-
-
 def _flops(qkv, bias_table, num_heads, grid_size):
     batch, packed, height, width = qkv
     return 2 * 2 * batch * packed // 3 * squared_tokens(height, grid_size) * squared_tokens(width, grid_size)
@@ -60,4 +54,4 @@ _operator = Operator(
     flops=_flops,
 )
 _operator.kernels["cpu"] = _cpu.kernel("grid_attention")
-_triton.register(_operator, lambda qkv, _, num_heads, *__: head_limit(qkv.shape[1] // 3, num_heads))
+_triton.register(_operator, lambda qkv, _, num_heads, *__: _triton.head_limit(qkv.shape[1] // 3, num_heads))

@@ -5,7 +5,7 @@ import math
 from .. import reference
 from . import _check, _cpu, _triton
 from ._operator import Operator
-from .grid_attention import head_limit, squared_tokens
+from .grid_attention import squared_tokens
 
 
 def focal_attention_layer(
@@ -198,5 +198,6 @@ _leffn = Operator(
 _focal.kernels["cpu"] = _cpu.kernel("focal_attention_layer", rounds_between=True)
 _grid.kernels["cpu"] = _cpu.kernel("grid_attention_layer", rounds_between=True)
 _leffn.kernels["cpu"] = _cpu.kernel("leffn_layer")
-_triton.register(_grid, lambda x, *args: head_limit(x.shape[1], args[5]))
+_triton.register(_focal, lambda x, *args: _triton.head_limit(x.shape[1], args[9]))
+_triton.register(_grid, lambda x, *args: _triton.head_limit(x.shape[1], args[5]))
 _triton.register(_leffn, limits=lambda *args: _triton.depthwise_limit(args[4]))

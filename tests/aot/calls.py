@@ -40,7 +40,26 @@ def calls():
             found[f"grid_attention no bias {head} {grid}x{grid} {label}"] = (
                 "grid_attention", (_image(3 * head, dtype), None, 1, grid),
             )  # fmt: skip
+        for head in (32, 48):
+            for heads in (1, 2, 4, 8):
+                found |= _channel_attention(head * heads, heads, dtype, f"{head * heads} {label}")
     return found
+
+
+def _channel_attention(width, heads, dtype, name, window=32):
+    x, qkv, temperature = _image(width, dtype), _image(3 * width, dtype), _tensor(heads)
+    maps = temperature, *[_tensor(heads, window, window)] * 3, heads, window
+    weights = [_tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(3 * width, 1, 3, 3, dtype=dtype)]
+    weights.append(_tensor(width, width, 1, 1, dtype=dtype))
+    return {
+        f"channel_attention {name}": ("channel_attention", (x, x, x, temperature, heads, None)),
+        f"channel_attention windows {name}": ("channel_attention", (x, x, x, temperature, heads, window)),
+        f"focal_channel_attention {name}": ("focal_channel_attention", (qkv, *maps)),
+        f"focal_attention_layer {name}": (
+            "focal_attention_layer",
+            (x, _tensor(width), None, *weights, *maps, 1e-5, False),
+        ),
+    }
 
 
 def _feed_forward(width, x, norm, label):

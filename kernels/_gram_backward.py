@@ -1,0 +1,306 @@
+"""The backward of channel attention, between the gradient of its result and those of q, k, v and the weights.
+
+With S = q^ k^T, A = softmax(scale S) and F = A v, the gradient of A is the Gram matrix of merge * grad and v. So: both
+Gram matrices of every block (_gram.py; reads q, k, v and grad once for all branches); all that is d x d, for every
+window; the gradients, products of each pixel with two matrices of each branch (reads q, k, v and grad again, writes
+three maps, and with two branches four fp32 values for each pixel and head); and the sums of these over the windows.
+
+Bytes a pixel: 11 C T, with C channels of T bytes, and the slots.
+"""
+
+import triton
+import triton.language as tl
+
+from ._dot import dot
+from ._gram import gram
+from ._launch import Work, block_of, config, key_of, launch, precision
+from ._windows import (
+    SIZES,
+    block_begin,
+    block_end,
+    block_position,
+    load_tokens,
+    load_weights,
+    matrix_of,
+    piece_of_window,
+    tile_range,
+    tile_tokens,
+)
+
+PARTS = 32  # in which the windows' gradients of weights are summed: a number of its own, for the same order everywhere
+
+
+# ---- what is d x d --------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attend_bwd_kernel(
+    slots, grad_slots, temperature, matrices, vectors, grad_scales,
+    height, width, windows_y, windows_x, blocks_y, blocks_x,
+    HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
+    DIVIDES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # b_s, b_g: (BLOCK_R of q, BLOCK_D of k). In fp64: the gradients of normalised vectors are differences of nearly
+    # equal terms. matrices: (.., 2, DEPTH, DEPTH), the gradient of S in rows of largest value 1, and A; vectors:
+    # (.., 5, DEPTH), 1 / |q|, 1 / |k|, what the norms take from the gradients of q^ and k^ for each unit of them, and
+    # the rows' largest values.
+    COUNT: tl.constexpr = 4 if SHIFT > 0 else 1
+    SLOT: tl.constexpr = BRANCHES * DEPTH * (DEPTH + 2)
+    i_matrix = tl.program_id(0).to(tl.int64)
+    i_branch = i_matrix % BRANCHES
+    o_d = tl.arange(0, BLOCK_D)
+    b_k = tl.zeros((BLOCK_D,), dtype=tl.float64)
+    tokens = i_matrix * 0
+    for i_piece in tl.static_range(COUNT):
+        i_y, i_x, i_slot, depth = piece_of_window(
+            i_piece, i_matrix, windows_y, windows_x, blocks_y, blocks_x, BRANCHES, HEADS, DEPTH, SHIFT
+        )
+        p_n = slots + i_slot * SLOT + DEPTH * (BRANCHES * DEPTH + 2 * i_branch)
+        b_k += tl.load(p_n + DEPTH + o_d, mask=o_d < depth, other=0.0).to(tl.float64)
+        rows = block_end(i_y, height, P, SHIFT) - block_begin(i_y, P, SHIFT)
+        columns = block_end(i_x, width, P, SHIFT) - block_begin(i_x, P, SHIFT)
+        tokens += tl.where(depth > 0, rows * columns, 0)
+    b_k = 1.0 / tl.maximum(tl.sqrt(b_k), 1e-12)
+    scale = tl.load(temperature + i_matrix // BRANCHES % HEADS).to(tl.float64)
+    if DIVIDES:
+        scale = 1.0 / scale
+    through = tl.where(tokens == 1, 0.0, scale)  # a channel of one token is normalised to its sign
+    b_slope_k = tl.zeros((BLOCK_D,), dtype=tl.float64)
+    b_grad_scale = tl.zeros((BLOCK_D,), dtype=tl.float64)
+    p_matrix = matrices + i_matrix * 2 * DEPTH * DEPTH
+    p_vector = vectors + i_matrix * 5 * DEPTH
+    for i_row in range(0, DEPTH, BLOCK_R):
+        o_r = i_row + tl.arange(0, BLOCK_R)
+        p_s = o_r[:, None] * DEPTH + o_d[None, :]
+        b_s = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float64)
+        b_g = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float64)
+        b_q = tl.zeros((BLOCK_R,), dtype=tl.float64)
+        for i_piece in tl.static_range(COUNT):
+            _, _, i_slot, depth = piece_of_window(
+                i_piece, i_matrix, windows_y, windows_x, blocks_y, blocks_x, BRANCHES, HEADS, DEPTH, SHIFT
+            )
+            m_s = (o_r < depth)[:, None] & (o_d < depth)[None, :]
+            p_slot = slots + i_slot * SLOT
+            p_g = grad_slots + (i_slot * BRANCHES + i_branch) * DEPTH * DEPTH + p_s
+            b_s += tl.load(p_slot + i_branch * DEPTH * DEPTH + p_s, mask=m_s, other=0.0).to(tl.float64)
+            b_g += tl.load(p_g, mask=m_s, other=0.0).to(tl.float64)
+            p_n = p_slot + DEPTH * (BRANCHES * DEPTH + 2 * i_branch)
+            b_q += tl.load(p_n + o_r, mask=o_r < depth, other=0.0).to(tl.float64)
+        m_r = o_r < DEPTH
+        m_s = m_r[:, None] & (o_d < DEPTH)[None, :]
+        b_q = 1.0 / tl.maximum(tl.sqrt(b_q), 1e-12)
+        b_s *= b_q[:, None] * b_k[None, :]
+        b_a = tl.where((o_d < DEPTH)[None, :], b_s * scale, float("-inf"))
+        b_a = tl.exp((b_a - tl.max(b_a, axis=1)[:, None]).to(tl.float32)).to(tl.float64)
+        b_a = b_a / tl.sum(b_a, axis=1)[:, None]
+        b_g = b_a * (b_g - tl.sum(b_a * b_g, axis=1)[:, None])
+        b_grad_scale += tl.sum(tl.where(m_r[:, None], b_g * b_s, 0.0), axis=0)
+        b_g = tl.where(m_s, b_g * through, 0.0)
+        b_slope_k += tl.sum(b_g * b_s, axis=0)
+        b_most = tl.max(tl.abs(b_g), axis=1)
+        tl.store(p_vector + o_r, b_q.to(tl.float32), mask=m_r)
+        tl.store(p_vector + 2 * DEPTH + o_r, tl.sum(b_g * b_s, axis=1).to(tl.float32), mask=m_r)
+        tl.store(p_vector + 4 * DEPTH + o_r, b_most.to(tl.float32), mask=m_r)
+        b_g = b_g / tl.where(b_most == 0.0, 1.0, b_most)[:, None]
+        tl.store(p_matrix + p_s, b_g.to(tl.float32).to(matrices.dtype.element_ty), mask=m_s)
+        tl.store(p_matrix + DEPTH * DEPTH + p_s, b_a.to(tl.float32).to(matrices.dtype.element_ty), mask=m_s)
+    m_d = o_d < DEPTH
+    tl.store(p_vector + DEPTH + o_d, b_k.to(tl.float32), mask=m_d)
+    tl.store(p_vector + 3 * DEPTH + o_d, b_slope_k.to(tl.float32), mask=m_d)
+    grad_scale = tl.sum(b_grad_scale, axis=0)
+    if DIVIDES:
+        grad_scale *= -scale * scale
+    tl.store(grad_scales + i_matrix, grad_scale.to(tl.float32))
+
+
+def attend_backward(groups, slots, grad_slots, temperature, divides, dtype):
+    """Matrices and vectors of `attend_bwd_kernel`, and the gradient of the temperature."""
+    depth = groups.depth
+    windows_y, windows_x, _, _ = groups.windows_and_blocks
+    matrices = slots.new_empty(groups.matrices, 2, depth, depth, dtype=dtype)
+    vectors = slots.new_empty(groups.matrices, 5, depth)
+    grad_scales = slots.new_empty(groups.images * windows_y * windows_x, groups.heads, groups.branches)
+    candidates = [dict(BLOCK_R=16, BLOCK_D=block_of(depth), num_warps=warps) for warps in (4, 8)]
+    tiles = config("attend_bwd", key_of(slots, depth, groups.branches), candidates, slots.device)
+    launch(
+        attend_bwd_kernel, (groups.matrices,), slots, grad_slots, temperature, matrices, vectors, grad_scales,
+        groups.height, groups.width, *groups.windows_and_blocks, **groups.constants, DIVIDES=divides, **tiles,
+        work=Work(
+            (slots.numel() + grad_slots.numel()) * 4 + matrices.numel() * matrices.element_size(),
+            vector=20 * matrices.numel(),
+        ),
+    )  # fmt: skip
+    return matrices, vectors, grad_scales.sum(dim=(0, 2))
+
+
+# ---- what is a value of each pixel ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_sums(sums, b_sum, i_map, i_head, p_t, m_t, pixels, HEADS: tl.constexpr):
+    tl.store(sums + (i_map * HEADS + i_head) * pixels + p_t, b_sum, mask=m_t)
+
+
+@triton.jit
+def gradient_of_branch(b_x, b_y, b_w, p_matrix, p_vector, o_d, OF_K: tl.constexpr, DEPTH: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
+    # of w x (tile, BLOCK_D), and its share in that of w (tile,); x is q and y is k, or the reverse where OF_K. With g
+    # the gradient of x^, a product of y^, it is g - (g . x^) x^ over the norm of x.
+    m_d = o_d < DEPTH
+    p_g = p_matrix + o_d[:, None] * DEPTH + o_d[None, :]
+    b_matrix = tl.load(p_g, mask=m_d[:, None] & m_d[None, :], other=0.0)
+    b_nx = tl.load(p_vector + OF_K * DEPTH + o_d, mask=m_d, other=0.0)
+    b_ny = tl.load(p_vector + (1 - OF_K) * DEPTH + o_d, mask=m_d, other=0.0)
+    b_slope = tl.load(p_vector + (2 + OF_K) * DEPTH + o_d, mask=m_d, other=0.0)
+    b_most = tl.load(p_vector + 4 * DEPTH + o_d, mask=m_d, other=0.0)
+    b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32) * (b_w[:, None] * b_ny[None, :])
+    if OF_K:  # the rows' largest values may not fit fp16, the sums over rows then need one factor for all
+        most = tl.max(b_most, axis=0)
+        b_y *= (b_most / tl.where(most == 0.0, 1.0, most))[None, :]
+        b_g = dot(b_y.to(b_matrix.dtype), b_matrix, None, PRECISION) * most
+    else:
+        b_g = dot(b_y.to(b_matrix.dtype), tl.trans(b_matrix), None, PRECISION) * b_most[None, :]
+    b_g = (b_g - b_x * (b_w[:, None] * (b_nx * b_slope)[None, :])) * b_nx[None, :]
+    return b_g, tl.sum(b_g * b_x, axis=1)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "pixels"])
+def gradients_kernel(
+    grad, q, k, v, token_weight, weight_0, weight_1, matrices, vectors, grad_q, grad_k, grad_v, sums,
+    height, width, windows_y, windows_x, blocks_y, blocks_x, splits, pixels,
+    HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
+    PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_FIRST: tl.constexpr, V_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # tiles of maps: (tile, BLOCK_D); sums: (4, HEADS, pixels), of both branches' token weights, then merge weights
+    CHANNELS: tl.constexpr = HEADS * DEPTH
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head = i_program % HEADS
+    i_split = i_program // HEADS % splits
+    i_block = i_program // HEADS // splits
+    i_x = i_block % blocks_x
+    i_y = i_block // blocks_x % blocks_y
+    i_image = i_block // blocks_x // blocks_y
+    y0, y1 = block_begin(i_y, P, SHIFT), block_end(i_y, height, P, SHIFT)
+    x0, x1 = block_begin(i_x, P, SHIFT), block_end(i_x, width, P, SHIFT)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < DEPTH
+    m_a = m_d[:, None] & m_d[None, :]
+    o_c = i_head * DEPTH + o_d
+    i_0 = matrix_of(i_image, i_y, i_x, i_head, windows_y, windows_x, 0, BRANCHES, HEADS, SHIFT)
+    i_1 = matrix_of(i_image, i_y, i_x, i_head, windows_y, windows_x, BRANCHES - 1, BRANCHES, HEADS, SHIFT)
+    p_a = matrices + DEPTH * DEPTH + o_d[:, None] * DEPTH + o_d[None, :]
+    first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
+    for i_tile in range(first, last):
+        o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
+        p_t = (i_image * height + o_y) * width + o_x
+        m_x = m_t[:, None] & m_d[None, :]
+        b_g = load_tokens(grad, None, i_image, o_y, o_x, m_t, o_c, m_d, height, width, CHANNELS, False)
+        b_v = load_tokens(v, None, i_image, o_y, o_x, m_t, V_FIRST + o_c, m_d, height, width, PIXEL, False)
+        b_a = tl.load(p_a + i_0 * 2 * DEPTH * DEPTH, mask=m_a, other=0.0)
+        b_gv = dot(b_g, b_a, None, PRECISION)
+        if BRANCHES == 2:
+            o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + o_y - y0, block_position(i_x, 0, P, SHIFT) + o_x - x0
+            b_v = b_v.to(tl.float32)
+            store_sums(sums, tl.sum(b_gv * b_v, axis=1), 2, i_head, p_t, m_t, pixels, HEADS)
+            b_gv *= load_weights(weight_0, i_head, o_wy, o_wx, m_t, P)[:, None]
+            b_a = tl.load(p_a + i_1 * 2 * DEPTH * DEPTH, mask=m_a, other=0.0)
+            b_gb = dot(b_g, b_a, None, PRECISION)
+            store_sums(sums, tl.sum(b_gb * b_v, axis=1), 3, i_head, p_t, m_t, pixels, HEADS)
+            b_gv += b_gb * load_weights(weight_1, i_head, o_wy, o_wx, m_t, P)[:, None]
+        p_x = p_t[:, None] * PIXEL + o_c[None, :]
+        tl.store(grad_v + V_FIRST + p_x, b_gv.to(grad_v.dtype.element_ty), mask=m_x)
+        b_q = load_tokens(q, None, i_image, o_y, o_x, m_t, Q_FIRST + o_c, m_d, height, width, PIXEL, False)
+        b_k = load_tokens(k, None, i_image, o_y, o_x, m_t, K_FIRST + o_c, m_d, height, width, PIXEL, False)
+        p_0, p_1 = matrices + i_0 * 2 * DEPTH * DEPTH, matrices + i_1 * 2 * DEPTH * DEPTH
+        v_0, v_1 = vectors + i_0 * 5 * DEPTH, vectors + i_1 * 5 * DEPTH
+        if BRANCHES == 2:
+            b_w0 = load_weights(token_weight, i_head, o_wy, o_wx, m_t, P)
+            o_wy, o_wx = block_position(i_y, 1, P, SHIFT) + o_y - y0, block_position(i_x, 1, P, SHIFT) + o_x - x0
+            b_w1 = load_weights(token_weight, i_head, o_wy, o_wx, m_t, P)
+            b_g0, b_sum0 = gradient_of_branch(b_q, b_k, b_w0, p_0, v_0, o_d, False, DEPTH, PRECISION)
+            b_g1, b_sum1 = gradient_of_branch(b_q, b_k, b_w1, p_1, v_1, o_d, False, DEPTH, PRECISION)
+            b_g0 = b_g0 * b_w0[:, None] + b_g1 * b_w1[:, None]
+            tl.store(grad_q + Q_FIRST + p_x, b_g0.to(grad_q.dtype.element_ty), mask=m_x)
+            b_g0, b_of_k0 = gradient_of_branch(b_k, b_q, b_w0, p_0, v_0, o_d, True, DEPTH, PRECISION)
+            b_g1, b_of_k1 = gradient_of_branch(b_k, b_q, b_w1, p_1, v_1, o_d, True, DEPTH, PRECISION)
+            b_g0 = b_g0 * b_w0[:, None] + b_g1 * b_w1[:, None]
+            tl.store(grad_k + K_FIRST + p_x, b_g0.to(grad_k.dtype.element_ty), mask=m_x)
+            store_sums(sums, b_sum0 + b_of_k0, 0, i_head, p_t, m_t, pixels, HEADS)
+            store_sums(sums, b_sum1 + b_of_k1, 1, i_head, p_t, m_t, pixels, HEADS)
+        else:
+            b_w0 = tl.where(m_t, 1.0, 0.0)
+            b_g0, _ = gradient_of_branch(b_q, b_k, b_w0, p_0, v_0, o_d, False, DEPTH, PRECISION)
+            tl.store(grad_q + Q_FIRST + p_x, b_g0.to(grad_q.dtype.element_ty), mask=m_x)
+            b_g0, _ = gradient_of_branch(b_k, b_q, b_w0, p_0, v_0, o_d, True, DEPTH, PRECISION)
+            tl.store(grad_k + K_FIRST + p_x, b_g0.to(grad_k.dtype.element_ty), mask=m_x)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "images", "parts"])
+def weights_kernel(
+    sums, parts_of_sums, images, height, width, windows_y, windows_x, parts,
+    HEADS: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # parts_of_sums: (parts, 4, HEADS, P * P); sums over every parts-th window
+    i_part = tl.program_id(2)
+    i_map = tl.program_id(1)  # (map, head)
+    o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_p = o_p < P * P
+    shift = tl.where(i_map // HEADS == 1, SHIFT, 0)
+    b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i_window in range(i_part, images * windows_y * windows_x, parts):
+        o_y = (i_window // windows_x % windows_y * P + o_p // P + shift) % (windows_y * P)
+        o_x = (i_window % windows_x * P + o_p % P + shift) % (windows_x * P)
+        p_s = (i_map.to(tl.int64) * images + i_window // windows_x // windows_y) * height * width + o_y * width + o_x
+        b_sum += tl.load(sums + p_s, mask=m_p & (o_y < height) & (o_x < width), other=0.0)
+    tl.store(parts_of_sums + (i_part * 4 * HEADS + i_map) * P * P + o_p, b_sum, mask=m_p)
+
+
+def weight_gradients(groups, sums):
+    """Of token_weight, top_weight and bottom_weight, (3, heads, p, p) in fp32."""
+    p, (windows_y, windows_x, _, _) = groups.window, groups.windows_and_blocks
+    parts = max(1, min(PARTS, groups.images * windows_y * windows_x))
+    found = sums.new_empty(parts, 4, groups.heads, p, p)
+    tiles = dict(BLOCK=min(256, block_of(p * p)), num_warps=4)
+    launch(
+        weights_kernel, (triton.cdiv(p * p, tiles["BLOCK"]), 4 * groups.heads, parts), sums, found,
+        groups.images, groups.height, groups.width, windows_y, windows_x, parts,
+        HEADS=groups.heads, P=p, SHIFT=groups.shift, **tiles,
+        work=Work((sums.numel() + found.numel()) * 4, vector=sums.numel()),
+    )  # fmt: skip
+    in_windows, in_shifted, top, bottom = found.sum(dim=0)
+    return in_windows + in_shifted, top, bottom
+
+
+def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None, None, None), slots=None):
+    """Writes the gradients of `Channels` q, k, v to the tensors ``grads``, which have the channels of q, k and v.
+
+    ``slots``: of q and k, if they are known. Returns the gradients of the temperature and of the weights (token, top,
+    bottom), None without them.
+    """
+    token_weight, *merge = weights
+    if slots is None:
+        slots = gram(groups, q, k, (token_weight, None))
+    grad_slots = gram(groups, grad, v, merge, norms=False)
+    matrices, vectors, grad_temperature = attend_backward(groups, slots, grad_slots, temperature, divides, q.of.dtype)
+    sums = None
+    if groups.branches == 2:
+        sums = vectors.new_empty(4, groups.heads, groups.pixels)
+    wide = groups.depth > 64
+    candidates = [groups.tiles(32, 8 if wide else 4, 1), groups.tiles(64, 8, 1), groups.tiles(32, 4, 2)]
+    tiles = config("gradients", key_of(q.of, groups.depth, groups.window, groups.branches), candidates, q.of.device)
+    windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
+    splits = groups.splits
+    map_values = groups.pixels * groups.channels
+    launch(
+        gradients_kernel, (groups.blocks * splits * groups.heads,), grad.of, q.of, k.of, v.of, *weights,
+        matrices, vectors, *grads, sums,
+        groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits, groups.pixels,
+        **groups.constants, PIXEL=q.pixel, Q_FIRST=q.first, K_FIRST=k.first, V_FIRST=v.first,
+        PRECISION=precision(q.of), **tiles,
+        work=Work(
+            (7 * map_values + matrices.numel()) * q.of.element_size() + (0 if sums is None else sums.numel() * 4),
+            matrix=6 * groups.branches * map_values * groups.depth, vector=30 * groups.branches * map_values,
+        ),
+    )  # fmt: skip
+    return grad_temperature, None if sums is None else weight_gradients(groups, sums)

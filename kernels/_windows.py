@@ -1,0 +1,224 @@
+"""How a map is cut into windows, the windows into blocks, and blocks into tiles of tokens.
+
+A second branch has windows shifted by p // 2 pixels, cyclically on the map padded to whole windows. Cut at the borders
+of both, every block lies in one window of each branch, so that whatever is summed over blocks serves both. Padding
+belongs to no block: a window at the border has smaller blocks, or fewer.
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import block_of
+
+SIZES = ["height", "width", "blocks_y", "blocks_x", "windows_y", "windows_x", "splits"]
+SPLIT_TOKENS = 1024  # of a block for each program, while the programs of a block are at most
+SPLITS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How a map is cut; ``window`` 0 is the whole image. See `block_end` for the blocks."""
+
+    images: int
+    height: int
+    width: int
+    heads: int
+    depth: int
+    window: int
+    branches: int
+
+    @classmethod
+    def whole(cls, images, height, width, heads, depth):
+        """The order of the pixels of a whole image does not matter: one row."""
+        return cls(images, 1, height * width, heads, depth, 0, 1)
+
+    @property
+    def pixels(self):
+        return self.images * self.height * self.width
+
+    @property
+    def channels(self):
+        return self.heads * self.depth
+
+    @property
+    def shift(self):
+        return self.window // 2 if self.branches == 2 else 0
+
+    def _axis(self, size):
+        """Windows and blocks along an axis."""
+        if self.window == 0:
+            return 1, 1
+        windows = triton.cdiv(size, self.window)
+        rest = size - (windows - 1) * self.window
+        return windows, windows if self.shift == 0 else 2 * windows - (rest <= self.shift)
+
+    @property
+    def windows_and_blocks(self):
+        """Windows down and across an image, and blocks down and across."""
+        (windows_y, blocks_y), (windows_x, blocks_x) = self._axis(self.height), self._axis(self.width)
+        return windows_y, windows_x, blocks_y, blocks_x
+
+    @property
+    def blocks(self):
+        _, _, blocks_y, blocks_x = self.windows_and_blocks
+        return self.images * blocks_y * blocks_x
+
+    @property
+    def matrices(self):
+        windows_y, windows_x, _, _ = self.windows_and_blocks
+        return self.images * windows_y * windows_x * self.heads * self.branches
+
+    @property
+    def side(self):
+        """The longest side of a block in windows."""
+        return self.window - self.shift
+
+    @property
+    def splits(self):
+        """Programs that share the tokens of one block."""
+        tokens = self.width if self.window == 0 else self.side**2
+        return max(1, min(SPLITS, triton.cdiv(tokens, SPLIT_TOKENS)))
+
+    def tile(self, tokens):
+        """Rows and columns of a tile of at most so many tokens, at least 16."""
+        if self.window == 0:
+            return dict(TILE_Y=1, TILE_X=tokens)
+        side = triton.next_power_of_2(self.side)
+        columns = min(16, side)
+        return dict(TILE_Y=max(16 // columns, min(tokens // columns, side)), TILE_X=columns)
+
+    def tiles(self, tokens, warps, stages=2):
+        """A configuration."""
+        return dict(**self.tile(tokens), BLOCK_D=block_of(self.depth), num_warps=warps, num_stages=stages)
+
+    @property
+    def constants(self):
+        return dict(HEADS=self.heads, DEPTH=self.depth, P=self.window, SHIFT=self.shift, BRANCHES=self.branches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Channels of a map from ``first`` on; ``of`` is a channels-last tensor."""
+
+    of: torch.Tensor
+    first: int = 0
+
+    @property
+    def pixel(self):
+        return self.of.shape[1]
+
+
+# ---- where blocks and tokens are ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def block_begin(i_block, P: tl.constexpr, SHIFT: tl.constexpr):
+    PARTS: tl.constexpr = 2 if SHIFT > 0 else 1
+    return i_block // PARTS * P + i_block % PARTS * SHIFT
+
+
+@triton.jit
+def block_end(i_block, size, P: tl.constexpr, SHIFT: tl.constexpr):
+    # Block i is part i % 2 of the window i // 2: its first SHIFT pixels, or the others. Without SHIFT it is window i.
+    return size if P == 0 else tl.minimum(block_begin(i_block + 1, P, SHIFT), size)
+
+
+@triton.jit
+def block_window(i_block, windows, BRANCH: tl.constexpr, SHIFT: tl.constexpr):
+    if SHIFT == 0:
+        i_window = i_block
+    elif BRANCH == 0:
+        i_window = i_block // 2
+    else:
+        i_window = (i_block + 2 * windows - 1) // 2 % windows
+    return i_window
+
+
+@triton.jit
+def block_position(i_block, BRANCH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr):
+    # where the block begins in its window of the branch
+    if SHIFT == 0:
+        position = i_block * 0
+    elif BRANCH == 0:
+        position = i_block % 2 * SHIFT
+    else:
+        position = (1 - i_block % 2) * (P - SHIFT)
+    return position
+
+
+@triton.jit
+def block_of_window(i_window, i_part, i_branch, windows, SHIFT: tl.constexpr):
+    # it may lie outside of the map
+    PARTS: tl.constexpr = 2 if SHIFT > 0 else 1
+    return (i_window * PARTS + i_branch * (PARTS - 1) + i_part) % (windows * PARTS)
+
+
+@triton.jit
+def tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    # rows, columns and mask of the tokens of a tile of the block [y0, y1) x [x0, x1)
+    tiles_x = tl.cdiv(x1 - x0, TILE_X)
+    o_t = tl.arange(0, TILE_Y * TILE_X)
+    o_y = y0 + i_tile // tiles_x * TILE_Y + o_t // TILE_X
+    o_x = x0 + i_tile % tiles_x * TILE_X + o_t % TILE_X
+    return o_y, o_x, (o_y < y1) & (o_x < x1)
+
+
+@triton.jit
+def tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    tiles = tl.cdiv(y1 - y0, TILE_Y) * tl.cdiv(x1 - x0, TILE_X)
+    each = tl.cdiv(tiles, splits)
+    return i_split * each, tl.minimum((i_split + 1) * each, tiles)
+
+
+@triton.jit
+def load_tokens(
+    x, depthwise, i_image, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL: tl.constexpr, DEPTHWISE: tl.constexpr
+):
+    # channels o_c of tokens, (tokens, channels); after a depthwise 3 x 3 convolution by weights (9, PIXEL)
+    if DEPTHWISE:
+        b_x = tl.zeros((o_y.shape[0], o_c.shape[0]), dtype=tl.float32)
+        for i_tap in tl.static_range(9):
+            o_sy, o_sx = o_y + (i_tap // 3 - 1), o_x + (i_tap % 3 - 1)
+            m_s = m_t & (o_sy >= 0) & (o_sy < height) & (o_sx >= 0) & (o_sx < width)
+            p_x = ((i_image * height + o_sy) * width + o_sx)[:, None] * PIXEL + o_c[None, :]
+            b_s = tl.load(x + p_x, mask=m_s[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+            b_w = tl.load(depthwise + i_tap * PIXEL + o_c, mask=m_c, other=0.0).to(tl.float32)
+            b_x += b_s * b_w[None, :]
+        b_out = b_x.to(x.dtype.element_ty)
+    else:
+        p_x = ((i_image * height + o_y) * width + o_x)[:, None] * PIXEL + o_c[None, :]
+        b_out = tl.load(x + p_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
+    return b_out
+
+
+@triton.jit
+def load_weights(weight, i_head, o_y, o_x, m_t, P: tl.constexpr):
+    # of tokens at positions in the window; zeros outside of the map
+    return tl.load(weight + (i_head * P + o_y) * P + o_x, mask=m_t, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def piece_of_window(i_piece, i_matrix, windows_y, windows_x, blocks_y, blocks_x, BRANCHES: tl.constexpr,
+                    HEADS: tl.constexpr, DEPTH: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
+    # of matrix (image, window, head, branch): the block down and across, its slot, and how many channels count: none
+    # where the block lies outside of the map
+    PARTS: tl.constexpr = 2 if SHIFT > 0 else 1
+    i_branch = i_matrix % BRANCHES
+    i_head = i_matrix // BRANCHES % HEADS
+    i_window = i_matrix // (BRANCHES * HEADS)
+    i_y = block_of_window(i_window // windows_x % windows_y, i_piece // PARTS, i_branch, windows_y, SHIFT)
+    i_x = block_of_window(i_window % windows_x, i_piece % PARTS, i_branch, windows_x, SHIFT)
+    i_block = (i_window // windows_x // windows_y * blocks_y + i_y) * blocks_x + i_x
+    rows = tl.where((i_y < blocks_y) & (i_x < blocks_x), DEPTH, 0)
+    return i_y, i_x, i_block * HEADS + i_head, rows
+
+
+@triton.jit
+def matrix_of(i_image, i_y, i_x, i_head, windows_y, windows_x, BRANCH: tl.constexpr, BRANCHES: tl.constexpr,
+              HEADS: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
+    # the index of the matrix of the block (i_y, i_x) of an image
+    i_wy, i_wx = block_window(i_y, windows_y, BRANCH, SHIFT), block_window(i_x, windows_x, BRANCH, SHIFT)
+    return (((i_image * windows_y + i_wy) * windows_x + i_wx) * HEADS + i_head) * BRANCHES + BRANCH

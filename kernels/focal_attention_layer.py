@@ -1,0 +1,151 @@
+"""x + project(attention(depthwise(qkv(norm(x))))); see ipt_fast.ops.focal_attention_layer.
+
+The norm is part of the first projection. The depthwise convolution is computed where q, k and v are read: in the pass
+that makes Gram matrices, and in the one that applies the attention to v. Up to MOST channels that pass takes all heads
+of its tokens, and the projection and the residual, too: 11 C values a pixel (read x, write and read 3 C, read v's
+neighbours from the cache, read x, write). Above, the result is written and the projection adds the residual: 13 C.
+
+Backward: everything is made again, then each part's own backward runs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dot import dot
+from ._gram import apply, attend, gram
+from ._launch import Work, block_of, config, key_of, launch, matmul, precision
+from ._windows import (
+    SIZES,
+    block_begin,
+    block_end,
+    block_position,
+    load_tokens,
+    load_weights,
+    matrix_of,
+    tile_range,
+    tile_tokens,
+)
+from .depthwise import depthwise, depthwise_weight_gradient, taps_of
+from .focal_channel_attention import attention_and_slots, focal_channel_attention_backward, groups_of, parts_of
+from .layer_norm_2d import layer_norm_2d
+from .pointwise import map_of, pixels_of, pointwise
+from .pointwise_backward import pointwise_norm_backward
+
+MOST = 128
+
+
+@triton.jit(do_not_specialize=SIZES)
+def focal_attention_layer_fwd_kernel(
+    projected, taps, attention, top_weight, bottom_weight, project_weight, x, out,
+    height, width, windows_y, windows_x, blocks_y, blocks_x, splits,
+    HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
+    PRECISION: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # b_v, b_y: (tile, BLOCK_D); b_a: (BLOCK_D of y, BLOCK_D of v); b_w: (BLOCK_C, BLOCK_D); b_o: (tile, BLOCK_C)
+    C: tl.constexpr = HEADS * DEPTH
+    i_program = tl.program_id(0).to(tl.int64)
+    i_split = i_program % splits
+    i_block = i_program // splits
+    i_x = i_block % blocks_x
+    i_y = i_block // blocks_x % blocks_y
+    i_image = i_block // blocks_x // blocks_y
+    y0, y1 = block_begin(i_y, P, SHIFT), block_end(i_y, height, P, SHIFT)
+    x0, x1 = block_begin(i_x, P, SHIFT), block_end(i_x, width, P, SHIFT)
+    o_c = tl.arange(0, BLOCK_C)
+    o_d = tl.arange(0, BLOCK_D)
+    m_c, m_d = o_c < C, o_d < DEPTH
+    m_a = m_d[:, None] & m_d[None, :]
+    i_top = matrix_of(i_image, i_y, i_x, 0, windows_y, windows_x, 0, BRANCHES, HEADS, SHIFT)
+    i_bottom = matrix_of(i_image, i_y, i_x, 0, windows_y, windows_x, 1, BRANCHES, HEADS, SHIFT)
+    p_a = attention + o_d[:, None] * DEPTH + o_d[None, :]
+    first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
+    for i_tile in range(first, last):
+        o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
+        o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + o_y - y0, block_position(i_x, 0, P, SHIFT) + o_x - x0
+        b_o = tl.zeros((TILE_Y * TILE_X, BLOCK_C), dtype=tl.float32)
+        for i_head in range(HEADS):
+            o_v = 2 * C + i_head * DEPTH + o_d
+            b_v = load_tokens(projected, taps, i_image, o_y, o_x, m_t, o_v, m_d, height, width, 3 * C, True)
+            b_a = tl.load(p_a + (i_top + i_head * BRANCHES) * DEPTH * DEPTH, mask=m_a, other=0.0)
+            b_y = dot(b_v, tl.trans(b_a), None, PRECISION)
+            b_y *= load_weights(top_weight, i_head, o_wy, o_wx, m_t, P)[:, None]
+            b_a = tl.load(p_a + (i_bottom + i_head * BRANCHES) * DEPTH * DEPTH, mask=m_a, other=0.0)
+            b_b = dot(b_v, tl.trans(b_a), None, PRECISION)
+            b_y += b_b * load_weights(bottom_weight, i_head, o_wy, o_wx, m_t, P)[:, None]
+            p_w = project_weight + o_c[:, None] * C + i_head * DEPTH + o_d[None, :]
+            b_w = tl.load(p_w, mask=m_c[:, None] & m_d[None, :], other=0.0)
+            b_o = dot(b_y.to(x.dtype.element_ty), tl.trans(b_w), b_o, PRECISION)
+        p_x = ((i_image * height + o_y) * width + o_x)[:, None] * C + o_c[None, :]
+        m_x = m_t[:, None] & m_c[None, :]
+        b_o += tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
+        tl.store(out + p_x, b_o.to(out.dtype.element_ty), mask=m_x)
+
+
+def _apply_and_project(groups, projected, taps, attention, weights, project_weight, x):
+    out = torch.empty_like(x)
+    windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
+    shapes = [(16, 8, 1), (32, 8, 1), (16, 4, 1)] if x.element_size() == 4 else [(64, 4, 1), (32, 2, 1), (64, 4, 2)]
+    candidates = [groups.tiles(*shape) | dict(BLOCK_C=block_of(groups.channels)) for shape in shapes]
+    key = key_of(x, groups.channels, groups.depth, groups.window)
+    tiles = config("focal_attention_layer_fwd", key, candidates, x.device)
+    launch(
+        focal_attention_layer_fwd_kernel, (groups.blocks * groups.splits,),
+        projected, taps, attention, *weights, project_weight, x, out,
+        groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, groups.splits,
+        **groups.constants, PRECISION=precision(x), **tiles,
+        work=Work(
+            (3 * x.numel() + attention.numel() + project_weight.numel()) * x.element_size(),
+            matrix=2 * x.numel() * (2 * groups.depth + groups.channels), vector=18 * x.numel(),
+        ),
+    )  # fmt: skip
+    return out
+
+
+def focal_attention_layer(
+    x, norm_weight, norm_bias, qkv_weight, depthwise_weight, project_weight, temperature, token_weight, top_weight,
+    bottom_weight, num_heads, window_size, eps, centered,
+):  # fmt: skip
+    projected = pointwise(x, qkv_weight, norm_weight, norm_bias, eps, centered)
+    taps = taps_of(depthwise_weight)
+    groups = groups_of(projected, num_heads, window_size)
+    q, k, v = parts_of(projected)
+    slots = gram(groups, q, k, (token_weight, None), depthwise=taps)
+    attention = attend(groups, slots, temperature, True, x.dtype)
+    merge = top_weight, bottom_weight
+    if groups.channels <= MOST:
+        return _apply_and_project(groups, projected, taps, attention, merge, project_weight, x)
+    attended = torch.empty_like(x)
+    apply(groups, v, attention, merge, attended, taps)
+    return pointwise(attended, project_weight, residual=x)
+
+
+def focal_attention_layer_backward(
+    grad, x, norm_weight, norm_bias, qkv_weight, depthwise_weight, project_weight, temperature, token_weight,
+    top_weight, bottom_weight, num_heads, window_size, eps, centered,
+):  # fmt: skip
+    to_qkv, to_out = qkv_weight.flatten(1), project_weight.flatten(1)
+    attention = temperature, token_weight, top_weight, bottom_weight, num_heads, window_size
+    normal = layer_norm_2d(x, norm_weight, norm_bias, eps, centered)
+    projected = map_of(matmul(pixels_of(normal), to_qkv.t()), x)
+    qkv = depthwise(projected, depthwise_weight)
+    attended, slots = attention_and_slots(qkv, *attention)
+    grad_project = matmul(pixels_of(grad).t(), pixels_of(attended))
+    del attended
+    grad_attended = map_of(matmul(pixels_of(grad), to_out), x)
+    grad_qkv, *grads_attention = focal_channel_attention_backward(grad_attended, qkv, *attention, slots)
+    del qkv, grad_attended
+    grad_depthwise = depthwise_weight_gradient(grad_qkv, projected, 3)
+    del projected
+    grad_projected = depthwise(grad_qkv, depthwise_weight, flip=True)
+    grad_to_qkv = matmul(pixels_of(grad_projected).t(), pixels_of(normal))
+    norm = norm_weight, norm_bias, eps, centered
+    grad_x, *grads_norm = pointwise_norm_backward(grad_projected, qkv_weight, x, *norm, residual=grad)
+    return (
+        grad_x,
+        *grads_norm,
+        grad_to_qkv.view_as(qkv_weight),
+        grad_depthwise.to(depthwise_weight.dtype),
+        grad_project.view_as(project_weight),
+        *grads_attention,
+    )

@@ -1,0 +1,48 @@
+"""Channel attention in windows and shifted windows; see ipt_fast.ops.focal_channel_attention and _gram.py."""
+
+import torch
+
+from ._gram import apply, attend, gram
+from ._gram_backward import gradients
+from ._windows import Channels, Groups
+from .pointwise import empty_map
+
+
+def parts_of(qkv):
+    """q, k and v in a map of all three."""
+    channels = qkv.shape[1] // 3
+    return [Channels(qkv, i * channels) for i in range(3)]
+
+
+def groups_of(qkv, num_heads, window_size):
+    batch, packed, height, width = qkv.shape
+    return Groups(batch, height, width, num_heads, packed // 3 // num_heads, window_size, 2)
+
+
+def focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size):
+    out, _ = attention_and_slots(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size)
+    return out
+
+
+def attention_and_slots(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size):
+    """The result, and the Gram matrices, of which the backward has use."""
+    groups = groups_of(qkv, num_heads, window_size)
+    q, k, v = parts_of(qkv)
+    slots = gram(groups, q, k, (token_weight, None))
+    attention = attend(groups, slots, temperature, True, qkv.dtype)
+    out = empty_map(qkv, groups.channels)
+    apply(groups, v, attention, (top_weight, bottom_weight), out)
+    return out, slots
+
+
+def focal_channel_attention_backward(
+    grad, qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, slots=None
+):
+    groups = groups_of(qkv, num_heads, window_size)
+    grad_qkv = torch.empty_like(qkv)
+    weights = token_weight, top_weight, bottom_weight
+    grad_temperature, grad_weights = gradients(
+        groups, Channels(grad), *parts_of(qkv), [grad_qkv] * 3, temperature, True, weights, slots
+    )
+    grad_weights = [g.to(weight.dtype) for g, weight in zip(grad_weights, weights, strict=True)]
+    return grad_qkv, grad_temperature.to(temperature.dtype), *grad_weights
