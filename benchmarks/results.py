@@ -1,4 +1,4 @@
-"""The append-only record: one CSV row per contender, with hardware, versions and commit."""
+"""The record: one CSV row per contender, with hardware, versions and commit. Runs append to it."""
 
 import csv
 import datetime

@@ -1,5 +1,5 @@
 // merge_pointwise and merge_depthwise with their backwards: products of matrices are PyTorch's, which nothing of ours
-// beats, and the kernels of a depthwise convolution are so small that the calls are what counts.
+// beat, and the kernels of a depthwise convolution are so small that the calls are what counts.
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 

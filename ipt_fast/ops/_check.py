@@ -6,8 +6,8 @@ import math
 def positive_int(operator, name, value):
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{operator}: {name} must be an int; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{operator}: {name} must be at least 1; got {value}")
+    if not 1 <= value < 2**63:  # what an operator's schema can hold
+        raise ValueError(f"{operator}: {name} must be at least 1 and below 2**63; got {value}")
 
 
 def positive_number(operator, name, value):

@@ -29,25 +29,33 @@ def _private(name):
     return getattr(torch.ops.ipt_fast_cpu, name).default
 
 
-def kernel(name, rounds_between=False):
+def kernel(name, rounds_between=False, keeps_a_map=False):
     """``ipt_fast_cpu::<name>`` and ``<name>_backward``, which returns an empty gradient for an absent tensor.
 
     ``rounds_between``: the backward is a chain of kernels with maps in the dtype of the images between them. It gets
     16-bit tensors as float32, so that their gradients are rounded once.
+    ``keeps_a_map``: the forward keeps an intermediate map in the dtype of the images. Where that is float16, whose
+    range the map may leave, it gets float32.
     """
 
     def forward(*args):
+        if keeps_a_map and args[0].dtype == torch.float16:
+            return _private(name)(*_wide(args)).half()
         return _private(name)(*args)
 
     def backward(grad, *args):
         grads = _private(f"{name}_backward")
         if not rounds_between or grad.dtype == torch.float32:
             return grads(grad, *args)
-        wide = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
+        wide = _wide(args)
         tensors = (value for value, kind in zip(args, grads._schema.arguments[1:], strict=True) if _is_tensor(kind))
         return [g if t is None else g.to(t.dtype) for g, t in zip(grads(grad.float(), *wide), tensors, strict=True)]
 
     return Kernel(check, forward, backward)
+
+
+def _wide(args):
+    return [value.float() if isinstance(value, torch.Tensor) else value for value in args]
 
 
 def _is_tensor(argument):

@@ -15,6 +15,7 @@ from tests.ops.cases import (
     baseline,
     build,
     cast,
+    error,
     exact,
     forward_and_gradients,
     public,
@@ -106,6 +107,27 @@ def every_second(value):
     wide = value.new_full((*value.shape, 2), float("nan"))
     wide[..., 0] = value
     return wide[..., 0]
+
+
+@pytest.mark.parametrize("call", ["focal_attention_layer", "leffn_layer", "grid_attention_layer"])
+def test_intermediate_values_may_leave_the_range_of_fp16(call):
+    """Weights that make them as large as 1e6 before the last projection makes them small again."""
+    operator, tensors, options = build(call, (1, 7, 9), torch.float16)
+    for name, factor in {
+        "qkv_weight": 3e2,
+        "expand_weight": 3e2,
+        "depthwise_weight": 3e2,
+        "project_weight": 1e-3,
+    }.items():
+        if name in tensors:
+            tensors[name] = tensors[name] * (factor if name != "qkv_weight" or call[0] == "f" else 1.0)
+    grad = gradient_of_output(operator, tensors, options)
+    truth = exact(operator, tensors, options, grad)
+    got = on_backend("auto", operator, tensors, options, grad)
+    assert truth["out"].abs().max() < 6e4
+    for name, value in got.items():
+        if truth[name].abs().max() < 6e4:
+            assert error(value, truth[name]) < 0.01, name
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-3])
