@@ -127,7 +127,10 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     slots = q.of.new_empty(groups.blocks, splits, groups.heads, values, dtype=torch.float32)
     _, _, blocks_y, blocks_x = groups.windows_and_blocks
     wide = groups.depth > 64
-    candidates = [groups.tiles(64 >> wide, 8 if wide else 4), groups.tiles(32, 4), groups.tiles(128, 8)]
+    if depthwise is not None:  # nine neighbours of every token, of q and of k
+        candidates = [groups.tiles(16, 8), groups.tiles(32, 8), groups.tiles(16, 4)]
+    else:
+        candidates = [groups.tiles(64 >> wide, 8 if wide else 4), groups.tiles(32, 4), groups.tiles(128, 8)]
     key = key_of(q.of, groups.depth, groups.window, groups.branches, *(["depthwise"] if depthwise is not None else []))
     tiles = config("gram", key, candidates, q.of.device)
     map_values = groups.pixels * groups.channels

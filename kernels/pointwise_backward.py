@@ -3,7 +3,7 @@
 A program takes BLOCK_P pixels with all their channels: it multiplies the output's gradient by the weight, and takes the
 product through the norm in fp32, so that the input's gradient is rounded once; then the next ones, while it adds up its
 share of the gradients of the norm's parameters, which PyTorch adds up in the end. N + 2 C values a pixel, C more for a
-residual. In fp32 nothing is rounded in between, and PyTorch's product is the faster one.
+residual. In fp32, where nothing is rounded in between and PyTorch's product is faster, and for wide maps: two steps.
 """
 
 import torch
@@ -14,6 +14,8 @@ from ._dot import dot
 from ._launch import Work, block_of, config, key_of, launch, matmul, precision
 from .layer_norm_2d import PROGRAMS, layer_norm_2d_backward
 from .pointwise import map_of, pixels_of
+
+WIDEST = 512  # channels that a program can hold
 
 
 @triton.jit
@@ -62,8 +64,10 @@ def pointwise_norm_bwd_kernel(
 
 def _tiles(channels):
     block = block_of(channels)
-    if block <= 128:
+    if block <= 64:
         shapes = [(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (32, 64, 4, 3)]
+    elif block == 128:
+        shapes = [(64, 64, 8, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 3)]
     else:
         shapes = [(32, 32, 8, 3), (32, 64, 8, 2), (16, 64, 4, 2), (64, 32, 8, 2)]
     return [dict(BLOCK_P=p, BLOCK_C=block, BLOCK_K=k, num_warps=w, num_stages=s) for p, k, w, s in shapes]
@@ -82,7 +86,7 @@ def pointwise_norm_backward(grad, weight, x, norm_weight, norm_bias, eps, center
     outputs, channels = weight.shape[:2]
     grad = pixels_of(grad)
     norm = norm_weight, norm_bias, eps, centered
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float32 or channels > WIDEST:
         return layer_norm_2d_backward(map_of(matmul(grad, weight.flatten(1)), x), x, *norm, residual=residual)
     grad_x = torch.empty_like(x)
     pixels = grad.shape[0]
