@@ -15,7 +15,7 @@ import torch
 from ipt_fast import _extension
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "csrc", "ipt_fast"]
+SOURCES = ["setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "csrc", "ipt_fast", "kernels"]
 ONE_COMMAND = "pip install --no-build-isolation ."
 
 compiled = pytest.mark.skipif(not _extension.load(), reason=_extension.error() or "")
