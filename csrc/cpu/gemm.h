@@ -52,8 +52,8 @@ inline __attribute__((always_inline)) void with_width(int64_t vectors, const Bod
     }
 }
 
-// c[rows][vectors] (+)= a[rows][depth] b[depth][vectors]; element (i, k) of a is at i * a_row + k * a_depth. What c holds
-// is added to the finished sums: a few short sums round less than one long one.
+// c[rows][vectors] (+)= a[rows][depth] b[depth][vectors]; element (i, k) of a is at i * a_row + k * a_depth. What c
+// holds is added to the finished sums: a few short sums round less than one long one.
 template <int rows, int vectors>
 inline __attribute__((always_inline)) void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                                                 const float* b, int64_t b_row, float* c, int64_t c_row,
