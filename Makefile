@@ -57,7 +57,7 @@ $(VENV)/.torch:
 	    { echo "'$(PYTHON)' cannot make virtual environments: install its venv module (apt-get install python3-venv)"; exit 1; }
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
-	$(PIP) install "setuptools>=70" wheel cmake ninja
+	$(PIP) install "setuptools>=77" wheel cmake ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py CMakeLists.txt pyproject.toml $(CSRC)

@@ -8,6 +8,7 @@ as its case is done. Compiled rivals come last: compiling takes most of the time
 import argparse
 import copy
 import csv
+import dataclasses
 import datetime
 import pathlib
 import statistics
@@ -15,9 +16,11 @@ import subprocess
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
 from benchmarks import baseline, predict, registry
+from ipt_fast.kernels._launch import Work
 
 COLUMNS = (
     "date", "commit", "gpu", "torch", "triton", "case", "dtype", "direction", "contender", "median_ms", "times_faster",
@@ -33,7 +36,11 @@ GIB = 2**30
 def environment():
     import triton
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": commit or "unknown",
@@ -84,7 +91,7 @@ class Timer:
 
 
 def ceilings(timer):
-    """Of this GPU in this run: a copy, a bf16 matrix product, and the vector units' clock times width."""
+    """Of this GPU in this run: a copy and a bf16 matrix product; the vector units by an H200's data sheet."""
     source = torch.rand(256 << 20, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.rand(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -104,9 +111,15 @@ class Record:
         self.timer, self.ceilings, self.shared = timer, ceilings(timer), environment()
         print(f"{self.shared['gpu']}: {self.ceilings}", flush=True)
 
-    def case(self, label, dtype, direction, calls, work=None, peaks=None, notes=None):
-        """Time ``calls``, {contender: call}; ``work`` is what `predict.work_of` answers for "ipt_fast"."""
+    def case(self, label, dtype, direction, calls, work=None, peaks=None, notes=None, least=None):
+        """Time ``calls``, {contender: call}; ``work`` is what `predict.work_of` answers for "ipt_fast".
+
+        ``least``: the `Work` that nobody can do without, every tensor read or written once and the formula's FLOP.
+        """
         medians = self.timer.medians(calls)
+        ceilings = self.ceilings
+        if dtype == "float32":  # not on the matrix units
+            ceilings = dataclasses.replace(ceilings, matrix=ceilings.vector)
         rivals = [value for name, value in medians.items() if not name.startswith("ipt_fast")]
         rows = []
         for name, median in medians.items():
@@ -117,11 +130,12 @@ class Record:
             if name.startswith("ipt_fast"):
                 row["times_faster"] = f"{min(rivals) / median:.2f}" if rivals else ""
                 if work:
-                    predicted = sum(self.ceilings.seconds(each) for _, each in work)
+                    predicted = sum(ceilings.seconds(each) for _, each in work)
                     row["predicted_ms"] = f"{predicted * 1e3:.4f}"
-                    row["share_of_ceiling"] = f"{predicted / median:.3f}"
-                    row["gb_per_s"] = f"{sum(each.bytes for _, each in work) / median / 1e9:.0f}"
-                    row["tflop_per_s"] = f"{sum(each.matrix + each.vector for _, each in work) / median / 1e12:.1f}"
+                if least:
+                    row["share_of_ceiling"] = f"{ceilings.seconds(least) / median:.3f}"
+                    row["gb_per_s"] = f"{least.bytes / median / 1e9:.0f}"
+                    row["tflop_per_s"] = f"{(least.matrix + least.vector) / median / 1e12:.1f}"
             rows.append(row)
         self.write(rows)
 
@@ -138,15 +152,30 @@ class Record:
 
 
 def with_capture(calls):
-    """Every call as a graph; one that cannot be captured stays as it is, and its note says why."""
+    """Every call as a graph. One that cannot be captured stays as it is, and its note says why; one that fails goes."""
     found, notes = {}, {}
     for name, call in calls.items():
         try:
             found[name] = captured(call)
         except Exception as error:  # a rival's own limits are not ours
             torch.cuda.synchronize()
+            try:
+                call()
+            except Exception as failure:
+                if name == "ipt_fast":
+                    raise
+                print(f"left out: {name}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+                continue
             found[name], notes[name] = call, f"not captured: {type(error).__name__}"
     return found, notes
+
+
+def least_work(case, inputs, call):
+    """Bytes of the inputs and the output, once each, and the FLOP of the operator's formula."""
+    with FlopCounterMode(display=False) as counter:
+        out = call()
+    values = sum(t.numel() * t.element_size() for t in [*inputs, out])
+    return Work(values, matrix=counter.get_total_flops())
 
 
 def operators(record, dtype, compiled):
@@ -161,8 +190,9 @@ def operators(record, dtype, compiled):
         with torch.inference_mode():
             calls, notes = with_capture({"ipt_fast": ours, **rivals})
             record.case(
-                case.name, str(dtype).removeprefix("torch."), "forward", calls, predict.work_of(ours), None, notes
-            )
+                case.name, str(dtype).removeprefix("torch."), "forward", calls, predict.work_of(ours), None, notes,
+                least_work(case, inputs, ours),
+            )  # fmt: skip
 
 
 def plain(call, **overrides):
@@ -254,6 +284,7 @@ def main():
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no NVIDIA GPU")
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # as products: everybody's float32 is float32
     began = time.monotonic()
     record = Record(args.out, Timer())
     half, full = torch.bfloat16, torch.float32

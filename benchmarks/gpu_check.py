@@ -5,9 +5,11 @@ passed, failed or could not run.
 """
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +22,8 @@ OPERATOR_TESTS = ["tests/ops/test_parity.py", "tests/ops/test_not_finite.py"]
 class Check:
     """Runs the parts one after the other and keeps what became of them."""
 
-    def __init__(self, out, seconds):
-        self.out, self.end, self.results = out, time.monotonic() + seconds, []
+    def __init__(self, out, seconds, kept):
+        self.out, self.end, self.kept, self.results = out, time.monotonic() + seconds, kept, []
 
     def run(self, name, command, limit, **environment):
         """A part: its output goes to <name>.log and its end to the screen."""
@@ -31,14 +33,17 @@ class Check:
             return False
         began = time.monotonic()
         log = self.out / f"{name}.log"
-        try:
-            with open(log, "w") as file:
-                code = subprocess.run(
-                    command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
-                    timeout=limit,
-                ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            code = "timeout"
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = "timeout"
+                os.killpg(process.pid, signal.SIGKILL)  # whatever it started must not disturb the next part
+                process.wait()
         said = log.read_text(errors="replace").strip().splitlines()
         print("\n".join(said[-15:]), flush=True)
         last = said[-1] if said else ""
@@ -50,29 +55,40 @@ class Check:
         print(f"== {name}: {result}", flush=True)
         (self.out / "summary.txt").write_text("".join(f"{part}: {said}\n" for part, said in self.results))
 
+    def share(self, part):
+        """Seconds: this part of what is left before the time that is kept for measuring."""
+        return part * (self.end - self.kept - time.monotonic())
+
     def build(self):
         install = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
         return self.run("build", [sys.executable, "-m", "pip", *install], 300)
 
     def tests(self):
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        self.run("tests_models", [*pytest, "-m", "gpu", "tests/gpu"], 240)
-        self.run("tests_operators", [*pytest, *OPERATOR_TESTS], 240, IPT_FAST_TEST_DEVICE="cuda")
+        if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
+            pytest += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
+        cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # else its products refuse to be deterministic
+        self.run("tests_models", [*pytest, "-m", "gpu", "tests/gpu"], self.share(0.5), **cublas)
+        small = {"IPT_FAST_TEST_DEVICE": "cuda", "IPT_FAST_TEST_SIZES": "2"}
+        self.run("tests_operators", [*pytest, *OPERATOR_TESTS], self.share(0.6), **cublas, **small)
 
     def sanitize(self):
         sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
         if sanitizer is None:
             self.note("sanitize", "could not run: there is no compute-sanitizer")
             return
-        for tool in TOOLS:
+        for i, tool in enumerate(TOOLS):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "tests.gpu.sanitized"]
-            self.run(f"sanitize_{tool}", command, 150, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            self.run(f"sanitize_{tool}", command, self.share(1 / (len(TOOLS) - i)), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
     def bench(self):
         left = self.end - time.monotonic() - 20
         command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(self.out), "--seconds", str(0.7 * left)]
         self.run("bench", command, left)
         if (self.out / "gpu.csv").exists():
+            if importlib.util.find_spec("matplotlib") is None:
+                self.note("plot", "could not run: there is no matplotlib")
+                return
             plot = [sys.executable, "-m", "benchmarks.plot", str(self.out / "gpu.csv"), str(self.out / "gpu.png")]
             self.run("plot", plot, 60)
 
@@ -85,7 +101,7 @@ def main():
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    check = Check(out, args.seconds)
+    check = Check(out, args.seconds, kept=0.45 * args.seconds if args.part == "all" else 0)
     if check.build():
         for part in ("tests", "sanitize", "bench"):
             if args.part in ("all", part):

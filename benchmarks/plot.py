@@ -17,6 +17,8 @@ def draw(csv_path, png_path):
         if row["contender"] == "ipt_fast" and row["times_faster"]:
             process = row.get("allocator") or row["gpu"]
             newest[row["case"], row["dtype"], row["direction"], process] = float(row["times_faster"])
+    if not newest:
+        raise SystemExit(f"{csv_path} has no row of ipt_fast with a rival")
     cases = list(dict.fromkeys(key[0] for key in newest))
     series = list(dict.fromkeys(key[1:] for key in newest))
     height = 0.8 / len(series)

@@ -126,11 +126,14 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     splits = groups.splits
     slots = q.of.new_empty(groups.blocks, splits, groups.heads, values, dtype=torch.float32)
     _, _, blocks_y, blocks_x = groups.windows_and_blocks
-    wide = groups.depth > 64
     if depthwise is not None:  # nine neighbours of every token, of q and of k
-        candidates = [groups.tiles(16, 8), groups.tiles(32, 8), groups.tiles(16, 4)]
+        candidates = [groups.tiles(16, 8, 1), groups.tiles(32, 8), groups.tiles(16, 4)]
+    elif q.of.dtype == torch.float32:
+        candidates = [groups.tiles(32 if groups.depth <= 32 else 16, 8, 1), groups.tiles(16, 4)]
+    elif groups.depth > 64:
+        candidates = [groups.tiles(32, 8), groups.tiles(32, 4)]
     else:
-        candidates = [groups.tiles(64 >> wide, 8 if wide else 4), groups.tiles(32, 4), groups.tiles(128, 8)]
+        candidates = [groups.tiles(64, 4 * (3 - groups.branches)), groups.tiles(32, 4), groups.tiles(128, 8)]
     key = key_of(q.of, groups.depth, groups.window, groups.branches, *(["depthwise"] if depthwise is not None else []))
     tiles = config("gram", key, candidates, q.of.device)
     map_values = groups.pixels * groups.channels
@@ -257,9 +260,13 @@ def apply(groups, v, attention, weights, out, depthwise=None):
 
     ``depthwise``: taps (9, channels of the map) of a convolution of ``v`` before it, in fp32.
     """
-    wide = groups.depth > 64
-    candidates = [groups.tiles(64 >> wide, 8 if wide else 4), groups.tiles(128, 8), groups.tiles(32, 4)]
-    key = key_of(v.of, groups.depth, groups.window, groups.branches)
+    if v.of.dtype == torch.float32:
+        candidates = [groups.tiles(32, 8) if depthwise is None else groups.tiles(16, 8, 1), groups.tiles(16, 8, 1)]
+    elif groups.depth > 64 or depthwise is not None:
+        candidates = [groups.tiles(32, 8 if groups.depth > 64 else 4), groups.tiles(32, 4, 1)]
+    else:
+        candidates = [groups.tiles(64, 4), groups.tiles(128, 8), groups.tiles(32, 4)]
+    key = key_of(v.of, groups.depth, groups.window, groups.branches, *(["depthwise"] if depthwise is not None else []))
     tiles = config("apply", key, candidates, v.of.device)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
     splits = groups.splits

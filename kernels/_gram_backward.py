@@ -120,7 +120,9 @@ def attend_backward(groups, slots, grad_slots, temperature, divides, dtype):
     matrices = slots.new_empty(groups.matrices, 2, depth, depth, dtype=dtype)
     vectors = slots.new_empty(groups.matrices, 5, depth)
     grad_scales = slots.new_empty(groups.images * windows_y * windows_x, groups.heads, groups.branches)
-    candidates = [dict(BLOCK_R=16, BLOCK_D=block_of(depth), num_warps=warps) for warps in (4, 8)]
+    candidates = [
+        dict(BLOCK_R=16, BLOCK_D=block_of(depth), num_warps=warps) for warps in ((4, 8) if depth <= 32 else (8, 4))
+    ]
     tiles = config("attend_bwd", key_of(slots, depth, groups.branches), candidates, slots.device)
     launch(
         attend_bwd_kernel, (groups.matrices,), slots, grad_slots, temperature, matrices, vectors, grad_scales,
@@ -195,45 +197,51 @@ def gradients_kernel(
         o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
         p_t = (i_image * height + o_y) * width + o_x
         m_x = m_t[:, None] & m_d[None, :]
+        p_x = p_t[:, None] * PIXEL + o_c[None, :]
         b_g = load_tokens(grad, None, i_image, o_y, o_x, m_t, o_c, m_d, height, width, CHANNELS, False)
         b_v = load_tokens(v, None, i_image, o_y, o_x, m_t, V_FIRST + o_c, m_d, height, width, PIXEL, False)
-        b_a = tl.load(p_a + i_0 * 2 * DEPTH * DEPTH, mask=m_a, other=0.0)
-        b_gv = dot(b_g, b_a, None, PRECISION)
-        if BRANCHES == 2:
-            o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + o_y - y0, block_position(i_x, 0, P, SHIFT) + o_x - x0
-            b_v = b_v.to(tl.float32)
-            store_sums(sums, tl.sum(b_gv * b_v, axis=1), 2, i_head, p_t, m_t, pixels, HEADS)
-            b_gv *= load_weights(weight_0, i_head, o_wy, o_wx, m_t, P)[:, None]
-            b_a = tl.load(p_a + i_1 * 2 * DEPTH * DEPTH, mask=m_a, other=0.0)
-            b_gb = dot(b_g, b_a, None, PRECISION)
-            store_sums(sums, tl.sum(b_gb * b_v, axis=1), 3, i_head, p_t, m_t, pixels, HEADS)
-            b_gv += b_gb * load_weights(weight_1, i_head, o_wy, o_wx, m_t, P)[:, None]
-        p_x = p_t[:, None] * PIXEL + o_c[None, :]
-        tl.store(grad_v + V_FIRST + p_x, b_gv.to(grad_v.dtype.element_ty), mask=m_x)
         b_q = load_tokens(q, None, i_image, o_y, o_x, m_t, Q_FIRST + o_c, m_d, height, width, PIXEL, False)
         b_k = load_tokens(k, None, i_image, o_y, o_x, m_t, K_FIRST + o_c, m_d, height, width, PIXEL, False)
-        p_0, p_1 = matrices + i_0 * 2 * DEPTH * DEPTH, matrices + i_1 * 2 * DEPTH * DEPTH
-        v_0, v_1 = vectors + i_0 * 5 * DEPTH, vectors + i_1 * 5 * DEPTH
-        if BRANCHES == 2:
-            b_w0 = load_weights(token_weight, i_head, o_wy, o_wx, m_t, P)
-            o_wy, o_wx = block_position(i_y, 1, P, SHIFT) + o_y - y0, block_position(i_x, 1, P, SHIFT) + o_x - x0
-            b_w1 = load_weights(token_weight, i_head, o_wy, o_wx, m_t, P)
-            b_g0, b_sum0 = gradient_of_branch(b_q, b_k, b_w0, p_0, v_0, o_d, False, DEPTH, PRECISION)
-            b_g1, b_sum1 = gradient_of_branch(b_q, b_k, b_w1, p_1, v_1, o_d, False, DEPTH, PRECISION)
-            b_g0 = b_g0 * b_w0[:, None] + b_g1 * b_w1[:, None]
-            tl.store(grad_q + Q_FIRST + p_x, b_g0.to(grad_q.dtype.element_ty), mask=m_x)
-            b_g0, b_of_k0 = gradient_of_branch(b_k, b_q, b_w0, p_0, v_0, o_d, True, DEPTH, PRECISION)
-            b_g1, b_of_k1 = gradient_of_branch(b_k, b_q, b_w1, p_1, v_1, o_d, True, DEPTH, PRECISION)
-            b_g0 = b_g0 * b_w0[:, None] + b_g1 * b_w1[:, None]
-            tl.store(grad_k + K_FIRST + p_x, b_g0.to(grad_k.dtype.element_ty), mask=m_x)
-            store_sums(sums, b_sum0 + b_of_k0, 0, i_head, p_t, m_t, pixels, HEADS)
-            store_sums(sums, b_sum1 + b_of_k1, 1, i_head, p_t, m_t, pixels, HEADS)
+        if BRANCHES == 1:
+            p_m, p_v = matrices + i_0 * 2 * DEPTH * DEPTH, vectors + i_0 * 5 * DEPTH
+            b_w = tl.where(m_t, 1.0, 0.0)
+            b_gv = dot(b_g, tl.load(p_a + i_0 * 2 * DEPTH * DEPTH, mask=m_a, other=0.0), None, PRECISION)
+            b_gq, _ = gradient_of_branch(b_q, b_k, b_w, p_m, p_v, o_d, False, DEPTH, PRECISION)
+            b_gk, _ = gradient_of_branch(b_k, b_q, b_w, p_m, p_v, o_d, True, DEPTH, PRECISION)
         else:
-            b_w0 = tl.where(m_t, 1.0, 0.0)
-            b_g0, _ = gradient_of_branch(b_q, b_k, b_w0, p_0, v_0, o_d, False, DEPTH, PRECISION)
-            tl.store(grad_q + Q_FIRST + p_x, b_g0.to(grad_q.dtype.element_ty), mask=m_x)
-            b_g0, _ = gradient_of_branch(b_k, b_q, b_w0, p_0, v_0, o_d, True, DEPTH, PRECISION)
-            tl.store(grad_k + K_FIRST + p_x, b_g0.to(grad_k.dtype.element_ty), mask=m_x)
+            b_gv = tl.zeros((TILE_Y * TILE_X, BLOCK_D), dtype=tl.float32)
+            b_gq = tl.zeros((TILE_Y * TILE_X, BLOCK_D), dtype=tl.float32)
+            b_gk = tl.zeros((TILE_Y * TILE_X, BLOCK_D), dtype=tl.float32)
+            o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + o_y - y0, block_position(i_x, 0, P, SHIFT) + o_x - x0
+            for i_branch in tl.range(
+                0, BRANCHES, disable_licm=True
+            ):  # a loop, so that one branch's values are in registers at a time
+                i_matrix = tl.where(i_branch == 0, i_0, i_1)
+                p_m, p_v = matrices + i_matrix * 2 * DEPTH * DEPTH, vectors + i_matrix * 5 * DEPTH
+                b_gb = dot(b_g, tl.load(p_a + i_matrix * 2 * DEPTH * DEPTH, mask=m_a, other=0.0), None, PRECISION)
+                b_sum = tl.sum(b_gb * b_v.to(tl.float32), axis=1)
+                store_sums(sums, b_sum, 2 + i_branch, i_head, p_t, m_t, pixels, HEADS)
+                p_w = tl.where(i_branch == 0, weight_0, weight_1)
+                b_gv += b_gb * load_weights(p_w, i_head, o_wy, o_wx, m_t, P)[:, None]
+                o_ty = (
+                    o_y
+                    - y0
+                    + tl.where(i_branch == 0, block_position(i_y, 0, P, SHIFT), block_position(i_y, 1, P, SHIFT))
+                )
+                o_tx = (
+                    o_x
+                    - x0
+                    + tl.where(i_branch == 0, block_position(i_x, 0, P, SHIFT), block_position(i_x, 1, P, SHIFT))
+                )
+                b_w = load_weights(token_weight, i_head, o_ty, o_tx, m_t, P)
+                b_gb, b_sum = gradient_of_branch(b_q, b_k, b_w, p_m, p_v, o_d, False, DEPTH, PRECISION)
+                b_gq += b_gb * b_w[:, None]
+                b_gb, b_of_k = gradient_of_branch(b_k, b_q, b_w, p_m, p_v, o_d, True, DEPTH, PRECISION)
+                b_gk += b_gb * b_w[:, None]
+                store_sums(sums, b_sum + b_of_k, i_branch, i_head, p_t, m_t, pixels, HEADS)
+        tl.store(grad_v + V_FIRST + p_x, b_gv.to(grad_v.dtype.element_ty), mask=m_x)
+        tl.store(grad_q + Q_FIRST + p_x, b_gq.to(grad_q.dtype.element_ty), mask=m_x)
+        tl.store(grad_k + K_FIRST + p_x, b_gk.to(grad_k.dtype.element_ty), mask=m_x)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "images", "parts"])
@@ -279,6 +287,8 @@ def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None,
     bottom), None without them.
     """
     token_weight, *merge = weights
+    if groups.branches == 2 and merge[0].dtype != merge[1].dtype:  # one loop reads both
+        merge = [weight.float() for weight in merge]
     if slots is None:
         slots = gram(groups, q, k, (token_weight, None))
     grad_slots = gram(groups, grad, v, merge, norms=False)
@@ -286,14 +296,14 @@ def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None,
     sums = None
     if groups.branches == 2:
         sums = vectors.new_empty(4, groups.heads, groups.pixels)
-    wide = groups.depth > 64
-    candidates = [groups.tiles(32, 8 if wide else 4, 1), groups.tiles(64, 8, 1), groups.tiles(32, 4, 2)]
+    first = groups.tiles(32 if groups.depth <= 32 else 16, 8, 1)
+    candidates = [first, groups.tiles(64, 8, 1), groups.tiles(16, 4, 1)]
     tiles = config("gradients", key_of(q.of, groups.depth, groups.window, groups.branches), candidates, q.of.device)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
     splits = groups.splits
     map_values = groups.pixels * groups.channels
     launch(
-        gradients_kernel, (groups.blocks * splits * groups.heads,), grad.of, q.of, k.of, v.of, *weights,
+        gradients_kernel, (groups.blocks * splits * groups.heads,), grad.of, q.of, k.of, v.of, token_weight, *merge,
         matrices, vectors, *grads, sums,
         groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits, groups.pixels,
         **groups.constants, PIXEL=q.pixel, Q_FIRST=q.first, K_FIRST=k.first, V_FIRST=v.first,

@@ -13,6 +13,8 @@ import triton.language as tl
 from ._dot import dot
 from ._launch import block_of, key_of, precision
 
+# Of the image: kernels are not compiled anew for them.
+SIZES = ["groups", "count", "height", "width", "row_step", "column_step"]
 LOG2E = tl.constexpr(1.4426950408889634)
 
 

@@ -8,15 +8,16 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import re
 
 import torch
 import triton
 
+from ipt_fast._precision import tf32_allowed
+
 # What triton.jit reads when a kernel is defined: run on CPU tensors by NumPy, slowly.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
@@ -117,7 +118,7 @@ def key_of(x, *widths):
 
 def precision(x):
     """``input_precision`` of tl.dot for products of ``x``: true fp32, unless PyTorch's own switch allows TF32."""
-    return "tf32" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if x.dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def block_of(width, least=16):

@@ -86,7 +86,7 @@ def stack_rows(b_0, b_1, b_2, b_3, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr)
     return tl.reshape(tl.permute(b_all, (3, 2, 0, 1)), (4 * BLOCK_W, BLOCK_C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "strips"])
 def depthwise_fwd_kernel(
     x, taps, y, height, width,
     C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -103,7 +103,7 @@ def depthwise_fwd_kernel(
         tl.store(p_y + p_s, b_rows[i_row].to(y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "strips"])
 def depthwise_weight_bwd_kernel(
     grad, x, sums, strips, height, width,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, STRIP: tl.constexpr, BLOCK_W: tl.constexpr,

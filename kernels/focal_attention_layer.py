@@ -1,8 +1,8 @@
 """x + project(attention(depthwise(qkv(norm(x))))); see ipt_fast.ops.focal_attention_layer.
 
 The norm is part of the first projection. The depthwise convolution is computed where q, k and v are read: in the pass
-that makes Gram matrices, and in the one that applies the attention to v. Up to MOST channels that pass takes all heads
-of its tokens, and the projection and the residual, too: 11 C values a pixel (read x, write and read 3 C, read v's
+that makes Gram matrices, and in the one that applies the attention to v. Up to MOST bytes a pixel this one takes all
+heads of its tokens, the projection and the residual, too: 11 C values a pixel (read x, write and read 3 C, read v's
 neighbours from the cache, read x, write). Above, the result is written and the projection adds the residual: 13 C.
 
 Backward: everything is made again, then each part's own backward runs.
@@ -32,7 +32,7 @@ from .layer_norm_2d import layer_norm_2d
 from .pointwise import map_of, pixels_of, pointwise
 from .pointwise_backward import pointwise_norm_backward
 
-MOST = 128
+MOST = 256  # bytes of a pixel of x
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -85,7 +85,12 @@ def focal_attention_layer_fwd_kernel(
 def _apply_and_project(groups, projected, taps, attention, weights, project_weight, x):
     out = torch.empty_like(x)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
-    shapes = [(16, 8, 1), (32, 8, 1), (16, 4, 1)] if x.element_size() == 4 else [(64, 4, 1), (32, 2, 1), (64, 4, 2)]
+    if x.element_size() == 4:
+        shapes = [(16, 8, 2), (32, 8, 1), (16, 4, 1)]
+    elif groups.heads == 1:
+        shapes = [(64, 4, 1) if groups.depth <= 32 else (32, 8, 2), (32, 2, 1), (64, 4, 2)]
+    else:  # the sums of all heads' channels are in registers
+        shapes = [(32, 8, 1) if groups.depth <= 32 else (16, 8, 2), (64, 8, 1), (16, 4, 1)]
     candidates = [groups.tiles(*shape) | dict(BLOCK_C=block_of(groups.channels)) for shape in shapes]
     key = key_of(x, groups.channels, groups.depth, groups.window)
     tiles = config("focal_attention_layer_fwd", key, candidates, x.device)
@@ -113,7 +118,7 @@ def focal_attention_layer(
     slots = gram(groups, q, k, (token_weight, None), depthwise=taps)
     attention = attend(groups, slots, temperature, True, x.dtype)
     merge = top_weight, bottom_weight
-    if groups.channels <= MOST:
+    if groups.channels * x.element_size() <= MOST:
         return _apply_and_project(groups, projected, taps, attention, merge, project_weight, x)
     attended = torch.empty_like(x)
     apply(groups, v, attention, merge, attended, taps)

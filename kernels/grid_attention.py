@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._lattice import bias_offsets, biases, finite_shift, group_pixels, is_wide, lattice_of, masked_scores
+from ._lattice import SIZES, bias_offsets, biases, finite_shift, group_pixels, is_wide, lattice_of, masked_scores
 from ._launch import Work, block_of, config, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grid_attention_fwd_kernel(
     qkv, table, out, groups, count, height, width, row_step, column_step, scale,
     HEADS: tl.constexpr, D: tl.constexpr, LATTICE: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -68,7 +68,7 @@ def _tiles(x, lattice):
     """Configurations: queries and keys a block, never much above what the lattice has."""
     block = block_of(lattice.tokens)
     if is_wide(x, lattice):
-        shapes = [(32, 32, 4, 1), (64, 32, 8, 1), (16, 64, 4, 1)]
+        shapes = [(32, 32, 8, 1), (64, 32, 8, 1), (16, 64, 4, 1)]
     elif block <= 64:
         shapes = [(64, 64, 4, 1), (64, 64, 4, 2), (32, 64, 2, 1), (64, 64, 8, 1)]
     else:

@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._lattice import as_operand, bias_offsets, biases, finite_shift, group_pixels, is_wide, lattice_of, masked_scores
+from ._lattice import (
+    SIZES,
+    as_operand,
+    bias_offsets,
+    biases,
+    finite_shift,
+    group_pixels,
+    is_wide,
+    lattice_of,
+    masked_scores,
+)
 from ._launch import Work, block_of, config, launch
 
 # Shares of the groups: numbers of their own, so that sums are in the same order on every GPU. One program takes a share
@@ -25,7 +35,7 @@ PROGRAMS = 1024
 PROGRAMS_OF_BLOCKS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grid_attention_bwd_kernel(
     grad, qkv, table, grad_qkv, sums, groups, height, width, row_step, column_step, scale,
     HEADS: tl.constexpr, D: tl.constexpr, LATTICE: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -91,7 +101,7 @@ def _keys_of_queries(
     return b_k, b_s, dot(b_g, tl.trans(b_v), None, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grid_attention_bwd_queries_kernel(
     grad, qkv, table, grad_qkv, statistics, height, width, row_step, column_step, scale,
     HEADS: tl.constexpr, D: tl.constexpr, LATTICE: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -160,7 +170,7 @@ def grid_attention_bwd_queries_kernel(
     tl.store(grad_qkv + o_rows, (b_dq * scale).to(grad_qkv.dtype.element_ty), mask=m_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grid_attention_bwd_keys_kernel(
     grad, qkv, table, statistics, grad_qkv, sums, groups, height, width, row_step, column_step, scale,
     HEADS: tl.constexpr, D: tl.constexpr, LATTICE: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -291,7 +301,7 @@ def _query_tiles(x, lattice):
 def _key_tiles(x, lattice, table):
     block = block_of(lattice.tokens)
     if is_wide(x, lattice):
-        shapes = [(32, 32, 8, 1), (16, 32, 4, 1), (32, 32, 4, 1)]
+        shapes = [(16, 32, 8, 1), (16, 32, 4, 1), (32, 32, 8, 1)]
     elif table is None:
         shapes = [(32, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 128, 8, 1)]
     else:

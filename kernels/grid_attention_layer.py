@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._lattice import bias_offsets, biases, finite_shift, group_pixels, lattice_of, masked_scores
+from ._lattice import SIZES, bias_offsets, biases, finite_shift, group_pixels, lattice_of, masked_scores
 from ._launch import Work, block_of, config, launch, matmul
 from .grid_attention import grid_attention
 from .grid_attention_backward import grid_attention_backward
@@ -20,7 +20,7 @@ from .pointwise import map_of, pixels_of, pointwise
 from .pointwise_backward import pointwise_norm_backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grid_attention_layer_fwd_kernel(
     x, norm_weight, norm_bias, qkv_weight, project_weight, table, out, height, width, row_step, column_step, scale, eps,
     CENTERED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, LATTICE: tl.constexpr, SIDE: tl.constexpr,

@@ -13,7 +13,7 @@ from ._launch import Work, block_of, config, key_of, launch
 PROGRAMS = 512  # of the backward: a number of its own, so that sums are in the same order on every GPU
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def layer_norm_2d_fwd_kernel(
     x,
     weight,
@@ -43,7 +43,7 @@ def layer_norm_2d_fwd_kernel(
     tl.store(y + p_x, b_y.to(y.dtype.element_ty), mask=m_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def layer_norm_2d_bwd_kernel(
     grad, x, weight, residual, grad_x, sums, pixels, eps,
     C: tl.constexpr, CENTERED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -29,7 +29,7 @@ from .pointwise import empty_map, map_of, pixels_of, pointwise, side_of
 from .pointwise_backward import pointwise_norm_backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def leffn_project_fwd_kernel(
     hidden, taps, weight, residual, y, height, width,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def leffn_project_fwd_kernel(
     tl.store(y + p_y, b_y.to(y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def leffn_hidden_bwd_kernel(
     grad, taps, x, weight, grad_u, height, width,
     C: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,

@@ -55,7 +55,7 @@ def normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C:
     return b_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def pointwise_fwd_kernel(
     x, weight, norm_weight, norm_bias, residual, y, pixels, eps,
     C: tl.constexpr, N: tl.constexpr, CENTERED: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -100,7 +100,7 @@ def side_of(width, sides=(128, 64, 32)):
 
 def _tiles(x, channels, outputs):
     if x.dtype == torch.float32:
-        shapes = [(64, 32, 64, 4), (64, 16, 64, 4), (128, 32, 64, 8), (128, 16, 64, 4)]
+        shapes = [(32, 32, 32, 4), (64, 16, 64, 4), (128, 32, 64, 8), (128, 16, 64, 4)]
         return [
             dict(BLOCK_P=p, BLOCK_K=min(k, block_of(channels)), BLOCK_N=n, LOOP=1, num_warps=w, num_stages=2)
             for p, k, n, w in shapes

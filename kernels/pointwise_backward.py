@@ -18,7 +18,7 @@ from .pointwise import map_of, pixels_of
 WIDEST = 512  # channels that a program can hold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def pointwise_norm_bwd_kernel(
     grad, weight, x, norm_weight, residual, grad_x, sums, pixels, eps,
     C: tl.constexpr, N: tl.constexpr, CENTERED: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -69,7 +69,7 @@ def _tiles(channels):
     elif block == 128:
         shapes = [(64, 64, 8, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 3)]
     else:
-        shapes = [(32, 32, 8, 3), (32, 64, 8, 2), (16, 64, 4, 2), (64, 32, 8, 2)]
+        shapes = [(16 if block > 256 else 32, 32, 8, 3), (32, 64, 8, 2), (16, 64, 4, 2), (64, 32, 8, 2)]
     return [dict(BLOCK_P=p, BLOCK_C=block, BLOCK_K=k, num_warps=w, num_stages=s) for p, k, w, s in shapes]
 
 

@@ -36,13 +36,17 @@ def as_channels_last(x):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
 
 
-def _autograd_without_autocast():
-    """Make autograd record inside a kernel, where the dispatcher has switched it off, and nothing be cast."""
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _autograd_recording():
+    """Make autograd record inside a kernel, where the dispatcher has switched it off."""
     keys, key_set = torch._C.DispatchKey, torch._C.DispatchKeySet
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.AutogradFunctionality):
         excluded = excluded - key_set(key)
-    excluded = excluded | key_set(keys.AutocastCPU) | key_set(keys.AutocastCUDA)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
@@ -136,7 +140,7 @@ class Operator:
         return self.formula(values[first], **{name: values[name] for name in others})
 
     def _reference_backward(self, grad, *args):
-        with _autograd_without_autocast(), torch.enable_grad():
+        with _autograd_recording(), torch.enable_grad():
             args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
             out = self._call_reference(*args)
@@ -211,13 +215,14 @@ class Operator:
         *args, backend = args
         kernel = self.kernels[_select.choose(self, args, demanded=backend)]
         values = self._by_name(args)
-        grads = zip(self.tensors, kernel.backward(grad, *args), strict=True)
-        return tuple(self._gradient_like(name, values[name], value) for name, value in grads)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):  # products inside keep their dtype
+            grads = zip(self.tensors, kernel.backward(grad, *args), strict=True)
+            return tuple(self._gradient_like(grad, name, values[name], value) for name, value in grads)
 
-    def _gradient_like(self, name, tensor, value=None):
+    def _gradient_like(self, grad, name, tensor, value=None):
         """The gradient ``value`` of ``tensor`` with its final strides; empty for an absent tensor, and in fakes."""
         if tensor is None:
-            return torch.empty(0)
+            return grad.new_empty(0)
         image = name in self.images
         if value is None:
             return torch.empty_like(tensor, memory_format=torch.channels_last if image else torch.contiguous_format)
@@ -230,4 +235,4 @@ class Operator:
 
     def _fake_backward(self, grad, *args):
         values = self._by_name(args[:-1])
-        return tuple(self._gradient_like(name, values[name]) for name in self.tensors)
+        return tuple(self._gradient_like(grad, name, values[name]) for name in self.tensors)

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import importlib.util
-import os
 
 import torch
 
@@ -19,7 +18,10 @@ def _installed():
     """None if a usable Triton is there, else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install ipt-fast[triton])"
-    version = importlib.import_module("triton").__version__
+    try:
+        version = importlib.import_module("triton").__version__
+    except Exception as error:  # whatever it says is the reason
+        return f"Triton is installed but cannot be imported: {type(error).__name__}: {error}"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"the kernels need Triton {OLDEST[0]}.{OLDEST[1]} or later; this is {version}"
     return None
@@ -34,7 +36,7 @@ def _too_old(device):
 
 
 def _interpreted():
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _installed() is None and importlib.import_module("triton").knobs.runtime.interpret
 
 
 def _check_machine():

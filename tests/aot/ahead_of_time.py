@@ -6,6 +6,7 @@
 import argparse
 import dataclasses
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ TYPES = {
 }
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 # Bytes of shared memory a block may have, by compute capability.
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,27 +53,38 @@ def source_and_options(launch):
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int) and value == 1:
+        elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
             signature[parameter.name], constants[(index,)] = "constexpr", 1
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
 
-def _resources(cubin):
-    """Registers of a thread and bytes it spills, by the disassembler that Triton brings."""
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    text = said.stdout + said.stderr
-    # What is spilled lies on the stack.
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+def _resources(kernel):
+    """Registers of a thread and bytes it spills, by the tools that Triton brings."""
+    tools = triton.knobs.nvidia
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = pathlib.Path(folder, "kernel.cubin"), pathlib.Path(folder, "kernel.ptx")
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _said_by(tools.cuobjdump.path, "-res-usage", cubin)
+        registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+        if stack == 0:  # where spills would be
+            return registers, 0
+        ptx.write_text(kernel.asm["ptx"])
+        target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
+        blackwell = target.startswith("sm_1") and hasattr(tools, "ptxas_blackwell")
+        ptxas = tools.ptxas_blackwell if blackwell else tools.ptxas
+        said = _said_by(ptxas.path, "-v", f"--gpu-name={target}", ptx, "-o", f"{folder}/again.cubin")
+        return registers, int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def _said_by(*command):
+    said = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+    return said.stdout + said.stderr
 
 
 def compile_launch(launch, capability):
@@ -80,7 +92,7 @@ def compile_launch(launch, capability):
     source, options = source_and_options(launch)
     target = GPUTarget("cuda", capability, 32)
     kernel = triton.compile(source, target=target, options=options)
-    registers, spills = _resources(kernel.asm["cubin"])
+    registers, spills = _resources(kernel)
     constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
     return Compiled(launch.kernel.__name__, constants, options, capability, registers, spills, kernel.metadata.shared)
 

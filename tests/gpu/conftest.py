@@ -6,9 +6,7 @@ from tests.ops import cases
 
 @pytest.fixture(autouse=True)
 def on_the_gpu(monkeypatch):
-    """Calls are built on the GPU, and plain PyTorch computes float32 in float32."""
+    """Calls are built on the GPU."""
     if not torch.cuda.is_available():
         pytest.fail("the tests marked gpu need an NVIDIA GPU that PyTorch can use")
     monkeypatch.setattr(cases, "DEVICE", "cuda")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)

@@ -9,7 +9,7 @@ import ipt_fast
 from ipt_fast import _extension
 from tests.ops.cases import IMAGE_CALLS, IMAGES, build
 
-pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+compiled = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
 
 PAYLOAD = torch.tensor([0x7FFFFFFF, 0x7FC00001], dtype=torch.int32).view(torch.float32)
 NEGATIVE = torch.tensor([-0x400000], dtype=torch.int32).view(torch.float32)  # what x86 makes of inf - inf
@@ -20,22 +20,37 @@ def on(backend, operator, tensors, options):
         return getattr(ipt_fast.ops, operator)(**tensors, **options)
 
 
-@pytest.mark.parametrize("level", torch.ops.ipt_fast_cpu.isa_levels() if _extension.load() else [])
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, NEGATIVE[0], *PAYLOAD])
-@pytest.mark.parametrize("call", IMAGE_CALLS)
-def test_one_pixel_that_is_not_finite(call, value, level, monkeypatch):
-    monkeypatch.setenv("IPT_FAST_CPU_ISA", level)
+def check_one_pixel(backend, call, value):
     operator, tensors, options = build(call, (2, 9, 7), torch.float32)
     for name in IMAGES & tensors.keys():
         changed = tensors[name].clone()
         changed[1, 1, 4, 3] = value
         with_it = {**tensors, name: changed}
-        ours, plain = on("cpu", operator, with_it, options), on("reference", operator, with_it, options)
+        ours, plain = on(backend, operator, with_it, options), on("reference", operator, with_it, options)
         assert torch.equal(ours.isfinite(), plain.isfinite()), name
         finite = plain.isfinite()
         torch.testing.assert_close(ours[finite], plain[finite], rtol=1e-4, atol=1e-5)
 
 
+@compiled
+@pytest.mark.parametrize("level", torch.ops.ipt_fast_cpu.isa_levels() if _extension.load() else [])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, NEGATIVE[0], *PAYLOAD])
+@pytest.mark.parametrize("call", IMAGE_CALLS)
+def test_one_pixel_that_is_not_finite(call, value, level, monkeypatch):
+    monkeypatch.setenv("IPT_FAST_CPU_ISA", level)
+    check_one_pixel("cpu", call, value)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("call", IMAGE_CALLS)
+def test_one_pixel_that_is_not_finite_on_triton(call, value):
+    operator, tensors, options = build(call, (2, 9, 7), torch.float32)
+    if reason := ipt_fast.explain(operator, **tensors, **options)[operator]["triton"]:
+        pytest.skip(reason)
+    check_one_pixel("triton", call, value)
+
+
+@compiled
 @pytest.mark.parametrize("level", torch.ops.ipt_fast_cpu.isa_levels() if _extension.load() else [])
 def test_a_bias_of_minus_infinity_is_a_mask(level, monkeypatch):
     monkeypatch.setenv("IPT_FAST_CPU_ISA", level)
@@ -54,6 +69,7 @@ def test_a_bias_of_minus_infinity_is_a_mask(level, monkeypatch):
     torch.testing.assert_close(leaves["cpu"]["out"], leaves["reference"]["out"], rtol=1e-4, atol=1e-5)
 
 
+@compiled
 def test_a_grid_finer_than_the_map_costs_nothing():
     qkv = torch.randn(1, 6, 5, 7)
     assert torch.equal(

