@@ -16,8 +16,7 @@ from ._dot import dot
 from ._launch import Work, block_of, config, key_of, launch, precision
 from ._windows import (
     SIZES,
-    block_begin,
-    block_end,
+    block_of_program,
     block_position,
     load_tokens,
     load_weights,
@@ -57,14 +56,9 @@ def gram_kernel(
     # the slot gets the squared norms, too. Else weight_0, weight_1 belong to the branches, by the unshifted windows.
     SLOT: tl.constexpr = BRANCHES * DEPTH * (DEPTH + 2 * NORMS)
     i_program = tl.program_id(0).to(tl.int64)
-    i_head = i_program % HEADS
-    i_split = i_program // HEADS % splits
-    i_block = i_program // HEADS // splits
-    i_x = i_block % blocks_x
-    i_y = i_block // blocks_x % blocks_y
-    i_image = i_block // blocks_x // blocks_y
-    y0, y1 = block_begin(i_y, P, SHIFT), block_end(i_y, height, P, SHIFT)
-    x0, x1 = block_begin(i_x, P, SHIFT), block_end(i_x, width, P, SHIFT)
+    i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
+        i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
+    )
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < DEPTH
     o_q = Q_FIRST + i_head * DEPTH + o_d
@@ -223,14 +217,9 @@ def apply_kernel(
 ):  # fmt: skip
     # b_v, b_o: (tile, BLOCK_D); b_a: (BLOCK_D of out, BLOCK_D of v)
     i_program = tl.program_id(0).to(tl.int64)
-    i_head = i_program % HEADS
-    i_split = i_program // HEADS % splits
-    i_block = i_program // HEADS // splits
-    i_x = i_block % blocks_x
-    i_y = i_block // blocks_x % blocks_y
-    i_image = i_block // blocks_x // blocks_y
-    y0, y1 = block_begin(i_y, P, SHIFT), block_end(i_y, height, P, SHIFT)
-    x0, x1 = block_begin(i_x, P, SHIFT), block_end(i_x, width, P, SHIFT)
+    i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
+        i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
+    )
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < DEPTH
     o_c = i_head * DEPTH + o_d

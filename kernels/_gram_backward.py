@@ -18,6 +18,7 @@ from ._windows import (
     SIZES,
     block_begin,
     block_end,
+    block_of_program,
     block_position,
     load_tokens,
     load_weights,
@@ -177,14 +178,9 @@ def gradients_kernel(
     # tiles of maps: (tile, BLOCK_D); sums: (4, HEADS, pixels), of both branches' token weights, then merge weights
     CHANNELS: tl.constexpr = HEADS * DEPTH
     i_program = tl.program_id(0).to(tl.int64)
-    i_head = i_program % HEADS
-    i_split = i_program // HEADS % splits
-    i_block = i_program // HEADS // splits
-    i_x = i_block % blocks_x
-    i_y = i_block // blocks_x % blocks_y
-    i_image = i_block // blocks_x // blocks_y
-    y0, y1 = block_begin(i_y, P, SHIFT), block_end(i_y, height, P, SHIFT)
-    x0, x1 = block_begin(i_x, P, SHIFT), block_end(i_x, width, P, SHIFT)
+    i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
+        i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
+    )
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < DEPTH
     m_a = m_d[:, None] & m_d[None, :]

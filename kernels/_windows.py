@@ -157,6 +157,19 @@ def block_of_window(i_window, i_part, i_branch, windows, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def block_of_program(i_program, height, width, blocks_y, blocks_x, splits, HEADS: tl.constexpr, P: tl.constexpr,
+                     SHIFT: tl.constexpr):  # fmt: skip
+    # programs count heads first, then splits of a block, then blocks: head, split, image, the block down and across,
+    # its first and last row and column
+    i_block = i_program // HEADS // splits
+    i_x = i_block % blocks_x
+    i_y = i_block // blocks_x % blocks_y
+    y0, y1 = block_begin(i_y, P, SHIFT), block_end(i_y, height, P, SHIFT)
+    x0, x1 = block_begin(i_x, P, SHIFT), block_end(i_x, width, P, SHIFT)
+    return i_program % HEADS, i_program // HEADS % splits, i_block // blocks_x // blocks_y, i_y, i_x, y0, y1, x0, x1
+
+
+@triton.jit
 def tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
     # rows, columns and mask of the tokens of a tile of the block [y0, y1) x [x0, x1)
     tiles_x = tl.cdiv(x1 - x0, TILE_X)

@@ -17,8 +17,7 @@ from ._gram import apply, attend, gram
 from ._launch import Work, block_of, config, key_of, launch, matmul, precision
 from ._windows import (
     SIZES,
-    block_begin,
-    block_end,
+    block_of_program,
     block_position,
     load_tokens,
     load_weights,
@@ -45,13 +44,9 @@ def focal_attention_layer_fwd_kernel(
     # b_v, b_y: (tile, BLOCK_D); b_a: (BLOCK_D of y, BLOCK_D of v); b_w: (BLOCK_C, BLOCK_D); b_o: (tile, BLOCK_C)
     C: tl.constexpr = HEADS * DEPTH
     i_program = tl.program_id(0).to(tl.int64)
-    i_split = i_program % splits
-    i_block = i_program // splits
-    i_x = i_block % blocks_x
-    i_y = i_block // blocks_x % blocks_y
-    i_image = i_block // blocks_x // blocks_y
-    y0, y1 = block_begin(i_y, P, SHIFT), block_end(i_y, height, P, SHIFT)
-    x0, x1 = block_begin(i_x, P, SHIFT), block_end(i_x, width, P, SHIFT)
+    _, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
+        i_program, height, width, blocks_y, blocks_x, splits, 1, P, SHIFT
+    )
     o_c = tl.arange(0, BLOCK_C)
     o_d = tl.arange(0, BLOCK_D)
     m_c, m_d = o_c < C, o_d < DEPTH

@@ -43,6 +43,20 @@ def layer_norm_2d_fwd_kernel(
     tl.store(y + p_x, b_y.to(y.dtype.element_ty), mask=m_x)
 
 
+@triton.jit
+def norm_gradient(b_g, b_x, b_w, m_x, eps, C: tl.constexpr, CENTERED: tl.constexpr):
+    # of x, from that of n w (+ bias), and n itself: (BLOCK_P, BLOCK_C) each
+    b_mean = tl.sum(b_x, axis=1) / C
+    b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
+    b_rstd = (1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps))[:, None]
+    b_n = (b_s if CENTERED else b_x) * b_rstd
+    b_g *= b_w[None, :]
+    b_gx = b_g - b_s * b_rstd * (tl.sum(b_g * b_n, axis=1) / C)[:, None]
+    if CENTERED:
+        b_gx -= (tl.sum(b_g, axis=1) / C)[:, None]
+    return b_gx * b_rstd, b_n
+
+
 @triton.jit(do_not_specialize=["pixels"])
 def layer_norm_2d_bwd_kernel(
     grad, x, weight, residual, grad_x, sums, pixels, eps,
@@ -61,17 +75,9 @@ def layer_norm_2d_bwd_kernel(
         p_x = o_p[:, None] * C + o_c[None, :]
         b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
         b_g = tl.load(grad + p_x, mask=m_x, other=0.0).to(tl.float32)
-        b_mean = tl.sum(b_x, axis=1) / C
-        b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
-        b_rstd = (1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps))[:, None]
-        b_n = (b_s if CENTERED else b_x) * b_rstd
-        b_gw += tl.sum(b_g * b_n, axis=0)
         b_gb += tl.sum(b_g, axis=0)
-        b_g *= b_w[None, :]
-        b_gx = b_g - b_s * b_rstd * (tl.sum(b_g * b_n, axis=1) / C)[:, None]
-        if CENTERED:
-            b_gx -= (tl.sum(b_g, axis=1) / C)[:, None]
-        b_gx *= b_rstd
+        b_gx, b_n = norm_gradient(b_g, b_x, b_w, m_x, eps, C, CENTERED)
+        b_gw += tl.sum(b_g * b_n, axis=0)
         if residual is not None:
             b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)
         tl.store(grad_x + p_x, b_gx.to(grad_x.dtype.element_ty), mask=m_x)

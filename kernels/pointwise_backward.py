@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._dot import dot
 from ._launch import Work, block_of, config, key_of, launch, matmul, precision
-from .layer_norm_2d import PROGRAMS, layer_norm_2d_backward
+from .layer_norm_2d import PROGRAMS, layer_norm_2d_backward, norm_gradient
 from .pointwise import map_of, pixels_of
 
 WIDEST = 512  # channels that a program can hold
@@ -43,17 +43,10 @@ def pointwise_norm_bwd_kernel(
         m_x = m_p[:, None] & m_c[None, :]
         p_x = o_p[:, None] * C + o_c[None, :]
         b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
-        b_mean = tl.sum(b_x, axis=1) / C
-        b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
-        b_rstd = (1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps))[:, None]
-        b_n = (b_s if CENTERED else b_x) * b_rstd
-        b_gw += tl.sum(b_g * b_n, axis=0)
         b_gb += tl.sum(b_g, axis=0)
-        b_g *= tl.load(norm_weight + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        b_gx = b_g - b_s * b_rstd * (tl.sum(b_g * b_n, axis=1) / C)[:, None]
-        if CENTERED:
-            b_gx -= (tl.sum(b_g, axis=1) / C)[:, None]
-        b_gx *= b_rstd
+        b_nw = tl.load(norm_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_gx, b_n = norm_gradient(b_g, b_x, b_nw, m_x, eps, C, CENTERED)
+        b_gw += tl.sum(b_g * b_n, axis=0)
         if residual is not None:
             b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)
         tl.store(grad_x + p_x, b_gx.to(grad_x.dtype.element_ty), mask=m_x)

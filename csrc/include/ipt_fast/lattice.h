@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "both.h"
+
 namespace ipt_fast {
 
 // A map of height x width pixels cut into grid x grid cubbies; a group is the pixels at one position in its cubby.
@@ -19,21 +21,21 @@ struct Group {
     int64_t first, row_step, column_step;
     int64_t rows, columns;
 
-    int64_t tokens() const { return rows * columns; }
-    int64_t pixel(int64_t a, int64_t b) const { return first + a * row_step + b * column_step; }
+    IPT_FAST_BOTH int64_t tokens() const { return rows * columns; }
+    IPT_FAST_BOTH int64_t pixel(int64_t a, int64_t b) const { return first + a * row_step + b * column_step; }
 };
 
-inline int64_t cubby(int64_t size, const Lattice& l) { return (size + l.grid - 1) / l.grid; }
-inline int64_t group_count(const Lattice& l) { return cubby(l.height, l) * cubby(l.width, l); }
+IPT_FAST_BOTH inline int64_t cubby(int64_t size, const Lattice& l) { return (size + l.grid - 1) / l.grid; }
+IPT_FAST_BOTH inline int64_t group_count(const Lattice& l) { return cubby(l.height, l) * cubby(l.width, l); }
 
 // Groups are in raster order over the positions, so that the pixels of consecutive groups lie side by side.
-inline Group group_of(const Lattice& l, int64_t index) {
+IPT_FAST_BOTH inline Group group_of(const Lattice& l, int64_t index) {
     const int64_t dy = cubby(l.height, l), dx = cubby(l.width, l), y = index / dx, x = index % dx;
     return {y * l.width + x, dy * l.width, dx, (l.height - y + dy - 1) / dy, (l.width - x + dx - 1) / dx};
 }
 
 // No group has more tokens.
-inline int64_t most_tokens(const Lattice& l) { return group_of(l, 0).tokens(); }
+IPT_FAST_BOTH inline int64_t most_tokens(const Lattice& l) { return group_of(l, 0).tokens(); }
 
 }  // namespace
 }  // namespace ipt_fast

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "both.h"
+
 namespace ipt_fast {
 
 // One axis of the map. Block i is part i % parts of the unshifted window i / parts.
@@ -17,33 +19,35 @@ struct Axis {
     int64_t parts;   // of a window
 
     // Windows of p pixels; with branches == 2 also those shifted by p / 2.
-    static Axis windows_of(int64_t size, int64_t p, int branches) {
+    IPT_FAST_BOTH static Axis windows_of(int64_t size, int64_t p, int branches) {
         const int64_t shift = branches == 2 ? p / 2 : 0;
         return {size, p, shift, shift > 0 ? 2 : 1};
     }
     // One window, in parts of the given size.
-    static Axis whole(int64_t size, int64_t part) {
+    IPT_FAST_BOTH static Axis whole(int64_t size, int64_t part) {
         const int64_t parts = (size + part - 1) / part;
         return {size, parts * part, part, parts};
     }
 
-    int64_t windows() const { return (size + window - 1) / window; }
-    int64_t blocks() const {
+    IPT_FAST_BOTH int64_t windows() const { return (size + window - 1) / window; }
+    IPT_FAST_BOTH int64_t blocks() const {
         const int64_t before = windows() - 1, rest = size - before * window;
         const int64_t begun = parts == 1 ? 1 : (rest + part - 1) / part;
         return before * parts + (begun < parts ? begun : parts);
     }
-    int64_t begin(int64_t block) const { return block / parts * window + block % parts * part; }
-    int64_t end(int64_t block) const {
+    IPT_FAST_BOTH int64_t begin(int64_t block) const { return block / parts * window + block % parts * part; }
+    IPT_FAST_BOTH int64_t end(int64_t block) const {
         const int64_t next = begin(block + 1);
         return next < size ? next : size;
     }
     // Part `index` of a window; it may lie outside of the map, at or after blocks().
-    int64_t block_of(int branch, int64_t window_index, int64_t index) const {
+    IPT_FAST_BOTH int64_t block_of(int branch, int64_t window_index, int64_t index) const {
         return (window_index * parts + branch * (parts - 1) + index) % (windows() * parts);
     }
     // Where a pixel lies in its window.
-    int64_t position(int branch, int64_t pixel) const { return (pixel + window - branch * part) % window; }
+    IPT_FAST_BOTH int64_t position(int branch, int64_t pixel) const {
+        return (pixel + window - branch * part) % window;
+    }
 };
 
 // Tokens that are computed at once: a few rows of a block, so that a depthwise convolution reads its input about once.
@@ -53,14 +57,14 @@ constexpr int64_t kTileRows = 4;
 struct Tile {
     int64_t y, x, rows, columns;
 
-    int64_t tokens() const { return rows * columns; }
+    IPT_FAST_BOTH int64_t tokens() const { return rows * columns; }
 };
 
 // The block (block_y, block_x) of image `image`; index counts blocks in this order.
 struct Block {
     int64_t image, y, x, rows, columns;
 
-    Block(const Axis& vertical, const Axis& horizontal, int64_t index) {
+    IPT_FAST_BOTH Block(const Axis& vertical, const Axis& horizontal, int64_t index) {
         const int64_t across = horizontal.blocks(), down = vertical.blocks();
         const int64_t block_y = index / across % down, block_x = index % across;
         image = index / across / down;
@@ -70,14 +74,14 @@ struct Block {
         columns = horizontal.end(block_x) - x;
     }
 
-    int64_t tile_rows() const { return rows < kTileRows ? rows : kTileRows; }
+    IPT_FAST_BOTH int64_t tile_rows() const { return rows < kTileRows ? rows : kTileRows; }
     // Tiles side by side; all have about the same width.
-    int64_t tiles_across() const {
+    IPT_FAST_BOTH int64_t tiles_across() const {
         const int64_t widest = kTileTokens / tile_rows();
         return (columns + widest - 1) / widest;
     }
-    int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows() * tiles_across(); }
-    Tile tile(int64_t index) const {
+    IPT_FAST_BOTH int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows() * tiles_across(); }
+    IPT_FAST_BOTH Tile tile(int64_t index) const {
         const int64_t across = tiles_across(), i = index % across, top = index / across * tile_rows();
         const int64_t left = i * columns / across, right = (i + 1) * columns / across;
         return {y + top, x + left, rows - top < tile_rows() ? rows - top : tile_rows(), right - left};
