@@ -1,4 +1,7 @@
-"""Builds the two compiled modules through CMake and Ninja. What is installed and how is in pyproject.toml.
+"""Builds the compiled modules through CMake and Ninja. What is installed and how is in pyproject.toml.
+
+IPT_FAST_BUILD says which: "cpu", "cuda" or "cpu,cuda". Unless it is set, the CPU's kernels are built, and CUDA's where
+FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST is set, or a GPU is there and nvcc is.
 
 The install never needs a compiler: where the modules cannot be built, or IPT_FAST_PURE=1 asks for it, ipt_fast is
 installed as plain PyTorch. A compile error with a working compiler does fail the build.
@@ -7,6 +10,7 @@ installed as plain PyTorch. A compile error with a working compiler does fail th
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +23,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MODULES = ["ipt_fast._C", "ipt_fast._build_info"]
+MODULES = {"cpu": "ipt_fast._C", "cuda": "ipt_fast._C_cuda"}
+CUDA_ARCHITECTURES = "8.0 9.0a"  # unless TORCH_CUDA_ARCH_LIST is set
 BUILD_COMMANDS = {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
 GIB_PER_JOB = 2
 
@@ -80,6 +85,45 @@ def reason_for_pure() -> str | None:
     return None if compiler else said
 
 
+def parts() -> list[str]:
+    """The parts to build: "cpu", "cuda"."""
+    if os.environ.get("IPT_FAST_BUILD"):
+        wanted = os.environ["IPT_FAST_BUILD"].replace(" ", "").split(",")
+        if unknown := set(wanted) - set(MODULES):
+            sys.exit(f"IPT_FAST_BUILD must be cpu, cuda or cpu,cuda; got {', '.join(sorted(unknown))}")
+        return wanted
+    return ["cpu", "cuda"] if cuda_wanted() else ["cpu"]
+
+
+def cuda_wanted() -> bool:
+    import torch
+
+    if os.environ.get("FORCE_CUDA", "0") not in ("", "0") or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return True
+    return torch.cuda.is_available() and find_nvcc() is not None
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def cuda_options() -> dict[str, str]:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("the CUDA kernels were asked for, but there is no nvcc on PATH, in CUDACXX or in CUDA_HOME/bin")
+    names = []
+    for entry in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ").split():
+        version, plus, _ = entry.partition("+PTX")
+        if not re.fullmatch(r"\d+\.\d[af]?", version) or float(version.rstrip("af")) < 8.0:
+            sys.exit(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}; the kernels are for 8.0 and later, such as {CUDA_ARCHITECTURES!r}"
+            )
+        number = version.replace(".", "")
+        names += [f"{number}-real", *([f"{number}-virtual"] if plus else [])]
+    return {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(names)}
+
+
 def job_count() -> int:
     """MAX_JOBS, or as many jobs as processors and available memory allow."""
     if os.environ.get("MAX_JOBS"):
@@ -93,8 +137,6 @@ class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
         import torch
 
-        if os.environ.get("FORCE_CUDA", "0") not in ("", "0") or os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            say("FORCE_CUDA or TORCH_CUDA_ARCH_LIST is set, but this version has no CUDA sources: CPU only")
         program, *arguments = shlex.split(find_compiler()[0])
         torch_dir = Path(torch.__file__).parent
         options = {
@@ -107,7 +149,10 @@ class CMakeBuild(build_ext):
             "TORCH_DIR": torch_dir,
             "TORCH_VERSION": torch.__version__,
             "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
+            "IPT_FAST_BUILD": ";".join(parts()),
         }
+        if "cuda" in parts():
+            options |= cuda_options()
         configure = [find_tool("cmake"), "-S", str(ROOT), "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
         # One folder for each set of options: a stale CMake cache cannot be met, and a rebuild stays incremental.
         build_dir = ROOT / "build" / f"cmake-{hashlib.sha256(repr(configure).encode()).hexdigest()[:12]}"
@@ -129,7 +174,7 @@ def extensions() -> list[Extension]:
         return []
     if importlib.util.find_spec("torch") is None:
         sys.exit(NO_TORCH)
-    return [Extension(name, sources=[]) for name in MODULES]
+    return [Extension(name, sources=[]) for name in (*(MODULES[part] for part in parts()), "ipt_fast._build_info")]
 
 
 setup(

@@ -188,11 +188,25 @@ def operators(record, dtype, compiled):
             function = torch.compile(case.rivals["eager"], **options)
             rivals["eager compiled"] = lambda f=function, c=case, i=inputs: f(*i, **c.keywords)
         with torch.inference_mode():
-            calls, notes = with_capture({"ipt_fast": ours, **rivals})
+            both = {"ipt_fast": on("triton", ours), "ipt_fast cuda": on("cuda", ours)}
+            try:
+                both["ipt_fast cuda"]()
+            except RuntimeError as reason:  # there is no such kernel, or not for these arguments
+                print(f"left out: {reason}", flush=True)
+                del both["ipt_fast cuda"]
+            calls, notes = with_capture({**both, **rivals})
             record.case(
                 case.name, str(dtype).removeprefix("torch."), "forward", calls, predict.work_of(ours), None, notes,
                 least_work(case, inputs, ours),
             )  # fmt: skip
+
+
+def on(backend, call):
+    def run():
+        with ipt_fast.use_backend(backend):
+            return call()
+
+    return run
 
 
 def plain(call, **overrides):

@@ -19,7 +19,8 @@ PYBIND11_MODULE(_build_info, m) {
             info["cxx_standard"] = IPT_FAST_CXX_STANDARD;
             info["torch"] = IPT_FAST_TORCH_VERSION;
             info["cpu_isa"] = std::map<std::string, std::string> IPT_FAST_ISA_FLAGS;
-            info["cuda_architectures"] = py::list();
+            info["cuda_compiler"] = IPT_FAST_CUDA_COMPILER;
+            info["cuda_architectures"] = IPT_FAST_CUDA_ARCHITECTURES;
             return info;
         },
         "Compiler, flags, C++ standard, torch version, flags of each CPU instruction set, CUDA architectures.");

@@ -1,7 +1,8 @@
-"""Loads the compiled library once. Importing this module never fails: what went wrong is kept for `error`."""
+"""Loads the compiled libraries once. Importing this module never fails: what went wrong is kept for `error`."""
 
 import functools
 import importlib.util
+import os
 
 import torch
 
@@ -32,6 +33,27 @@ def error() -> str | None:
         importlib.import_module("ipt_fast._C")
     except (ImportError, OSError) as exception:
         return f"the compiled extension cannot be loaded: {exception}"
+    return None
+
+
+@functools.cache
+def cuda_error() -> str | None:
+    """None if the CUDA library is loaded (`torch.ops.ipt_fast_cuda`), else one sentence with the original error's text.
+
+    IPT_FAST_EMULATED_CUDA in the environment names a library with the same kernels for emulated GPUs, which takes its
+    place (tests/cuda/emulated.py builds it).
+    """
+    try:
+        if emulated := os.environ.get("IPT_FAST_EMULATED_CUDA"):
+            torch.ops.load_library(emulated)
+        elif importlib.util.find_spec("ipt_fast._C_cuda") is None:
+            return (
+                "the CUDA kernels are not part of this installation (FORCE_CUDA=1 pip install --no-build-isolation .)"
+            )
+        else:
+            importlib.import_module("ipt_fast._C_cuda")
+    except (ImportError, OSError) as exception:
+        return f"the CUDA kernels cannot be loaded: {exception}"
     return None
 
 

@@ -121,13 +121,14 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     slots = q.of.new_empty(groups.blocks, splits, groups.heads, values, dtype=torch.float32)
     _, _, blocks_y, blocks_x = groups.windows_and_blocks
     if depthwise is not None:  # nine neighbours of every token, of q and of k
-        candidates = [groups.tiles(16, 8, 1), groups.tiles(32, 8), groups.tiles(16, 4)]
+        candidates = [groups.tiles(32 if groups.depth <= 32 else 16, 8, 1), groups.tiles(16, 8), groups.tiles(16, 4)]
     elif q.of.dtype == torch.float32:
         candidates = [groups.tiles(32 if groups.depth <= 32 else 16, 8, 1), groups.tiles(16, 4)]
     elif groups.depth > 64:
         candidates = [groups.tiles(32, 8), groups.tiles(32, 4)]
     else:
-        candidates = [groups.tiles(64, 4 * (3 - groups.branches)), groups.tiles(32, 4), groups.tiles(128, 8)]
+        tokens = 64 if groups.branches == 1 else 32 if groups.depth <= 32 else 16
+        candidates = [groups.tiles(tokens, 4), groups.tiles(64, 8), groups.tiles(32, 4, 1)]
     key = key_of(q.of, groups.depth, groups.window, groups.branches, *(["depthwise"] if depthwise is not None else []))
     tiles = config("gram", key, candidates, q.of.device)
     map_values = groups.pixels * groups.channels

@@ -193,7 +193,7 @@ def load_tokens(
     # channels o_c of tokens, (tokens, channels); after a depthwise 3 x 3 convolution by weights (9, PIXEL)
     if DEPTHWISE:
         b_x = tl.zeros((o_y.shape[0], o_c.shape[0]), dtype=tl.float32)
-        for i_tap in tl.static_range(9):
+        for i_tap in range(9):
             o_sy, o_sx = o_y + (i_tap // 3 - 1), o_x + (i_tap % 3 - 1)
             m_s = m_t & (o_sy >= 0) & (o_sy < height) & (o_sx >= 0) & (o_sx < width)
             p_x = ((i_image * height + o_sy) * width + o_sx)[:, None] * PIXEL + o_c[None, :]

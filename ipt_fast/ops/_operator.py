@@ -20,12 +20,14 @@ class Kernel:
     """One backend's implementation of an operator.
 
     ``check(args)`` answers None or the reason it cannot run (``args`` None: on any arguments); ``forward(*args)``
-    returns the output; ``backward(grad, *args)`` returns one gradient per tensor argument (anything for an absent one).
+    returns the output; ``backward(grad, *args)`` returns one gradient per tensor argument (anything for an absent one);
+    ``automatic(args)`` tells whether "auto" takes it where it can run.
     """
 
     check: Callable
     forward: Callable
     backward: Callable
+    automatic: Callable = lambda args: True
 
 
 def as_channels_last(x):

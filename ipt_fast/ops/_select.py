@@ -27,8 +27,9 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801, it reads as a sta
     """Demand one backend inside a ``with`` block, in this thread (and asyncio task) only.
 
     Args:
-        name: "auto" takes the fastest backend that can run each operator; "reference" (plain PyTorch), "cpu" (C++),
-            "triton" and "cuda" are demanded: an operator that cannot run on it raises with the reason.
+        name: "auto" takes the fastest backend that can run each operator, as far as that has been measured;
+            "reference" (plain PyTorch), "cpu" (C++), "triton" and "cuda" are demanded: an operator that cannot run on
+            it raises with the reason.
 
     A backward runs on the backend of its forward, wherever it is called. Under ``torch.compile`` forward and backward
     each choose when they run: put the block around both calls.
@@ -68,6 +69,6 @@ def choose(operator, args, demanded=None):
             raise RuntimeError(f"{operator.name}: backend {wanted!r} cannot run: {reason}")
         return wanted
     for backend in ORDER.get(args[0].device.type, ("reference",)):
-        if reason_against(operator, backend, args) is None:
+        if reason_against(operator, backend, args) is None and operator.kernels[backend].automatic(args):
             return backend
     raise AssertionError("the reference runs everywhere")

@@ -3,7 +3,7 @@
 import math
 
 from .. import reference
-from . import _check, _cpu, _triton
+from . import _check, _cpu, _cuda, _triton
 from ._operator import Operator
 from .grid_attention import squared_tokens
 
@@ -201,3 +201,18 @@ _leffn.kernels["cpu"] = _cpu.kernel("leffn_layer", rounds_between=True)
 _triton.register(_focal, lambda x, *args: _triton.head_limit(x.shape[1], args[9]))
 _triton.register(_grid, lambda x, *args: _triton.head_limit(x.shape[1], args[5]))
 _triton.register(_leffn, limits=lambda *args: _triton.depthwise_limit(args[4]))
+_cuda.register(
+    _focal,
+    lambda *args, tf32: _cuda.call("focal_attention_layer", *args, tf32),
+    lambda x, *args: _cuda.heads_limit(x.shape[1], args[9]),
+)
+_cuda.register(
+    _grid,
+    lambda *args, tf32: _cuda.call("grid_attention_layer", *args, tf32),
+    lambda x, *args: _cuda.heads_limit(x.shape[1], args[5]) or _cuda.grid_limit(args[6]),
+)
+_cuda.register(
+    _leffn,
+    lambda *args, tf32: _cuda.call("leffn_layer", *args, True, tf32),
+    lambda x, *args: _cuda.leffn_limit(*args[2:5]),
+)

@@ -1,7 +1,7 @@
 """Locally enhanced feed-forward network of IPT-V2."""
 
 from .. import reference
-from . import _check, _cpu, _triton
+from . import _check, _cpu, _cuda, _triton
 from ._operator import Operator
 
 
@@ -45,3 +45,8 @@ _operator = Operator(
 )
 _operator.kernels["cpu"] = _cpu.kernel("leffn")
 _triton.register(_operator, limits=lambda x, expand, depthwise, project: _triton.depthwise_limit(depthwise))
+_cuda.register(
+    _operator,
+    lambda x, *weights, tf32: _cuda.call("leffn_layer", x, None, None, *weights, 0.0, True, False, tf32),
+    lambda x, *weights: _cuda.leffn_limit(*weights),
+)

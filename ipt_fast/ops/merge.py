@@ -3,7 +3,7 @@
 import math
 
 from .. import reference
-from . import _check, _cpu, _triton
+from . import _check, _cpu, _cuda, _triton
 from ._operator import Operator
 
 
@@ -75,3 +75,18 @@ _pointwise.kernels["cpu"] = _cpu.kernel("merge_pointwise")
 _depthwise.kernels["cpu"] = _cpu.kernel("merge_depthwise")
 _triton.register(_pointwise)
 _triton.register(_depthwise)
+# One launch could merge all branches of a layer; each operator brings its own.
+_cuda.register(
+    _pointwise,
+    lambda first, second, tf32: _cuda.call("merge_branches", [first], [second], [], [], [], True, tf32)[0],
+    call_backward=lambda grad, first, second, tf32: _cuda.call(
+        "merge_branches_backward", [grad], [first], [second], [], [], [], tf32
+    ),
+)
+_cuda.register(
+    _depthwise,
+    lambda *kernels, tf32: _cuda.call("merge_branches", [], [], *([k] for k in kernels[:3]), kernels[3], tf32)[0],
+    call_backward=lambda grad, *kernels, tf32: _cuda.call(
+        "merge_branches_backward", [grad], [], [], *([k] for k in kernels[:3]), tf32
+    ),
+)

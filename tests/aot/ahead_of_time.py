@@ -76,8 +76,7 @@ def _resources(kernel):
             return registers, 0
         ptx.write_text(kernel.asm["ptx"])
         target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
-        blackwell = target.startswith("sm_1") and hasattr(tools, "ptxas_blackwell")
-        ptxas = tools.ptxas_blackwell if blackwell else tools.ptxas
+        ptxas = getattr(tools, "ptxas_blackwell", tools.ptxas)  # the newest
         said = _said_by(ptxas.path, "-v", f"--gpu-name={target}", ptx, "-o", f"{folder}/again.cubin")
         return registers, int(re.search(r"(\d+) bytes spill stores", said)[1])
 

@@ -68,12 +68,11 @@ def library_names(names):
 @compiled
 def test_build_info():
     info = _extension.build_info()
-    assert set(info) == {"compiler", "flags", "cxx_standard", "torch", "cpu_isa", "cuda_architectures"}
+    assert set(info) == {"compiler", "flags", "cxx_standard", "torch", "cpu_isa", "cuda_compiler", "cuda_architectures"}
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["compiler"].split()[0] in ("GNU", "Clang") and info["cxx_standard"] == 20
     assert "-march=native" not in info["flags"] and "-ffast-math" not in info["flags"]
     assert "generic" in info["cpu_isa"] and set(torch.ops.ipt_fast_cpu.isa_levels()) <= set(info["cpu_isa"])
-    assert info["cuda_architectures"] == []
 
 
 @compiled
@@ -170,10 +169,9 @@ def test_a_compile_error_fails_the_build(checkout):
 
 @compiled
 def test_compiled_install(checkout, tmp_path):
-    """A wheel built from a bare copy carries both modules, loads, and says that there is nothing for CUDA to build."""
-    process, names = build_wheel(checkout, FORCE_CUDA="1")
+    """A wheel built from a bare copy carries both modules and loads."""
+    process, names = build_wheel(checkout, IPT_FAST_BUILD="cpu")
     assert process.returncode == 0, process.stderr
-    assert "this version has no CUDA sources" in process.stdout + process.stderr
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert library_names(names) == [f"ipt_fast/_C{suffix}", f"ipt_fast/_build_info{suffix}"]
     target = tmp_path / "target"

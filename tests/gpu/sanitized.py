@@ -3,6 +3,7 @@
 import torch
 
 import ipt_fast
+from tests.cuda import cases as cuda_cases
 from tests.ops import cases
 
 
@@ -15,6 +16,12 @@ def main():
             grad = torch.randn_like(cases.public(operator, tensors, options))
             with ipt_fast.use_backend("triton"):
                 cases.forward_and_gradients(getattr(ipt_fast.ops, operator), tensors, options, grad)
+    for name in cuda_cases.SIZES:
+        for dtype in (torch.float32, torch.bfloat16):
+            operator, tensors, options = cuda_cases.build(name, dtype)
+            if ipt_fast.explain(operator, **tensors, **options)[operator]["cuda"] is None:
+                with ipt_fast.use_backend("cuda"), torch.no_grad():
+                    getattr(ipt_fast.ops, operator)(**tensors, **options)
     torch.cuda.synchronize()
 
 

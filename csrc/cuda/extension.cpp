@@ -1,0 +1,29 @@
+// The library ipt_fast_cuda. Its operators are called by ipt_fast.ops only; each file registers its own.
+#include <Python.h>
+
+#include "tensor.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ipt_fast_cuda, m) {
+    m.def("device() -> str");
+#ifdef IPT_FAST_EMULATED
+    m.def("set_reversed(bool reversed) -> ()");
+#endif
+}
+
+namespace {
+std::string device() { return ipt_fast::device_name(); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
+    m.impl("device", TORCH_BOX(&device));
+#ifdef IPT_FAST_EMULATED
+    m.impl("set_reversed", TORCH_BOX(&ipt_fast::emulator::set_reversed));
+#endif
+}
+
+// Importing the module loads the library; it has no contents of its own.
+PyMODINIT_FUNC PyInit__C_cuda() {
+    static PyModuleDef module = {
+        PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    return PyModule_Create(&module);
+}

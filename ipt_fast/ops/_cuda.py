@@ -1,0 +1,134 @@
+"""The CUDA C++ backend of an operator: private operators of the library ipt_fast_cuda, forward.
+
+Gradients come from Triton's kernels where those can run, else from the reference.
+"""
+
+import functools
+
+import torch
+
+from .. import _extension
+from .._precision import tf32_allowed
+from ._operator import Kernel, as_channels_last
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)
+CHANNELS = (32, 48, 64, 96)
+DEPTHS = (32, 48)
+
+# {operator: names of GPUs} on which benchmarks/results/gpu.csv has it faster than Triton: there "auto" takes it.
+FASTER_ON = {}
+
+
+@functools.cache
+def _private(name):
+    return getattr(torch.ops.ipt_fast_cuda, name).default
+
+
+@functools.cache
+def _device_error(type_, index):
+    """None if kernels run on such a device, else the reason."""
+    wanted = torch.ops.ipt_fast_cuda.device()
+    if type_ != wanted:
+        return f"the CUDA kernels run on {wanted} devices here; the tensors are on {type_}"
+    if type_ == "cuda" and torch.cuda.get_device_capability(index) < LEAST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        return f"the kernels need compute capability 8.0 or later; {name} has {major}.{minor}"
+    return None
+
+
+def _machine_error():
+    if torch.ops.ipt_fast_cuda.device() == "cuda" and not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU here"
+    return None
+
+
+def channels_limit(channels):
+    """None, or why the kernels of the layers do not take maps of so many channels."""
+    if channels in CHANNELS:
+        return None
+    return f"the CUDA kernels take {', '.join(map(str, CHANNELS))} channels; these are {channels}"
+
+
+def heads_limit(channels, num_heads):
+    """None, or why the kernels of the attention layers do not take such heads."""
+    if reason := channels_limit(channels):
+        return reason
+    depth = channels // num_heads
+    return None if depth in DEPTHS else f"the CUDA kernels take heads of 32 or 48 channels; these have {depth}"
+
+
+def grid_limit(grid_size):
+    """None, or why the kernels do not take grids of this size."""
+    return (
+        None if grid_size <= 16 else f"the CUDA kernels take grids of up to 16 x 16; this is {grid_size} x {grid_size}"
+    )
+
+
+def leffn_limit(expand_weight, depthwise_weight, project_weight):
+    """None, or why the kernels do not take a feed-forward network with these weights."""
+    (hidden, channels), size, outputs = expand_weight.shape[:2], depthwise_weight.shape[-1], project_weight.shape[0]
+    if reason := channels_limit(channels):
+        return reason
+    if outputs != channels or hidden % 32 or size != 5:
+        return (
+            "the CUDA kernels take as many channels out as in, a multiple of 32 hidden ones and depthwise kernels of "
+            f"5 x 5; these are {channels} to {outputs}, {hidden} and {size} x {size}"
+        )
+    return None
+
+
+def register(operator, call, limits=None, call_backward=None):
+    """Give ``operator`` the backend "cuda".
+
+    Args:
+        operator: the `Operator`.
+        call: function of the operator's arguments and, by name, ``tf32``, that calls `_private` operators. It gets
+            images channels-last, weights contiguous, and all other tensors contiguous in float32.
+        limits: function of the arguments, answers None or why the kernels do not take them.
+        call_backward: as ``call``, of the gradient and the arguments, where the gradients have kernels, too.
+    """
+
+    def check(args):
+        if error := _extension.cuda_error():
+            return error
+        if args is None:
+            return _machine_error()
+        x = args[0]
+        if reason := _device_error(x.device.type, x.device.index):
+            return reason
+        if x.dtype not in DTYPES:
+            return f"the CUDA kernels take float32, bfloat16 and float16; the tensors are {x.dtype}"
+        return limits(*args) if limits else None
+
+    def prepared(name, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if name in operator.images:
+            return as_channels_last(value)
+        return value.contiguous() if name in operator.weights else value.float().contiguous()
+
+    def all_prepared(args):
+        return [prepared(name, value) for name, value in zip(operator.arguments, args, strict=True)]
+
+    def forward(*args):
+        return call(*all_prepared(args), tf32=tf32_allowed())
+
+    def backward(grad, *args):
+        if call_backward is not None:
+            return call_backward(grad.contiguous(), *all_prepared(args), tf32=tf32_allowed())
+        triton = operator.kernels["triton"]
+        kernel = triton if triton.check(args) is None else operator.kernels["reference"]
+        return kernel.backward(grad, *args)
+
+    def automatic(args):
+        device = args[0].device
+        return device.type == "cuda" and torch.cuda.get_device_name(device) in FASTER_ON.get(operator.name, ())
+
+    operator.kernels["cuda"] = Kernel(check, forward, backward, automatic)
+
+
+def call(name, *args):
+    """``ipt_fast_cuda::name``, looked up when it is called."""
+    return _private(name)(*args)

@@ -1,0 +1,92 @@
+"""The CUDA kernels on CPU tensors, emulated: run by test_emulated.py, with IPT_FAST_EMULATED_CUDA set."""
+
+import pytest
+import torch
+
+import ipt_fast
+from tests.cuda.cases import SIZES, build
+from tests.ops.cases import IMAGES, assert_within_rule, baseline, exact, forward_and_gradients
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def on_cuda(operator, tensors, options):
+    with ipt_fast.use_backend("cuda"), torch.no_grad():
+        return getattr(ipt_fast.ops, operator)(**tensors, **options)
+
+
+def forward_errors(operator, tensors, options, got):
+    """`got` judged by the rule; gradients are the business of other backends."""
+    truth = exact(operator, tensors, options, torch.ones_like(got))
+    base = baseline(operator, tensors, options, torch.ones_like(got))
+    assert_within_rule({"out": got}, truth, base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", SIZES)
+def test_parity_in_both_orders_of_threads(name, dtype):
+    operator, tensors, options = build(name, dtype)
+    before = {key: value.clone() for key, value in tensors.items()}
+    got = on_cuda(operator, tensors, options)
+    forward_errors(operator, tensors, options, got)
+    assert all(torch.equal(value, before[key]) for key, value in tensors.items())
+    torch.ops.ipt_fast_cuda.set_reversed(True)
+    try:
+        assert torch.equal(on_cuda(operator, tensors, options), got)
+    finally:
+        torch.ops.ipt_fast_cuda.set_reversed(False)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_small_parameters_in_the_dtype_of_the_image_and_tf32(name, monkeypatch):
+    operator, tensors, options = build(name, torch.bfloat16, torch.bfloat16)
+    forward_errors(operator, tensors, options, on_cuda(operator, tensors, options))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    operator, tensors, options = build(name, torch.float32)
+    got = on_cuda(operator, tensors, options)
+    truth = exact(operator, tensors, options, torch.ones_like(got))["out"]
+    assert (got - truth).abs().max() < 4e-3 * truth.abs().max()  # operands of 11 bits
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if not name.startswith("merge")])
+def test_an_empty_batch_and_nan(name):
+    operator, tensors, options = build(name, torch.float32)
+    image = next(key for key in tensors if key in IMAGES)
+    empty = {**tensors, image: tensors[image][:0]}
+    assert on_cuda(operator, empty, options).shape[0] == 0
+    tensors[image][-1, 0, 0, 0] = float("nan")
+    got = on_cuda(operator, tensors, options)
+    with ipt_fast.use_backend("reference"), torch.no_grad():
+        plain = getattr(ipt_fast.ops, operator)(**tensors, **options)
+    assert torch.equal(got.isnan(), plain.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("merge")])
+def test_gradients_of_merges(name, dtype):
+    operator, tensors, options = build(name, dtype)
+    grad = torch.randn_like(on_cuda(operator, tensors, options))
+    with ipt_fast.use_backend("cuda"):
+        got = forward_and_gradients(getattr(ipt_fast.ops, operator), tensors, options, grad)
+    assert_within_rule(got, exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad))
+
+
+def test_the_branches_of_a_layer_in_one_launch():
+    def weight(*shape):
+        return torch.randn(shape).bfloat16()
+
+    first, second = [weight(64, 32, 1, 1), weight(64, 128, 1, 1)], [weight(128, 64, 1, 1), weight(32, 64, 1, 1)]
+    branches = [[weight(128, 1, size, size)] for size in (5, 3, 1)]
+    merged = torch.ops.ipt_fast_cuda.merge_branches(first, second, *branches, True, False)
+    with ipt_fast.use_backend("cuda"):
+        alone = [ipt_fast.ops.merge_pointwise(a, b) for a, b in zip(first, second, strict=True)]
+        alone.append(ipt_fast.ops.merge_depthwise(*(k[0] for k in branches)))
+    assert all(torch.equal(a, b) for a, b in zip(merged, alone, strict=True))
+
+
+def test_a_gradient_of_another_backend():
+    operator, tensors, options = build("leffn layer 32", torch.float32)
+    grad = torch.randn_like(tensors["x"])
+    with ipt_fast.use_backend("cuda"):
+        got = forward_and_gradients(getattr(ipt_fast.ops, operator), tensors, options, grad)
+    assert_within_rule(got, exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad))

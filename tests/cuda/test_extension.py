@@ -1,0 +1,122 @@
+"""The CUDA library, built by nvcc for GPUs that are not here: what is in it, and that it loads without one."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+ARCHITECTURES = ("sm_80", "sm_90a")
+# Kernels whose products are on the tensor cores, and those that read images in pieces of 16 bytes.
+PRODUCTS = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel", "merge_kernel")
+IMAGES = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda")
+    wanted = {"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "8.0 9.0a"}
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(folder),
+        "--build-temp",
+        str(folder / "temp"),
+    ]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **wanted}, capture_output=True, text=True)
+    # Warnings and spilled registers are errors of the build.
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    return folder / "ipt_fast" / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def disassembler():
+    triton = pytest.importorskip("triton", reason="cuobjdump comes with Triton")
+    return triton.knobs.nvidia.cuobjdump.path
+
+
+def functions(library, *options):
+    """{(architecture, kernel): text} of cuobjdump's output."""
+    said = subprocess.run([disassembler(), *options, library], capture_output=True, text=True, check=True).stdout
+    found, architecture, name = {}, None, None
+    for line in said.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture, name = match[1], None
+        elif match := re.match(r"\s*Function ?:? (\w+)", line):
+            name = match[1]
+        if name:
+            found[architecture, name] = found.get((architecture, name), "") + line + "\n"
+    return found
+
+
+def test_no_kernel_needs_the_stack(library):
+    found = functions(library, "-res-usage")
+    assert {architecture for architecture, _ in found} == set(ARCHITECTURES)
+    for key, text in found.items():
+        registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+        assert registers <= 255 and stack == 0, (key, text)
+
+
+def test_the_expected_instructions(library):
+    found = functions(library, "-sass")
+    for kernel in {*PRODUCTS, *IMAGES}:
+        variants = {key: text for key, text in found.items() if kernel in key[1] and re.search("bf16|fp16", key[1])}
+        assert {architecture for architecture, _ in variants} == set(ARCHITECTURES), kernel
+        for key, text in variants.items():
+            if kernel in PRODUCTS:
+                assert "HMMA" in text, key
+            if kernel in IMAGES:
+                assert re.search(r"LDG(STS)?\.E\S*\.128", text), key
+
+
+CODE = """
+import importlib.util, json, sys
+import torch
+spec = importlib.util.spec_from_file_location("_C_cuda", sys.argv[1])
+importlib.util.module_from_spec(spec)
+operators = torch.ops.ipt_fast_cuda
+x = torch.randn(1, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+weights = torch.randn(64, 32, 1, 1), torch.randn(64, 1, 5, 5), torch.randn(32, 64, 1, 1)
+rest = 1e-5, True, False, False
+calls = {
+    "device": lambda: operators.leffn_layer(x, None, None, *weights, *rest),
+    "layout": lambda: operators.leffn_layer(x.contiguous(), None, None, *weights, *rest),
+    "dtype": lambda: operators.leffn_layer(x.double(), None, None, *weights, *rest),
+    "mixed": lambda: operators.leffn_layer(x.bfloat16(), None, None, *weights, *rest),
+    "shape": lambda: operators.leffn_layer(x, None, None, weights[0], weights[1][:32], weights[2], *rest),
+    "pairs": lambda: operators.merge_branches([weights[0]], [], [], [], [], True, False),
+    "nothing": lambda: operators.merge_branches([], [], [], [], [], True, False),
+}
+said = {}
+for name, call in calls.items():
+    try:
+        call()
+    except RuntimeError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+def test_it_loads_without_a_gpu_and_refuses_bad_arguments(library):
+    result = subprocess.run([sys.executable, "-c", CODE, str(library)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    for name, words in {
+        "device": "must be on one cuda device",
+        "layout": "x must be channels-last",
+        "dtype": "x must be float32, bfloat16 or float16",
+        "mixed": "must have the dtype of the first tensor",
+        "shape": "has shape (32, 1, 5, 5), expected (64, 1, 5, 5)",
+        "pairs": "pairs",
+        "nothing": "nothing to merge",
+    }.items():
+        assert words in said.get(name, ""), (name, said.get(name))
