@@ -22,6 +22,11 @@ bool is_float(const Tensor& x) {
     return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
+// Kernels read 16 bytes at a time.
+void check_aligned(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes");
+}
+
 #ifndef IPT_FAST_EMULATED
 // Not linked: the CPU build of PyTorch has no such function, and this library loads there, too.
 void* current_stream(int32_t device) {
@@ -59,6 +64,7 @@ void check_image(const Tensor& x, const char* name) {
                     ", expected at least one channel, row and column");
     STD_TORCH_CHECK(x.stride(0) == c * h * w && x.stride(1) == 1 && x.stride(2) == c * w && x.stride(3) == c, name,
                     " must be channels-last");
+    check_aligned(x, name);
 }
 
 void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like,
@@ -69,6 +75,7 @@ void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64
     STD_TORCH_CHECK(t.scalar_type() == (small ? ScalarType::Float : like.scalar_type()), name,
                     small ? " must be float32" : " must have the dtype of the first tensor");
     STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+    check_aligned(t, name);
 }
 
 void check_device(std::initializer_list<const Tensor*> tensors) {

@@ -106,8 +106,10 @@ def register(operator, call, limits=None, call_backward=None):
         if not isinstance(value, torch.Tensor):
             return value
         if name in operator.images:
-            return as_channels_last(value)
-        return value.contiguous() if name in operator.weights else value.float().contiguous()
+            value = as_channels_last(value)
+        else:
+            value = value.contiguous() if name in operator.weights else value.float().contiguous()
+        return value if value.data_ptr() % 16 == 0 else value.clone()  # kernels read 16 bytes at a time
 
     def all_prepared(args):
         return [prepared(name, value) for name, value in zip(operator.arguments, args, strict=True)]

@@ -1,0 +1,243 @@
+// Pass 1 of the focal attention layer: products and squared norms of q and k of both branches.
+//
+// A block of the map (p / 2 x p / 2 pixels) and head to a thread block, in tiles of at most 8 x 16 pixels (4 x 16 of
+// float). For each tile: read x with a border of one pixel, normalise it, project it to the head's q and k in place,
+// convolve (a warp has 16 channels), add the squared norms in registers, and multiply q^T k: of a warp is a branch and
+// 16 channels of q. Token weights, squared, multiply the operand q.
+//
+// Bytes a pixel: x, C T (1.4 times from the second level cache, for every head), and 8 d (d + 2) heads / (p / 2)^2 of
+// slots. FLOPs a pixel: tensor cores 1.5 * 4 C^2 + 4 C d, vector about 1.3 * 36 C. Shared memory, at C 96, d 48 and 16
+// bits: pixels 40 KB, q and k 27 KB, weights 20 KB.
+#pragma once
+
+#include <type_traits>
+
+#include "focal_tile_kernel.h"
+
+namespace ipt_fast {
+
+// The squared token weights of the branches, divided by the largest where that is needed.
+struct alignas(8) TokenWeights {
+    float of[2];
+};
+
+template <class T, int C, int D>
+struct GramShared {
+    static constexpr int kThreads = 4 * D, kWarps = kThreads / kWarp;
+    // Rows of pixels that a warp projects at once: all warps have as many of a tile's, and registers suffice.
+    static constexpr int kUnit = D == 48 ? 32 : C == 96 ? 16 : 48;
+    static constexpr int kTokens = focal_tokens<T>();
+    static constexpr int kStride = padded_row<T>(C > 2 * D ? C : 2 * D), kTokenStride = padded_row<T>(2 * D);
+    static constexpr int kWeightStride = padded_row<T>(C);
+
+    alignas(16) T pixels[focal_pixels<T>(kUnit) * kStride];
+    alignas(16) T tokens[kTokens * kTokenStride];  // q, then k
+    alignas(16) T weight[2 * D * kWeightStride];
+    FocalNorm<C> norm;
+    alignas(16) T taps[9 * 2 * D];
+    TokenWeights token_weight[kTokens];
+    float most[2][kWarps];
+};
+
+// The largest squared token weight of each branch in a block, 1 if that is 0. By the whole block.
+template <int Warps>
+IPT_FAST_DEVICE void most_weight(float (&most)[2], float (&shared)[2][Warps], const FocalLayerParams& p,
+                                 const FocalBlock& block, const float* weight) {
+    const int window = p.vertical.window;
+#pragma unroll
+    for (int branch = 0; branch < 2; ++branch) {
+        const float* first = weight + (int64_t)p.vertical.position(branch, block.down) * window +
+                             p.horizontal.position(branch, block.across);
+        float largest = 0;
+        for (int y = warp_index(); y < block.rows; y += Warps) {
+            for (int x = lane_index(); x < block.columns; x += kWarp) {
+                const float w = first[(int64_t)y * window + x], square = w * w;
+                largest = square > largest ? square : largest;
+            }
+        }
+#pragma unroll
+        for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+            const float other = shuffle_xor(largest, mask);
+            largest = other > largest ? other : largest;
+        }
+        shared[branch][warp_index()] = largest;
+    }
+    sync_block();
+#pragma unroll
+    for (int branch = 0; branch < 2; ++branch) {
+        float largest = 0;
+        for (int i = 0; i < Warps; ++i) {
+            largest = shared[branch][i] > largest ? shared[branch][i] : largest;
+        }
+        most[branch] = largest > 0 ? largest : 1.0f;
+    }
+}
+
+// Columns of a block of A, which are tokens, times their weights.
+template <class T>
+IPT_FAST_DEVICE void scale_columns(BlockA& a, const TokenWeights* weights, int branch) {
+    const int lane = lane_index();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if constexpr (sizeof(T) == 2) {
+            const int token = half * 8 + lane % 4 * 2;
+            const float first = weights[token].of[branch], second = weights[token + 1].of[branch];
+#pragma unroll
+            for (int w = 2 * half; w < 2 * half + 2; ++w) {
+                const float low = to_float(T{(uint16_t)a.words[w]}), high = to_float(T{(uint16_t)(a.words[w] >> 16)});
+                a.words[w] = pack<T>(low * first, high * second);
+            }
+        } else {
+            const float weight = weights[half * 4 + lane % 4].of[branch];
+#pragma unroll
+            for (int w = 2 * half; w < 2 * half + 2; ++w) {
+                a.words[w] = as_bits(as_float(a.words[w]) * weight);
+            }
+        }
+    }
+}
+
+// store_pair(), and the values become what is stored.
+template <class T>
+IPT_FAST_DEVICE void store_rounded(T* to, float& first, float& second) {
+    if constexpr (sizeof(T) == 2) {
+        const uint32_t word = pack<T>(first, second);
+        *reinterpret_cast<uint32_t*>(to) = word;
+        first = to_float(T{(uint16_t)word});
+        second = to_float(T{(uint16_t)(word >> 16)});
+    } else {
+        store_pair(to, first, second);
+    }
+}
+
+// The squared norms of eight channels: parts of those that convolve_rows() gives to the lane.
+struct ChannelNorms {
+    float of[2][2] = {};  // branch, channel
+
+    IPT_FAST_DEVICE void add(const TokenWeights& weights, float first, float second) {
+#pragma unroll
+        for (int branch = 0; branch < 2; ++branch) {
+            of[branch][0] += weights.of[branch] * (first * first);
+            of[branch][1] += weights.of[branch] * (second * second);
+        }
+    }
+    // Times `most` to to[branch * step + channel]. Collective.
+    IPT_FAST_DEVICE void store(float* to, int step, const float (&most)[2]) const {
+        const int lane = lane_index();
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+            float sum = of[v / 2][v % 2];
+#pragma unroll
+            for (int mask = 4; mask < kWarp; mask *= 2) {
+                sum += shuffle_xor(sum, mask);
+            }
+            if (lane < 4) {
+                to[v / 2 * step + lane * 2 + v % 2] = sum * most[v / 2];
+            }
+        }
+    }
+};
+
+// Channels of q or k of up to four rows of a tile, from row y0, and their norms. Collective.
+template <class T, int C, int D>
+IPT_FAST_DEVICE void convolve_tokens(GramShared<T, C, D>& shared, const FocalTile& tile, int y0, int channel,
+                                     ChannelNorms& norms) {
+    using S = GramShared<T, C, D>;
+    const int across = tile.columns + 2, rows = tile.rows - y0 < kConvolvedRows ? tile.rows - y0 : kConvolvedRows;
+    convolve_rows(shared.pixels + y0 * across * S::kStride + channel, S::kStride, across, tile.columns, rows,
+                  shared.taps + channel, 2 * D, [&](int y, int x, int i, float first, float second) {
+                      const int token = (y0 + y) * tile.columns + x;
+                      store_rounded(shared.tokens + token * S::kTokenStride + channel + i, first, second);
+                      norms.add(shared.token_weight[token], first, second);
+                  });
+}
+
+template <class T, int C, int D>
+IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
+                                       : D == 48      ? 2
+                                                      : 3) focal_gram_kernel(IPT_FAST_PARAMS(FocalLayerParams) p) {
+    using S = GramShared<T, C, D>;
+    constexpr int heads = C / D;
+    S& shared = *shared_memory<S>();
+    const int head = (int)(block_index() % heads), rest = (int)(block_index() / heads);
+    const FocalBlock block = FocalBlock::at(p, rest / p.splits, focal_rows<T>());
+
+    const T* weight = static_cast<const T*>(p.qkv_weight);
+    const auto channel = [&](int i) { return (i < D ? 0 : C - D) + head * D + i; };
+    copy_rows(shared.weight, S::kWeightStride, 2 * D, C, [&](int row) { return weight + channel(row) * C; });
+    copy_commit();
+    load_small<T, C, 2 * D>(p, shared.norm, shared.taps, channel);
+    const int window = p.vertical.window;
+    const float* token_weight = p.token_weight + (int64_t)head * window * window;
+    float most[2] = {1, 1};                   // by selection: memory would be needed to index registers
+    if constexpr (std::is_same_v<T, fp16>) {  // q times a weight above 1 could overflow
+        most_weight(most, shared.most, p, block, token_weight);
+    }
+    copy_wait<0>();
+    sync_block();
+
+    const int branch = warp_index() / (D / 16), first_q = warp_index() % (D / 16) * 16;
+    Sums<16, D> gram;
+    gram.clear();
+    ChannelNorms norms[2];
+    const int own = warp_index() * 2 * kConvolvedChannels;  // channels of the convolution
+    static_assert(S::kWarps * 2 * kConvolvedChannels == 2 * D);
+    const int share = rest % p.splits, last = block.first(share + 1, p.splits);
+#pragma unroll 1
+    for (int i = block.first(share, p.splits); i < last; ++i) {
+        const FocalTile tile = FocalTile::at(block, i);
+        const int tokens = tile.tokens(), padded = (tokens + 15) / 16 * 16;
+        load_normalised<T, C>(shared.pixels, S::kStride, p, block.image, tile, shared.norm);
+        const Divisor columns(tile.columns);
+#pragma unroll 1
+        for (int j = thread_index(); j < 2 * padded; j += S::kThreads) {
+            const int of = j / padded, token = j % padded, y = columns.quotient(token), x = token - y * columns.n;
+            float value = 0;
+            if (token < tokens) {
+                const int64_t at_y = p.vertical.position(of, block.down) + tile.top + y;
+                value = token_weight[at_y * window + p.horizontal.position(of, block.across) + tile.left + x];
+            }
+            shared.token_weight[token].of[of] = value * value / (of == 0 ? most[0] : most[1]);
+        }
+        sync_block();
+        project_in_place<T, C, 2 * D, S::kUnit>(shared.pixels, S::kStride, tile.pixels(), shared.weight,
+                                                S::kWeightStride, p.tf32);
+        sync_block();
+#pragma unroll 1
+        for (int y0 = 0; y0 < tile.rows; y0 += kConvolvedRows) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                convolve_tokens(shared, tile, y0, own + half * kConvolvedChannels, norms[half]);
+            }
+        }
+#pragma unroll 1
+        for (int j = thread_index(); j < (padded - tokens) * D; j += S::kThreads) {
+            store_pair(shared.tokens + (tokens + j / D) * S::kTokenStride + j % D * 2, 0.0f, 0.0f);
+        }
+        sync_block();
+#pragma unroll 1
+        for (int token = 0; token < padded; token += depth<T>()) {
+            const T* from = shared.tokens + token * S::kTokenStride;
+            BlockA q = load_a_transposed(from + first_q, S::kTokenStride);
+            scale_columns<T>(q, shared.token_weight + token, branch);
+#pragma unroll
+            for (int j = 0; j < D / 16; ++j) {
+                const BlockB k = load_b_transposed(from + D + j * 16, S::kTokenStride);
+                multiply_add<T>(gram.values[0][j], q, k, p.tf32);
+            }
+        }
+        sync_block();
+    }
+
+    float* slot = p.slots + block_index() * focal_slot(D);
+    const float scale = branch == 0 ? most[0] : most[1];
+    gram.for_pairs([&](int i, int j, const float* pair) {
+        store_pair(slot + (branch * D + first_q + i) * D + j, pair[0] * scale, pair[1] * scale);
+    });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        norms[half].store(slot + 2 * D * D + own + half * kConvolvedChannels, 2 * D, most);
+    }
+}
+
+}  // namespace ipt_fast

@@ -1,0 +1,72 @@
+#include "grid_attention_layer.h"
+
+#include "tensor.h"
+
+namespace ipt_fast {
+namespace {
+
+Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor norm_bias, Tensor qkv_weight,
+                                Tensor project_weight, OptionalTensor bias_table, int64_t num_heads, int64_t grid_size,
+                                double eps, bool centered, bool tf32) {
+    check_image(x, "x");
+    const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+    STD_TORCH_CHECK(channels == 32 || channels == 48 || channels == 64 || channels == 96, "x has ", channels,
+                    " channels, the kernel takes 32, 48, 64 or 96");
+    STD_TORCH_CHECK(num_heads > 0 && (num_heads * 32 == channels || num_heads * 48 == channels), "x has ", channels,
+                    " channels in ", num_heads, " heads, the kernel takes heads of 32 or 48");
+    STD_TORCH_CHECK(grid_size > 0, "grid_size must be positive");
+    check_tensor(norm_weight, "norm_weight", {channels}, x, true);
+    check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x);
+    check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x);
+    if (norm_bias.has_value()) {
+        check_tensor(*norm_bias, "norm_bias", {channels}, x, true);
+    }
+    if (bias_table.has_value()) {
+        const int64_t side = 2 * grid_size - 1;
+        check_tensor(*bias_table, "bias_table", {side * side, num_heads}, x, true);
+    }
+    const Lattice lattice = {height, width, grid_size};
+    const int64_t groups = x.size(0) * group_count(lattice);
+    const Lattices lattices = lattices_of(lattice);
+    STD_TORCH_CHECK(lattices.rows <= kMostLatticePoints && lattices.columns <= kMostLatticePoints, "a group has ",
+                    lattices.rows, " x ", lattices.columns, " pixels, the kernel takes at most ", kMostLatticePoints,
+                    " x ", kMostLatticePoints);
+    STD_TORCH_CHECK(height <= INT32_MAX / 2 && width <= INT32_MAX / 2 && groups <= INT32_MAX / 4,
+                    "x is too large for one launch");
+    check_device({&x, &norm_weight, &qkv_weight, &project_weight, norm_bias.has_value() ? &*norm_bias : &x,
+                  bias_table.has_value() ? &*bias_table : &x});
+
+    Tensor out = new_image(x, channels);
+    GridAttentionLayerParams params = {};
+    params.x = x.data_ptr();
+    params.qkv_weight = qkv_weight.data_ptr();
+    params.project_weight = project_weight.data_ptr();
+    params.norm_weight = values<float>(norm_weight);
+    params.norm_bias = values<float>(norm_bias);
+    params.table = values<float>(bias_table);
+    params.out = out.data_ptr();
+    params.lattices = lattices;
+    params.grid = grid_size;
+    params.groups = (int)groups;
+    params.eps = (float)eps;
+    params.centered = centered;
+    params.tf32 = tf32;
+    const Device device(x);
+    with_type(x, [&](auto type) {
+        grid_attention_layer<decltype(type)>(params, (int)channels, (int)num_heads, device.stream);
+    });
+    return out;
+}
+
+}  // namespace
+}  // namespace ipt_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ipt_fast_cuda, m) {
+    m.def(
+        "grid_attention_layer(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
+        "Tensor project_weight, Tensor? bias_table, int num_heads, int grid_size, float eps, bool centered, "
+        "bool tf32) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
+    m.impl("grid_attention_layer", TORCH_BOX(&ipt_fast::run_grid_attention_layer));
+}

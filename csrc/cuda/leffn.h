@@ -1,0 +1,26 @@
+// The locally enhanced feed-forward network, with the norm before it and the residual around it, in one launch.
+#pragma once
+
+#include <stdint.h>
+
+namespace ipt_fast {
+
+// y = [x +] project(depthwise 5x5(GELU(expand([norm](x))))); images (batch, height, width, channels).
+struct LeffnParams {
+    const void* x;
+    const float *norm_weight, *norm_bias;  // no norm without norm_weight
+    const void *expand, *depthwise, *project;
+    void* y;
+    int64_t batch;
+    int height, width, hidden;
+    float eps;
+    bool centered, residual, tf32;
+};
+
+constexpr int kLeffnThreads = 256, kLeffnHiddenStep = 32;
+
+// `channels` is 32, 48, 64 or 96, `hidden` a multiple of kLeffnHiddenStep.
+template <class T>
+void leffn(const LeffnParams& params, int channels, void* stream);
+
+}  // namespace ipt_fast
