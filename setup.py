@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODULES = {"cpu": "ipt_fast._C", "cuda": "ipt_fast._C_cuda"}
-CUDA_ARCHITECTURES = "8.0 9.0a"  # unless TORCH_CUDA_ARCH_LIST is set
+CUDA_ARCHITECTURES = "8.0+PTX 9.0a"  # unless TORCH_CUDA_ARCH_LIST is set
 BUILD_COMMANDS = {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
 GIB_PER_JOB = 2
 
@@ -121,7 +121,11 @@ def cuda_options() -> dict[str, str]:
             )
         number = version.replace(".", "")
         names += [f"{number}-real", *([f"{number}-virtual"] if plus else [])]
-    return {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(names)}
+    return {
+        "CMAKE_CUDA_COMPILER": nvcc,
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(names),
+        "CMAKE_CUDA_FLAGS": os.environ.get("CUDAFLAGS", ""),
+    }
 
 
 def job_count() -> int:

@@ -1,4 +1,4 @@
-#include "depthwise.h"
+#include "ipt_fast/cuda/depthwise.h"
 
 #include "tensor.h"
 

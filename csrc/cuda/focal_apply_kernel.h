@@ -32,7 +32,8 @@ struct ApplyShared {
     alignas(16) T taps[9 * C];
     // Not in registers, which are scarce.
     FocalBlock block;
-    FocalTile tiles[2];  // this one and the next
+    FocalTile tile;
+    int index, last;  // of this tile, and after the last
 };
 
 template <class T, int C, int D>
@@ -104,8 +105,9 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
     const FocalBlock& block = shared.block;
     if (thread_index() == 0) {
         shared.block = FocalBlock::at(p, rest / p.splits, focal_rows<T>());
-        const int first = block.first(rest % p.splits, p.splits);
-        shared.tiles[first % 2] = FocalTile::at(block, first);
+        shared.index = block.first(rest % p.splits, p.splits);
+        shared.last = block.first(rest % p.splits + 1, p.splits);
+        shared.tile = FocalTile::at(block, shared.index);
     }
     sync_block();
     const T* weight = static_cast<const T*>(p.qkv_weight) + 2 * C * C;
@@ -121,15 +123,11 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
 
     const int window = p.vertical.window, own_first = warp_index() * 16;
     const T* project = static_cast<const T*>(p.project_weight);
-    const int share = rest % p.splits, last = block.first(share + 1, p.splits);
+    const FocalTile& tile = shared.tile;
 #pragma unroll 1
-    for (int index = block.first(share, p.splits); index < last; ++index) {
-        const FocalTile& tile = shared.tiles[index % 2];
+    while (shared.index < shared.last) {
         load_normalised<T, C>(shared.pixels, S::kStride, p, block.image, tile, shared.norm);
         sync_block();
-        if (thread_index() == 0) {
-            shared.tiles[(index + 1) % 2] = FocalTile::at(block, index + 1);
-        }
         project_in_place<T, C, C, S::kUnit>(shared.pixels, S::kStride, tile.pixels(), shared.weight, S::kStride,
                                             p.tf32);
         sync_block();
@@ -142,12 +140,12 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
         const Divisor columns(tile.columns);
         T* own = shared.tokens + own_first * S::kStride;
         if (busy) {
-            int64_t at[2];  // of the two tokens of the lane's sums in the window's weights
+            int at[2];  // of the two tokens of the lane's sums in the window's weights
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int wanted = own_first + lane_index() / 4 + i * 8, token = wanted < tokens ? wanted : tokens - 1;
                 const int y = columns.quotient(token), x = token - y * columns.n;
-                at[i] = (int64_t)(p.vertical.position(0, block.down) + tile.top + y) * window +
+                at[i] = (p.vertical.position(0, block.down) + tile.top + y) * window +
                         p.horizontal.position(0, block.across) + tile.left + x;
             }
             attend_tokens<T, C, D>(own, shared.attention, p.tf32, [&](int head, int branch, int i) {
@@ -188,6 +186,10 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
                     *reinterpret_cast<Vector<T>*>(static_cast<T*>(p.out) + at) = result;
                 }
             }
+        }
+        sync_block();
+        if (thread_index() == 0) {
+            shared.tile = FocalTile::at(block, ++shared.index);
         }
         sync_block();
     }

@@ -1,4 +1,4 @@
-#include "focal_attention_layer.h"
+#include "ipt_fast/cuda/focal_attention_layer.h"
 
 #include <algorithm>
 

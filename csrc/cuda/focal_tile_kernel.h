@@ -2,7 +2,7 @@
 // convolved, pixel by pixel in rows of channels. A tile has a border of one pixel, which is zero outside of the image.
 #pragma once
 
-#include "focal_attention_layer.h"
+#include "ipt_fast/cuda/focal_attention_layer.h"
 #include "tiles.h"
 
 namespace ipt_fast {
@@ -84,36 +84,6 @@ struct FocalTile {
 
     IPT_FAST_DEVICE int tokens() const { return rows * columns; }
     IPT_FAST_DEVICE int pixels() const { return (rows + 2) * (columns + 2); }
-};
-
-// ---- 16 bytes of values --------------------------------------------------------------------------------------------
-
-template <class T>
-struct alignas(16) Vector {
-    static constexpr int kValues = 16 / sizeof(T);
-    uint32_t words[4];
-
-    IPT_FAST_DEVICE void unpack(float (&values)[kValues]) const {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(T) == 2) {
-                values[2 * i] = to_float(T{(uint16_t)words[i]});
-                values[2 * i + 1] = to_float(T{(uint16_t)(words[i] >> 16)});
-            } else {
-                values[i] = as_float(words[i]);
-            }
-        }
-    }
-    IPT_FAST_DEVICE void pack_values(const float (&values)[kValues]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(T) == 2) {
-                words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
-            } else {
-                words[i] = as_bits(values[i]);
-            }
-        }
-    }
 };
 
 // ---- stages --------------------------------------------------------------------------------------------------------

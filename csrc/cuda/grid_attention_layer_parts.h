@@ -1,7 +1,7 @@
 // What a block of the grid attention layer does besides attention: weights, pixels, norm, products with weights.
 #pragma once
 
-#include "grid_attention_layer.h"
+#include "lattice_attention.h"
 
 namespace ipt_fast {
 

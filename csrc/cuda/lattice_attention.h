@@ -1,4 +1,4 @@
-// Attention inside dilated lattices, as the kernels of grid attention and of its layer have it in common.
+// Attention inside dilated lattices, by a warp.
 //
 // Tokens of a group are numbered as on a lattice of Side x Side points, 8 or 16, of which the group has the first rows
 // and columns: then a block of 16 x 16 scores lies in one lattice row of queries and one of keys (Side 16) or in two
@@ -7,25 +7,12 @@
 // biases.
 #pragma once
 
-#include "ipt_fast/lattice.h"
+#include "ipt_fast/cuda/grid_attention_layer.h"
 #include "tiles.h"
 
 namespace ipt_fast {
 
 // ---- points --------------------------------------------------------------------------------------------------------
-
-// Lattices of a map in 32 bits, as a division of 64 is a long function on a GPU: cubby_rows x cubby_columns groups an
-// image, the first of which, the largest, has rows x columns points.
-struct Lattices {
-    int64_t pixels;  // of an image
-    int height, width, cubby_rows, cubby_columns, rows, columns;
-};
-
-inline Lattices lattices_of(const Lattice& l) {
-    const Group first = group_of(l, 0);
-    return {l.height * l.width,     (int)l.height,   (int)l.width,      (int)cubby(l.height, l),
-            (int)cubby(l.width, l), (int)first.rows, (int)first.columns};
-}
 
 // A token's lattice row and column; signed division would take three more instructions.
 template <int Side>

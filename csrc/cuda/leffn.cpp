@@ -1,4 +1,4 @@
-#include "leffn.h"
+#include "ipt_fast/cuda/leffn.h"
 
 #include "tensor.h"
 

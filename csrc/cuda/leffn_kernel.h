@@ -165,24 +165,24 @@ IPT_FAST_DEVICE void leffn_convolve_float(LeffnTile<T, C>& tile) {
 #pragma unroll
     for (int i = 0; i < 6; ++i) {
         const T* from = tile.map + channel * Tile::kMap + (row + i) * Tile::kInWide + column;
-        const auto left = *reinterpret_cast<const LeffnVector<T>*>(from);
-        const auto right = *reinterpret_cast<const LeffnVector<T>*>(from + 4);
-        const float x[8] = {left.values[0],  left.values[1],  left.values[2],  left.values[3],
-                            right.values[0], right.values[1], right.values[2], right.values[3]};
+        float x[2][4];
+        reinterpret_cast<const Vector<float>*>(from)->unpack(x[0]);
+        reinterpret_cast<const Vector<float>*>(from + 4)->unpack(x[1]);
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
             if (i >= y && i - y < 5) {
 #pragma unroll
                 for (int n = 0; n < 20; ++n) {
-                    sums[y][n / 5] = fmaf(taps[(i - y) * 5 + n % 5], x[n / 5 + n % 5], sums[y][n / 5]);
+                    sums[y][n / 5] =
+                        fmaf(taps[(i - y) * 5 + n % 5], x[(n / 5 + n % 5) / 4][(n / 5 + n % 5) % 4], sums[y][n / 5]);
                 }
             }
         }
     }
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
-        *reinterpret_cast<LeffnVector<T>*>(tile.convolved + channel * Tile::kConvolved + (row + y) * 16 +
-                                           column) = {{sums[y][0], sums[y][1], sums[y][2], sums[y][3]}};
+        float* to = tile.convolved + channel * Tile::kConvolved + (row + y) * 16 + column;
+        reinterpret_cast<Vector<float>*>(to)->pack_values(sums[y]);
     }
 }
 
@@ -301,20 +301,20 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kLeffnThreads, (LeffnTile<T, C>::kBlocks))
         *reinterpret_cast<LeffnWords*>(to) = {as_bits(pair[0]), as_bits(pair[1])};
     });
     sync_block();
-    constexpr int values = LeffnVector<T>::kValues;
+    constexpr int values = Vector<T>::kValues;
     for_vectors<Tile::kHigh, Tile::kWide, C / values>([&](int row, int column, int vector) {
         if (place.inside(row, column)) {
             const int64_t at = place.pixel(row, column) * C + vector * values;
             const float* from = staged + leffn_row<T>(row, column) * Tile::kStaged + vector * values;
-            LeffnVector<T> before = {}, y;
+            float y[values] = {};
             if (p.residual) {
-                before = *reinterpret_cast<const LeffnVector<T>*>(x + at);
+                reinterpret_cast<const Vector<T>*>(x + at)->unpack(y);
             }
 #pragma unroll
             for (int v = 0; v < values; ++v) {
-                y.values[v] = from_float<T>(from[v] + to_float(before.values[v]));
+                y[v] += from[v];
             }
-            *reinterpret_cast<LeffnVector<T>*>(static_cast<T*>(p.y) + at) = y;
+            reinterpret_cast<Vector<T>*>(static_cast<T*>(p.y) + at)->pack_values(y);
         }
     });
 }

@@ -1,9 +1,7 @@
 // A tile of the feed-forward network in shared memory, and how its input and its taps come there: see leffn_kernel.h.
 #pragma once
 
-#include <cmath>
-
-#include "leffn.h"
+#include "ipt_fast/cuda/leffn.h"
 #include "tiles.h"
 
 namespace ipt_fast {
@@ -33,26 +31,9 @@ struct LeffnTile {
     alignas(16) float norm_bias[C];
 };
 
-template <class T>
-struct alignas(16) LeffnVector {
-    static constexpr int kValues = 16 / sizeof(T);
-    T values[kValues];
-};
-
 struct alignas(8) LeffnWords {
     uint32_t first, second;
 };
-
-// 2^x, to two units in the last place.
-IPT_FAST_DEVICE float leffn_exp2(float x) {
-#ifdef __CUDACC__
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return std::exp2(x);
-#endif
-}
 
 // x Phi(x). To be rounded to 16 bits: max(x, 0) - t Phi(-t) for t = |x|, with a polynomial for log2 Phi(-t) (minimax in
 // the error of t Phi(-t), which is at most 6e-7, and at most 8e-5 of it for t below 3).
@@ -67,7 +48,7 @@ IPT_FAST_DEVICE float leffn_gelu(float x) {
         p = fmaf(p, t, -4.5962036e-1f);
         p = fmaf(p, t, -1.1509821f);
         p = fmaf(p, t, -1.0000051f);
-        return fmaf(-t, leffn_exp2(p), fmaxf(x, 0.0f));
+        return fmaf(-t, power_of_two(p), fmaxf(x, 0.0f));
     }
 }
 
@@ -108,7 +89,7 @@ IPT_FAST_DEVICE void for_vectors(F f) {
 template <class T, int C>
 IPT_FAST_DEVICE void leffn_load_input(LeffnTile<T, C>& tile, const T* x, const LeffnPlace& place) {
     using Tile = LeffnTile<T, C>;
-    constexpr int values = LeffnVector<T>::kValues;
+    constexpr int values = Vector<T>::kValues;
     for_vectors<Tile::kInHigh, Tile::kInWide, C / values>([&](int row, int column, int vector) {
         const bool there = place.inside(row - 2, column - 2);
         copy_async(tile.input + (row * Tile::kInWide + column) * Tile::kInput + vector * values,
@@ -128,27 +109,27 @@ IPT_FAST_DEVICE void leffn_load_norm(LeffnTile<T, C>& tile, const LeffnParams& p
 template <class T, int C>
 IPT_FAST_DEVICE void leffn_normalise(LeffnTile<T, C>& tile, const LeffnParams& p, const LeffnPlace& place) {
     using Tile = LeffnTile<T, C>;
-    constexpr int values = LeffnVector<T>::kValues, vectors = C / 2 / values;
+    constexpr int values = Vector<T>::kValues, vectors = C / 2 / values;
     static_assert(Tile::kInPixels % 16 == 0);
     const int half = thread_index() % 2;
 #pragma unroll 1
     for (int pixel = thread_index() / 2; pixel < Tile::kInPixels; pixel += kLeffnThreads / 2) {
         T* row = tile.input + pixel * Tile::kInput;
-        float x[vectors * values];
+        float x[vectors][values];
         float sum = 0, squares = 0;
 #pragma unroll
         for (int i = 0; i < vectors; ++i) {
-            const auto vector = *reinterpret_cast<const LeffnVector<T>*>(row + (2 * i + half) * values);
+            reinterpret_cast<const Vector<T>*>(row + (2 * i + half) * values)->unpack(x[i]);
 #pragma unroll
             for (int v = 0; v < values; ++v) {
-                x[i * values + v] = to_float(vector.values[v]);
-                sum += x[i * values + v];
+                sum += x[i][v];
             }
         }
         const float mean = (sum + shuffle_xor(sum, 1)) * (1.0f / C);
 #pragma unroll
         for (int i = 0; i < vectors * values; ++i) {
-            squares = fmaf(x[i] - mean, x[i] - mean, squares);
+            const float centred = x[i / values][i % values] - mean;
+            squares = fmaf(centred, centred, squares);
         }
         const float scale = 1.0f / sqrtf((squares + shuffle_xor(squares, 1)) * (1.0f / C) + p.eps);
         const float shift = p.centered ? mean : 0.0f;
@@ -156,18 +137,17 @@ IPT_FAST_DEVICE void leffn_normalise(LeffnTile<T, C>& tile, const LeffnParams& p
 #pragma unroll
             for (int i = 0; i < vectors; ++i) {
                 const int channel = (2 * i + half) * values;
-                LeffnVector<T> y;
 #pragma unroll
                 for (int v = 0; v < values; v += 4) {
-                    const auto weight = *reinterpret_cast<const LeffnVector<float>*>(tile.norm_weight + channel + v);
-                    const auto bias = *reinterpret_cast<const LeffnVector<float>*>(tile.norm_bias + channel + v);
+                    float weight[4], bias[4];
+                    reinterpret_cast<const Vector<float>*>(tile.norm_weight + channel + v)->unpack(weight);
+                    reinterpret_cast<const Vector<float>*>(tile.norm_bias + channel + v)->unpack(bias);
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        y.values[v + j] = from_float<T>(
-                            fmaf((x[i * values + v + j] - shift) * scale, weight.values[j], bias.values[j]));
+                        x[i][v + j] = fmaf((x[i][v + j] - shift) * scale, weight[j], bias[j]);
                     }
                 }
-                *reinterpret_cast<LeffnVector<T>*>(row + channel) = y;
+                reinterpret_cast<Vector<T>*>(row + channel)->pack_values(x[i]);
             }
         }
     }

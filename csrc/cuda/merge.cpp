@@ -1,4 +1,4 @@
-#include "merge.h"
+#include "ipt_fast/cuda/merge.h"
 
 #include "tensor.h"
 

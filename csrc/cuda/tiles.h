@@ -246,6 +246,36 @@ IPT_FAST_DEVICE void load_pair(const T* from, float& first, float& second) {
     }
 }
 
+// ---- 16 bytes of values --------------------------------------------------------------------------------------------
+
+template <class T>
+struct alignas(16) Vector {
+    static constexpr int kValues = 16 / sizeof(T);
+    uint32_t words[4];
+
+    IPT_FAST_DEVICE void unpack(float (&values)[kValues]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (sizeof(T) == 2) {
+                values[2 * i] = to_float(T{(uint16_t)words[i]});
+                values[2 * i + 1] = to_float(T{(uint16_t)(words[i] >> 16)});
+            } else {
+                values[i] = as_float(words[i]);
+            }
+        }
+    }
+    IPT_FAST_DEVICE void pack_values(const float (&values)[kValues]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (sizeof(T) == 2) {
+                words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+            } else {
+                words[i] = as_bits(values[i]);
+            }
+        }
+    }
+};
+
 // ---- sharing work --------------------------------------------------------------------------------------------------
 
 // Asynchronous copy of `rows` rows of `width` values, 16 bytes a thread and step, from from(row) (nullptr: zeros) to

@@ -13,6 +13,7 @@ from ._operator import Kernel, as_channels_last
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
+SHARED_MEMORY = 163 << 10  # bytes that a thread block may need
 CHANNELS = (32, 48, 64, 96)
 DEPTHS = (32, 48)
 
@@ -31,10 +32,13 @@ def _device_error(type_, index):
     wanted = torch.ops.ipt_fast_cuda.device()
     if type_ != wanted:
         return f"the CUDA kernels run on {wanted} devices here; the tensors are on {type_}"
-    if type_ == "cuda" and torch.cuda.get_device_capability(index) < LEAST_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(index)
-        name = torch.cuda.get_device_name(index)
-        return f"the kernels need compute capability 8.0 or later; {name} has {major}.{minor}"
+    if type_ == "cuda":
+        gpu = torch.cuda.get_device_properties(index)
+        if (gpu.major, gpu.minor) < LEAST_CAPABILITY:
+            return f"the CUDA kernels need compute capability 8.0 or later; {gpu.name} has {gpu.major}.{gpu.minor}"
+        if gpu.shared_memory_per_block_optin < SHARED_MEMORY:
+            memory = gpu.shared_memory_per_block_optin >> 10
+            return f"the CUDA kernels need {SHARED_MEMORY >> 10} KB of shared memory a block; {gpu.name} has {memory}"
     return None
 
 

@@ -168,6 +168,25 @@ def test_a_compile_error_fails_the_build(checkout):
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"IPT_FAST_BUILD": "cpu,tpu"}, "IPT_FAST_BUILD must be cpu, cuda or cpu,cuda; got tpu"),
+        ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.5"}, "TORCH_CUDA_ARCH_LIST has '7.5'"),
+        ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "Hopper"}, "TORCH_CUDA_ARCH_LIST has 'Hopper'"),
+        pytest.param(
+            {"FORCE_CUDA": "1", "PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere", "CUDACXX": None},
+            "there is no nvcc",
+            marks=pytest.mark.skipif("shutil.which('nvcc', path='/usr/bin:/bin')", reason="nvcc is everywhere"),
+        ),
+    ],
+)
+def test_wrong_wishes_are_refused(checkout, environment, said):
+    process = run(sys.executable, "setup.py", "build_ext", cwd=checkout, **{"IPT_FAST_PURE": None} | environment)
+    assert process.returncode != 0 and said in process.stderr
+
+
+@compiled
 def test_compiled_install(checkout, tmp_path):
     """A wheel built from a bare copy carries both modules and loads."""
     process, names = build_wheel(checkout, IPT_FAST_BUILD="cpu")

@@ -1,6 +1,7 @@
 """Calls of the operators that have CUDA kernels, at widths these take."""
 
 import torch
+import torch.nn.functional as F
 
 from tests.ops import cases
 
@@ -16,10 +17,13 @@ SIZES = {
     "focal layer 64": ("focal_attention_layer", (1, 9, 11), {"heads": 2, "depth": 32, "window": 8}),
     "focal layer 48, odd window": ("focal_attention_layer", (2, 11, 7), {"heads": 1, "depth": 48, "window": 5}),
     "focal layer 96, map below a window": ("focal_attention_layer", (1, 6, 5), {"heads": 2, "depth": 48, "window": 32}),
+    "focal layer 32, shared blocks": ("focal_attention_layer", (1, 70, 41), {"heads": 1, "depth": 32, "window": 90}),
+    "focal layer 96 in three heads": ("focal_attention_layer", (1, 10, 17), {"heads": 3, "depth": 32, "window": 6}),
     "focal layer bias-free": ("focal_attention_layer/bias_free", (1, 18, 33), {"heads": 1, "depth": 32, "window": 32}),
     "grid layer 32 g8": ("grid_attention_layer", (1, 17, 19), {"heads": 1, "depth": 32, "grid": 8}),
     "grid layer 64 g3": ("grid_attention_layer", (2, 7, 11), {"heads": 2, "depth": 32, "grid": 3}),
     "grid layer 48 g16": ("grid_attention_layer", (1, 18, 31), {"heads": 1, "depth": 48, "grid": 16}),
+    "grid layer 96 in three heads g5": ("grid_attention_layer", (1, 11, 9), {"heads": 3, "depth": 32, "grid": 5}),
     "grid layer 96, map below a grid": ("grid_attention_layer", (1, 5, 6), {"heads": 2, "depth": 48, "grid": 16}),
     "merge_pointwise": ("merge_pointwise", (), {}),
     "merge_depthwise": ("merge_depthwise", (), {}),
@@ -32,3 +36,28 @@ def build(name, dtype, small_dtype=torch.float32):
     operator, builder, defaults = cases.CALLS[call]
     tensors, options = builder(*(shape or (1, 1, 1)), **{**defaults, **fields})
     return operator, cases.cast(tensors, dtype, small_dtype), options
+
+
+def check_depthwise(channels, size, height, width, dtype):
+    """The library's depthwise convolution and its gradients against PyTorch's; all of it twice, bitwise the same."""
+    x, grad = (torch.randn(2, channels, height, width).to(memory_format=torch.channels_last) for _ in range(2))
+    weight = torch.randn(channels, 1, size, size)
+
+    def by_pytorch(dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        out = F.conv2d(*inputs, padding=size // 2, groups=channels)
+        names = ("out", "x", "weight")
+        return dict(zip(names, [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))], strict=True))
+
+    def by_library():
+        library, (image, taps, slope) = torch.ops.ipt_fast_cuda, (t.to(dtype) for t in (x, weight, grad))
+        return {
+            "out": library.depthwise(image, taps, False),
+            "x": library.depthwise(slope, taps, True),
+            "weight": library.depthwise_weight_gradient(slope, image, size).to(dtype),
+        }
+
+    x, grad, weight = (t.to(dtype).double() for t in (x, grad, weight))
+    got = by_library()
+    assert all(torch.equal(value, got[name]) for name, value in by_library().items())
+    cases.assert_within_rule(got, by_pytorch(torch.float64), by_pytorch(dtype))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ipt_fast
-from tests.cuda.cases import SIZES, build
+from tests.cuda.cases import SIZES, build, check_depthwise
 from tests.ops.cases import IMAGES, assert_within_rule, baseline, exact, forward_and_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,10 +38,22 @@ def test_parity_in_both_orders_of_threads(name, dtype):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_small_parameters_in_the_dtype_of_the_image_and_tf32(name, monkeypatch):
+def test_small_parameters_in_the_dtype_of_the_image(name):
     operator, tensors, options = build(name, torch.bfloat16, torch.bfloat16)
     forward_errors(operator, tensors, options, on_cuda(operator, tensors, options))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("name", SIZES)
+def test_tf32(name):
     operator, tensors, options = build(name, torch.float32)
     got = on_cuda(operator, tensors, options)
     truth = exact(operator, tensors, options, torch.ones_like(got))["out"]
@@ -82,6 +94,14 @@ def test_the_branches_of_a_layer_in_one_launch():
         alone = [ipt_fast.ops.merge_pointwise(a, b) for a, b in zip(first, second, strict=True)]
         alone.append(ipt_fast.ops.merge_depthwise(*(k[0] for k in branches)))
     assert all(torch.equal(a, b) for a, b in zip(merged, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize(("channels", "height", "width"), [(8, 1, 1), (72, 17, 5), (32, 20, 33)])
+def test_depthwise(channels, height, width, size, dtype):
+    assert ipt_fast.explain("merge_depthwise")["merge_depthwise"]["cuda"] is None  # the library is loaded
+    check_depthwise(channels, size, height, width, dtype)
 
 
 def test_a_gradient_of_another_backend():

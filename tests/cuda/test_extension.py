@@ -1,5 +1,6 @@
 """The CUDA library, built by nvcc for GPUs that are not here: what is in it, and that it loads without one."""
 
+import collections
 import json
 import os
 import pathlib
@@ -23,7 +24,12 @@ IMAGES = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_atten
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    wanted = {"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "8.0 9.0a"}
+    wanted = {
+        "IPT_FAST_BUILD": "cuda",
+        "TORCH_CUDA_ARCH_LIST": "8.0 9.0a",
+        "CXXFLAGS": "-Werror",
+        "CUDAFLAGS": "-Werror=all-warnings -Xptxas=-Werror",  # a spilled register is a warning
+    }
     command = [
         sys.executable,
         "setup.py",
@@ -34,7 +40,6 @@ def library(tmp_path_factory):
         str(folder / "temp"),
     ]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **wanted}, capture_output=True, text=True)
-    # Warnings and spilled registers are errors of the build.
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     return folder / "ipt_fast" / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 
@@ -47,15 +52,15 @@ def disassembler():
 def functions(library, *options):
     """{(architecture, kernel): text} of cuobjdump's output."""
     said = subprocess.run([disassembler(), *options, library], capture_output=True, text=True, check=True).stdout
-    found, architecture, name = {}, None, None
+    found, architecture, name = collections.defaultdict(list), None, None
     for line in said.splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
             architecture, name = match[1], None
         elif match := re.match(r"\s*Function ?:? (\w+)", line):
             name = match[1]
         if name:
-            found[architecture, name] = found.get((architecture, name), "") + line + "\n"
-    return found
+            found[architecture, name].append(line)
+    return {key: "\n".join(lines) for key, lines in found.items()}
 
 
 def test_no_kernel_needs_the_stack(library):

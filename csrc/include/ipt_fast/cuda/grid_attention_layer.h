@@ -3,9 +3,22 @@
 
 #include <stdint.h>
 
-#include "lattice_attention.h"
+#include "ipt_fast/lattice.h"
 
 namespace ipt_fast {
+
+// Lattices of a map in 32 bits, as a division of 64 is a long function on a GPU: cubby_rows x cubby_columns groups an
+// image, the first of which, the largest, has rows x columns points.
+struct Lattices {
+    int64_t pixels;  // of an image
+    int height, width, cubby_rows, cubby_columns, rows, columns;
+};
+
+inline Lattices lattices_of(const Lattice& l) {
+    const Group first = group_of(l, 0);
+    return {l.height * l.width,     (int)l.height,   (int)l.width,      (int)cubby(l.height, l),
+            (int)cubby(l.width, l), (int)first.rows, (int)first.columns};
+}
 
 struct GridAttentionLayerParams {
     const void *x, *qkv_weight, *project_weight;   // channels-last; (3C, C); (C, C)
