@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODULES = {"cpu": "ipt_fast._C", "cuda": "ipt_fast._C_cuda"}
+CUDA_SHARED_MEMORY = 163 << 10  # bytes a block, as in ipt_fast/ops/_cuda.py
 CUDA_ARCHITECTURES = "8.0+PTX 9.0a"  # unless TORCH_CUDA_ARCH_LIST is set
 BUILD_COMMANDS = {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
 GIB_PER_JOB = 2
@@ -100,7 +101,30 @@ def cuda_wanted() -> bool:
 
     if os.environ.get("FORCE_CUDA", "0") not in ("", "0") or os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return True
-    return torch.cuda.is_available() and find_nvcc() is not None
+    if not torch.cuda.is_available() or find_nvcc() is None:
+        return False
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    if all(gpu.major < 8 or gpu.shared_memory_per_block_optin < CUDA_SHARED_MEMORY for gpu in gpus):
+        say(f"no CUDA kernels: {gpus[0].name} lacks the shared memory that they need; Triton's run there")
+        return False
+    if reason := nvcc_error():
+        say(f"no CUDA kernels: {reason}")
+        return False
+    return True
+
+
+def nvcc_error() -> str | None:
+    """None if nvcc and the C++ compiler together compile C++20, else what they said."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "trial.cu")
+        source.write_text("#include <concepts>\n__global__ void kernel() {}\n")
+        trial = [find_nvcc(), "-std=c++20", "-ccbin", host_compiler(), "-c", str(source), "-o", f"{folder}/trial.o"]
+        result = subprocess.run(trial, capture_output=True, text=True)
+    return None if result.returncode == 0 else f"{trial[0]} cannot compile C++20: {result.stderr.strip()}"
+
+
+def host_compiler() -> str:
+    return os.environ.get("CUDAHOSTCXX") or shutil.which(shlex.split(find_compiler()[0])[0])
 
 
 def find_nvcc() -> str | None:
@@ -115,14 +139,18 @@ def cuda_options() -> dict[str, str]:
     names = []
     for entry in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ").split():
         version, plus, _ = entry.partition("+PTX")
-        if not re.fullmatch(r"\d+\.\d[af]?", version) or float(version.rstrip("af")) < 8.0:
-            sys.exit(
-                f"TORCH_CUDA_ARCH_LIST has {entry!r}; the kernels are for 8.0 and later, such as {CUDA_ARCHITECTURES!r}"
-            )
+        if not re.fullmatch(r"\d+\.\d[af]?", version):
+            sys.exit(f"TORCH_CUDA_ARCH_LIST has {entry!r}; entries are such as {CUDA_ARCHITECTURES!r}")
+        if float(version.rstrip("af")) < 8.0:
+            say(f"TORCH_CUDA_ARCH_LIST has {entry}, which the CUDA kernels are not built for: they need 8.0 or later")
+            continue
         number = version.replace(".", "")
         names += [f"{number}-real", *([f"{number}-virtual"] if plus else [])]
+    if not names:
+        sys.exit(f"TORCH_CUDA_ARCH_LIST names no chip of 8.0 or later, such as {CUDA_ARCHITECTURES!r}")
     return {
         "CMAKE_CUDA_COMPILER": nvcc,
+        "CMAKE_CUDA_HOST_COMPILER": host_compiler(),
         "CMAKE_CUDA_ARCHITECTURES": ";".join(names),
         "CMAKE_CUDA_FLAGS": os.environ.get("CUDAFLAGS", ""),
     }

@@ -53,7 +53,7 @@ def cuda_error() -> str | None:
         else:
             importlib.import_module("ipt_fast._C_cuda")
     except (ImportError, OSError) as exception:
-        return f"the CUDA kernels cannot be loaded: {exception}"
+        return f"the CUDA kernels cannot be loaded: {exception.__cause__ or exception}"
     return None
 
 

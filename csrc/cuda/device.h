@@ -152,6 +152,7 @@ struct Configuration {
 // Throws std::runtime_error with CUDA's reason.
 inline void check_cuda(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
+        cudaGetLastError();  // or the next to ask would get it
         throw std::runtime_error(std::string("ipt_fast: ") + what + ": " + cudaGetErrorString(error));
     }
 }

@@ -264,7 +264,7 @@ void run(void (*body)(const void*, const void*), const void* kernel, const void*
     Block state = {};
     state.threads = threads;
     state.all.resize((size_t)threads);
-    static std::vector<std::unique_ptr<unsigned char[]>> stacks;
+    static thread_local std::vector<std::unique_ptr<unsigned char[]>> stacks;
     while (stacks.size() < state.all.size()) {
         stacks.push_back(std::make_unique_for_overwrite<unsigned char[]>(kStack));
     }

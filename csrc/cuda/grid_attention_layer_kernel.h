@@ -41,7 +41,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(Layer::kThreads, Layer::kBlocks)
     };
 
     for (int head = 0; head < Layer::kHeads; ++head) {
-        load_biases<Side>(shared.biases + head * kBiasCount<Side>, p.table, p.grid, Layer::kHeads, head);
+        load_biases<T, Side>(shared.biases + head * kBiasCount<Side>, p.table, p.grid, Layer::kHeads, head);
     }
     int item = (int)block_index();
     copy_qkv_weight<T, Layer>(shared.qkv_weight, p, 0);

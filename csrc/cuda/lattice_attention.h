@@ -3,8 +3,8 @@
 // Tokens of a group are numbered as on a lattice of Side x Side points, 8 or 16, of which the group has the first rows
 // and columns: then a block of 16 x 16 scores lies in one lattice row of queries and one of keys (Side 16) or in two
 // and two, and the biases that it needs are three pairs a lane, at addresses that the compiler knows but for their
-// base. They are the accumulators' first values. Scores are times log2(e), by the scale of the queries and in the
-// biases.
+// base. For values of 16 bits scores are times log2(e), by the scale of the queries and in the biases; for float that
+// would round them once more.
 #pragma once
 
 #include "ipt_fast/cuda/grid_attention_layer.h"
@@ -53,6 +53,11 @@ IPT_FAST_DEVICE Points points_of(const Lattices& l, int group, int count) {
 // ---- biases --------------------------------------------------------------------------------------------------------
 
 constexpr float kLog2E = 1.4426950408889634f;
+// The units of scores of values T, and what makes them powers of two.
+template <class T>
+constexpr float kScoreUnit = sizeof(T) == 2 ? kLog2E : 1.0f;
+template <class T>
+constexpr float kScoreToPower = kLog2E / kScoreUnit<T>;
 
 // The biases of two neighbouring keys in a lattice row, of which the second is one column nearer to the query.
 struct alignas(8) BiasPair {
@@ -65,11 +70,12 @@ template <int Side>
 constexpr int kBiasCount = kBiasRow<Side> * kBiasRow<Side>;
 
 // Those of a head, by row and column of the query less those of the first key, from 1 - Side on; by the whole block.
-template <int Side>
+template <class T, int Side>
 IPT_FAST_DEVICE void load_biases(BiasPair* to, const float* table, int64_t grid, int heads, int head) {
     auto bias = [&](int row, int column) {
         const bool there = table != nullptr && row > -grid && row < grid && column > -grid && column < grid;
-        return there ? table[((row + grid - 1) * (2 * grid - 1) + column + grid - 1) * heads + head] * kLog2E : 0.0f;
+        return there ? table[((row + grid - 1) * (2 * grid - 1) + column + grid - 1) * heads + head] * kScoreUnit<T>
+                     : 0.0f;
     };
     for (int i = thread_index(); i < kBiasCount<Side>; i += block_threads()) {
         const int row = i / kBiasRow<Side> + 1 - Side, column = i % kBiasRow<Side> + 1 - Side;
@@ -102,7 +108,7 @@ struct LatticeAttention {
     float shift[Down][2], total[Down][2];  // of rows i / 4 and i / 4 + 8; totals of this lane's columns only
 
     IPT_FAST_DEVICE void begin(Sums<16, Width> (&q)[Down]) {
-        const float scale = kLog2E / sqrtf((float)Width);
+        const float scale = kScoreUnit<T> / sqrtf((float)Width);
 #pragma unroll
         for (int i = 0; i < Down; ++i) {
             out[i].clear();
@@ -126,7 +132,14 @@ struct LatticeAttention {
     IPT_FAST_DEVICE void attend(const T* keys, const T* values, const BiasPair* biases, int first_key,
                                 const Points& points, bool tf32) {
         Sums<16, Chunk> scores[Down];
-        set_biases(scores, biases);
+        if constexpr (sizeof(T) == 2) {
+            add_biases(scores, biases);
+        } else {
+#pragma unroll
+            for (int i = 0; i < Down; ++i) {
+                scores[i].clear();
+            }
+        }
 #pragma unroll
         for (int j = 0; j < Chunk / 16; ++j) {
 #pragma unroll
@@ -137,6 +150,9 @@ struct LatticeAttention {
                     multiply_add<T>(scores[i].values[0][j], operands[i][step], block, tf32);
                 }
             }
+        }
+        if constexpr (sizeof(T) == 4) {
+            add_biases(scores, biases);
         }
         if (points.columns < Side || first_key + Chunk > points.rows * Side) {
             mask(scores, first_key, points);
@@ -180,7 +196,10 @@ struct LatticeAttention {
     }
 
   private:
-    IPT_FAST_DEVICE static void set_biases(Sums<16, Chunk> (&scores)[Down], const BiasPair* biases) {
+    // Of 16 bits the biases are the first values of the sums; of float each of the sums' steps would round at their
+    // size.
+    IPT_FAST_DEVICE static void add_bias(float& score, float bias) { score = sizeof(T) == 2 ? bias : score + bias; }
+    IPT_FAST_DEVICE static void add_biases(Sums<16, Chunk> (&scores)[Down], const BiasPair* biases) {
         // Rows i / 4 + 8, and columns from 8 on, are as many lattice columns away, or in the next lattice row.
         constexpr int half_step = Side == 16 ? 8 : kBiasRow<Side>, block_step = 16 / Side * kBiasRow<Side>;
 #pragma unroll
@@ -190,12 +209,14 @@ struct LatticeAttention {
                 const BiasPair* at = biases + (i - j) * block_step;
                 const BiasPair near = at[0], left = at[-half_step], below = at[half_step];
                 auto& block = scores[i].values[0][j];
-                block[0][0] = block[1][2] = near.first;
-                block[0][1] = block[1][3] = near.second;
-                block[1][0] = left.first;
-                block[1][1] = left.second;
-                block[0][2] = below.first;
-                block[0][3] = below.second;
+                add_bias(block[0][0], near.first);
+                add_bias(block[0][1], near.second);
+                add_bias(block[1][2], near.first);
+                add_bias(block[1][3], near.second);
+                add_bias(block[1][0], left.first);
+                add_bias(block[1][1], left.second);
+                add_bias(block[0][2], below.first);
+                add_bias(block[0][3], below.second);
             }
         }
     }
@@ -249,7 +270,8 @@ struct LatticeAttention {
                 for (int half = 0; half < 2; ++half) {
                     const float largest = fmaxf(max_of_row(top[i][half]), shift[i][half]);
                     // Of nothing, where all keys so far have a bias of -inf.
-                    const float shrink = largest == -INFINITY ? 1.0f : power_of_two(shift[i][half] - largest);
+                    const float shrink =
+                        largest == -INFINITY ? 1.0f : power_of_two((shift[i][half] - largest) * kScoreToPower<T>);
                     scale_row(i, half, shrink);
                     total[i][half] *= shrink;
                     shift[i][half] = largest;
@@ -265,7 +287,7 @@ struct LatticeAttention {
 #pragma unroll
             for (int n = 0; n < Chunk / 4; ++n) {
                 float& score = scores.values[0][n / 4][n / 2 % 2][half * 2 + n % 2];
-                score = power_of_two(score - finite);
+                score = power_of_two((score - finite) * kScoreToPower<T>);
                 total[i][half] += score;
             }
         }

@@ -11,7 +11,7 @@
 // Shared memory: the input, normalised (zeros outside of the image, which GELU and a product without bias leave zeros,
 // whatever the norm's bias is), the hidden and the convolved chunk, two buffers of weights for the products: for 32,
 // 48, 64 and 96 channels 96, 113, 131 and 166 thousand bytes in 16 bits, 70, 91, 111 and 151 of float. Two blocks a
-// multiprocessor up to 48 channels.
+// multiprocessor up to 48 channels (up to 32 on compute capability 8.0).
 //
 // Memory a pixel: 1.56 C values in (the halo's from the cache), C out, and C more from the cache with a residual.
 // Work a pixel for M hidden channels in 16 bits: 2 (1.56 + 1) C M FLOPs of products, 128 M of products for the

@@ -14,6 +14,7 @@ void check_counts(const Tensors& first, const Tensors& second, const Tensors& k5
     STD_TORCH_CHECK(k5.size() == k3.size() && k5.size() == k1.size() && (int)k5.size() <= kMergeSums,
                     "k5, k3 and k1 must be at most ", kMergeSums, " triples");
     STD_TORCH_CHECK(!first.empty() || !k5.empty(), "there is nothing to merge");
+    check_float(first.empty() ? k5[0] : first[0], first.empty() ? "k5" : "first");
 }
 
 void check_pair(const Tensor& first, const Tensor& second, const Tensor& like) {

@@ -14,6 +14,17 @@ void merge(const MergeParams& params, void* stream) {
     launch(merge_kernel<T>, params, {blocks, kMergeThreads, (int)sizeof(MergeShared<T>), stream});
 }
 
+const char* merge_error() {
+#ifdef __CUDACC__
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, (const void*)merge_kernel<float>);
+    cudaGetLastError();  // or the next to ask would get it
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+#else
+    return "";
+#endif
+}
+
 template void merge<float>(const MergeParams&, void*);
 template void merge<bf16>(const MergeParams&, void*);
 template void merge<fp16>(const MergeParams&, void*);

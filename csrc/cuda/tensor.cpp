@@ -17,11 +17,6 @@ std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
     return text + ")";
 }
 
-bool is_float(const Tensor& x) {
-    const auto type = x.scalar_type();
-    return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
-}
-
 // Kernels read 16 bytes at a time.
 void check_aligned(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes");
@@ -56,9 +51,15 @@ Device::Device(const Tensor& on) {
 #endif
 Device::~Device() = default;
 
+void check_float(const Tensor& x, const char* name) {
+    const auto type = x.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+                    " must be float32, bfloat16 or float16");
+}
+
 void check_image(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.dim() == 4, name, " has ", x.dim(), " dimensions, expected 4: (B, C, H, W)");
-    STD_TORCH_CHECK(is_float(x), name, " must be float32, bfloat16 or float16");
+    check_float(x, name);
     const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
     STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, name, " has shape ", shape_text(x.sizes()),
                     ", expected at least one channel, row and column");

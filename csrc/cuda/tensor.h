@@ -34,6 +34,8 @@ class Device {
     std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
+// One of float32, bfloat16 or float16, as with_type() needs.
+void check_float(const Tensor& x, const char* name);
 // A channels-last (B, C, H, W) tensor of float32, bfloat16 or float16.
 void check_image(const Tensor& x, const char* name);
 // A contiguous tensor of this shape in the dtype of `like` or, where `small`, in float32.

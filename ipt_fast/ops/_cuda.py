@@ -16,6 +16,7 @@ LEAST_CAPABILITY = (8, 0)
 SHARED_MEMORY = 163 << 10  # bytes that a thread block may need
 CHANNELS = (32, 48, 64, 96)
 DEPTHS = (32, 48)
+LARGEST_WINDOW = 1 << 14
 
 # {operator: names of GPUs} on which benchmarks/results/gpu.csv has it faster than Triton: there "auto" takes it.
 FASTER_ON = {}
@@ -39,6 +40,9 @@ def _device_error(type_, index):
         if gpu.shared_memory_per_block_optin < SHARED_MEMORY:
             memory = gpu.shared_memory_per_block_optin >> 10
             return f"the CUDA kernels need {SHARED_MEMORY >> 10} KB of shared memory a block; {gpu.name} has {memory}"
+        if said := torch.ops.ipt_fast_cuda.device_error(index):
+            built_for = _extension.build_info().get("cuda_architectures")
+            return f"the CUDA kernels, built for {built_for}, do not run on {gpu.name}: {said}"
     return None
 
 
@@ -63,6 +67,13 @@ def heads_limit(channels, num_heads):
     return None if depth in DEPTHS else f"the CUDA kernels take heads of 32 or 48 channels; these have {depth}"
 
 
+def window_limit(window_size):
+    """None, or why the kernels do not take windows of this size."""
+    if window_size <= LARGEST_WINDOW:
+        return None
+    return f"the CUDA kernels take windows of up to {LARGEST_WINDOW} pixels; this is {window_size}"
+
+
 def grid_limit(grid_size):
     """None, or why the kernels do not take grids of this size."""
     return (
@@ -81,6 +92,10 @@ def leffn_limit(expand_weight, depthwise_weight, project_weight):
             f"5 x 5; these are {channels} to {outputs}, {hidden} and {size} x {size}"
         )
     return None
+
+
+def _aligned(tensor):
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()  # kernels read 16 bytes at a time
 
 
 def register(operator, call, limits=None, call_backward=None):
@@ -113,7 +128,7 @@ def register(operator, call, limits=None, call_backward=None):
             value = as_channels_last(value)
         else:
             value = value.contiguous() if name in operator.weights else value.float().contiguous()
-        return value if value.data_ptr() % 16 == 0 else value.clone()  # kernels read 16 bytes at a time
+        return _aligned(value)
 
     def all_prepared(args):
         return [prepared(name, value) for name, value in zip(operator.arguments, args, strict=True)]
@@ -123,7 +138,7 @@ def register(operator, call, limits=None, call_backward=None):
 
     def backward(grad, *args):
         if call_backward is not None:
-            return call_backward(grad.contiguous(), *all_prepared(args), tf32=tf32_allowed())
+            return call_backward(_aligned(grad.contiguous()), *all_prepared(args), tf32=tf32_allowed())
         triton = operator.kernels["triton"]
         kernel = triton if triton.check(args) is None else operator.kernels["reference"]
         return kernel.backward(grad, *args)

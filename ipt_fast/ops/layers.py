@@ -204,7 +204,7 @@ _triton.register(_leffn, limits=lambda *args: _triton.depthwise_limit(args[4]))
 _cuda.register(
     _focal,
     lambda *args, tf32: _cuda.call("focal_attention_layer", *args, tf32),
-    lambda x, *args: _cuda.heads_limit(x.shape[1], args[9]),
+    lambda x, *args: _cuda.heads_limit(x.shape[1], args[9]) or _cuda.window_limit(args[10]),
 )
 _cuda.register(
     _grid,

@@ -72,7 +72,8 @@ def test_build_info():
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["compiler"].split()[0] in ("GNU", "Clang") and info["cxx_standard"] == 20
     assert "-march=native" not in info["flags"] and "-ffast-math" not in info["flags"]
-    assert "generic" in info["cpu_isa"] and set(torch.ops.ipt_fast_cpu.isa_levels()) <= set(info["cpu_isa"])
+    levels = set(torch.ops.ipt_fast_cpu.isa_levels()) - {"amx"}  # avx512's kernels and oneDNN's products
+    assert "generic" in info["cpu_isa"] and levels <= set(info["cpu_isa"])
 
 
 @compiled
@@ -172,7 +173,7 @@ def test_a_compile_error_fails_the_build(checkout):
     ("environment", "said"),
     [
         ({"IPT_FAST_BUILD": "cpu,tpu"}, "IPT_FAST_BUILD must be cpu, cuda or cpu,cuda; got tpu"),
-        ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.5"}, "TORCH_CUDA_ARCH_LIST has '7.5'"),
+        ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.0 7.5"}, "names no chip of 8.0 or later"),
         ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "Hopper"}, "TORCH_CUDA_ARCH_LIST has 'Hopper'"),
         pytest.param(
             {"FORCE_CUDA": "1", "PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere", "CUDACXX": None},

@@ -25,6 +25,10 @@ SIZES = {
     "grid layer 48 g16": ("grid_attention_layer", (1, 18, 31), {"heads": 1, "depth": 48, "grid": 16}),
     "grid layer 96 in three heads g5": ("grid_attention_layer", (1, 11, 9), {"heads": 3, "depth": 32, "grid": 5}),
     "grid layer 96, map below a grid": ("grid_attention_layer", (1, 5, 6), {"heads": 2, "depth": 48, "grid": 16}),
+    "grid layer 32 g8, no biases": ("grid_attention_layer/bias_free", (1, 9, 15), {"heads": 1, "depth": 32, "grid": 8}),
+    "grid layer 48 g16, large biases": ("grid_attention_layer", (1, 16, 35), {"heads": 1, "depth": 48, "grid": 16}),
+    "grid layer 32 g6, large biases": ("grid_attention_layer", (1, 13, 12), {"heads": 1, "depth": 32, "grid": 6}),
+    "focal layer 32, large weights": ("focal_attention_layer", (1, 11, 17), {"heads": 1, "depth": 32, "window": 8}),
     "merge_pointwise": ("merge_pointwise", (), {}),
     "merge_depthwise": ("merge_depthwise", (), {}),
 }
@@ -35,13 +39,22 @@ def build(name, dtype, small_dtype=torch.float32):
     call, shape, fields = SIZES[name]
     operator, builder, defaults = cases.CALLS[call]
     tensors, options = builder(*(shape or (1, 1, 1)), **{**defaults, **fields})
+    if name.endswith("no biases"):
+        del tensors["bias_table"]
+        options["bias_table"] = None
+    elif name.endswith("large biases"):  # scores grow on the way through the keys, and some keys are left out
+        tensors["bias_table"] *= 10
+        tensors["bias_table"][::7] = -torch.inf
+    elif name.endswith("large weights"):  # times a value of q they exceed float16's range
+        tensors["token_weight"] *= 300
     return operator, cases.cast(tensors, dtype, small_dtype), options
 
 
 def check_depthwise(channels, size, height, width, dtype):
     """The library's depthwise convolution and its gradients against PyTorch's; all of it twice, bitwise the same."""
-    x, grad = (torch.randn(2, channels, height, width).to(memory_format=torch.channels_last) for _ in range(2))
-    weight = torch.randn(channels, 1, size, size)
+    shape, at = (2, channels, height, width), {"device": cases.DEVICE}
+    x, grad = (torch.randn(shape, **at).to(memory_format=torch.channels_last) for _ in range(2))
+    weight = torch.randn(channels, 1, size, size, **at)
 
     def by_pytorch(dtype):
         inputs = [t.to(dtype).requires_grad_() for t in (x, weight)]

@@ -18,7 +18,7 @@ SOURCES = ROOT / "csrc/cuda"
 HEADERS = ROOT / "csrc/include"
 FLAGS = (
     "-std=c++20 -O2 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fvisibility=hidden "
-    "-DIPT_FAST_EMULATED -DTORCH_TARGET_VERSION=0x020a000000000000"
+    "-U_FORTIFY_SOURCE -DIPT_FAST_EMULATED -DTORCH_TARGET_VERSION=0x020a000000000000"
 )
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ipt_fast
 from tests.cuda.cases import SIZES, build, check_depthwise
@@ -102,6 +103,43 @@ def test_the_branches_of_a_layer_in_one_launch():
 def test_depthwise(channels, height, width, size, dtype):
     assert ipt_fast.explain("merge_depthwise")["merge_depthwise"]["cuda"] is None  # the library is loaded
     check_depthwise(channels, size, height, width, dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("merge")])
+def test_gradients_of_merges_from_a_slice(name):
+    """Gradients may begin anywhere in memory."""
+    operator, tensors, options = build(name, torch.float32)
+    inputs = {key: value.requires_grad_() for key, value in tensors.items()}
+    with ipt_fast.use_backend("cuda"):
+        merged = getattr(ipt_fast.ops, operator)(**inputs, **options)
+        torch.cat([torch.zeros(1), merged.flatten()]).square().sum().backward()
+    got = [value.grad for value in inputs.values()]
+    with ipt_fast.use_backend("reference"):
+        merged = getattr(ipt_fast.ops, operator)(**inputs, **options)
+    expected = torch.autograd.grad(merged.square().sum(), list(inputs.values()))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nan_in_16_bits_stays_in_the_patches_that_see_it(dtype):
+    operator, tensors, options = build("leffn 32", dtype)
+    tensors["x"][0, 0, 6, 5] = float("nan")
+    got = on_cuda(operator, tensors, options).isnan().any(1)[0]
+    seen = torch.zeros_like(got)
+    seen[4:9, 3:8] = True  # 5 x 5 around it
+    patches = F.max_pool2d(seen[None, None].float(), 4, ceil_mode=True)
+    allowed = F.interpolate(patches, scale_factor=4)[0, 0, : got.shape[0], : got.shape[1]] > 0
+    assert (got | seen == got).all() and not (got & ~allowed).any()
+
+
+def test_whatever_the_library_refuses_has_a_reason():
+    operator, tensors, options = build("focal layer 32", torch.float32)
+    maps = {
+        name: torch.ones(1, 1, 1).expand(1, 16400, 16400) for name in ("token_weight", "top_weight", "bottom_weight")
+    }
+    reason = ipt_fast.explain(operator, **{**tensors, **maps}, **{**options, "window_size": 16400})[operator]["cuda"]
+    assert reason == "the CUDA kernels take windows of up to 16384 pixels; this is 16400"
 
 
 def test_a_gradient_of_another_backend():

@@ -70,12 +70,76 @@ int main() {
 def test_the_emulator_finds_mistakes(tmp_path):
     (tmp_path / "broken.cpp").write_text(BROKEN)
     sources = [tmp_path / "broken.cpp", emulated.SOURCES / "emulator.cpp"]
-    command = [emulated.compiler(), "-std=c++20", "-O1", "-I", emulated.SOURCES, "-o", tmp_path / "broken", *sources]
+    command = [
+        emulated.compiler(),
+        "-std=c++20",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-I",
+        emulated.SOURCES,
+        "-o",
+        tmp_path / "broken",
+        *sources,
+    ]
     subprocess.run(command, check=True)
     said = subprocess.run([tmp_path / "broken"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said[0] == "0: same" and said[1] == "1: differs"
     for fault, words in {2: "wait for others", 3: "different collectives", 4: "did not wait", 5: "not aligned"}.items():
         assert words in said[fault]
+
+
+AXES = r"""
+#include <stdio.h>
+#include "ipt_fast/cuda/focal_attention_layer.h"
+#include "ipt_fast/windows.h"
+using namespace ipt_fast;
+// Windows of both branches, pixel by pixel: the windows of branch 1 begin half a window later, cyclically.
+int main() {
+    long wrong = 0, blocks = 0;
+    for (int size = 1; size < 70; ++size) {
+        for (int window = 1; window < 40; ++window) {
+            const Axis cut = Axis::windows_of(size, window, 2);
+            const FocalAxis axis = {size, window, (int)cut.part, (int)cut.parts, (int)cut.windows(), (int)cut.blocks()};
+            const int padded = axis.windows * window, shift = window / 2;
+            int next = 0;
+            for (int block = 0; block < axis.blocks; ++block, ++blocks) {
+                wrong += axis.begin(block) != next || axis.end(block) <= next;
+                next = axis.end(block);
+                for (int branch = 0; branch < 2; ++branch) {
+                    for (int pixel = axis.begin(block); pixel < next; ++pixel) {
+                        const int shifted = (pixel - branch * shift + padded) % padded;
+                        wrong += axis.window_of(branch, block) != shifted / window;
+                        wrong += axis.position(branch, block) + pixel - axis.begin(block) != shifted % window;
+                    }
+                    int found = 0;
+                    for (int i = 0; i < axis.parts; ++i) {
+                        found += axis.block_of(branch, axis.window_of(branch, block), i) == block;
+                    }
+                    wrong += found != 1;
+                }
+            }
+            wrong += next != size;
+        }
+    }
+    printf("%ld wrong of %ld\n", wrong, blocks);
+}
+"""
+
+
+def test_windows_of_the_focal_kernels(tmp_path):
+    (tmp_path / "axes.cpp").write_text(AXES)
+    command = [emulated.compiler(), "-std=c++20", "-O1", "-I", emulated.HEADERS, "-o", tmp_path / "axes"]
+    subprocess.run([*command, tmp_path / "axes.cpp"], check=True)
+    said = subprocess.run([tmp_path / "axes"], capture_output=True, text=True, check=True).stdout
+    wrong, blocks = re.fullmatch(r"(\d+) wrong of (\d+)\n", said).groups()
+    assert int(wrong) == 0 and int(blocks) > 10000
+
+
+def test_a_library_that_cannot_be_loaded_says_why(tmp_path):
+    (tmp_path / "broken.so").write_text("no library")
+    code = "import ipt_fast; print(ipt_fast.explain('leffn')['leffn']['cuda'])"
+    said = run({**os.environ, "IPT_FAST_EMULATED_CUDA": str(tmp_path / "broken.so")}, "-c", code)
+    assert said.startswith("the CUDA kernels cannot be loaded: ") and ("invalid ELF" in said or "too short" in said)
 
 
 def test_arguments_are_checked_before_anything_runs(environment):

@@ -99,6 +99,8 @@ calls = {
     "mixed": lambda: operators.leffn_layer(x.bfloat16(), None, None, *weights, *rest),
     "shape": lambda: operators.leffn_layer(x, None, None, weights[0], weights[1][:32], weights[2], *rest),
     "pairs": lambda: operators.merge_branches([weights[0]], [], [], [], [], True, False),
+    "doubles": lambda: operators.merge_branches([weights[0].double()], [weights[2].double()], [], [], [], True, False),
+    "flags": lambda: operators.merge_branches([], [], *([torch.ones(2, 1, k, k) > 0] for k in (5, 3, 1)), True, False),
     "nothing": lambda: operators.merge_branches([], [], [], [], [], True, False),
 }
 said = {}
@@ -122,6 +124,8 @@ def test_it_loads_without_a_gpu_and_refuses_bad_arguments(library):
         "mixed": "must have the dtype of the first tensor",
         "shape": "has shape (32, 1, 5, 5), expected (64, 1, 5, 5)",
         "pairs": "pairs",
+        "doubles": "first must be float32, bfloat16 or float16",
+        "flags": "k5 must be float32, bfloat16 or float16",
         "nothing": "nothing to merge",
     }.items():
         assert words in said.get(name, ""), (name, said.get(name))

@@ -3,6 +3,7 @@
 import torch
 
 import ipt_fast
+from ipt_fast import _extension
 from tests.cuda import cases as cuda_cases
 from tests.ops import cases
 
@@ -16,13 +17,26 @@ def main():
             grad = torch.randn_like(cases.public(operator, tensors, options))
             with ipt_fast.use_backend("triton"):
                 cases.forward_and_gradients(getattr(ipt_fast.ops, operator), tensors, options, grad)
-    for name in cuda_cases.SIZES:
-        for dtype in (torch.float32, torch.bfloat16):
-            operator, tensors, options = cuda_cases.build(name, dtype)
-            if ipt_fast.explain(operator, **tensors, **options)[operator]["cuda"] is None:
-                with ipt_fast.use_backend("cuda"), torch.no_grad():
-                    getattr(ipt_fast.ops, operator)(**tensors, **options)
+    if reason := _extension.cuda_error():
+        print(f"left out: {reason}")
+    else:
+        cuda_kernels()
     torch.cuda.synchronize()
+
+
+def cuda_kernels():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name in cuda_cases.SIZES:
+            operator, tensors, options = cuda_cases.build(name, dtype)
+            with ipt_fast.use_backend("cuda"), torch.no_grad():
+                out = getattr(ipt_fast.ops, operator)(**tensors, **options)
+            if operator in cases.MERGES:
+                with ipt_fast.use_backend("cuda"):
+                    cases.forward_and_gradients(
+                        getattr(ipt_fast.ops, operator), tensors, options, torch.randn_like(out)
+                    )
+        for size in (3, 5):
+            cuda_cases.check_depthwise(72, size, 17, 19, dtype)
 
 
 if __name__ == "__main__":

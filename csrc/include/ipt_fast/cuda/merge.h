@@ -42,5 +42,7 @@ IPT_FAST_BOTH inline int64_t blocks_of(const DepthwiseSum& s) {
 
 template <class T>
 void merge(const MergeParams& params, void* stream);
+// Why this library's kernels cannot run on the current GPU; empty if they can.
+const char* merge_error();
 
 }  // namespace ipt_fast
