@@ -292,7 +292,7 @@ def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None,
     sums = None
     if groups.branches == 2:
         sums = vectors.new_empty(4, groups.heads, groups.pixels)
-    first = groups.tiles(32 if groups.depth <= 32 else 16, 8, 1)
+    first = groups.tiles(32 if groups.depth <= 32 and q.of.element_size() == 4 else 16, 8, 1)
     candidates = [first, groups.tiles(64, 8, 1), groups.tiles(16, 4, 1)]
     tiles = config("gradients", key_of(q.of, groups.depth, groups.window, groups.branches), candidates, q.of.device)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks

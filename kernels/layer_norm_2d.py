@@ -109,7 +109,7 @@ def layer_norm_2d_backward(grad, x, weight, bias, eps, centered, residual=None):
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     grad_x = torch.empty_like(x)
-    tiles = config("layer_norm_2d_bwd", key_of(x, channels), _tiles((2048, 1024, 4096), block_of(channels)), x.device)
+    tiles = config("layer_norm_2d_bwd", key_of(x, channels), _tiles((1024, 2048, 4096), block_of(channels)), x.device)
     programs = min(PROGRAMS, triton.cdiv(pixels, tiles["BLOCK_P"]))
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     launch(

@@ -89,9 +89,9 @@ def _project_tiles(x, outputs):
     elif outputs <= 64:
         shapes = [(32, 32, 64, 4), (64, 32, 64, 8), (32, 64, 64, 4), (16, 64, 64, 4)]
     elif outputs <= 256:
-        shapes = [(32, 64, 256, 8), (32, 32, 256, 8), (16, 64, 256, 8), (32, 64, 128, 8)]
+        shapes = [(16, 64, 256, 8), (32, 32, 256, 8), (32, 64, 256, 8), (32, 64, 128, 8)]
     else:
-        shapes = [(16, 64, 512, 8), (16, 32, 512, 8), (32, 64, 256, 8), (32, 64, 128, 8)]
+        shapes = [(8, 64, 512, 8), (16, 32, 512, 8), (32, 64, 256, 8), (32, 64, 128, 8)]
     return [
         dict(BLOCK_W=w, BLOCK_C=c, BLOCK_N=min(n, block_of(outputs)), num_warps=warps, num_stages=1)
         for w, c, n, warps in shapes
