@@ -251,7 +251,11 @@ def apply(groups, v, attention, weights, out, depthwise=None):
     ``depthwise``: taps (9, channels of the map) of a convolution of ``v`` before it, in fp32.
     """
     if v.of.dtype == torch.float32:
-        candidates = [groups.tiles(32 if depthwise is None else 16, 8, 1), groups.tiles(16, 8, 1)]
+        stages = 2 if groups.depth <= 32 else 1
+        candidates = [
+            groups.tiles(32, 8, stages) if depthwise is None else groups.tiles(16, 8, 1),
+            groups.tiles(16, 8, 1),
+        ]
     elif groups.depth > 64 or depthwise is not None:
         candidates = [groups.tiles(32, 8 if groups.depth > 64 else 4), groups.tiles(32, 4, 1)]
     else:

@@ -290,7 +290,7 @@ def _one_block(x, lattice):
 def _query_tiles(x, lattice):
     block = block_of(lattice.tokens)
     if is_wide(x, lattice):
-        shapes = [(32, 32, 8, 1), (32, 32, 4, 1), (16, 64, 4, 1)]
+        shapes = [(64, 32, 8, 1) if lattice.depth > 32 else (32, 32, 4, 1), (16, 64, 4, 1), (32, 32, 8, 1)]
     else:
         shapes = [(32, 256, 8, 1), (32, 64, 4, 1), (64, 64, 4, 1), (64, 128, 8, 1)]
     return [

@@ -86,9 +86,9 @@ def layer_norm_2d_bwd_kernel(
     tl.store(p_sums + C, b_gb, mask=m_c)
 
 
-def _tiles(values, block_c):
+def _tiles(values, block_c, warps=4):
     """Configurations with about so many values a tile."""
-    return [dict(BLOCK_P=max(1, n // block_c), BLOCK_C=block_c, num_warps=4) for n in values]
+    return [dict(BLOCK_P=max(1, n // block_c), BLOCK_C=block_c, num_warps=warps) for n in values]
 
 
 def layer_norm_2d(x, weight, bias, eps, centered):
@@ -109,7 +109,9 @@ def layer_norm_2d_backward(grad, x, weight, bias, eps, centered, residual=None):
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     grad_x = torch.empty_like(x)
-    tiles = config("layer_norm_2d_bwd", key_of(x, channels), _tiles((1024, 2048, 4096), block_of(channels)), x.device)
+    tiles = config(
+        "layer_norm_2d_bwd", key_of(x, channels), _tiles((4096, 2048, 1024), block_of(channels), 8), x.device
+    )
     programs = min(PROGRAMS, triton.cdiv(pixels, tiles["BLOCK_P"]))
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     launch(
