@@ -11,13 +11,26 @@ import torch
 
 from . import _extension
 from .data import io
+from .data.degradations import imresize
+from .models.ipt_v2 import crop, pad_to_size
 from .ops._select import policy
-from .tiling import BLENDS, available_memory, balanced_tile, blend_weights, tile_limit, tile_starts
+from .tiling import (
+    BLENDS,
+    PROCEDURES,
+    available_memory,
+    balanced_tile,
+    blend_weights,
+    official_end,
+    procedure_tiles,
+    tile_limit,
+    tile_starts,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST_TILE = 16
 DEFAULT_OVERLAP = 32
 SMALLEST_RETRY = 128
+TILES_AT_ONCE = 32  # of a model with one size of input
 
 
 def restore(
@@ -68,13 +81,16 @@ class Restorer:
     """A model made ready for inference: a merged copy in eval mode, called on images as :func:`restore` takes them.
 
     Args:
-        model: a module (B, C, H, W) -> (B, C', H, W). One without a ``config`` gets the image's channels as they are.
-        task: passed to the model where it has tasks; None where not.
+        model: a module (B, C, H, W) -> (B, C', H, W), of values in [0, 1] or [0, ``config.value_range``]. One without
+            a ``config`` gets the image's channels as they are.
+        task: name or number of one of the model's tasks, which may magnify; None where there is one or none.
         tile: None runs the image whole. A number of pixels, at least 16 and not necessarily a multiple of anything,
             cuts it into square tiles of exactly this size, moved together so that all lie inside. "auto" takes the
             whole image or as few equal tiles as half of the available memory allows (limit 512 for a model whose memory
             is not known). Attention that spans the whole image sees only its tile, so tiles change the result a little,
-            and not only at the seams.
+            and not only at the seams. A model with one size of input (``config.image_size``) gets tiles of that size,
+            joined as ``tile`` says: "blend" (the same as "auto"), "paper" or "official", see
+            :func:`ipt_fast.tiling.procedure_tiles`; smaller images are padded.
         overlap: pixels that neighbouring tiles share at least; at most half of ``tile``, 32 where that fits.
         blend: "cosine" fades tiles into each other, "average" weighs all that cover a pixel equally.
         self_ensemble: the mean over the 8 flips and transposes of each tile; 8 times the work.
@@ -107,12 +123,17 @@ class Restorer:
             raise TypeError(f"model must be a torch.nn.Module, as create_model makes; got {type(model).__name__}")
         if not isinstance(self_ensemble, bool):
             raise TypeError(f"self_ensemble must be True or False; got {self_ensemble!r}")
-        _check_tile(tile)
+        self.image_size = getattr(getattr(model, "config", None), "image_size", None)
+        if self.image_size:
+            _check_procedure(tile, overlap, type(model).__name__, self.image_size)
+        else:
+            _check_tile(tile)
         _check_overlap(overlap, tile)
         if blend not in BLENDS:
             raise ValueError(f"blend must be one of {', '.join(BLENDS)}; got {blend!r}")
         if task is not None and "task" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"task must be None for {type(model).__name__}, which has no tasks; got {task!r}")
+        self.scale = model.scale(task) if hasattr(model, "scale") else 1  # knows its tasks
         self.arguments = {} if task is None else {"task": task}
         self.tile, self.overlap, self.blend, self.self_ensemble = tile, overlap, blend, self_ensemble
         self.device = _usable_device(device, model)
@@ -121,6 +142,7 @@ class Restorer:
         if hasattr(self.model, "reparameterize"):
             self.model.reparameterize()
         self.config = getattr(self.model, "config", None)
+        self.value_range = getattr(self.config, "value_range", 1.0)
         self.progress = progress
 
     def __call__(self, image):
@@ -138,9 +160,16 @@ class Restorer:
         else:
             record = io.from_pil(image)
             pixels = self._restore_array(record.pixels)
-            restored = io.to_pil(io.Image(pixels, record.alpha))
+            restored = io.to_pil(io.Image(pixels, self.magnify_alpha(record.alpha)))
         restored.info = {name: value for name, value in image.info.items() if name != "transparency"}
         return restored
+
+    def magnify_alpha(self, alpha):
+        """An alpha channel (H, W), or None, for the image that the model returns: resized bicubically."""
+        if alpha is None or self.scale == 1:
+            return alpha
+        larger = imresize(torch.from_numpy(alpha.astype(np.float64)), self.scale).round_()
+        return larger.clamp_(0, np.iinfo(alpha.dtype).max).numpy().astype(alpha.dtype)
 
     def _restore_array(self, image):
         if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
@@ -178,10 +207,16 @@ class Restorer:
         return output.mean(1, keepdim=True) if gray_as_colour else output
 
     def _run_tiled(self, image):
+        if self.image_size:
+            return self._run_procedure(image)
         tiles, overlap = self._tiles_for(image)
         while True:
             try:
-                return self._run_tiles(image, tiles, overlap)
+                axes = [
+                    list(zip(tile_starts(*axis, overlap), blend_weights(*axis, overlap, self.blend), strict=True))
+                    for axis in zip(image.shape[2:], tiles, strict=True)
+                ]
+                return self._run_tiles(image, *axes, at_once=1)
             except RuntimeError as error:
                 smaller = _halved(tiles)
                 if not _is_out_of_memory(error) or smaller == tiles:
@@ -191,6 +226,18 @@ class Restorer:
                 torch.cuda.empty_cache()
             warnings.warn(f"out of memory with tiles of {_size(tiles)} pixels, trying {_size(smaller)}", stacklevel=2)
             tiles, overlap = smaller, min(overlap, max(smaller) // 2)
+
+    def _run_procedure(self, image):
+        size, lengths = self.image_size, image.shape[2:]
+        procedure = self.tile if self.tile != "auto" else "blend" if self.blend == "cosine" else "paper"
+        padded = pad_to_size(image, *(max(length, size) for length in lengths))
+        axes = [procedure_tiles(procedure, length, size, self.scale) for length in padded.shape[2:]]
+        output = self._run_tiles(padded, *axes, at_once=max(1, TILES_AT_ONCE // len(image)))
+        if procedure == "official":  # has the left border as wide as a tile, which shows where it meets the top
+            corner = self._run_tile(padded[..., :size, :size]).to(output.device)
+            rows, columns = size // 4 * self.scale, official_end(padded.shape[3], size, self.scale)
+            output[..., :rows, :columns][..., : corner.shape[3]] = corner[..., :rows, :columns]
+        return crop(output, *(length * self.scale for length in lengths))
 
     def _tiles_for(self, image):
         """((tile height, tile width), overlap) for an image; no tile is larger than the image."""
@@ -211,22 +258,32 @@ class Restorer:
     def _layers_are_fused(self):
         return self.device.type == "cpu" and policy() in ("auto", "cpu") and _extension.load()
 
-    def _run_tiles(self, image, tiles, overlap):
-        rows, columns = (
-            list(zip(tile_starts(*axis, overlap), blend_weights(*axis, overlap, self.blend), strict=True))
-            for axis in zip(image.shape[2:], tiles, strict=True)
-        )
-        total, output = len(rows) * len(columns), None
-        for done, ((top, weight_y), (left, weight_x)) in enumerate(itertools.product(rows, columns), 1):
-            part = (..., slice(top, top + len(weight_y)), slice(left, left + len(weight_x)))
-            restored = self._run_tile(image[part]).to(image.device)
+    def _run_tiles(self, image, rows, columns, at_once):
+        """The sum of the tiles' outputs, weighted.
+
+        ``rows`` and ``columns`` have of each tile where it begins and the weights of its output. The model gets
+        ``at_once`` tiles of every image.
+        """
+        batch, scale = len(image), self.scale
+        output, done, total = None, 0, len(rows) * len(columns)
+        places = itertools.product(rows, columns)
+        while chunk := list(itertools.islice(places, at_once)):
+            parts = [
+                image[..., top : top + len(weight_y) // scale, left : left + len(weight_x) // scale]
+                for (top, weight_y), (left, weight_x) in chunk
+            ]
+            restored = self._run_tile(torch.cat(parts) if len(parts) > 1 else parts[0]).to(image.device)
+            done += len(chunk)
             if self.progress:
                 self.progress(done, total)
             if total == 1:
                 return restored
             if output is None:
-                output = image.new_zeros(*restored.shape[:2], *image.shape[2:])
-            output[part] += restored * (weight_y[:, None] * weight_x).to(image.device)
+                output = image.new_zeros(batch, restored.shape[1], *(length * scale for length in image.shape[2:]))
+            for ((top, weight_y), (left, weight_x)), part in zip(chunk, restored.split(batch), strict=True):
+                top, left, weight = top * scale, left * scale, weight_y[:, None] * weight_x
+                place = (..., slice(top, top + len(weight_y)), slice(left, left + len(weight_x)))
+                output[place] += part * weight.to(image.device)
         return output
 
     def _run_tile(self, tile):
@@ -254,10 +311,11 @@ class Restorer:
             ) / len(_WAYS)
 
     def _forward(self, tile):
-        output = self.model(tile, **self.arguments).float()
-        if output.dim() != 4 or output.shape[2:] != tile.shape[2:]:
+        output = self.model(tile * self.value_range, **self.arguments).float() / self.value_range
+        if output.dim() != 4 or output.shape[2:] != tuple(self.scale * length for length in tile.shape[2:]):
             raise ValueError(
-                f"model must return (B, C, H, W) of the input's size; got {tuple(output.shape)} for {tuple(tile.shape)}"
+                f"model must return (B, C, H, W) of {'the' if self.scale == 1 else f'{self.scale} times the'} input's "
+                f"size; got {tuple(output.shape)} for {tuple(tile.shape)}"
             )
         return output
 
@@ -278,6 +336,16 @@ def _check_tile(tile):
         return
     if type(tile) is not int or tile < SMALLEST_TILE:
         raise ValueError(f'tile must be "auto", None or an int of at least {SMALLEST_TILE}; got {tile!r}')
+
+
+def _check_procedure(tile, overlap, name, size):
+    if tile != "auto" and tile not in PROCEDURES:
+        names = ", ".join(PROCEDURES)
+        raise ValueError(f"tile must be auto, {names} for {name}, whose input has {size} x {size} pixels; got {tile!r}")
+    if tile == "official" and size % 4:
+        raise ValueError(f"tile can be official only where 4 divides the input's {size} pixels")
+    if overlap is not None:
+        raise ValueError(f"overlap must be None for {name}, whose tiles lie where `tile` says; got {overlap!r}")
 
 
 def _check_overlap(overlap, tile):

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 BLENDS = ("cosine", "average")
+PROCEDURES = ("blend", "paper", "official")  # of models with one size of input
+PROCEDURE_OVERLAP = 10
 DEFAULT_TILE = 512
 SMALLEST_AUTO_TILE = 128
 BYTES_PER_PIXEL_AND_CHANNEL = 250
@@ -38,13 +40,16 @@ def balanced_tile(length: int, limit: int, overlap: int) -> int:
     return min(limit, 8 * math.ceil(smallest / 8))
 
 
-def blend_weights(length: int, tile: int, overlap: int, blend: str) -> list[torch.Tensor]:
+def blend_weights(
+    length: int, tile: int, overlap: int, blend: str, starts: list[int] | None = None
+) -> list[torch.Tensor]:
     """The weight of each tile along one axis: (tile,) float32 each, positive, summing to one at every pixel.
 
     "cosine" raises each tile from its inner edges over ``overlap`` pixels with half a period of a cosine; "average"
     gives all tiles that cover a pixel the same weight. In the plane a tile's weight is the outer product of its axes.
+    Tiles begin at ``starts``, by default where :func:`tile_starts` has them.
     """
-    starts = tile_starts(length, tile, overlap)
+    starts = tile_starts(length, tile, overlap) if starts is None else starts
     size = min(tile, length)
     ramp = 0.5 - 0.5 * torch.cos(math.pi * (torch.arange(overlap) + 0.5) / max(overlap, 1))
     windows = [torch.ones(size) for _ in starts]
@@ -57,6 +62,40 @@ def blend_weights(length: int, tile: int, overlap: int, blend: str) -> list[torc
     for start, window in zip(starts, windows, strict=True):
         total[start : start + size] += window
     return [window / total[start : start + size] for start, window in zip(starts, windows, strict=True)]
+
+
+def procedure_tiles(procedure: str, length: int, tile: int, scale: int = 1) -> list[tuple[int, torch.Tensor]]:
+    """(start, weights of its output) of each tile of one axis, as IPT was tested; ``length`` is at least ``tile``.
+
+    "paper": neighbours share 10 pixels at least (a fourth of smaller tiles), all that cover a pixel count the same;
+    "blend": the same tiles, faded into each other by cosines. "official", the released program: tiles begin every
+    quarter of a tile, of each only the inner half counts, and these are averaged; the first quarter of the axis is the
+    first tile's alone, and its end, which the steps do not meet, that of a tile which ends there.
+    """
+    if procedure != "official":
+        blend = "cosine" if procedure == "blend" else "average"
+        overlap = min(PROCEDURE_OVERLAP, tile // 4)
+        starts = tile_starts(length, tile, overlap)
+        weights = blend_weights(length * scale, tile * scale, overlap * scale, blend, [s * scale for s in starts])
+        return list(zip(starts, weights, strict=True))
+    step = tile // 4
+    starts = list(range(0, length - tile + 1, step))
+    top, end = step * scale, official_end(length, tile, scale)
+    votes = {start: torch.zeros(length * scale) for start in [*starts, length - tile]}
+    for start in starts:
+        votes[start][(start + step) * scale : (start + tile - step) * scale] = 1
+    for start, vote in votes.items():
+        vote[:top], vote[end:] = float(start == 0), float(start == length - tile)
+    total = sum(votes.values())
+    return [
+        (start, (vote / total)[start * scale : (start + tile) * scale].contiguous()) for start, vote in votes.items()
+    ]
+
+
+def official_end(length: int, tile: int, scale: int) -> int:
+    """Where, in the output, the part begins that "official" gives to the last tile alone."""
+    rest = (length - tile) % (tile // 4)
+    return (length - rest) * scale - (tile - rest) * scale // 2
 
 
 def tile_limit(config, available: int, batch: int = 1, fused: bool = False) -> int:

@@ -26,16 +26,20 @@ def add_parser(subparsers) -> None:
     option("--out", type=Path, required=True, metavar="FOLDER", help="where the model, checkpoint and log go")
     option("--model", default=default["model"], help="name of a model, or folder of a saved one to start from")
     option("--model-config", type=_json_object, default={}, metavar="JSON", help="fields of the model's config")
-    option("--task", choices=["denoise"], default="denoise", help="what to train for")
+    option("--task", default=None, metavar="NAME", help="keep only this task of a saved model with several")
+    option("--contrastive", type=float, default=default["contrastive"], metavar="LAMBDA",
+           help="weight of the contrastive loss (IPT)")  # fmt: skip
     option("--sigma", type=float, nargs=2, default=default["sigma"], metavar=("LOW", "HIGH"),
            help="noise levels on the 0..255 scale")  # fmt: skip
     option("--iterations", type=int, nargs="+", default=[default["iterations"]], metavar="N",
            help="updates; several values are stages, with as many values of --patch and --batch-size")  # fmt: skip
-    option("--patch", type=int, nargs="+", default=[default["patch_size"]], metavar="N", help="patch size in pixels")
+    option("--patch", type=int, nargs="+", default=None, metavar="N",
+           help="patch size in pixels; None takes the model's size of input, 128 where it has none")  # fmt: skip
     option("--batch-size", type=int, nargs="+", default=[default["batch_size"]], metavar="N", help="patches an update")
     option("--lr", type=float, default=default["lr"], help="highest learning rate (AdamW)")
     option("--lr-min", type=float, default=default["lr_min"], help="learning rate at the end of the cosine")
     option("--warmup", type=int, default=default["warmup"], metavar="N", help="iterations of linear warm-up")
+    option("--schedule", choices=["cosine", "step"], default=default["schedule"], help="how the learning rate falls")
     option("--weight-decay", type=float, default=default["weight_decay"], help="AdamW weight decay")
     option("--grad-clip", type=float, default=default["grad_clip"], help="largest gradient norm, 0 for none")
     option("--loss", choices=list(LOSSES), default=default["loss"], help="what to minimise")

@@ -1,4 +1,4 @@
-"""Training data: a folder of clean images and the noisy patches drawn from it."""
+"""Training data: a folder of clean images, and the degraded patches drawn from it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .degradations import add_gaussian_noise, random_sigma
+from .degradations import add_gaussian_noise, degrade, random_sigma
 from .io import IMAGE_SUFFIXES, Image, is_image_file, read_header, read_image, to_pil
 
 _PILLOW_MODES = {1: "L", 3: "RGB"}
@@ -84,19 +84,72 @@ class NoisyPatches(Dataset):
         self.seed = seed
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator()
-        # SeedSequence mixes the two integers, so that neighbouring samples and seeds are unrelated.
-        generator.manual_seed(int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]))
-
-        def draw(bound: int) -> int:
-            return int(torch.randint(bound, (), generator=generator))
-
-        image = self.images[draw(len(self.images))]
-        top = draw(image.shape[1] - self.patch_size + 1)
-        left = draw(image.shape[2] - self.patch_size + 1)
-        patch = image[:, top : top + self.patch_size, left : left + self.patch_size]
-        clean = apply_symmetry(patch, draw(8)).contiguous().float() / 255
+        generator = _generator(self.seed, number)
+        clean = _random_patch(self.images[_draw(len(self.images), generator)], self.patch_size, generator)
         return add_gaussian_noise(clean, random_sigma(*self.sigma, generator), generator), clean
+
+
+class TaskPatches(Dataset):
+    """Triples (degraded, clean, task) for pre-training on several tasks (IPT, section 3.2).
+
+    Item ``n`` belongs to batch ``n // batch_size``, and all of a batch to one task, drawn at random. The degraded patch
+    has ``patch_size`` pixels a side, float32 in [0, 1] but for noise; the clean one as many times more as the task
+    magnifies. ``task`` is the task's number. Item ``n`` is a pure function of (seed, n, batch_size); an image that is
+    smaller than the patch is passed over for another one.
+
+    Args:
+        images: uint8 (3, H, W) each, such as :class:`ipt_fast.data.stream.ImageStream`.
+        tasks: {name: magnification}, names as :func:`ipt_fast.data.degradations.degrade` takes them.
+        sigma: range of noise levels of the task "denoise", on the 0..255 scale.
+    """
+
+    ATTEMPTS = 100
+
+    def __init__(
+        self,
+        images: Sequence[Tensor],
+        patch_size: int,
+        tasks: dict[str, int],
+        batch_size: int,
+        sigma: tuple[float, float] = (5.0, 50.0),
+        seed: int = 0,
+    ):
+        self.images = images
+        self.patch_size = patch_size
+        self.tasks = tasks
+        self.batch_size = batch_size
+        self.sigma = sigma
+        self.seed = seed
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, int]:
+        task = _draw(len(self.tasks), _generator(self.seed, number // self.batch_size, 1))
+        name, scale = list(self.tasks.items())[task]
+        generator = _generator(self.seed, number)
+        for _ in range(self.ATTEMPTS):
+            image = self.images[_draw(len(self.images), generator)]
+            if min(image.shape[1:]) >= scale * self.patch_size:
+                clean = _random_patch(image, scale * self.patch_size, generator)
+                return degrade(clean, name, generator, self.sigma).contiguous(), clean, task
+        raise ValueError(
+            f"{self.ATTEMPTS} images in a row are smaller than the {scale * self.patch_size} pixels a side that {name} "
+            "needs"
+        )
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    # SeedSequence mixes the integers, so that neighbouring samples and seeds are unrelated.
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def _draw(bound: int, generator: torch.Generator) -> int:
+    return int(torch.randint(bound, (), generator=generator))
+
+
+def _random_patch(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A random crop of a uint8 image in one of 8 orientations, float32 in [0, 1]."""
+    top, left = _draw(image.shape[1] - size + 1, generator), _draw(image.shape[2] - size + 1, generator)
+    patch = image[:, top : top + size, left : left + size]
+    return apply_symmetry(patch, _draw(8, generator)).contiguous().float() / 255
 
 
 def apply_symmetry(image: Tensor, index: int) -> Tensor:

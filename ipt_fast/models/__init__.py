@@ -6,9 +6,10 @@ import pathlib
 
 from . import _pretrained
 from .checkpoint import load_checkpoint
+from .ipt import IPT, IPTConfig
 from .ipt_v2 import IPTV2, IPTV2Config
 
-__all__ = ["IPTV2", "IPTV2Config", "create_model", "list_models", "load_checkpoint", "open_model"]
+__all__ = ["IPT", "IPTConfig", "IPTV2", "IPTV2Config", "create_model", "list_models", "load_checkpoint", "open_model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,10 @@ class _Preset:
 
 
 _PRESETS = {
+    "ipt": _Preset(IPT, {}),
+    "ipt_tiny": _Preset(
+        IPT, dict(tasks=("sr_x2", "derain", "denoise30", "denoise50"), features=16, layers=2, heads=6, ratio=4)
+    ),
     "ipt_v2_tiny": _Preset(
         IPTV2,
         dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1),

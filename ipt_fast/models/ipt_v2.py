@@ -114,10 +114,16 @@ def _upsample(channels):
 
 
 def pad_to_multiple(x, multiple):
+    """Pad (B, C, H, W) at the bottom and right to sides that are multiples, see :func:`pad_to_size`."""
+    height, width = ((size + multiple - 1) // multiple * multiple for size in x.shape[2:])
+    return pad_to_size(x, height, width)
+
+
+def pad_to_size(x, height, width):
     """Pad (B, C, H, W) at the bottom and right: reflect up to size - 1 rows or columns, then replicate."""
-    for axis in (2, 3):
+    for axis, length in ((2, height), (3, width)):
         size = x.shape[axis]
-        index = torch.arange((size + multiple - 1) // multiple * multiple, device=x.device)
+        index = torch.arange(length, device=x.device)
         x = x.index_select(axis, ((size - 1) - (size - 1 - index).abs()).clamp(min=0))
     return x
 

@@ -12,7 +12,7 @@ _FREE_ON_RESUME = {"out", "val", "val_sigma", "log_every", "save_every", "worker
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of one training run for blind Gaussian denoising.
+    """Settings of one training run: blind Gaussian denoising, or all tasks of a model that has tasks.
 
     ``iterations``, ``patch_size`` and ``batch_size`` are integers, or tuples of one length with one value for each
     stage of progressive training (Restormer, CVPR 2022, section 3.3).
@@ -22,8 +22,12 @@ class TrainingConfig:
         out: folder for ``checkpoint.pth``, ``log.csv`` and the EMA model (``config.json``, ``model.safetensors``).
         model: name of a model, which is trained from scratch, or folder of a saved model to start from.
         model_config: fields of the model's config, with a name only.
+        task: of a folder's model with several tasks, the one whose head, tail and embedding are kept.
+        contrastive: λ of the contrastive loss (IPT, eq. 6).
         sigma: lowest and highest noise level on the 0..255 scale, drawn uniformly for each patch.
-        lr, lr_min, warmup: learning rate after ``warmup`` linear iterations, then a cosine down to ``lr_min``.
+        patch_size: None takes the model's size of input, 128 where it has none.
+        lr, lr_min, warmup: learning rate after ``warmup`` linear iterations, then down to ``lr_min`` by ``schedule``.
+        schedule: "cosine", or "step": from ``lr`` to ``lr_min`` after two thirds of the iterations, as IPT was trained.
         grad_clip: largest norm of all gradients together; 0 turns clipping off.
         ema: decay of the exponential moving average of the weights, which is what is saved as the model.
         amp: "bf16" runs the forward pass under autocast.
@@ -40,13 +44,16 @@ class TrainingConfig:
     out: Path
     model: str = "ipt_v2_tiny"
     model_config: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    contrastive: float = 0.0
     sigma: tuple[float, float] = (5.0, 50.0)
     iterations: int | tuple[int, ...] = 100_000
-    patch_size: int | tuple[int, ...] = 128
+    patch_size: int | tuple[int, ...] | None = None
     batch_size: int | tuple[int, ...] = 8
     lr: float = 3e-4
     lr_min: float = 1e-6
     warmup: int = 500
+    schedule: str = "cosine"
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
     loss: str = "charbonnier"
@@ -67,12 +74,13 @@ class TrainingConfig:
         put("data", Path(self.data))
         put("out", Path(self.out))
         put("val", None if self.val is None else Path(self.val))
-        for name in ("iterations", "patch_size", "batch_size"):
+        stage_fields = [n for n in ("iterations", "patch_size", "batch_size") if getattr(self, n) is not None]
+        for name in stage_fields:
             value = getattr(self, name)
             put(name, tuple(value) if isinstance(value, list | tuple) else (value,))
             for entry in getattr(self, name):
                 _check_integer(name, entry, 1)
-        stages = {len(self.iterations), len(self.patch_size), len(self.batch_size)}
+        stages = {len(getattr(self, name)) for name in stage_fields}
         if len(stages) != 1 or 0 in stages:
             raise ValueError(
                 "iterations, patch_size and batch_size must have one value for each stage, "
@@ -80,7 +88,7 @@ class TrainingConfig:
             )
         for name, least in (("warmup", 0), ("seed", 0), ("log_every", 1), ("save_every", 1), ("workers", 0)):
             _check_integer(name, getattr(self, name), least)
-        for name in ("lr_min", "weight_decay", "grad_clip", "val_sigma"):
+        for name in ("lr_min", "weight_decay", "grad_clip", "val_sigma", "contrastive"):
             _check_number(name, getattr(self, name), 0, float("inf"))
         _check_number("lr", self.lr, self.lr_min, float("inf"))
         _check_number("ema", self.ema, 0, 1)
@@ -93,6 +101,9 @@ class TrainingConfig:
             raise ValueError(f"sigma must be a pair (lowest, highest), got {self.sigma}")
         _check_choice("loss", self.loss, tuple(LOSSES))
         _check_choice("amp", self.amp, ("none", "bf16"))
+        _check_choice("schedule", self.schedule, ("cosine", "step"))
+        if self.task is not None and not isinstance(self.task, str):
+            raise TypeError(f"task must be a name, got {self.task!r}")
         if not isinstance(self.model_config, dict):
             raise TypeError(f"model_config must be a dict, got {type(self.model_config).__name__}")
 

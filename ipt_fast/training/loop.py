@@ -16,12 +16,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .._files import atomic_write
-from ..data.dataset import ImageFolder, NoisyPatches
 from ..models import create_model, open_model
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig
-from .losses import LOSSES
-from .validation import ValidationSet
+from .distributed import World
+from .objectives import Denoising, Pretraining, objective_of
 
 LOG_FIELDS = ("iteration", "loss", "lr", "seconds", "psnr")
 
@@ -32,34 +31,45 @@ def build_model(config: TrainingConfig) -> nn.Module:
     if Path(config.model).is_dir():
         if config.model_config:
             raise ValueError(f"model_config must be empty where model is a folder ({config.model})")
-        return open_model(config.model)
+        model = open_model(config.model)
+        if config.task is None:
+            return model
+        if not hasattr(model, "only"):
+            raise ValueError(f"task must be None for {type(model).__name__}, which has no tasks; got {config.task!r}")
+        return model.only(config.task)
+    if config.task is not None:
+        raise ValueError(f"task keeps one task of a saved model; model must be its folder, got {config.model}")
     return create_model(config.model, **config.model_config)
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
-    """Rate of the update that follows ``iteration`` finished ones: linear warm-up, then a cosine to ``lr_min``."""
+    """Rate of the update that follows ``iteration`` finished ones: linear warm-up, then the schedule."""
     if iteration < config.warmup:
         return config.lr * (iteration + 1) / config.warmup
+    if config.schedule == "step":
+        return config.lr if 3 * iteration < 2 * config.total_iterations else config.lr_min
     progress = (iteration - config.warmup) / max(1, config.total_iterations - config.warmup)
     return config.lr_min + (config.lr - config.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def batches(config: TrainingConfig, images: ImageFolder, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of iterations ``start``, ``start`` + 1 … to the end of the last stage."""
-    stages = zip(config.iterations, config.patch_size, config.batch_size, strict=True)
-    datasets = [
-        (NoisyPatches(images, patch, config.sigma, config.seed), iterations, batch)
-        for iterations, patch, batch in stages
-    ]
+def batches(
+    config: TrainingConfig, objective: Denoising | Pretraining, start: int, world: World
+) -> Iterator[list[Tensor]]:
+    """This process's part of the batches of iterations ``start``, ``start`` + 1 … to the end of the last stage."""
+    stages = list(zip(config.iterations, objective.patch_sizes, config.batch_size, strict=True))
     first_sample = 0
-    for dataset, iterations, batch in datasets:
-        skipped = min(start, iterations)
+    for iterations, patch, batch in stages:
+        skipped, share = min(start, iterations), world.share(batch)
         start -= skipped
-        numbers = range(first_sample + skipped * batch, first_sample + iterations * batch)
+        numbers = [first_sample + i * batch + place for i in range(skipped, iterations) for place in share]
         first_sample += iterations * batch
         # Its own generator: a loader's start must not advance the global one, which the model may use.
         loader = DataLoader(
-            dataset, batch, sampler=numbers, num_workers=config.workers, generator=torch.Generator().manual_seed(0)
+            objective.dataset(patch, batch),
+            len(share),
+            sampler=numbers,
+            num_workers=config.workers,
+            generator=torch.Generator().manual_seed(0),
         )
         yield from loader
 
@@ -81,18 +91,19 @@ def train(config: TrainingConfig, resume: bool = False) -> int:
         FloatingPointError: gradients are not finite; the last checkpoint stays.
     """
     run = _Run(config, resume)
-    progress = tqdm(total=config.total_iterations, initial=run.iteration, unit="it", disable=None)
-    with _stop_on_signal() as stop, progress:
-        for noisy, clean in batches(config, run.images, run.iteration):
-            run.step(noisy, clean)
+    progress = tqdm(total=config.total_iterations, initial=run.iteration, unit="it", disable=run.world.rank > 0 or None)
+    with _stop_on_signal() as stop_here, progress:
+        for batch in batches(config, run.objective, run.iteration, run.world):
+            run.step(batch)
             progress.update()
+            stop = run.world.any(stop_here.is_set(), run.device)
             logged, saved = run.iteration % config.log_every == 0, run.iteration % config.save_every == 0
             saved |= run.iteration == config.total_iterations
             if logged or saved:
                 progress.set_postfix(run.log(validate=saved))
-            if saved or stop.is_set():
+            if saved or stop:
                 run.save()
-            if stop.is_set():
+            if stop:
                 break
     return run.iteration
 
@@ -111,19 +122,17 @@ class _Run:
             config.check_resumable(state["config"])
 
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.world = World.join(self.device.type)
         self.model = build_model(config).to(self.device, memory_format=torch.channels_last).train()
-        channels = self.model.config.in_channels
-        if channels not in (1, 3):
-            raise ValueError(f"a denoising model must have 1 or 3 input channels, got in_channels={channels}")
-        self.images = ImageFolder(config.data, channels)
-        for patch in config.patch_size:
-            NoisyPatches(self.images, patch, config.sigma)  # a later stage's bad patch size must show now
-        self.validation = ValidationSet(config.val, channels, config.val_sigma) if config.val else None
+        self.objective = objective_of(config, self.model, self.world)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=config.lr,
+            betas=(0.9, 0.999),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
-        self.loss_function = LOSSES[config.loss]
         self.iteration = 0
         self.loss_sum = torch.zeros((), device=self.device)  # since the last row of the log
         self.loss_count = 0
@@ -137,17 +146,14 @@ class _Run:
         self._start_log()
         self.started = time.perf_counter() - self.seconds
 
-    def step(self, noisy: Tensor, clean: Tensor) -> None:
+    def step(self, batch: list[Tensor]) -> None:
         """One update of the weights and of their average."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
-        noisy = noisy.to(self.device, memory_format=torch.channels_last)
-        clean = clean.to(self.device, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-            output = self.model(noisy)
-        loss = self.loss_function(output, clean)
+        loss = self.objective.loss(self.model, [each.to(self.device) for each in batch])
         self.optimizer.zero_grad()
         loss.backward()
+        self.world.average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"gradients are not finite after {self.iteration} iterations, loss {loss.item()}")
@@ -159,10 +165,11 @@ class _Run:
 
     def log(self, validate: bool) -> dict[str, str]:
         """Append a row to the log and return it."""
-        loss = self.loss_sum.item() / self.loss_count
+        loss = self.world.mean(self.loss_sum).item() / self.loss_count
         self.loss_sum.zero_()
         self.loss_count = 0
-        psnr = self.validation.psnr(self.average.module, self.device) if validate and self.validation else None
+        validation = self.objective.validation if validate and self.world.rank == 0 else None
+        psnr = validation.psnr(self.average.module, self.device) if validation else None
         self.seconds = time.perf_counter() - self.started
         row = {
             "iteration": str(self.iteration),
@@ -171,12 +178,15 @@ class _Run:
             "seconds": f"{self.seconds:.1f}",
             "psnr": "" if psnr is None else f"{psnr:.3f}",
         }
-        with self.log_path.open("a", newline="") as file:
-            csv.DictWriter(file, LOG_FIELDS).writerow(row)
+        if self.world.rank == 0:
+            with self.log_path.open("a", newline="") as file:
+                csv.DictWriter(file, LOG_FIELDS).writerow(row)
         return row
 
     def save(self) -> None:
-        """Write the checkpoint, then the averaged model."""
+        """Write the checkpoint, then the averaged model; the first process does."""
+        if self.world.rank:
+            return
         cuda = self.device.type == "cuda"
         state = {
             "config": self.config.to_dict(),
@@ -207,6 +217,8 @@ class _Run:
 
     def _start_log(self) -> None:
         """Keep the rows up to the checkpoint's iteration: a killed run may have logged more."""
+        if self.world.rank:
+            return
         rows = []
         if self.iteration and self.log_path.exists():
             with self.log_path.open(newline="") as file:

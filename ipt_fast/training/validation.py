@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.dataset import ImageFolder
-from ..data.degradations import add_gaussian_noise
+from ..data.degradations import add_gaussian_noise, degrade
 
 _MAX_IMAGES = 12
 _CROP = 128
@@ -35,7 +35,43 @@ class ValidationSet:
         return total / len(self.pairs)
 
 
-def _centre_crop(image: Tensor) -> Tensor:
+class TaskValidation:
+    """Centre crops of at most 12 images spread over a folder as inputs of every task, with fixed noise and rain.
+
+    Args:
+        tasks: {name: magnification}.
+        size: of the model's input.
+        sigma: range of noise levels of a task without one.
+    """
+
+    def __init__(self, folder: str | Path, tasks: dict[str, int], size: int, sigma: tuple[float, float]):
+        images = ImageFolder(folder, 3, memory_budget=0)
+        self.tasks = []  # (name, inputs, targets)
+        for name, scale in tasks.items():
+            chosen = [i for i, sides in enumerate(images.sizes) if min(sides) >= scale * size]
+            if not chosen:
+                raise ValueError(f"val holds no image of at least {scale * size} pixels a side, which {name} needs")
+            chosen = chosen[:: -(-len(chosen) // _MAX_IMAGES)]
+            clean = [_centre_crop(images[i], scale * size).float() / 255 for i in chosen]
+            inputs = [
+                degrade(image, name, torch.Generator().manual_seed(i), sigma)
+                for i, image in zip(chosen, clean, strict=True)
+            ]
+            self.tasks.append((name, torch.stack(inputs), torch.stack(clean)))
+
+    @torch.inference_mode()
+    def psnr(self, model: nn.Module, device: torch.device) -> float:
+        """Mean PSNR in dB over images and tasks, outputs clipped to [0, 1], all channels together."""
+        model.eval()
+        top, means = model.config.value_range, []
+        for name, inputs, targets in self.tasks:
+            output = (model(inputs.to(device) * top, name).float() / top).clamp(0, 1)
+            error = (output - targets.to(device)).square().flatten(1).mean(1)
+            means.append(-10 * torch.log10(error).mean().item())
+        return sum(means) / len(means)
+
+
+def _centre_crop(image: Tensor, size: int = _CROP) -> Tensor:
     _, height, width = image.shape
-    top, left = max(0, (height - _CROP) // 2), max(0, (width - _CROP) // 2)
-    return image[:, top : top + _CROP, left : left + _CROP]
+    top, left = max(0, (height - size) // 2), max(0, (width - size) // 2)
+    return image[:, top : top + size, left : left + size]

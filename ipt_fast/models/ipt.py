@@ -1,0 +1,340 @@
+"""IPT (Chen et al., Pre-Trained Image Processing Transformer, CVPR 2021)."""
+
+import dataclasses
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..modules import _check
+from ..modules.convolution import Conv2d
+from ..modules.transformer import DecoderLayer, EncoderLayer
+from ._pretrained import PretrainedModel
+from .checkpoint import load_state, read_state_dict
+
+# In the order of the published six-task file. Any other name may be a task too: "sr_x<n>" magnifies, others do not.
+TASKS = ("sr_x2", "sr_x3", "sr_x4", "derain", "denoise30", "denoise50")
+MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, RGB
+SCALES = (1, 2, 3, 4)
+
+
+def scale_of(task):
+    """How many times larger the output of a task is: n for "sr_x<n>", else 1."""
+    match = re.fullmatch(r"sr_x(\d+)", task)
+    return int(match[1]) if match else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class IPTConfig:
+    """Shape of an IPT; the defaults are the published denoising model.
+
+    Args:
+        tasks: names, each with a head, a tail and an embedding of its own; ``sr_x2``, ``sr_x3`` and ``sr_x4`` magnify.
+        image_size: S, the side of the square input in pixels; ``patch_size`` divides it.
+        patch_size: P, the side of the patches that become tokens; there are N = (S / P)^2.
+        features: C, channels of the heads' maps; tokens have D = C P^2 channels.
+        layers: of the encoder, and as many of the decoder.
+        heads: of each attention; divides D. It cannot be seen in a file of weights.
+        ratio: hidden channels of the feed-forward networks over D.
+        value_range: the value of white; the published models take 0..255.
+        no_norm: the layers have no norms.
+        no_pos: tokens have no learned positions.
+        pos_every: positions are added to queries and keys in every layer instead of once.
+        no_mlp: neither embedding nor output layers around the body, and so no task embedding.
+        task_embedding: False leaves the task embedding out (an ablation of the paper).
+    """
+
+    tasks: tuple[str, ...] = ("denoise50",)
+    image_size: int = 48
+    patch_size: int = 3
+    features: int = 64
+    layers: int = 12
+    heads: int = 12
+    ratio: int = 4
+    value_range: float = 255.0
+    no_norm: bool = False
+    no_pos: bool = False
+    pos_every: bool = False
+    no_mlp: bool = False
+    task_embedding: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.tasks, list):  # as JSON has it
+            object.__setattr__(self, "tasks", tuple(self.tasks))
+        if not isinstance(self.tasks, tuple) or not self.tasks or not all(isinstance(t, str) and t for t in self.tasks):
+            raise ValueError(f"tasks must be one or more names; got {self.tasks!r}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks must differ; got {', '.join(self.tasks)}")
+        for task in self.tasks:
+            if scale_of(task) not in SCALES:
+                raise ValueError(f"tasks can magnify {', '.join(map(str, SCALES[1:]))} times; got {task!r}")
+        names = ("image_size", "patch_size", "features", "layers", "heads", "ratio")
+        _check.positive_ints(**{name: getattr(self, name) for name in names})
+        flags = ("no_norm", "no_pos", "pos_every", "no_mlp", "task_embedding")
+        _check.flags(**{name: getattr(self, name) for name in flags})
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size must divide image_size {self.image_size}; got {self.patch_size}")
+        if self.dim % self.heads:
+            raise ValueError(f"heads must divide the {self.dim} channels of a token; got {self.heads}")
+        if isinstance(self.value_range, bool) or not isinstance(self.value_range, int | float) or self.value_range <= 0:
+            raise ValueError(f"value_range must be a positive number; got {self.value_range!r}")
+
+    @property
+    def dim(self):
+        """D, channels of a token."""
+        return self.features * self.patch_size**2
+
+    @property
+    def tokens(self):
+        """N, tokens of an input."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def in_channels(self):
+        """3: the model is for colour."""
+        return 3
+
+
+class MeanShift(Conv2d):
+    """A frozen 1 x 1 convolution that subtracts (sign -1) or adds the mean colour."""
+
+    def __init__(self, value_range, sign):
+        super().__init__(3, 3, 1)
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+            self.bias.copy_(sign * value_range * torch.tensor(MEAN))
+        self.requires_grad_(False)
+
+
+class ResBlock(nn.Module):
+    """x + conv(relu(conv(x))) with 5 x 5 convolutions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        first, second = (Conv2d(channels, channels, 5, padding=2) for _ in range(2))
+        self.body = nn.Sequential(first, nn.ReLU(inplace=True), second)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def _upsampler(channels, scale):
+    """A convolution and a pixel shuffle for each prime factor of the scale."""
+    stages = []
+    while scale > 1:
+        factor = 2 if scale % 2 == 0 else scale
+        stages += [Conv2d(channels, factor**2 * channels, 3, padding=1), nn.PixelShuffle(factor)]
+        scale //= factor
+    return nn.Sequential(*stages)
+
+
+class Positions(nn.Module):
+    """The learned positions; ``position_ids`` is in the published files and counts them."""
+
+    def __init__(self, tokens, dim):
+        super().__init__()
+        self.pe = nn.Embedding(tokens, dim)
+        self.register_buffer("position_ids", torch.arange(tokens).view(1, -1))
+
+
+class Body(nn.Module):
+    """The transformer: (B, C, S, S) -> patch features (B, N, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim, hidden = config.dim, config.ratio * config.dim
+        if not config.no_mlp:
+            self.linear_encoding = nn.Linear(dim, dim)
+            # Where the published model has dropouts of 0 there is nothing.
+            nothing = nn.Identity()
+            self.mlp_head = nn.Sequential(nn.Linear(dim, hidden), nothing, nn.ReLU(), nn.Linear(hidden, dim))
+            if config.task_embedding:
+                self.query_embed = nn.Embedding(len(config.tasks), config.tokens * dim)
+        if not config.no_pos:
+            self.position_encoding = Positions(config.tokens, dim)
+        shape = dim, config.heads, config.ratio, not config.no_norm
+        self.encoder, self.decoder = nn.Module(), nn.Module()
+        self.encoder.layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(config.layers))
+        self.decoder.layers = nn.ModuleList(DecoderLayer(*shape) for _ in range(config.layers))
+        if config.no_norm:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=1 / module.in_features)
+
+    def forward(self, x, index):
+        config = self.config
+        x = F.pixel_unshuffle(x, config.patch_size).flatten(2).transpose(1, 2)  # channels first within a token
+        if not config.no_mlp:
+            x = self.linear_encoding(x) + x
+        task = self.query_embed.weight[index].view(config.tokens, -1) if hasattr(self, "query_embed") else None
+        positions = None if config.no_pos else self.position_encoding.pe.weight
+        if positions is not None and not config.pos_every:
+            x, positions = x + positions, None
+        for layer in self.encoder.layers:
+            x = layer(x, positions)
+        memory = x
+        for layer in self.decoder.layers:
+            x = layer(x, memory, task, positions)
+        return x if config.no_mlp else self.mlp_head(x) + x
+
+    def to_map(self, x):
+        """(B, N, D) -> (B, C, S, S)."""
+        side = self.config.image_size // self.config.patch_size
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
+
+
+class IPT(PretrainedModel):
+    """The image processing transformer: a head and a tail for each task around one encoder-decoder (section 3.1).
+
+    Shape: (B, 3, S, S) -> (B, 3, s S, s S) with S of the config and s of the task, values nominally in
+    [0, value_range]. Larger images are cut into tiles by :func:`ipt_fast.restore`.
+
+    Args:
+        config: an :class:`IPTConfig`.
+    """
+
+    config_class = IPTConfig
+
+    def __init__(self, config):
+        super().__init__()
+        if not isinstance(config, IPTConfig):
+            raise TypeError(f"config must be an IPTConfig; got {type(config).__name__}")
+        self.config = config
+        features = config.features
+        self.sub_mean, self.add_mean = MeanShift(config.value_range, -1), MeanShift(config.value_range, 1)
+        self.head = nn.ModuleList(
+            nn.Sequential(Conv2d(3, features, 3, padding=1), ResBlock(features), ResBlock(features))
+            for _ in config.tasks
+        )
+        self.body = Body(config)
+        self.tail = nn.ModuleList(
+            nn.Sequential(_upsampler(features, scale_of(task)), Conv2d(features, 3, 3, padding=1))
+            for task in config.tasks
+        )
+
+    def task_index(self, task=None):
+        """The number of a task given by its name or number; None stands for the only one.
+
+        Raises:
+            ValueError: there is no such task, or there are several and none is given.
+        """
+        tasks = self.config.tasks
+        if task is None and len(tasks) == 1:
+            return 0
+        if task in tasks:
+            return tasks.index(task)
+        if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(tasks):
+            return task
+        raise ValueError(f"task must be one of {', '.join(tasks)} or a number below {len(tasks)}; got {task!r}")
+
+    def scale(self, task=None):
+        """How many times larger the output of a task is."""
+        return scale_of(self.config.tasks[self.task_index(task)])
+
+    def only(self, task):
+        """A new model with the head, the tail and the embedding of one task, for fine-tuning (section 3.2).
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        index = self.task_index(task)
+        model = type(self)(dataclasses.replace(self.config, tasks=(self.config.tasks[index],)))
+        state = {}
+        for name, value in self.state_dict().items():
+            part, _, rest = name.partition(".")
+            if part in ("head", "tail"):
+                number, _, rest = rest.partition(".")
+                name = f"{part}.0.{rest}" if int(number) == index else None
+            elif name == "body.query_embed.weight":
+                value = value[index : index + 1]
+            if name:
+                state[name] = value
+        model.load_state_dict(state)
+        return model
+
+    def forward(self, x, task=None):
+        return self.forward_with_features(x, task)[0]
+
+    def forward_with_features(self, x, task=None):
+        """The output and the decoder's patch features (B, N, D), which the contrastive loss compares."""
+        index = self.task_index(task)
+        _check.image(x, self.sub_mean.weight)
+        size = self.config.image_size
+        if tuple(x.shape[2:]) != (size, size):
+            raise ValueError(
+                f"x must be (B, 3, {size}, {size}), ipt_fast.restore takes images of any size; got {tuple(x.shape)}"
+            )
+        maps = self.head[index](self.sub_mean(x))
+        features = self.body(maps, index)
+        return self.add_mean(self.tail[index](self.body.to_map(features) + maps)), features
+
+    @classmethod
+    def from_checkpoint(cls, path, *, heads, tasks=None, **options):
+        """Open a file of weights with the published names, in eval mode.
+
+        Its shape is read from the tensors. What they do not tell has to be given.
+
+        Args:
+            path: a PyTorch or safetensors file, see :func:`ipt_fast.load_checkpoint`.
+            heads: of each attention; 12 in the published models.
+            tasks: names of the file's heads, in order. Needed unless they follow from the scales of the tails: the six
+                of the published pre-trained model, or a single one that magnifies.
+            options: ``pos_every`` and ``value_range``, where they differ from the published models'.
+
+        Raises:
+            ValueError: the file is no IPT, or ``heads`` or ``tasks`` do not fit it.
+        """
+        state = read_state_dict(path)
+        model = cls(config_of(state, path, heads=heads, tasks=tasks, **options))
+        load_state(model, state, path)
+        return model.eval()
+
+
+def config_of(state, source, *, heads, tasks=None, **options):
+    """The :class:`IPTConfig` of weights with the published names; arguments as :meth:`IPT.from_checkpoint`'s."""
+    needed = ["head.0.0.weight", "tail.0.1.weight", *(f"body.encoder.layers.0.{n}.weight" for n in ("linear1",))]
+    if missing := [name for name in needed if name not in state]:
+        raise ValueError(f"{source} holds no IPT: it lacks {', '.join(missing)}")
+    features = state["head.0.0.weight"].shape[0]
+    hidden, dim = state["body.encoder.layers.0.linear1.weight"].shape
+    patch_size = math.isqrt(dim // features)
+    positions = state.get("body.position_encoding.pe.weight")
+    queries = state.get("body.query_embed.weight")
+    if positions is None and queries is None and "image_size" not in options:
+        raise ValueError(f"image_size must be given: {source} has neither positions nor task embeddings to tell it")
+    tokens = len(positions) if positions is not None else queries.shape[1] // dim if queries is not None else 0
+    fields = {
+        "tasks": _tasks_of(state, source, tasks),
+        "image_size": math.isqrt(tokens) * patch_size,
+        "patch_size": patch_size,
+        "features": features,
+        "layers": sum(bool(re.fullmatch(r"body\.encoder\.layers\.\d+\.linear1\.weight", name)) for name in state),
+        "heads": heads,
+        "ratio": hidden // dim,
+        "no_norm": "body.encoder.layers.0.norm1.weight" not in state,
+        "no_pos": positions is None,
+        "no_mlp": "body.linear_encoding.weight" not in state,
+        "task_embedding": queries is not None or "body.linear_encoding.weight" not in state,
+    }
+    return IPTConfig(**{**fields, **options})
+
+
+def _tasks_of(state, source, tasks):
+    scales = []
+    while f"tail.{len(scales)}.1.weight" in state:
+        convolutions = (state.get(f"tail.{len(scales)}.0.{i}.weight") for i in (0, 2))
+        scales.append(math.prod(math.isqrt(w.shape[0] // w.shape[1]) for w in convolutions if w is not None))
+    if tasks is None and scales == [scale_of(task) for task in TASKS]:
+        return TASKS
+    if tasks is None and len(scales) == 1 and scales[0] > 1:
+        return (f"sr_x{scales[0]}",)
+    text = ", ".join(f"x{scale}" for scale in scales)
+    if tasks is None:
+        raise ValueError(f"tasks must name what {source} is for: its tails magnify {text}, which several tasks do")
+    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    if [scale_of(task) for task in tasks] != scales:
+        raise ValueError(f"tasks must fit {source}, whose tails magnify {text}; got {', '.join(tasks)}")
+    return tasks

@@ -1,0 +1,86 @@
+"""What a model is trained for: where its batches come from, and the loss and the quick PSNR of a model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..data.dataset import ImageFolder, NoisyPatches, TaskPatches
+from ..data.stream import ImageStream
+from .config import TrainingConfig
+from .distributed import World
+from .losses import LOSSES, contrastive_loss
+from .validation import TaskValidation, ValidationSet
+
+
+class Denoising:
+    """Blind Gaussian denoising with a model of images of any size."""
+
+    def __init__(self, config: TrainingConfig, model: nn.Module, world: World):
+        channels = model.config.in_channels
+        if channels not in (1, 3):
+            raise ValueError(f"a denoising model must have 1 or 3 input channels, got in_channels={channels}")
+        if config.contrastive:
+            raise ValueError(f"contrastive must be 0 for {type(model).__name__}, which has no patch features")
+        self.config = config
+        self.patch_sizes = config.patch_size or (128,) * len(config.iterations)
+        self.images = ImageFolder(config.data, channels)
+        self.loss_function = LOSSES[config.loss]
+        for patch in self.patch_sizes:
+            self.dataset(patch, 1)  # a later stage's bad patch size must show now
+        self.validation = ValidationSet(config.val, channels, config.val_sigma) if config.val else None
+
+    def dataset(self, patch_size: int, batch_size: int) -> Dataset:
+        return NoisyPatches(self.images, patch_size, self.config.sigma, self.config.seed)
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        noisy, clean = (each.contiguous(memory_format=torch.channels_last) for each in batch)
+        with _autocast(self.config, noisy):
+            output = model(noisy)
+        return self.loss_function(output, clean)
+
+
+class Pretraining:
+    """All tasks of an IPT, one a batch: the supervised loss and, times ``contrastive``, the contrastive one (eq. 6).
+
+    Losses are taken in the model's range of values, as the paper's λ of 0.1 goes with 0..255.
+    """
+
+    def __init__(self, config: TrainingConfig, model: nn.Module, world: World):
+        size = model.config.image_size
+        self.config, self.world, self.value_range = config, world, model.config.value_range
+        self.patch_sizes = config.patch_size or (size,) * len(config.iterations)
+        if set(self.patch_sizes) != {size}:
+            raise ValueError(f"patch_size must be {size}, the model's image_size, or left out; got {self.patch_sizes}")
+        if config.contrastive and min(config.batch_size) < 2:
+            raise ValueError(f"batch_size must be at least 2 for the contrastive loss, got {config.batch_size}")
+        self.tasks = {task: model.scale(task) for task in model.config.tasks}
+        self.images = ImageStream(config.data)
+        self.loss_function = LOSSES[config.loss]
+        self.dataset(size, 1)[0]  # tasks without a degradation must show now
+        self.validation = TaskValidation(config.val, self.tasks, size, config.sigma) if config.val else None
+
+    def dataset(self, patch_size: int, batch_size: int) -> Dataset:
+        return TaskPatches(self.images, patch_size, self.tasks, batch_size, self.config.sigma, self.config.seed)
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        degraded, clean, task = batch
+        with _autocast(self.config, degraded):
+            output, features = model.forward_with_features(degraded * self.value_range, int(task[0]))
+        loss = self.loss_function(output, clean * self.value_range)
+        if self.config.contrastive:
+            everyone = self.world.gather(features)
+            loss = loss + self.config.contrastive * contrastive_loss(
+                features, everyone, self.world.rank * len(features)
+            )
+        return loss
+
+
+def objective_of(config: TrainingConfig, model: nn.Module, world: World) -> Denoising | Pretraining:
+    """What ``model`` can be trained for."""
+    return (Pretraining if hasattr(model.config, "tasks") else Denoising)(config, model, world)
+
+
+def _autocast(config: TrainingConfig, images: Tensor) -> torch.autocast:
+    return torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp == "bf16")
