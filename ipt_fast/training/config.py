@@ -22,7 +22,7 @@ class TrainingConfig:
         out: folder for ``checkpoint.pth``, ``log.csv`` and the EMA model (``config.json``, ``model.safetensors``).
         model: name of a model, which is trained from scratch, or folder of a saved model to start from.
         model_config: fields of the model's config, with a name only.
-        task: of a folder's model with several tasks, the one whose head, tail and embedding are kept.
+        task: of a model with several tasks, the one whose head, tail and embedding are kept.
         contrastive: λ of the contrastive loss (IPT, eq. 6).
         sigma: lowest and highest noise level on the 0..255 scale, drawn uniformly for each patch.
         patch_size: None takes the model's size of input, 128 where it has none.

@@ -32,14 +32,13 @@ def build_model(config: TrainingConfig) -> nn.Module:
         if config.model_config:
             raise ValueError(f"model_config must be empty where model is a folder ({config.model})")
         model = open_model(config.model)
-        if config.task is None:
-            return model
-        if not hasattr(model, "only"):
-            raise ValueError(f"task must be None for {type(model).__name__}, which has no tasks; got {config.task!r}")
-        return model.only(config.task)
-    if config.task is not None:
-        raise ValueError(f"task keeps one task of a saved model; model must be its folder, got {config.model}")
-    return create_model(config.model, **config.model_config)
+    else:
+        model = create_model(config.model, **config.model_config)
+    if config.task is None or (config.task == "denoise" and not hasattr(model, "only")):
+        return model
+    if not hasattr(model, "only"):
+        raise ValueError(f"task must be denoise for {type(model).__name__}, which has no others; got {config.task!r}")
+    return model.only(config.task)
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:

@@ -71,7 +71,7 @@ def test_stop_and_resume(main, arguments, tmp_path, monkeypatch, capsys):
 
 def test_divergence_is_one_sentence(main, arguments, monkeypatch):
     step = loop._Run.step
-    monkeypatch.setattr(loop._Run, "step", lambda run, noisy, clean: step(run, noisy / 0, clean))
+    monkeypatch.setattr(loop._Run, "step", lambda run, batch: step(run, [batch[0] / 0, batch[1]]))
     with pytest.raises(ValueError, match="training diverged"):
         main(arguments)
 

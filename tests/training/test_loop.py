@@ -108,11 +108,9 @@ def test_the_seed_decides_the_run(make_config):
 
 
 def test_workers_prepare_the_same_batches(make_config):
-    from ipt_fast.data.dataset import ImageFolder
-
-    images = ImageFolder(make_config().data)
-    alone = list(batches(make_config(), images, 2))
-    helped = list(batches(make_config(workers=1), images, 2))
+    run = loop._Run(make_config(), resume=False)
+    alone = list(batches(make_config(), run.objective, 2, run.world))
+    helped = list(batches(make_config(workers=1), run.objective, 2, run.world))
     assert len(alone) == 4
     assert_equal_states(alone, helped)
 
@@ -139,8 +137,8 @@ def test_average_follows_its_formula(make_config):
     config = make_config(ema=0.5)
     run = loop._Run(config, resume=False)
     weights = []
-    for batch in batches(config, run.images, 0):
-        run.step(*batch)
+    for batch in batches(config, run.objective, 0, run.world):
+        run.step(batch)
         weights.append(run.model.output.weight.double())
     expected = weights[0]  # the average starts from the first updated weights
     for weight in weights[1:]:
@@ -198,8 +196,8 @@ def test_divergence_keeps_the_last_checkpoint(make_config, monkeypatch):
     config = make_config()
     step = loop._Run.step
 
-    def poisoned(run, noisy, clean):
-        step(run, noisy * float("nan") if run.iteration == 4 else noisy, clean)
+    def poisoned(run, batch):
+        step(run, [batch[0] * float("nan") if run.iteration == 4 else batch[0], batch[1]])
 
     monkeypatch.setattr(loop._Run, "step", poisoned)
     with pytest.raises(FloatingPointError, match="after 4 iterations"):
@@ -254,8 +252,8 @@ def test_two_steps_are_adamw_and_its_average_by_hand(make_config):
     model = loop.build_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.3, betas=(0.9, 0.999))
     average = None
-    for iteration, (noisy, clean) in enumerate(batches(config, run.images, 0)):
-        run.step(noisy, clean)
+    for iteration, (noisy, clean) in enumerate(batches(config, run.objective, 0, run.world)):
+        run.step([noisy, clean])
         optimizer.param_groups[0]["lr"] = learning_rate(config, iteration)
         optimizer.zero_grad()
         (model(noisy) - clean).abs().mean().backward()
