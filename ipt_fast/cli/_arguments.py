@@ -2,12 +2,17 @@
 
 import argparse
 
+from ..tiling import PROCEDURES
+
+TILE_HELP = f"auto (by estimated memory), whole, or a size in pixels; of IPT {', '.join(PROCEDURES)}"
+
 
 def tile_size(text: str) -> str | int | None:
-    """``auto``, ``whole`` (None) or a size in pixels, as :func:`ipt_fast.restore` takes it."""
-    if text in ("auto", "whole"):
+    """``auto``, ``whole`` (None), a size in pixels or a procedure, as :func:`ipt_fast.restore` takes it."""
+    if text in ("auto", "whole", *PROCEDURES):
         return None if text == "whole" else text
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be auto, whole or a size in pixels, got {text!r}") from None
+        names = ", ".join(PROCEDURES)
+        raise argparse.ArgumentTypeError(f"must be auto, whole, a size in pixels, {names}; got {text!r}") from None

@@ -16,7 +16,7 @@ from ..evaluation.runner import evaluate
 from ..inference import DTYPES, Restorer
 from ..models import open_model
 from ..ops._select import POLICIES, policy
-from ._arguments import tile_size
+from ._arguments import TILE_HELP, tile_size
 
 
 def add_parser(subparsers) -> None:
@@ -25,21 +25,23 @@ def add_parser(subparsers) -> None:
         "eval",
         help="measure PSNR and SSIM on folders of images",
         description="Restore every image of one or more folders and print mean PSNR (dB) and SSIM before and after.\n"
-        "Clean images get Gaussian noise (--sigma); degraded ones are compared with --target.\n\n"
+        "Clean images get Gaussian noise (--sigma) or, for a task that magnifies, are shrunk; degraded ones are\n"
+        "compared with --target.\n\n"
         f"protocols:\n{protocols}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
     option("--model", default="ipt_v2_tiny", help="a model that ships, or a folder of a saved one (%(default)s)")
+    option("--task", help="of a model with several tasks: which; any of its denoising heads takes any --sigma")
     option("--data", nargs="+", required=True, metavar="FOLDER", help="clean images, or the inputs of a paired set")
     option("--target", metavar="FOLDER", help="targets of a paired set, under the same file names")
     option("--sigma", nargs="+", type=float, default=[], metavar="S", help="noise levels on the 0..255 scale")
     option("--protocol", choices=list(PROTOCOLS), default="rgb", help="how the score is computed (%(default)s)")
-    option("--crop", type=int, default=0, metavar="N", help="border pixels left out of the score (%(default)s)")
+    option("--crop", type=int, metavar="N", help="border pixels left out of the score (the magnification, else 0)")
     option("--limit", type=int, metavar="N", help="only the first N images of each folder")
     option("--csv", metavar="FILE", help="add a row of means for each folder and noise level")
     option("--json", metavar="FILE", help="write every image's scores, settings, versions and hardware")
-    option("--tile", type=tile_size, default="auto", help="auto (by estimated memory), whole, or a size in pixels")
+    option("--tile", type=tile_size, default="auto", help=TILE_HELP)
     option("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of the model (%(default)s)")
     option("--device", help="cpu, cuda ... (a GPU where there is one)")
     option("--backend", choices=POLICIES, help="kernels to use (IPT_FAST_BACKEND, or auto)")
@@ -53,7 +55,7 @@ def run(args) -> int:
         ValueError: bad arguments, a folder without images, or a report that cannot be written.
         RuntimeError: the demanded backend cannot run the model.
     """
-    if bool(args.sigma) == bool(args.target):
+    if args.sigma and args.target:
         raise ValueError("give either --sigma (clean images) or --target (a paired set)")
     if args.target and len(args.data) > 1:
         raise ValueError(f"--target belongs to one --data folder, got {len(args.data)}")
@@ -62,7 +64,13 @@ def run(args) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     evaluations = []
     with use_backend(args.backend):
-        restorer = Restorer(open_model(args.model), tile=args.tile, dtype=args.dtype, device=device)
+        restorer = Restorer(open_model(args.model), task=args.task, tile=args.tile, dtype=args.dtype, device=device)
+        scale = restorer.scale if restorer.scale > 1 else None
+        if scale is None and not (args.sigma or args.target):
+            raise ValueError("give either --sigma (clean images) or --target (a paired set)")
+        if scale is not None and (args.sigma or args.target):
+            raise ValueError(f"{args.task or args.model} magnifies {scale} times: leave out --sigma and --target")
+        crop = (scale or 0) if args.crop is None else args.crop
         # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
         restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
         for folder in args.data:
@@ -73,21 +81,23 @@ def run(args) -> int:
                     args.protocol,
                     sigma=sigma,
                     target=args.target,
-                    crop=args.crop,
+                    scale=scale,
+                    crop=crop,
                     limit=args.limit,
                     progress=lambda paths: tqdm(paths, unit="image", leave=False, disable=None),
                 )
                 for name, reason in evaluation.failures:
                     print(f"ipt-fast eval: {evaluation.dataset}/{name}: {reason}", file=sys.stderr)
                 evaluations.append(evaluation)
-    print(f"{args.model}, protocol {args.protocol} ({PROTOCOLS[args.protocol].description})")
+    name = args.model if args.task is None else f"{args.model} {args.task}"
+    print(f"{name}, protocol {args.protocol} ({PROTOCOLS[args.protocol].description})")
     print(format_table(evaluations))
     if args.csv:
-        append_csv(args.csv, args.model, evaluations)
+        append_csv(args.csv, name, evaluations)
     if args.json:
-        settings = {name: getattr(args, name) for name in ("crop", "limit", "tile", "backend")}
-        settings |= {"dtype": str(restorer.dtype), "device": str(restorer.device)}
-        write_json(args.json, args.model, settings, evaluations)
+        settings = {option: getattr(args, option) for option in ("task", "limit", "tile", "backend")}
+        settings |= {"crop": crop, "dtype": str(restorer.dtype), "device": str(restorer.device)}
+        write_json(args.json, name, settings, evaluations)
     return 1 if any(evaluation.failures for evaluation in evaluations) else 0
 
 

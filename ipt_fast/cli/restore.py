@@ -18,12 +18,12 @@ from ..data.io import IMAGE_SUFFIXES, check_suffix, check_writable_as, is_image_
 from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
 from ..evaluation.protocols import get_protocol
-from ..evaluation.runner import list_images
+from ..evaluation.runner import list_images, resized
 from ..inference import DTYPES, Restorer
 from ..models import create_model, load_checkpoint, open_model
 from ..ops._select import POLICIES, policy
 from ..tiling import BLENDS
-from ._arguments import tile_size
+from ._arguments import TILE_HELP, tile_size
 
 # What one image can fail with while the others go on.
 FAILURES = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
@@ -44,7 +44,7 @@ def add_parser(subparsers) -> None:
     option("--model", default="ipt_v2_tiny", help="a model that ships, or a folder of a saved one (%(default)s)")
     option("--checkpoint", type=Path, metavar="FILE", help="weights for the architecture that --model names")
     option("--task", help="what to restore, for models of several tasks")
-    option("--tile", type=tile_size, default="auto", help="auto (by estimated memory), whole, or a size in pixels")
+    option("--tile", type=tile_size, default="auto", help=TILE_HELP)
     option("--overlap", type=int, metavar="N", help="pixels that neighbouring tiles share (32)")
     option("--blend", choices=BLENDS, default="cosine", help="how tiles are joined (%(default)s)")
     option(
@@ -98,6 +98,8 @@ def _run(args):
         dtype=args.dtype,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    if args.noise is not None and restorer.scale > 1:
+        raise ValueError(f"--noise takes the input itself as target, but the task magnifies {restorer.scale} times")
     # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
     restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
     _make_writable(pending[0][1].parent)
@@ -128,7 +130,7 @@ def _restore_file(source, destination, restorer, args):
     image = read_image(source)
     check_writable_as(destination, image)
     top = np.iinfo(image.pixels.dtype).max
-    pixels, target = image.pixels, _read_target(source, image, args)
+    pixels, target = image.pixels, _read_target(source, image, args, restorer.scale)
     if args.noise is not None:
         pixels = get_protocol("rgb").add_noise(image.pixels / top, args.noise)
     start = time.perf_counter()
@@ -136,9 +138,11 @@ def _restore_file(source, destination, restorer, args):
     seconds = time.perf_counter() - start
     if args.noise is not None:
         restored = np.rint(np.clip(restored, 0, 1) * np.float32(top)).astype(image.pixels.dtype)
-    write_image(destination, dataclasses.replace(image, pixels=restored))
+    write_image(destination, dataclasses.replace(image, pixels=restored, alpha=restorer.magnify_alpha(image.alpha)))
 
     line = f"{source} -> {destination} ({seconds:.1f} s)"
+    if restorer.scale > 1:
+        pixels = np.clip(resized(_unit(pixels), restorer.scale), 0, 1)  # to look at and to compare with
     panels, captions = [("Input", pixels), ("Restored", restored)], ["", ""]
     if target is not None:
         captions = [f"{psnr(_unit(each), target, data_range=1):.2f} dB" for _, each in panels] + [""]
@@ -150,7 +154,7 @@ def _restore_file(source, destination, restorer, args):
     return line
 
 
-def _read_target(source, image, args):
+def _read_target(source, image, args, scale):
     """The clean original as floats in [0, 1], or None where none was given."""
     if args.noise is not None:
         return _unit(image.pixels)
@@ -162,8 +166,9 @@ def _read_target(source, image, args):
         if path is None:
             raise ValueError(f"no target of that name in {args.target}")
     target = read_image(path).pixels
-    if target.shape != image.pixels.shape:
-        raise ValueError(f"target {path} must have shape {image.pixels.shape}; got {target.shape}")
+    shape = (scale * image.pixels.shape[0], scale * image.pixels.shape[1], image.pixels.shape[2])
+    if target.shape != shape:
+        raise ValueError(f"target {path} must have shape {shape}; got {target.shape}")
     return _unit(target)
 
 

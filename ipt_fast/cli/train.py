@@ -13,11 +13,22 @@ from ..training.losses import LOSSES
 
 
 def add_parser(subparsers) -> None:
-    parser = subparsers.add_parser(
+    add_training_parser(
+        subparsers,
         "train",
         help="train a model on a folder of clean images",
-        description="Train a blind Gaussian denoiser on a folder of clean images. The output folder receives the "
-        "averaged model (config.json, model.safetensors), checkpoint.pth and log.csv. Ctrl-C saves and stops.",
+        description="Train a blind Gaussian denoiser, or all tasks of a model that has tasks.",
+    )
+
+
+def add_training_parser(subparsers, name: str, *, help: str, description: str) -> argparse.ArgumentParser:
+    """A command that takes all settings of a training run; with torchrun it runs on several processes."""
+    parser = subparsers.add_parser(
+        name,
+        help=help,
+        description=f"{description} Training pairs are made from a folder of clean images (for models with tasks also "
+        "from WebDataset shards). The output folder receives the averaged model (config.json, model.safetensors), "
+        "checkpoint.pth and log.csv. Ctrl-C saves and stops.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = {entry.name: entry.default for entry in fields(TrainingConfig)}
@@ -55,6 +66,7 @@ def add_parser(subparsers) -> None:
     option("--device", default=None, help="cpu, cuda ...; None takes a GPU where there is one")
     option("--resume", action="store_true", help="continue the run in OUT, with the same settings")
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args) -> int:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from ..data.degradations import imresize
 from ..data.io import IMAGE_SUFFIXES, is_image_file, read_image
 from .protocols import get_protocol
 
@@ -55,6 +57,7 @@ def evaluate(
     *,
     sigma: float | None = None,
     target: str | Path | None = None,
+    scale: int | None = None,
     crop: int = 0,
     limit: int | None = None,
     progress: Callable[[list[Path]], Iterable[Path]] = iter,
@@ -63,11 +66,13 @@ def evaluate(
 
     Args:
         restorer: from an image, (H, W, C) floats in [0, 1] but with unclipped noise, to the restored one of the same
-            shape, such as `ipt_fast.inference.Restorer(model)`.
-        folder: clean images that get noise of level `sigma`, or the degraded inputs of a paired set. Not searched
-            recursively; alpha is ignored.
+            shape or, for super-resolution, `scale` times larger, such as `ipt_fast.inference.Restorer(model)`.
+        folder: clean images that get noise of level `sigma` or are shrunk by `scale`, or the degraded inputs of a
+            paired set. Not searched recursively; alpha is ignored.
         protocol: "rgb", "ipt-y", "basicsr-y" or "matlab-y", see `ipt_fast.evaluation.protocols`.
         sigma: standard deviation of the Gaussian noise, on the 0..255 scale.
+        scale: how many times images are shrunk, by MATLAB's bicubic imresize and rounded to 8 bits, after cropping to
+            multiples of it; the scores of the input are those of enlarging it bicubically.
         target: folder with the targets of a paired set, under the same file names (the suffix may differ).
         crop: border pixels left out of the score.
         limit: take only so many images, the first by name.
@@ -77,11 +82,14 @@ def evaluate(
     on.
 
     Raises:
-        ValueError: unknown protocol, no image in the folder, not exactly one of sigma and target, or a bad number.
+        ValueError: unknown protocol, no image in the folder, not exactly one of sigma, target and scale, or a bad
+            number.
     """
     chosen = get_protocol(protocol)
-    if (sigma is None) == (target is None):
-        raise ValueError("give either sigma (noise is added to clean images) or target (a paired set), not both")
+    if [sigma, target, scale].count(None) != 2:
+        raise ValueError("give either sigma (noise is added to clean images), target (a paired set) or scale")
+    if scale is not None and (type(scale) is not int or scale < 2):
+        raise ValueError(f"scale must be an int of at least 2, got {scale!r}")
     if sigma is not None and not 0 < sigma < float("inf"):
         raise ValueError(f"sigma must be positive and finite, got {sigma}")
     if crop < 0:
@@ -94,15 +102,19 @@ def evaluate(
     scores, failures = [], []
     for path in progress(paths):
         try:
-            clean = image = read_float(path)
-            if targets is None:
-                image = chosen.add_noise(clean, sigma)
+            clean = image = before = read_float(path)
+            if scale is not None:
+                clean = clean[: clean.shape[0] // scale * scale, : clean.shape[1] // scale * scale]
+                image = shrunk(clean, scale)
+                before = np.clip(resized(image, scale), 0, 1)
+            elif targets is None:
+                image = before = chosen.add_noise(clean, sigma)
             elif path.stem in targets:
                 clean = read_float(targets[path.stem])
             else:
                 raise ValueError(f"there is no image of that name in {target}")
             output = restorer(image)
-            psnr_input, ssim_input = chosen.score_input(image, clean, crop=crop)
+            psnr_input, ssim_input = chosen.score_input(before, clean, crop=crop)
             psnr_output, ssim_output = chosen.score_output(output, clean, crop=crop)
         except FAILURES as error:
             failures.append((path.name, str(error) or type(error).__name__))  # a MemoryError may say nothing
@@ -111,6 +123,19 @@ def evaluate(
     folder = Path(folder).resolve()
     dataset = folder.name if targets is None else f"{folder.parent.name}/{folder.name}"  # often just "input"
     return Evaluation(dataset, protocol, sigma, tuple(scores), tuple(failures))
+
+
+def resized(image: np.ndarray, scale: float) -> np.ndarray:
+    """(H, W, C) as :func:`ipt_fast.data.degradations.imresize` resizes it, float64."""
+    channels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float64)).permute(2, 0, 1)
+    return imresize(channels, scale).permute(1, 2, 0).numpy()
+
+
+def shrunk(image: np.ndarray, scale: int) -> np.ndarray:
+    """(H, W, C) in [0, 1] as the input of super-resolution: bicubic, clipped and rounded to 8 bits."""
+    if 0 in image.shape:
+        raise ValueError(f"the image is smaller than the scale {scale}")
+    return np.rint(255 * np.clip(resized(image, 1 / scale), 0, 1)) / 255
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -69,6 +69,7 @@ def test_options_reach_the_evaluation(model, photos, tmp_path, capsys):
     assert [row[2] for row in rows(capsys.readouterr().out)] == ["1", "1"]
     content = json.loads(report.read_text())
     assert content["settings"] == {
+        "task": None,
         "crop": 2,
         "limit": 1,
         "backend": "reference",
@@ -110,7 +111,10 @@ def test_one_bad_file(model, photos, capsys):
         (["--sigma", "25", "--limit", "0"], "limit must be at least 1, got 0"),
         (["--sigma", "25", "--tile", "3"], "tile must be"),
         (["--sigma", "25", "--device", "moon"], "device moon cannot be used"),
-        (["--sigma", "25", "--tile", "big"], "must be auto, whole or a size in pixels, got 'big'"),
+        (["--sigma", "25", "--tile", "big"], "must be auto, whole, a size in pixels, blend, paper, official; got"),
+            ["--sigma", "25", "--tile", "big"],
+            "must be auto, whole, a size in pixels, blend, paper, official; got 'big'",
+        ),
         (["--sigma", "25", "--protocol", "psnr"], "invalid choice: 'psnr'"),
         (["--sigma", "25", "--model", "unknown"], "unknown"),
         (["--sigma", "25", "--data", "nowhere"], "no such folder: nowhere"),

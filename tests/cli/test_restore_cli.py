@@ -302,4 +302,4 @@ def test_unknown_model_and_bad_tile_exit_with_2(photos, tmp_path, capsys):
     assert "unknown" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["restore", str(photos), str(tmp_path / "out"), "--tile", "big"])
-    assert exit.value.code == 2 and "must be auto, whole or a size" in capsys.readouterr().err
+    assert exit.value.code == 2 and "must be auto, whole, a size" in capsys.readouterr().err

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from ipt_fast.data.degradations import add_gaussian_noise, random_sigma
+from ipt_fast.data.degradations import add_gaussian_noise, add_rain, degrade, imresize, random_rain, random_sigma
 
 
 def test_noise_has_the_asked_standard_deviation_and_is_not_clipped():
@@ -39,3 +41,113 @@ def test_random_sigma_fills_its_range():
     generator = torch.Generator().manual_seed(0)
     drawn = [random_sigma(5, 50, generator) for _ in range(500)]
     assert 5 <= min(drawn) < 7 and 48 < max(drawn) <= 50
+
+
+def test_imresize_has_matlabs_weights():
+    """Those that halving by MATLAB's antialiased bicubic kernel is known for, inside and, reflected, at the border."""
+    weights = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3], dtype=torch.float64) / 256
+    for position in range(16):
+        impulse = torch.zeros(16, dtype=torch.float64)
+        impulse[position] = 1
+        expected = torch.zeros(8, dtype=torch.float64)
+        for i in range(8):
+            for tap in range(8):
+                at = 2 * i - 3 + tap
+                at = -1 - at if at < 0 else 31 - at if at > 15 else at
+                expected[i] += weights[tap] * (at == position)
+        got = imresize(impulse.expand(4, 16), 0.5)
+        torch.testing.assert_close(got, expected.expand(2, 8))
+
+
+@pytest.mark.parametrize("scale", [1 / 2, 1 / 3, 1 / 4, 2, 3, 4, 0.7])
+def test_imresize_by_the_formula(scale):
+    """MATLAB's contributions, one output at a time."""
+
+    def cubic(x):
+        x = abs(x)
+        return 1.5 * x**3 - 2.5 * x**2 + 1 if x <= 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x <= 2 else 0.0
+
+    def along_columns(rows):
+        size, stretch = len(rows), min(scale, 1.0)
+        result = []
+        for out in range(1, math.ceil(round(size * scale, 9)) + 1):
+            centre = out / scale + 0.5 * (1 - 1 / scale)
+            left = math.floor(centre - 2 / stretch)
+            taps = range(left, left + math.ceil(4 / stretch) + 2)
+            weights = [stretch * cubic(stretch * (centre - tap)) for tap in taps]
+            places = [(tap - 1) % (2 * size) for tap in taps]
+            places = [place if place < size else 2 * size - 1 - place for place in places]
+            total = sum(w * rows[place] for w, place in zip(weights, places, strict=True))
+            result.append(total / sum(weights))
+        return torch.stack(result)
+
+    image = torch.rand(13, 12, dtype=torch.float64)
+    expected = along_columns(along_columns(image).T).T
+    torch.testing.assert_close(imresize(image, scale), expected)
+    channels = imresize(image.expand(2, 3, 13, 12).float(), scale)
+    torch.testing.assert_close(channels, expected.float().expand(2, 3, *expected.shape))
+
+
+def test_imresize_keeps_constants_and_refuses_bad_input():
+    torch.testing.assert_close(imresize(torch.full((3, 7, 9), 0.3), 1 / 3), torch.full((3, 3, 3), 0.3))
+    for scale in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be positive and finite"):
+            imresize(torch.rand(4, 4), scale)
+    with pytest.raises(ValueError, match="image must be"):
+        imresize(torch.rand(3, 0, 4), 0.5)
+    with pytest.raises(TypeError, match="image must be floating point"):
+        imresize(torch.zeros(4, 4, dtype=torch.uint8), 0.5)
+
+
+def rain(seed=0, **changed):
+    arguments = dict(density=0.2, length=15, angle=20, width=1.5, brightness=0.5)
+    image = torch.full((3, 96, 96), 0.2)
+    return add_rain(image, torch.Generator().manual_seed(seed), **{**arguments, **changed}) - image
+
+
+def test_rain_is_bright_gray_and_of_the_asked_density():
+    streaks = rain()
+    assert streaks.min() >= 0 and 0.3 < streaks.max() <= 0.5 + 1e-6
+    assert torch.equal(streaks[0], streaks[2])
+    assert torch.equal(rain(seed=1), rain(seed=1)) and not torch.equal(rain(seed=1), streaks)
+    shares = [(rain(density=density)[0] > 0).float().mean().item() for density in (0, 0.05, 0.2)]
+    assert shares[0] == 0 and 0.02 < shares[1] < 0.12 and 0.12 < shares[2] < 0.4
+    assert add_rain(torch.ones(1, 9, 9), torch.Generator(), density=1, length=3, angle=0).max() == 1
+
+
+@pytest.mark.parametrize("angle", [-60, -20, 0, 35, 90])
+def test_rain_falls_in_the_asked_direction(angle):
+    """Pixels along the streaks are alike, those across are not."""
+    streaks = rain(angle=angle, length=25)[0]
+    radians = math.radians(angle)
+    step = round(6 * math.cos(radians)), round(-6 * math.sin(radians))
+
+    def likeness(down, right):
+        other = streaks.roll((down, right), (0, 1))
+        return torch.corrcoef(torch.stack([streaks[12:-12, 12:-12].flatten(), other[12:-12, 12:-12].flatten()]))[0, 1]
+
+    assert likeness(*step) > 0.4 > 0.2 > likeness(step[1], -step[0])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"density": 1.1}, {"length": 0}, {"angle": 91}, {"width": 0}, {"brightness": -1}, {"angle": float("nan")}]
+)
+def test_bad_rain(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be in"):
+        rain(**wrong)
+
+
+def test_degradations_of_the_tasks():
+    image = torch.rand(3, 24, 24)
+
+    def of(task, seed=0):
+        return degrade(image, task, torch.Generator().manual_seed(seed), sigma=(20, 20))
+
+    assert torch.equal(of("sr_x3"), imresize(image, 1 / 3).clamp(0, 1))
+    for task, sigma in (("denoise30", 30), ("denoise50", 50), ("denoise", 20)):
+        assert abs((of(task) - image).std().item() * 255 - sigma) < 0.1 * sigma
+    assert torch.equal(of("derain"), random_rain(image, torch.Generator().manual_seed(0)))
+    assert not torch.equal(of("derain"), of("derain", seed=1))
+    for task in ("", "sr_x", "derain2", "dehaze"):
+        with pytest.raises(ValueError, match="task must be sr_x<n>, derain, denoise or denoise<σ>"):
+            of(task)

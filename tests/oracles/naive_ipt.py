@@ -33,7 +33,9 @@ def body(state, config, maps, task):
     """(C, S, S) -> patch features (N, D), of one image."""
     side, size = config.image_size // config.patch_size, config.patch_size
     patches = [
-        maps[:, y * size : (y + 1) * size, x * size : (x + 1) * size].flatten() for y in range(side) for x in range(side)
+        maps[:, y * size : (y + 1) * size, x * size : (x + 1) * size].flatten()
+        for y in range(side)
+        for x in range(side)
     ]
     x = torch.stack(patches)
     if not config.no_mlp:

@@ -1,0 +1,75 @@
+"""``ipt-fast plot``: pictures of a model's embeddings and of its restorations."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .._files import atomic_write
+from ..data.degradations import degrade
+from ..data.io import read_image
+from ..evaluation.embeddings import draw_positions, draw_tasks
+from ..evaluation.figures import side_by_side, to_picture
+from ..evaluation.metrics import psnr
+from ..evaluation.runner import resized
+from ..inference import Restorer
+from ..models import open_model
+
+KINDS = ("positions", "tasks", "restorations")
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "plot",
+        help="draw a model's embeddings or restorations",
+        description="positions, tasks: how alike the embeddings of an IPT are (figures 1 and 3 of its supplement). "
+        "restorations: a clean image degraded, restored and itself, side by side with PSNR.",
+    )
+    option = parser.add_argument
+    option("kind", choices=KINDS, help="what to draw")
+    option("output", type=Path, metavar="OUT", help="PNG file")
+    option("--model", default="ipt_v2_tiny", help="a model that ships, or a folder of a saved one (%(default)s)")
+    option("--image", type=Path, metavar="FILE", help="clean image, for restorations")
+    option("--task", help="for restorations: one of the model's tasks; of a model without tasks denoise<σ> (denoise50)")
+    parser.set_defaults(run=run)
+
+
+def run(args) -> int:
+    """Draw as the parsed arguments say; 0.
+
+    Raises:
+        ValueError: bad arguments, or a model without such embeddings.
+    """
+    if args.output.suffix.lower() != ".png":
+        raise ValueError(f"OUT must be a .png file; got {args.output}")
+    if (args.kind == "restorations") != (args.image is not None):
+        raise ValueError("restorations, and nothing else, need --image")
+    model = open_model(args.model)
+    if args.kind == "restorations":
+        picture = _restoration(model, args)
+    else:
+        picture = (draw_positions if args.kind == "positions" else draw_tasks)(model)
+    with atomic_write(args.output) as path:
+        picture.save(path)
+    print(args.output)
+    return 0
+
+
+def _restoration(model, args):
+    pixels = read_image(args.image).pixels
+    clean = torch.from_numpy(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max).permute(2, 0, 1)
+    if hasattr(model, "task_index"):
+        task = model.config.tasks[model.task_index(args.task)]
+        restorer = Restorer(model, task=task)
+    else:
+        task, restorer = args.task or "denoise50", Restorer(model)
+    scale = restorer.scale
+    clean = clean[:, : clean.shape[1] // scale * scale, : clean.shape[2] // scale * scale]
+    if 0 in clean.shape:
+        raise ValueError(f"--image is smaller than the magnification {scale}")
+    degraded = degrade(clean, task, torch.Generator().manual_seed(0)).permute(1, 2, 0).numpy()
+    restored, clean = restorer(degraded), clean.permute(1, 2, 0).numpy()
+    shown = resized(degraded, scale) if scale > 1 else degraded
+    panels = [("Input", shown), ("Restored", restored), ("Target", clean)]
+    captions = [f"{psnr(np.clip(each, 0, 1), clean, data_range=1):.2f} dB" for _, each in panels[:2]] + [""]
+    return side_by_side([(title, to_picture(each)) for title, each in panels], captions=captions)

@@ -1,0 +1,103 @@
+"""Images from folders and tar shards, and the patches of several tasks that are drawn from them."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ipt_fast.data.dataset import TaskPatches
+from ipt_fast.data.degradations import imresize
+from ipt_fast.data.stream import ImageStream
+
+TASKS = {"sr_x2": 2, "derain": 1, "denoise30": 1}
+
+
+def pixels(seed, size=(40, 44)):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two files, one of them gray, and two shards as WebDataset writes them."""
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(pixels(0)).save(tmp_path / "a.png")
+    Image.fromarray(pixels(1)[:, :, 0]).save(tmp_path / "sub/b.png")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"shard-{shard:03}.tar", "w") as archive:
+            for i in range(2):
+                data = io.BytesIO()
+                Image.fromarray(pixels(10 + 2 * shard + i)).save(data, "PNG")
+                for suffix, content in (("cls", b"7"), ("png", data.getvalue())):
+                    member = tarfile.TarInfo(f"{i:05}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return tmp_path
+
+
+def test_files_and_shards(folder):
+    stream = ImageStream(folder)
+    assert len(stream) == 6
+    expected = [pixels(0), np.repeat(pixels(1)[:, :, :1], 3, 2), *(pixels(10 + i) for i in range(4))]
+    for index in (5, 0, 3, 1, 2, 4, 0):  # in any order, and again
+        assert np.array_equal(stream[index].permute(1, 2, 0).numpy(), expected[index])
+    one = ImageStream(folder / "shard-001.tar", memory_budget=0)
+    assert len(one) == 2 and torch.equal(one[1], stream[5]) and not one._kept
+    few = ImageStream(folder, memory_budget=2 * 40 * 44 * 3)
+    assert all(torch.equal(few[i], stream[i]) for i in range(6)) and len(few._kept) == 2
+
+
+def test_bad_sources(tmp_path, folder):
+    with pytest.raises(ValueError, match="there is no folder and no .tar file at"):
+        ImageStream(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        ImageStream(tmp_path / "empty")
+    (tmp_path / "empty/broken.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(ValueError, match=r"cannot read the shard .*broken.tar"):
+        ImageStream(tmp_path / "empty")
+    (folder / "sub/b.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read the image in .*b.png"):
+        ImageStream(folder / "sub")[0]
+
+
+def test_patches_are_of_one_task_a_batch(folder):
+    patches = TaskPatches(ImageStream(folder), 16, TASKS, batch_size=4, seed=3)
+    seen = set()
+    for batch in range(12):
+        degraded, clean, task = zip(*(patches[4 * batch + i] for i in range(4)), strict=True)
+        assert len(set(task)) == 1
+        name = list(TASKS)[task[0]]
+        seen.add(name)
+        size = 16 * TASKS[name]
+        for x, y in zip(degraded, clean, strict=True):
+            assert x.shape == (3, 16, 16) and y.shape == (3, size, size) and 0 <= y.min() <= y.max() <= 1
+            if name == "sr_x2":
+                assert torch.equal(x, imresize(y, 0.5).clamp(0, 1))
+    assert seen == set(TASKS)
+
+
+def test_a_patch_depends_on_seed_and_number_alone(folder):
+    def draw(number, seed=0):
+        return TaskPatches(ImageStream(folder), 16, TASKS, batch_size=4, seed=seed)[number]
+
+    for number in (0, 5, 10**9):
+        assert all(
+            torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(draw(number), draw(number), strict=True)
+        )
+    assert not torch.equal(draw(0)[1], draw(1)[1]) and not torch.equal(draw(0)[1], draw(0, seed=1)[1])
+    patches = TaskPatches(ImageStream(folder), 16, TASKS, batch_size=4)
+    alone, helped = (list(DataLoader(patches, 4, sampler=range(16), num_workers=n)) for n in (0, 2))
+    for one, other in zip(alone, helped, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_images_that_are_too_small_are_passed_over(folder):
+    Image.fromarray(pixels(0, (20, 20))).save(folder / "a.png")
+    patches = TaskPatches(ImageStream(folder), 20, {"sr_x2": 2}, batch_size=1)
+    assert all(patches[i][1].shape == (3, 40, 40) for i in range(20))
+    with pytest.raises(ValueError, match="100 images in a row are smaller than the 90 pixels a side that sr_x2 needs"):
+        TaskPatches(ImageStream(folder), 45, {"sr_x2": 2}, batch_size=1)[0]
