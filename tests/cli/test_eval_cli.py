@@ -111,7 +111,7 @@ def test_one_bad_file(model, photos, capsys):
         (["--sigma", "25", "--limit", "0"], "limit must be at least 1, got 0"),
         (["--sigma", "25", "--tile", "3"], "tile must be"),
         (["--sigma", "25", "--device", "moon"], "device moon cannot be used"),
-        (["--sigma", "25", "--tile", "big"], "must be auto, whole, a size in pixels, blend, paper, official; got"),
+        (
             ["--sigma", "25", "--tile", "big"],
             "must be auto, whole, a size in pixels, blend, paper, official; got 'big'",
         ),
