@@ -1,8 +1,127 @@
-"""Layers of the IPT body: attention over tokens and feed-forward networks, pre-norm (IPT, eq. 1 and 2)."""
+"""Layers of the IPT body: attention over tokens and feed-forward networks, pre-norm (IPT, eq. 1 and 2).
+
+Norms are computed again in the backward, and hidden values live once: a training step keeps about half of what the
+formulas' own graph would.
+"""
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def _normalise(x, weight, bias, eps, dtype):
+    """(norm of x in ``dtype``, mean, 1 / standard deviation); x as it is where there is no norm."""
+    if weight is None:
+        return x.to(dtype), None, None
+    y, mean, scale = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return y.to(dtype), mean, scale
+
+
+def _norm_backward(grad, x, mean, scale, weight, bias):
+    """Gradients of x, weight and bias."""
+    if weight is None:
+        return grad.to(x.dtype), None, None
+    arguments = grad.to(x.dtype), x, x.shape[-1:], mean, scale, weight, bias, [True, True, True]
+    return torch.ops.aten.native_layer_norm_backward(*arguments)
+
+
+def _weight_gradient(grad, x):
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class _NormProjection(torch.autograd.Function):
+    """LN(x) W^T, to the first channels of which an offset for each token is added; keeps x alone."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight, offset, eps):
+        y, mean, scale = _normalise(x, norm_weight, norm_bias, eps, weight.dtype)
+        out = F.linear(y, weight)
+        if offset is not None:
+            out[..., : offset.shape[-1]] += offset
+        ctx.save_for_backward(x, mean, scale, norm_weight, norm_bias, weight)
+        ctx.eps, ctx.offset = eps, offset if offset is None else (offset.shape[-1], offset.dtype)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, mean, scale, norm_weight, norm_bias, weight = ctx.saved_tensors
+        with _no_autocast(x):
+            y, _, _ = _normalise(x, norm_weight, norm_bias, ctx.eps, weight.dtype)
+            weight_grad = _weight_gradient(grad, y)
+            del y
+            grads = _norm_backward(grad @ weight, x, mean, scale, norm_weight, norm_bias)
+            offset_grad = None if ctx.offset is None else grad[..., : ctx.offset[0]].sum(0, dtype=ctx.offset[1])
+        return *grads, weight_grad, offset_grad, None
+
+
+class _FeedForward(torch.autograd.Function):
+    """x + W2 relu(W1 LN(x) + b1) + b2; keeps x and the hidden values."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps):
+        y, mean, scale = _normalise(x, norm_weight, norm_bias, eps, weight1.dtype)
+        hidden = F.linear(y, weight1, bias1).relu_()
+        del y
+        out = F.linear(hidden, weight2, bias2)
+        ctx.save_for_backward(x, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden)
+        ctx.eps = eps
+        return out.add_(x) if out.dtype == x.dtype else out + x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
+        with _no_autocast(x):
+            of_out = grad.to(weight2.dtype)
+            grads2 = _weight_gradient(of_out, hidden), of_out.flatten(0, -2).sum(0)
+            of_hidden = of_out @ weight2
+            torch.ops.aten.threshold_backward.grad_input(of_hidden, hidden, 0, grad_input=of_hidden)
+            y, _, _ = _normalise(x, norm_weight, norm_bias, ctx.eps, weight1.dtype)
+            grads1 = _weight_gradient(of_hidden, y), of_hidden.flatten(0, -2).sum(0)
+            del y
+            of_y = of_hidden @ weight1
+            del of_hidden
+            of_x, *norm_grads = _norm_backward(of_y, x, mean, scale, norm_weight, norm_bias)
+            of_x = of_x + grad
+        return of_x, *norm_grads, *grads1, *grads2, None
+
+
+def _for_autocast(x, *parameters):
+    """The parameters in the dtype that autocast wants for products, as they are without it."""
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return parameters
+    return tuple(None if p is None else p.to(torch.get_autocast_dtype(kind)) for p in parameters)
+
+
+def _no_autocast(x):
+    available = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext()
+
+
+def _norm_parameters(norm):
+    """(weight, bias, eps) of a norm, (None, None, 0) of none."""
+    return (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
+
+
+def norm_projection(x, norm, weight, offset=None):
+    """LN(x) W^T with, if given, ``offset`` added to the first channels: (B, N, D) -> (B, N, len(weight))."""
+    norm_weight, norm_bias, eps = _norm_parameters(norm)
+    weight, offset = _for_autocast(x, weight, offset)
+    with _no_autocast(x):
+        return _NormProjection.apply(x, norm_weight, norm_bias, weight, offset, eps)
+
+
+def feed_forward(x, norm, linear1, linear2):
+    """x + FFN(LN(x)) with ReLU: (B, N, D) -> (B, N, D)."""
+    norm_weight, norm_bias, eps = _norm_parameters(norm)
+    parameters = _for_autocast(x, linear1.weight, linear1.bias, linear2.weight, linear2.bias)
+    with _no_autocast(x):
+        return _FeedForward.apply(x, norm_weight, norm_bias, *parameters, eps)
 
 
 class MultiHeadAttention(nn.Module):
@@ -20,72 +139,72 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
         nn.init.kaiming_uniform_(self.in_proj_weight, a=5**0.5)
 
-    def forward(self, query, key, value):
-        """(B, N, D), (B, M, D), (B, M, D) -> (B, N, D). Equal arguments are projected in one product."""
-        dim = query.shape[2]
-        if query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight).chunk(3, dim=2)
-        elif query is key:
-            q, k = F.linear(query, self.in_proj_weight[: 2 * dim]).chunk(2, dim=2)
-            v = F.linear(value, self.in_proj_weight[2 * dim :])
-        else:
-            q = F.linear(query, self.in_proj_weight[:dim])
-            if key is value:
-                k, v = F.linear(key, self.in_proj_weight[dim:]).chunk(2, dim=2)
-            else:
-                k, v = (F.linear(x, w) for x, w in zip((key, value), self.in_proj_weight[dim:].chunk(2), strict=True))
+    def to_itself(self, x, norm, added=None):
+        """x + MSA(y + added, y + added, y) with y = LN(x): (B, N, D); added (N, D) or None."""
+        rows = 2 * x.shape[2]
+        offset = None if added is None else F.linear(added, self.in_proj_weight[:rows])
+        qkv = norm_projection(x, norm, self.in_proj_weight, offset)
+        return x + self._attend(*qkv.chunk(3, dim=2))
+
+    def to_memory(self, x, norm, memory, added=None, added_to_keys=None):
+        """x + MSA(LN(x) + added, memory + added_to_keys, memory): (B, N, D); what is added (N, D) or None."""
+        dim = x.shape[2]
+        q_weight, k_weight, _ = self.in_proj_weight.chunk(3)
+        q = norm_projection(x, norm, q_weight, None if added is None else F.linear(added, q_weight))
+        k, v = F.linear(memory, self.in_proj_weight[dim:]).chunk(2, dim=2)
+        if added_to_keys is not None:
+            k = k + F.linear(added_to_keys, k_weight)
+        return x + self._attend(q, k, v)
+
+    def _attend(self, q, k, v):
         # (B, N, D) -> (B, heads, N, d), as views
-        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (each.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for each in (q, k, v))
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class TransformerLayer(nn.Module):
-    """What encoder and decoder layers share: norms and the feed-forward network D -> ratio D -> D with ReLU."""
+class EncoderLayer(nn.Module):
+    """z = x + MSA(y + p, y + p, y) with y = LN(x); z + FFN(LN(z)) (eq. 1; p only where positions are added every time).
 
-    def __init__(self, dim, num_heads, ratio=4, norm=True, norms=2):
+    Shape: (B, N, D) -> (B, N, D); positions (N, D) or None.
+
+    Args:
+        dim, num_heads: D and heads.
+        ratio: hidden channels of the FFN over D.
+        norm: False leaves the norms out.
+    """
+
+    norms = 2
+
+    def __init__(self, dim, num_heads, ratio=4, norm=True):
         super().__init__()
         self.self_attn = MultiHeadAttention(dim, num_heads)
         self.linear1 = nn.Linear(dim, ratio * dim)
         self.linear2 = nn.Linear(ratio * dim, dim)
-        for i in range(norms):
+        for i in range(self.norms):
             setattr(self, f"norm{i + 1}", nn.LayerNorm(dim) if norm else nn.Identity())
 
-    def feed_forward(self, x):
-        return self.linear2(F.relu(self.linear1(x)))
-
-
-class EncoderLayer(TransformerLayer):
-    """z = x + MSA(y + p, y + p, y) with y = LN(x); z + FFN(LN(z)) (eq. 1; p only where positions are added every time).
-
-    Shape: (B, N, D) -> (B, N, D); positions (N, D) or None.
-    """
-
     def forward(self, x, positions=None):
-        y = self.norm1(x)
-        q = y if positions is None else y + positions
-        x = x + self.self_attn(q, q, y)
-        return x + self.feed_forward(self.norm2(x))
+        x = self.self_attn.to_itself(x, self.norm1, positions)
+        return feed_forward(x, self.norm2, self.linear1, self.linear2)
 
 
-class DecoderLayer(TransformerLayer):
+class DecoderLayer(EncoderLayer):
     """Self-attention, attention to the encoder's output, feed-forward (eq. 2).
 
     The task's embedding is added to q and k of the first attention and to q of the second, never to values. The memory
     enters as it is: the paper writes LN(z0), but the published weights were trained without that norm.
 
-    Shape: (B, N, D), memory (B, N, D) -> (B, N, D); task and positions (N, D) or None.
+    Shape: (B, N, D), memory (B, N, D) -> (B, N, D); task and positions (N, D) or None. Arguments as
+    :class:`EncoderLayer`.
     """
 
+    norms = 3
+
     def __init__(self, dim, num_heads, ratio=4, norm=True):
-        super().__init__(dim, num_heads, ratio, norm, norms=3)
+        super().__init__(dim, num_heads, ratio, norm)
         self.multihead_attn = MultiHeadAttention(dim, num_heads)
 
     def forward(self, x, memory, task=None, positions=None):
-        y = self.norm1(x)
-        q = y if task is None else y + task
-        x = x + self.self_attn(q, q, y)
-        y = self.norm2(x)
-        q = y if task is None else y + task
-        key = memory if positions is None else memory + positions
-        x = x + self.multihead_attn(q, key, memory)
-        return x + self.feed_forward(self.norm3(x))
+        x = self.self_attn.to_itself(x, self.norm1, task)
+        x = self.multihead_attn.to_memory(x, self.norm2, memory, task, positions)
+        return feed_forward(x, self.norm3, self.linear1, self.linear2)

@@ -40,10 +40,10 @@ def test_parameters_of_the_published_models(tasks, millions):
 
 def test_multiplications_of_the_published_model():
     with torch.device("meta"):
-        model, x = ipt_fast.create_model("ipt"), torch.empty(1, 3, 48, 48)
+        model, x = ipt_fast.create_model("ipt"), torch.empty(32, 3, 48, 48)
     with FlopCounterMode(display=False) as counter:
         model(x)
-    assert 32.5e9 < counter.get_total_flops() / 2 < 33.5e9
+    assert 32.5e9 < counter.get_total_flops() / 2 / len(x) < 33.5e9
 
 
 def test_the_published_keys():
@@ -131,6 +131,21 @@ def test_half_precision_of_the_whole_range(dtype):
         got = model(x, "denoise30")
     assert got.isfinite().all() and (got - truth).abs().max() < 0.02 * 255
     assert (model.to(dtype)(x.to(dtype), "denoise30") - truth).abs().max() < 0.04 * 255
+
+
+def test_one_graph():
+    """Of the forward and of a training step; any batch."""
+    model = small(layers=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        x = image(model, batch)
+        torch.testing.assert_close(compiled(x, "sr_x2"), model(x, "sr_x2"), rtol=1e-4, atol=1e-3)
+        grads = []
+        for call in (compiled, model):
+            model.zero_grad()
+            call(x, "sr_x2").square().mean().backward()
+            grads.append(model.body.encoder.layers[0].linear1.weight.grad.clone())
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3 * grads[1].abs().max().item())
 
 
 def test_one_task_of_several():
