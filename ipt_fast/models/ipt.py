@@ -10,7 +10,7 @@ from torch import nn
 
 from ..modules import _check
 from ..modules.convolution import Conv2d
-from ..modules.transformer import DecoderLayer, EncoderLayer
+from ..modules.transformer import DecoderLayer, EncoderLayer, without_autocast
 from ._pretrained import PretrainedModel
 from .checkpoint import load_state, read_state_dict
 
@@ -267,9 +267,15 @@ class IPT(PretrainedModel):
             raise ValueError(
                 f"x must be (B, 3, {size}, {size}), ipt_fast.restore takes images of any size; got {tuple(x.shape)}"
             )
-        maps = self.head[index](self.sub_mean(x))
+        # Autocast would round values of up to 255 to 8 bits of mantissa, on their way in and out.
+        with without_autocast(x):
+            centred = self.sub_mean(x.to(self.sub_mean.weight.dtype))
+        maps = self.head[index](centred)
         features = self.body(maps, index)
-        return self.add_mean(self.tail[index](self.body.to_map(features) + maps)), features
+        upsample, to_colours = self.tail[index]
+        maps = upsample(self.body.to_map(features) + maps)
+        with without_autocast(x):
+            return self.add_mean(to_colours(maps.to(to_colours.weight.dtype))), features
 
     @classmethod
     def from_checkpoint(cls, path, *, heads, tasks=None, **options):

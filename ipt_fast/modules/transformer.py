@@ -49,7 +49,7 @@ class _NormProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, mean, scale, norm_weight, norm_bias, weight = ctx.saved_tensors
-        with _no_autocast(x):
+        with without_autocast(x):
             y, _, _ = _normalise(x, norm_weight, norm_bias, ctx.eps, weight.dtype)
             weight_grad = _weight_gradient(grad, y)
             del y
@@ -75,7 +75,7 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
-        with _no_autocast(x):
+        with without_autocast(x):
             of_out = grad.to(weight2.dtype)
             grads2 = _weight_gradient(of_out, hidden), of_out.flatten(0, -2).sum(0)
             of_hidden = of_out @ weight2
@@ -98,7 +98,8 @@ def _for_autocast(x, *parameters):
     return tuple(None if p is None else p.to(torch.get_autocast_dtype(kind)) for p in parameters)
 
 
-def _no_autocast(x):
+def without_autocast(x):
+    """A context for operations on ``x`` as they are written."""
     available = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext()
 
@@ -112,7 +113,7 @@ def norm_projection(x, norm, weight, offset=None):
     """LN(x) W^T with, if given, ``offset`` added to the first channels: (B, N, D) -> (B, N, len(weight))."""
     norm_weight, norm_bias, eps = _norm_parameters(norm)
     weight, offset = _for_autocast(x, weight, offset)
-    with _no_autocast(x):
+    with without_autocast(x):
         return _NormProjection.apply(x, norm_weight, norm_bias, weight, offset, eps)
 
 
@@ -120,7 +121,7 @@ def feed_forward(x, norm, linear1, linear2):
     """x + FFN(LN(x)) with ReLU: (B, N, D) -> (B, N, D)."""
     norm_weight, norm_bias, eps = _norm_parameters(norm)
     parameters = _for_autocast(x, linear1.weight, linear1.bias, linear2.weight, linear2.bias)
-    with _no_autocast(x):
+    with without_autocast(x):
         return _FeedForward.apply(x, norm_weight, norm_bias, *parameters, eps)
 
 

@@ -129,7 +129,7 @@ def test_half_precision_of_the_whole_range(dtype):
     truth = model(x, "denoise30")
     with torch.autocast("cpu", dtype):
         got = model(x, "denoise30")
-    assert got.isfinite().all() and (got - truth).abs().max() < 0.02 * 255
+    assert got.dtype == torch.float32 and got.isfinite().all() and (got - truth).abs().max() < 0.02 * 255
     assert (model.to(dtype)(x.to(dtype), "denoise30") - truth).abs().max() < 0.04 * 255
 
 
@@ -146,6 +146,18 @@ def test_one_graph():
             call(x, "sr_x2").square().mean().backward()
             grads.append(model.body.encoder.layers[0].linear1.weight.grad.clone())
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3 * grads[1].abs().max().item())
+
+
+def test_the_deblurring_variant():
+    """1024 tokens of 576 channels from 256 x 256 pixels (supplement, section 1)."""
+    model = ipt_fast.create_model("ipt", tasks=("deblur",), image_size=256, patch_size=8, features=9, layers=1).eval()
+    assert (model.config.tokens, model.config.dim) == (1024, 576)
+    x = torch.rand(1, 3, 256, 256) * 255
+    with torch.no_grad():
+        maps = model.head[0](model.sub_mean(x))
+        expected = naive_ipt.body(model.state_dict(), model.config, maps[0], 0)
+        assert (model.forward_with_features(x)[1][0] - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert model(x).shape == x.shape
 
 
 def test_one_task_of_several():
