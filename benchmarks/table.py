@@ -44,9 +44,26 @@ def footprint(path=results.FOLDER / "cpu_footprint.csv"):
     return "\n".join(lines)
 
 
+def ipt(path=results.FOLDER / "ipt_cpu.csv"):
+    """IPT beside the released code: milliseconds, with glibc's allocator as it is and tuned."""
+    lines = [
+        "| what | dtype | direction | allocator | eager | ipt_fast | times faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = newest(results.read(path), "case", "dtype", "direction", "allocator", "contender")
+    for key, ours in rows.items():
+        if key[-1] == "ipt_fast":
+            eager = rows[*key[:-1], "eager"]
+            times = [f"{float(row['median_ms']):,.0f} ms" for row in (eager, ours)]
+            lines.append(f"| {' | '.join([*key[:-1], *times])} | {float(ours['times_faster']):.2f} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(denoising())
     print()
     print(speed())
     print()
     print(footprint())
+    print()
+    print(ipt())

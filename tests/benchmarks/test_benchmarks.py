@@ -67,3 +67,4 @@ def test_readme_shows_the_recorded_figures():
     assert table.denoising() in readme
     assert table.speed() in readme
     assert table.footprint() in readme
+    assert table.ipt() in (ROOT / "docs/ipt.md").read_text()
