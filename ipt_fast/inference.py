@@ -131,7 +131,7 @@ class Restorer:
         _check_overlap(overlap, tile)
         if blend not in BLENDS:
             raise ValueError(f"blend must be one of {', '.join(BLENDS)}; got {blend!r}")
-        if task is not None and "task" not in inspect.signature(model.forward).parameters:
+        if task is not None and not hasattr(model, "task_index") and not _takes_task(model):
             raise ValueError(f"task must be None for {type(model).__name__}, which has no tasks; got {task!r}")
         self.scale = model.scale(task) if hasattr(model, "scale") else 1  # knows its tasks
         self.arguments = {} if task is None else {"task": task}
@@ -232,9 +232,21 @@ class Restorer:
         procedure = self.tile if self.tile != "auto" else "blend" if self.blend == "cosine" else "paper"
         padded = pad_to_size(image, *(max(length, size) for length in lengths))
         axes = [procedure_tiles(procedure, length, size, self.scale) for length in padded.shape[2:]]
-        output = self._run_tiles(padded, *axes, at_once=max(1, TILES_AT_ONCE // len(image)))
+        limit = TILES_AT_ONCE
+        while True:
+            try:
+                output = self._run_tiles(padded, *axes, at_once=max(1, limit // max(1, len(image))), limit=limit)
+                break
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or limit == 1:
+                    raise
+            # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            limit //= 2
+            warnings.warn(f"out of memory, trying {limit} tiles at once", stacklevel=2)
         if procedure == "official":  # has the left border as wide as a tile, which shows where it meets the top
-            corner = self._run_tile(padded[..., :size, :size]).to(output.device)
+            corner = self._run_limited(padded[..., :size, :size], limit).to(output.device)
             rows, columns = size // 4 * self.scale, official_end(padded.shape[3], size, self.scale)
             output[..., :rows, :columns][..., : corner.shape[3]] = corner[..., :rows, :columns]
         return crop(output, *(length * self.scale for length in lengths))
@@ -258,11 +270,17 @@ class Restorer:
     def _layers_are_fused(self):
         return self.device.type == "cpu" and policy() in ("auto", "cpu") and _extension.load()
 
-    def _run_tiles(self, image, rows, columns, at_once):
+    def _run_limited(self, tiles, limit):
+        """The model's output of tiles, at most ``limit`` of them at once."""
+        if len(tiles) <= limit:
+            return self._run_tile(tiles)
+        return torch.cat([self._run_tile(some) for some in tiles.split(limit)])
+
+    def _run_tiles(self, image, rows, columns, at_once, limit=None):
         """The sum of the tiles' outputs, weighted.
 
         ``rows`` and ``columns`` have of each tile where it begins and the weights of its output. The model gets
-        ``at_once`` tiles of every image.
+        ``at_once`` tiles of every image, but never more than ``limit`` in all.
         """
         batch, scale = len(image), self.scale
         output, done, total = None, 0, len(rows) * len(columns)
@@ -272,7 +290,8 @@ class Restorer:
                 image[..., top : top + len(weight_y) // scale, left : left + len(weight_x) // scale]
                 for (top, weight_y), (left, weight_x) in chunk
             ]
-            restored = self._run_tile(torch.cat(parts) if len(parts) > 1 else parts[0]).to(image.device)
+            stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
+            restored = self._run_limited(stacked, limit or len(stacked)).to(image.device)
             done += len(chunk)
             if self.progress:
                 self.progress(done, total)
@@ -280,7 +299,7 @@ class Restorer:
                 return restored
             if output is None:
                 output = image.new_zeros(batch, restored.shape[1], *(length * scale for length in image.shape[2:]))
-            for ((top, weight_y), (left, weight_x)), part in zip(chunk, restored.split(batch), strict=True):
+            for ((top, weight_y), (left, weight_x)), part in zip(chunk, restored.tensor_split(len(chunk)), strict=True):
                 top, left, weight = top * scale, left * scale, weight_y[:, None] * weight_x
                 place = (..., slice(top, top + len(weight_y)), slice(left, left + len(weight_x)))
                 output[place] += part * weight.to(image.device)
@@ -336,6 +355,10 @@ def _check_tile(tile):
         return
     if type(tile) is not int or tile < SMALLEST_TILE:
         raise ValueError(f'tile must be "auto", None or an int of at least {SMALLEST_TILE}; got {tile!r}')
+
+
+def _takes_task(model):
+    return "task" in inspect.signature(model.forward).parameters
 
 
 def _check_procedure(tile, overlap, name, size):

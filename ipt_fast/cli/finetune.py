@@ -1,9 +1,12 @@
 """``ipt-fast finetune``: go on training one task of a pre-trained model."""
 
+from pathlib import Path
+
+from ..models import open_model
 from . import train
 
 # As IPT was fine-tuned (section 4).
-DEFAULTS = {"lr": 2e-5, "lr_min": 2e-5, "warmup": 0, "weight_decay": 0.0, "loss": "l1"}
+DEFAULTS = {"model": None, "lr": 2e-5, "lr_min": 2e-5, "warmup": 0, "weight_decay": 0.0, "loss": "l1"}
 
 
 def add_parser(subparsers) -> None:
@@ -11,6 +14,20 @@ def add_parser(subparsers) -> None:
         subparsers,
         "finetune",
         help="go on training one task of a pre-trained model",
-        description="Keep one head, tail and task embedding of a model with several tasks, and train it on.",
+        description="Keep one head, tail and task embedding of a model with several tasks (--task), and train it on.",
     )
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(run=run, **DEFAULTS)
+
+
+def run(args) -> int:
+    """Fine-tune as the parsed arguments say; exit status as :func:`ipt_fast.cli.train.run`.
+
+    Raises:
+        ValueError: --model is no folder of a saved model, or it has several tasks and --task names none.
+    """
+    if args.model is None or not Path(args.model).is_dir():
+        raise ValueError(f"--model must be the folder of a saved model to fine-tune; got {args.model}")
+    tasks = getattr(open_model(args.model).config, "tasks", ())
+    if args.task is None and len(tasks) > 1:
+        raise ValueError(f"--task must name the one of {', '.join(tasks)} to keep")
+    return train.run(args)

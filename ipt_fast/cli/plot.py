@@ -64,6 +64,8 @@ def _restoration(model, args):
     else:
         task, restorer = args.task or "denoise50", Restorer(model)
     scale = restorer.scale
+    if task.startswith("sr_x") and scale == 1:
+        raise ValueError(f"--task {task} magnifies, but {args.model} does not")
     clean = clean[:, : clean.shape[1] // scale * scale, : clean.shape[2] // scale * scale]
     if 0 in clean.shape:
         raise ValueError(f"--image is smaller than the magnification {scale}")

@@ -240,8 +240,10 @@ def _make_writable(folder):
 def _open_model(args):
     if args.checkpoint is None:
         return open_model(args.model)
-    # The merged form takes checkpoints of both forms.
-    return load_checkpoint(create_model(args.model, merged=True), args.checkpoint)
+    model = create_model(args.model)
+    if hasattr(model, "reparameterize"):
+        model.reparameterize()  # the merged form takes checkpoints of both forms
+    return load_checkpoint(model, args.checkpoint)
 
 
 def _comparison_path(destination):

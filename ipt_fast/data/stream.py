@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 
@@ -57,7 +58,9 @@ class ImageStream(Sequence[Tensor]):
                 file.seek(offset or 0)
                 data = file.read(-1 if size is None else size)
             with PIL.Image.open(io.BytesIO(data)) as image:
-                pixels = np.array(image.convert("RGB"))
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"training images must have 8 bits, its mode is {image.mode}")
+                pixels = np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             place = "" if offset is None else f", at byte {offset}"
             raise ValueError(f"cannot read the image in {path}{place}: {error}") from error
@@ -75,7 +78,9 @@ def _members(shard: Path) -> list[tuple[Path, int, int]]:
             return [
                 (shard, member.offset_data, member.size)
                 for member in archive
-                if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES
+                if member.isfile()
+                and not (name := Path(member.name)).name.startswith(".")
+                and name.suffix.lower() in IMAGE_SUFFIXES
             ]
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"cannot read the shard {shard}: {error}") from error

@@ -11,7 +11,7 @@ from torch import nn
 from ..modules import _check
 from ..modules.convolution import Conv2d
 from ..modules.transformer import DecoderLayer, EncoderLayer, without_autocast
-from ._pretrained import PretrainedModel
+from ._pretrained import PretrainedModel, build_config
 from .checkpoint import load_state, read_state_dict
 
 # In the order of the published six-task file. Any other name may be a task too: "sr_x<n>" magnifies, others do not.
@@ -173,6 +173,7 @@ class Body(nn.Module):
         positions = None if config.no_pos else self.position_encoding.pe.weight
         if positions is not None and not config.pos_every:
             x, positions = x + positions, None
+        x = x.to(self.encoder.layers[0].linear1.weight.dtype)  # the sums of the layers are not autocast's to round
         for layer in self.encoder.layers:
             x = layer(x, positions)
         memory = x
@@ -267,6 +268,9 @@ class IPT(PretrainedModel):
             raise ValueError(
                 f"x must be (B, 3, {size}, {size}), ipt_fast.restore takes images of any size; got {tuple(x.shape)}"
             )
+        if len(x) == 0:  # pixel_unshuffle returns an empty batch in its old shape
+            side = size * scale_of(self.config.tasks[index])
+            return x.new_zeros(0, 3, side, side), x.new_zeros(0, self.config.tokens, self.config.dim)
         # Autocast would round values of up to 255 to 8 bits of mantissa, on their way in and out.
         with without_autocast(x):
             centred = self.sub_mean(x.to(self.sub_mean.weight.dtype))
@@ -304,6 +308,13 @@ def config_of(state, source, *, heads, tasks=None, **options):
     needed = ["head.0.0.weight", "tail.0.1.weight", *(f"body.encoder.layers.0.{n}.weight" for n in ("linear1",))]
     if missing := [name for name in needed if name not in state]:
         raise ValueError(f"{source} holds no IPT: it lacks {', '.join(missing)}")
+    ranks = {r"(head|tail)\.\d+\.[\d.]*weight": 4, r"body\.encoder\.layers\.0\.linear1\.weight": 2}
+    ranks |= {r"body\.(query_embed|position_encoding\.pe)\.weight": 2}
+    for name, value in state.items():
+        if any(
+            re.fullmatch(pattern, name) and (value.dim() != rank or 0 in value.shape) for pattern, rank in ranks.items()
+        ):
+            raise ValueError(f"{source} holds no IPT: {name} has shape {tuple(value.shape)}")
     features = state["head.0.0.weight"].shape[0]
     hidden, dim = state["body.encoder.layers.0.linear1.weight"].shape
     patch_size = math.isqrt(dim // features)
@@ -325,7 +336,7 @@ def config_of(state, source, *, heads, tasks=None, **options):
         "no_mlp": "body.linear_encoding.weight" not in state,
         "task_embedding": queries is not None or "body.linear_encoding.weight" not in state,
     }
-    return IPTConfig(**{**fields, **options})
+    return build_config(IPTConfig, {**fields, **options})
 
 
 def _tasks_of(state, source, tasks):

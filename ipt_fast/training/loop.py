@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from .._files import atomic_write
@@ -51,6 +51,19 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
     return config.lr_min + (config.lr - config.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class _Numbers(Sampler[int]):
+    """A share of the samples of every batch; ``starts``: the batches' first samples."""
+
+    def __init__(self, starts: range, share: range):
+        self.starts, self.share = starts, share
+
+    def __iter__(self) -> Iterator[int]:
+        return (start + place for start in self.starts for place in self.share)
+
+    def __len__(self) -> int:
+        return len(self.starts) * len(self.share)
+
+
 def batches(
     config: TrainingConfig, objective: Denoising | Pretraining, start: int, world: World
 ) -> Iterator[list[Tensor]]:
@@ -60,7 +73,7 @@ def batches(
     for iterations, patch, batch in stages:
         skipped, share = min(start, iterations), world.share(batch)
         start -= skipped
-        numbers = [first_sample + i * batch + place for i in range(skipped, iterations) for place in share]
+        numbers = _Numbers(range(first_sample + skipped * batch, first_sample + iterations * batch, batch), share)
         first_sample += iterations * batch
         # Its own generator: a loader's start must not advance the global one, which the model may use.
         loader = DataLoader(

@@ -33,20 +33,15 @@ def contrastive_loss(features: Tensor, everyone: Tensor | None = None, first: in
     others = normal if everyone is None else F.normalize(everyone.float(), dim=2)
     if len(others) < 2:
         raise ValueError(f"the contrastive loss compares images: a batch needs at least 2, got {len(others)}")
-    means = [
-        checkpoint(_contrast, normal[j], others[first + j], _without(others, first + j), use_reentrant=False)
-        for j in range(len(normal))
-    ]
+    means = [checkpoint(_contrast, own, others, first + j, use_reentrant=False) for j, own in enumerate(normal)]
     return torch.stack(means).mean()
 
 
-def _without(features: Tensor, index: int) -> Tensor:
-    return torch.cat([features[:index], features[index + 1 :]])
-
-
-def _contrast(own: Tensor, same: Tensor, others: Tensor) -> Tensor:
-    """own, same: (N, D) of one image, others: (K, N, D); normalised."""
-    return (torch.einsum("ad,kbd->kab", own, others).logsumexp(0) - own @ same.T).mean()
+def _contrast(own: Tensor, everyone: Tensor, index: int) -> Tensor:
+    """own: (N, D) of image ``index`` of everyone's (B, N, D); normalised."""
+    cosines = torch.einsum("ad,kbd->kab", own, everyone)
+    others = torch.cat([cosines[:index], cosines[index + 1 :]])
+    return (others.logsumexp(0) - cosines[index]).mean()
 
 
 LOSSES = {"l1": l1_loss, "charbonnier": charbonnier_loss}

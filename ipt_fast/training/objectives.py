@@ -58,7 +58,8 @@ class Pretraining:
         self.tasks = {task: model.scale(task) for task in model.config.tasks}
         self.images = ImageStream(config.data)
         self.loss_function = LOSSES[config.loss]
-        self.dataset(size, 1)[0]  # tasks without a degradation must show now
+        for task in self.tasks.items():  # one without a degradation, or larger than the images, must show now
+            TaskPatches(self.images, size, dict([task]), 1, config.sigma, config.seed)[0]
         self.validation = TaskValidation(config.val, self.tasks, size, config.sigma) if config.val else None
 
     def dataset(self, patch_size: int, batch_size: int) -> Dataset:

@@ -64,6 +64,17 @@ def test_bad_sources(tmp_path, folder):
         ImageStream(folder / "sub")[0]
 
 
+def test_upright_and_8_bits(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(pixels(0)).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(np.full((4, 4), 60000, np.uint16)).save(tmp_path / "b.png")
+    stream = ImageStream(tmp_path)
+    assert np.array_equal(stream[0].permute(1, 2, 0).numpy(), np.rot90(pixels(0), -1))
+    with pytest.raises(ValueError, match="training images must have 8 bits, its mode is I;16"):
+        stream[1]
+
+
 def test_patches_are_of_one_task_a_batch(folder):
     patches = TaskPatches(ImageStream(folder), 16, TASKS, batch_size=4, seed=3)
     seen = set()

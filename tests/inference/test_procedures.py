@@ -94,6 +94,38 @@ def test_tiles_of_several_images_share_batches(model, monkeypatch):
     torch.testing.assert_close(same, restore(images, model, task=1, tile="paper", dtype="float32"))
 
 
+class Small(Identity):
+    """One that memory allows so many tiles."""
+
+    most = 5
+
+    def forward(self, x, task):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("too many tiles")
+        return super().forward(x, task)
+
+
+@pytest.mark.parametrize("tile", ["blend", "official"])
+def test_memory_runs_out(model, tile):
+    images = torch.rand(7, 3, 60, 50)
+    images[:, :, 0, 0] = 1
+    with pytest.warns(UserWarning, match="out of memory, trying 4 tiles at once"):
+        got = restore(images, Small(model), task="derain", tile=tile, dtype="float32")
+    torch.testing.assert_close(got, images)
+    tight = Small(model)
+    tight.most = 0
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        restore(images, tight, task="derain", dtype="float32")
+
+
+def test_compiled_models_and_empty_batches(model):
+    images = torch.rand(1, 3, 50, 48)
+    compiled = torch.compile(model, backend="eager")
+    expected = restore(images, model, task="derain", dtype="float32")
+    torch.testing.assert_close(restore(images, compiled, task="derain", dtype="float32"), expected)
+    assert restore(images[:0], model, task="sr_x2").shape == (0, 3, 100, 96)
+
+
 def test_self_ensemble(model):
     image = torch.rand(1, 3, 48, 48)
     views = []

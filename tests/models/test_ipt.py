@@ -133,6 +133,29 @@ def test_half_precision_of_the_whole_range(dtype):
     assert (model.to(dtype)(x.to(dtype), "denoise30") - truth).abs().max() < 0.04 * 255
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "published")
+def test_sums_of_the_layers_stay_in_float32(options):
+    model, seen = small(**options), []
+    for layer in (*model.body.encoder.layers, *model.body.decoder.layers):
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(image(model), 0)
+    assert set(seen) == {torch.float32} and len(seen) == 4
+
+
+def test_an_empty_batch():
+    model = small()
+    assert model(image(model, 0), "sr_x3").shape == (0, 3, 36, 36)
+
+
+@pytest.mark.parametrize("name", ["head.0.0.weight", "tail.0.0.0.weight", "body.encoder.layers.0.linear1.weight"])
+def test_damaged_files(tmp_path, name):
+    for value in (torch.zeros(3), torch.zeros(0, 0, 0, 0)):
+        torch.save({**small().state_dict(), name: value}, tmp_path / "ipt.pt")
+        with pytest.raises(ValueError, match=f"holds no IPT: {name} has shape"):
+            IPT.from_checkpoint(tmp_path / "ipt.pt", heads=3)
+
+
 def test_one_graph():
     """Of the forward and of a training step; any batch."""
     model = small(layers=1)

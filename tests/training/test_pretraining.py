@@ -114,11 +114,10 @@ def test_two_processes_are_one(make, images, tmp_path):
     both = make("both", log_every=1)
     for one, two in zip(read_log(alone), read_log(both), strict=True):
         assert abs(float(one["loss"]) - float(two["loss"])) < 2e-4 * float(one["loss"])
-    states = (load_file(config.out / "model.safetensors") for config in (alone, both))
-    for (name, one), two in zip((state := next(states)).items(), next(states).values(), strict=True):
-        if one.is_floating_point():
-            torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5, msg=name)
-    assert state
+    # Means of the gradients. (Of the weights, Adam moves those without a gradient as rounding has it.)
+    states = [load_checkpoint(config.out / "checkpoint.pth")["optimizer"]["state"] for config in (alone, both)]
+    one, two = (torch.cat([entry["exp_avg"].flatten() for entry in state.values()]) for state in states)
+    assert (one - two).norm() < 2e-3 * one.norm()
 
 
 def test_a_batch_that_processes_cannot_share(make):
@@ -140,6 +139,12 @@ def test_fine_tuning_keeps_one_task(make, images, tmp_path):
     x = torch.rand(2, 3, 12, 12) * 255
     assert torch.equal(tuned(x), whole(x, "derain"))
     assert main([*arguments, "--resume", "--lr", "0", "--lr-min", "0"]) == 0
+    for wrong in (["--model", "ipt_tiny"], ["--model", str(images)]):
+        assert main(["finetune", "--data", str(images), "--out", str(tmp_path / "no"), *wrong]) == 2
+    assert main(["finetune", "--data", str(images), "--out", str(tmp_path / "no")]) == 2
+    several = ["--model", str(pretrained.out), "--data", str(images), "--out", str(tmp_path / "no")]
+    assert main(["finetune", *several]) == 2  # no --task
+    assert not (tmp_path / "no").exists()
     assert main([*arguments[:-8], "--out", str(tmp_path / "no"), "--task", "dehaze"]) == 2
 
 
@@ -153,7 +158,11 @@ def test_the_published_schedule(make):
     [
         ({"patch_size": 16}, "patch_size must be 12, the model's image_size, or left out"),
         ({"batch_size": 1}, "batch_size must be at least 2 for the contrastive loss"),
-        ({"model_config": {**TINY, "tasks": ("dehaze",)}}, "task must be sr_x<n>, derain, denoise"),
+        ({"model_config": {**TINY, "tasks": ("denoise30", "dehaze")}}, "task must be sr_x<n>, derain, denoise"),
+        (
+            {"model_config": {**TINY, "tasks": ("derain", "sr_x4")}},
+            "smaller than the 48 pixels a side that sr_x4 needs",
+        ),
         ({"model": "ipt_v2_tiny", "model_config": {}, "task": "derain"}, "task must be denoise for IPTV2"),
         ({"model": "ipt_v2_tiny", "model_config": {}}, "contrastive must be 0 for IPTV2"),
         ({"schedule": "linear"}, "schedule must be one of cosine, step"),
