@@ -59,11 +59,16 @@ def ipt(path=results.FOLDER / "ipt_cpu.csv"):
     return "\n".join(lines)
 
 
+def ipt_restoration(path=results.FOLDER / "ipt_tiny.csv"):
+    """PSNR of the shipped IPT and of its fine-tuned task before and after."""
+    names = ("model and task", "data set", "σ", "images", "protocol", "input, dB", "restored, dB")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for row in newest(results.read(path), "model", "dataset", "sigma").values():
+        before, after = (f"{float(row[name]):.2f}" for name in ("psnr_input", "psnr_output"))
+        cells = [row["model"], row["dataset"], row["sigma"] or "-", row["images"], row["protocol"], before]
+        lines.append(f"| {' | '.join(cells)} | **{after}** |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(denoising())
-    print()
-    print(speed())
-    print()
-    print(footprint())
-    print()
-    print(ipt())
+    print("\n\n".join(table() for table in (denoising, speed, footprint, ipt, ipt_restoration)))

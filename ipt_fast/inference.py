@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 
 from . import _extension
+from ._precision import usable_dtype
 from .data import io
 from .data.degradations import imresize
 from .models.ipt_v2 import crop, pad_to_size
@@ -26,7 +27,6 @@ from .tiling import (
     tile_starts,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST_TILE = 16
 DEFAULT_OVERLAP = 32
 SMALLEST_RETRY = 128
@@ -131,13 +131,15 @@ class Restorer:
         _check_overlap(overlap, tile)
         if blend not in BLENDS:
             raise ValueError(f"blend must be one of {', '.join(BLENDS)}; got {blend!r}")
+        if self.image_size and tile == "blend" and blend == "average":
+            raise ValueError('blend must be "cosine" where tile is "blend"; tile="paper" is the average')
         if task is not None and not hasattr(model, "task_index") and not _takes_task(model):
             raise ValueError(f"task must be None for {type(model).__name__}, which has no tasks; got {task!r}")
         self.scale = model.scale(task) if hasattr(model, "scale") else 1  # knows its tasks
         self.arguments = {} if task is None else {"task": task}
         self.tile, self.overlap, self.blend, self.self_ensemble = tile, overlap, blend, self_ensemble
         self.device = _usable_device(device, model)
-        self.dtype = _usable_dtype(dtype, self.device)
+        self.dtype = usable_dtype(dtype, self.device)
         self.model = copy.deepcopy(model).to(self.device, torch.float32).eval()
         if hasattr(self.model, "reparameterize"):
             self.model.reparameterize()
@@ -390,25 +392,6 @@ def _usable_device(device, model):
     except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch without CUDA raises an AssertionError
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
     return device
-
-
-def _usable_dtype(dtype, device):
-    if isinstance(dtype, str) and dtype == "auto":
-        return _fastest_dtype(device)
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in DTYPES.values():
-        raise ValueError(f'dtype must be "auto", {", ".join(DTYPES)}; got {dtype!r}')
-    return dtype
-
-
-def _fastest_dtype(device):
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Private names, so they may be missing in another version of PyTorch.
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    if device.type == "cpu" and any(probe() for probe in probes if probe):
-        return torch.bfloat16
-    return torch.float32
 
 
 def _is_out_of_memory(error):

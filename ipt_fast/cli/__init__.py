@@ -1,4 +1,4 @@
-"""The command line: ``ipt-fast restore | eval | train | finetune | plot | info``."""
+"""The command line: ``ipt-fast restore | eval | train | finetune | convert | plot | info``."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ import sys
 
 import ipt_fast
 
-COMMANDS = ("restore", "eval", "train", "finetune", "plot", "info")
+COMMANDS = ("restore", "eval", "train", "finetune", "convert", "plot", "info")
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """Types of arguments that several commands take."""
 
 import argparse
+import json
 
 from ..tiling import PROCEDURES
 
@@ -16,3 +17,14 @@ def tile_size(text: str) -> str | int | None:
     except ValueError:
         names = ", ".join(PROCEDURES)
         raise argparse.ArgumentTypeError(f"must be auto, whole, a size in pixels, {names}; got {text!r}") from None
+
+
+def json_object(text: str) -> dict:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"width\": 24}}', got {text}")
+    return value

@@ -10,10 +10,11 @@ import torch
 from tqdm import tqdm
 
 from .. import use_backend
+from .._precision import DTYPES
 from ..evaluation.protocols import PROTOCOLS
 from ..evaluation.report import append_csv, format_table, read_csv, write_json
 from ..evaluation.runner import evaluate
-from ..inference import DTYPES, Restorer
+from ..inference import Restorer
 from ..models import open_model
 from ..ops._select import POLICIES, policy
 from ._arguments import TILE_HELP, tile_size

@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from .. import use_backend
 from .._files import atomic_write
+from .._precision import DTYPES
 from ..data.io import IMAGE_SUFFIXES, check_suffix, check_writable_as, is_image_file, read_image, write_image
 from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
 from ..evaluation.protocols import get_protocol
 from ..evaluation.runner import list_images, resized
-from ..inference import DTYPES, Restorer
-from ..models import create_model, load_checkpoint, open_model
+from ..inference import Restorer
+from ..models import IPT, create_model, load_checkpoint, open_model
 from ..ops._select import POLICIES, policy
 from ..tiling import BLENDS
 from ._arguments import TILE_HELP, tile_size
@@ -241,6 +242,8 @@ def _open_model(args):
     if args.checkpoint is None:
         return open_model(args.model)
     model = create_model(args.model)
+    if isinstance(model, IPT):
+        raise ValueError(f"--checkpoint: make {args.checkpoint} a folder for --model first, with ipt-fast convert")
     if hasattr(model, "reparameterize"):
         model.reparameterize()  # the merged form takes checkpoints of both forms
     return load_checkpoint(model, args.checkpoint)

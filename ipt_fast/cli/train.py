@@ -1,7 +1,6 @@
 """``ipt-fast train``: train a model on a folder of images."""
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from ..training.config import TrainingConfig
 from ..training.loop import train
 from ..training.losses import LOSSES
+from ._arguments import json_object
 
 
 def add_parser(subparsers) -> None:
@@ -36,7 +36,7 @@ def add_training_parser(subparsers, name: str, *, help: str, description: str) -
     option("--data", type=Path, required=True, metavar="FOLDER", help="clean training images, subfolders included")
     option("--out", type=Path, required=True, metavar="FOLDER", help="where the model, checkpoint and log go")
     option("--model", default=default["model"], help="name of a model, or folder of a saved one to start from")
-    option("--model-config", type=_json_object, default={}, metavar="JSON", help="fields of the model's config")
+    option("--model-config", type=json_object, default={}, metavar="JSON", help="fields of the model's config")
     option("--task", default=None, metavar="NAME", help="keep only this task of a saved model with several")
     option("--contrastive", type=float, default=default["contrastive"], metavar="LAMBDA",
            help="weight of the contrastive loss (IPT)")  # fmt: skip
@@ -88,13 +88,3 @@ def run(args) -> int:
         return 130
     print(f"finished {finished} iterations; the model is in {config.out}")
     return 0
-
-
-def _json_object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"width\": 24}}', got {text}")
-    return value

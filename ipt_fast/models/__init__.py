@@ -9,7 +9,17 @@ from .checkpoint import load_checkpoint
 from .ipt import IPT, IPTConfig
 from .ipt_v2 import IPTV2, IPTV2Config
 
-__all__ = ["IPT", "IPTConfig", "IPTV2", "IPTV2Config", "create_model", "list_models", "load_checkpoint", "open_model"]
+__all__ = [
+    "IPT",
+    "IPTConfig",
+    "IPTV2",
+    "IPTV2Config",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "open_checkpoint",
+    "open_model",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +32,9 @@ class _Preset:
 _PRESETS = {
     "ipt": _Preset(IPT, {}),
     "ipt_tiny": _Preset(
-        IPT, dict(tasks=("sr_x2", "derain", "denoise30", "denoise50"), features=16, layers=2, heads=6, ratio=4)
+        IPT,
+        dict(tasks=("sr_x2", "derain", "denoise30", "denoise50"), features=16, layers=2, heads=6, ratio=4),
+        "ipt_tiny",
     ),
     "ipt_v2_tiny": _Preset(
         IPTV2,
@@ -48,7 +60,7 @@ def create_model(name, pretrained=False, **config):
     Args:
         name: one of :func:`list_models`.
         pretrained: load the weights that ship with the package ("ipt_v2_tiny": blind colour Gaussian denoising,
-            σ 5 to 50 on the 0..255 scale).
+            σ 5 to 50 on the 0..255 scale; "ipt_tiny": its four tasks).
         config: fields of the model's config to change, such as ``in_channels=1`` or ``norm="with_bias"``.
             ``out_channels`` follows ``in_channels`` unless given (3 for two views in 6 channels).
 
@@ -58,9 +70,7 @@ def create_model(name, pretrained=False, **config):
     Raises:
         ValueError: an unknown name or config field, or no shipped weights (for this config).
     """
-    preset = _PRESETS.get(name) if isinstance(name, str) else None
-    if preset is None:
-        raise ValueError(f"name must be one of {', '.join(_PRESETS)}; got {name!r}")
+    preset = _preset(name)
     if pretrained and preset.pretrained is None:
         shipped = ", ".join(name for name, preset in _PRESETS.items() if preset.pretrained)
         raise ValueError(f"pretrained: no weights ship for {name}; they do for {shipped}")
@@ -72,6 +82,31 @@ def create_model(name, pretrained=False, **config):
         ) as folder:
             return preset.model.from_pretrained(folder, **config)
     return preset.model(_pretrained.build_config(preset.model.config_class, {**preset.config, **config}))
+
+
+def _preset(name):
+    preset = _PRESETS.get(name) if isinstance(name, str) else None
+    if preset is None:
+        raise ValueError(f"name must be one of {', '.join(_PRESETS)}; got {name!r}")
+    return preset
+
+
+def open_checkpoint(path, name, **config):
+    """A model in eval mode from a file of weights, which must fit one to one.
+
+    Args:
+        path: see :func:`load_checkpoint`.
+        name: its architecture, one of :func:`list_models`. Of an IPT the shape is read from the tensors, and the name
+            tells the number of heads, see :meth:`IPT.from_checkpoint`.
+        config: fields of the model's config that differ from the name's.
+
+    Raises:
+        ValueError: an unknown name or config field, or a file that does not fit.
+    """
+    preset = _preset(name)
+    if preset.model is not IPT:
+        return load_checkpoint(create_model(name, **config), path).eval()
+    return IPT.from_checkpoint(path, **{"heads": preset.config.get("heads", IPTConfig.heads), **config})
 
 
 def open_model(source):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import re
 
 import torch
@@ -18,6 +19,7 @@ from .checkpoint import load_state, read_state_dict
 TASKS = ("sr_x2", "sr_x3", "sr_x4", "derain", "denoise30", "denoise50")
 MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, RGB
 SCALES = (1, 2, 3, 4)
+PART_TOKENS = 4096  # that a CPU infers at once: with more, memory that is new to the process costs a third of the time
 
 
 def scale_of(task):
@@ -227,8 +229,8 @@ class IPT(PretrainedModel):
             return 0
         if task in tasks:
             return tasks.index(task)
-        if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(tasks):
-            return task
+        if isinstance(task, numbers.Integral) and not isinstance(task, bool) and 0 <= task < len(tasks):
+            return int(task)
         raise ValueError(f"task must be one of {', '.join(tasks)} or a number below {len(tasks)}; got {task!r}")
 
     def scale(self, task=None):
@@ -257,7 +259,15 @@ class IPT(PretrainedModel):
         return model
 
     def forward(self, x, task=None):
-        return self.forward_with_features(x, task)[0]
+        size = max(1, PART_TOKENS // self.config.tokens)
+        parts = x.split(size) if self._is_inference_on_a_cpu(x) else (x,)
+        outputs = [self.forward_with_features(part, task)[0] for part in parts]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _is_inference_on_a_cpu(self, x):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        return isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() == 4
 
     def forward_with_features(self, x, task=None):
         """The output and the decoder's patch features (B, N, D), which the contrastive loss compares."""
@@ -292,10 +302,11 @@ class IPT(PretrainedModel):
             heads: of each attention; 12 in the published models.
             tasks: names of the file's heads, in order. Needed unless they follow from the scales of the tails: the six
                 of the published pre-trained model, or a single one that magnifies.
-            options: ``pos_every`` and ``value_range``, where they differ from the published models'.
+            options: ``pos_every`` where it differs from the published models', ``image_size`` of a model with neither
+                positions nor task embeddings.
 
         Raises:
-            ValueError: the file is no IPT, or ``heads`` or ``tasks`` do not fit it.
+            ValueError: the file is no IPT, or an argument does not fit it.
         """
         state = read_state_dict(path)
         model = cls(config_of(state, path, heads=heads, tasks=tasks, **options))
@@ -322,21 +333,36 @@ def config_of(state, source, *, heads, tasks=None, **options):
     queries = state.get("body.query_embed.weight")
     if positions is None and queries is None and "image_size" not in options:
         raise ValueError(f"image_size must be given: {source} has neither positions nor task embeddings to tell it")
-    tokens = len(positions) if positions is not None else queries.shape[1] // dim if queries is not None else 0
+    tokens = len(positions) if positions is not None else queries.shape[1] // dim if queries is not None else None
     fields = {
         "tasks": _tasks_of(state, source, tasks),
-        "image_size": math.isqrt(tokens) * patch_size,
+        "image_size": None if tokens is None else math.isqrt(tokens) * patch_size,
         "patch_size": patch_size,
         "features": features,
         "layers": sum(bool(re.fullmatch(r"body\.encoder\.layers\.\d+\.linear1\.weight", name)) for name in state),
         "heads": heads,
         "ratio": hidden // dim,
+        "value_range": _value_range_of(state),
         "no_norm": "body.encoder.layers.0.norm1.weight" not in state,
         "no_pos": positions is None,
         "no_mlp": "body.linear_encoding.weight" not in state,
         "task_embedding": queries is not None or "body.linear_encoding.weight" not in state,
     }
-    return build_config(IPTConfig, {**fields, **options})
+    told = {name: value for name, value in fields.items() if value is not None}
+    for name, value in options.items():
+        if told.get(name, value) != value:
+            raise ValueError(f"{name} must be {told[name]} as in {source}; got {value!r}")
+    return build_config(IPTConfig, {**told, **options})
+
+
+def _value_range_of(state):
+    """What the frozen mean colour says; None where it is another data set's."""
+    added = state.get("add_mean.bias")
+    if added is None or added.shape != (3,):
+        return None
+    ratios = added.double() / torch.tensor(MEAN, dtype=torch.float64)
+    agree = ratios.min() > 0 and ratios.max() - ratios.min() < 1e-3 * ratios.mean()
+    return round(ratios.mean().item(), 3) if agree else None
 
 
 def _tasks_of(state, source, tasks):

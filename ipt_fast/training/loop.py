@@ -83,7 +83,12 @@ def batches(
             num_workers=config.workers,
             generator=torch.Generator().manual_seed(0),
         )
-        yield from loader
+        try:
+            yield from loader
+        except (ValueError, OSError) as error:
+            if config.workers:  # a worker's error holds its traceback, which ends with what went wrong
+                raise ValueError(str(error).splitlines()[-1].partition(": ")[2]) from error
+            raise
 
 
 def train(config: TrainingConfig, resume: bool = False) -> int:

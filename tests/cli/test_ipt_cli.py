@@ -1,6 +1,7 @@
 """The commands with a model of several tasks, of which one magnifies."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ipt_fast.cli import main
 from ipt_fast.data.degradations import imresize
 from ipt_fast.evaluation.metrics import psnr
 from ipt_fast.evaluation.runner import evaluate
+from ipt_fast.models import open_model
 
 
 @pytest.fixture
@@ -105,6 +107,42 @@ def test_restoring_larger_images(model, photos, tmp_path, capsys):
     assert "--noise takes the input itself as target, but the task magnifies 2 times" in capsys.readouterr().err
     assert run("restore", photos / "0.png", tmp_path / "no.png", "--model", model) == 2
     assert "task must be one of sr_x2, derain, denoise50" in capsys.readouterr().err
+
+
+def test_converting_published_files(model, photos, tmp_path, capsys):
+    ipt = open_model(model).only("denoise50")
+    torch.save({"params": ipt.state_dict()}, tmp_path / "published.pt")
+    command = ["convert", tmp_path / "published.pt", tmp_path / "converted", "--model", "ipt"]
+    assert run(*command, "--tasks", "denoise50") == 0  # 12 heads, as of the published models
+    assert open_model(tmp_path / "converted").config == dataclasses.replace(ipt.config, heads=12)
+    heads = ["--model-config", '{"heads": 3}']
+    assert run(*command, *heads, "--tasks", "denoise50") == 2
+    assert "OUT must be a new folder" in capsys.readouterr().err
+    command[2] = tmp_path / "again"
+    assert run(*command, *heads, "--tasks", "denoise50") == 0
+    again = open_model(tmp_path / "again")
+    x = 255 * torch.rand(1, 3, 12, 12)
+    assert again.config == ipt.config and torch.equal(again(x), ipt(x))
+    command[2] = tmp_path / "no"
+    for arguments, message in (
+        (heads, "tasks must name what"),
+        ([*heads, "--tasks", "sr_x2"], "tasks must fit"),
+        (["--model-config", '{"heads": 5}', "--tasks", "derain"], "heads must divide the 36 channels"),
+    ):
+        assert run(*command, *arguments) == 2
+        assert message in capsys.readouterr().err
+    ipt_fast.create_model("ipt_v2_tiny", pretrained=True).save_pretrained(tmp_path / "v2")
+    command[1] = tmp_path / "v2" / "model.safetensors"
+    assert run(*command) == 2
+    assert "holds no IPT" in capsys.readouterr().err
+    command[-1] = "ipt_v2_tiny"
+    assert run(*command, "--tasks", "derain") == 2
+    assert "unknown config field tasks" in capsys.readouterr().err
+    assert run(*command, "--model-config", '{"merged": true}') == 0
+    assert open_model(tmp_path / "no").config.merged
+    restore = ["restore", photos / "0.png", tmp_path / "0.png", "--model", "ipt"]
+    assert run(*restore, "--checkpoint", tmp_path / "published.pt") == 2
+    assert "with ipt-fast convert" in capsys.readouterr().err
 
 
 def test_plots(model, photos, tmp_path, capsys):

@@ -153,6 +153,8 @@ def test_bad_arguments(model):
     for tile in (None, 48, "whole"):
         with pytest.raises(ValueError, match="tile must be auto, blend, paper, official for IPT, whose input has 48"):
             restore(image, model, task=0, tile=tile)
+    with pytest.raises(ValueError, match='blend must be "cosine" where tile is "blend"'):
+        restore(image, model, task=0, tile="blend", blend="average")
     with pytest.raises(ValueError, match="overlap must be None for IPT"):
         restore(image, model, task=0, overlap=10)
     for task in (None, "dehaze", 4):

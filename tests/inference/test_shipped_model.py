@@ -7,8 +7,10 @@ import pathlib
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 import ipt_fast
+from ipt_fast.data.degradations import degrade, imresize
 from ipt_fast.evaluation.metrics import psnr
 from ipt_fast.evaluation.protocols import get_protocol
 from ipt_fast.inference import Restorer
@@ -42,6 +44,20 @@ def test_cbsd68_target_on_every_fourth_image(restorer):
     assert after >= 29.0
 
 
-def test_checkpoint_is_small():
-    path = importlib.resources.files("ipt_fast") / "assets" / "ipt_v2_tiny" / "model.safetensors"
-    assert path.stat().st_size <= 4e6
+@pytest.mark.parametrize(("task", "least"), [("sr_x2", 0.5), ("derain", 3), ("denoise30", 8), ("denoise50", 10)])
+def test_tasks_of_ipt(task, least):
+    path = importlib.resources.files("ipt_fast") / "assets" / "chelsea.png"
+    pixels = np.asarray(PIL.Image.open(path))[50:242, 100:292]
+    clean = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    degraded = degrade(clean, task, torch.Generator().manual_seed(0))
+    before = imresize(degraded, 2).clamp(0, 1) if task == "sr_x2" else degraded
+    model = ipt_fast.create_model("ipt_tiny", pretrained=True)
+    after = ipt_fast.restore(degraded[None], model, task=task, dtype="float32")[0].clamp(0, 1)
+    gain = psnr(after.numpy(), clean.numpy(), data_range=1) - psnr(before.numpy(), clean.numpy(), data_range=1)
+    assert gain > least
+
+
+@pytest.mark.parametrize(("name", "bytes_at_most"), [("ipt_v2_tiny", 4e6), ("ipt_tiny", 7e6)])
+def test_checkpoint_is_small(name, bytes_at_most):
+    path = importlib.resources.files("ipt_fast") / "assets" / name / "model.safetensors"
+    assert path.stat().st_size <= bytes_at_most

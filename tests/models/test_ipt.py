@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -148,6 +149,19 @@ def test_an_empty_batch():
     assert model(image(model, 0), "sr_x3").shape == (0, 3, 36, 36)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_cpu_infers_in_parts(monkeypatch, grad):
+    model, seen = small(), []
+    x = image(model, batch=5)
+    model.body.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    with torch.set_grad_enabled(grad):
+        whole = model(x, "sr_x2")
+        monkeypatch.setattr(ipt_fast.models.ipt, "PART_TOKENS", 3 * model.config.tokens - 1)
+        parts = model(x, "sr_x2")
+    assert seen == ([5, 5] if grad else [5, 2, 2, 1])
+    assert (parts - whole).abs().max() < 1e-5 * 255
+
+
 @pytest.mark.parametrize("name", ["head.0.0.weight", "tail.0.0.0.weight", "body.encoder.layers.0.linear1.weight"])
 def test_damaged_files(tmp_path, name):
     for value in (torch.zeros(3), torch.zeros(0, 0, 0, 0)):
@@ -190,6 +204,7 @@ def test_one_task_of_several():
         assert one.config == dataclasses.replace(model.config, tasks=(task,))
         x = image(model)
         assert torch.equal(one(x), model(x, task))
+    assert model.task_index(numpy.int64(4)) == 4
 
 
 def test_saving_and_opening(tmp_path):
@@ -231,6 +246,16 @@ def test_what_a_file_does_not_tell_is_not_guessed(tmp_path):
     with pytest.raises(ValueError, match="image_size must be given"):
         IPT.from_checkpoint(path, heads=3)
     assert IPT.from_checkpoint(path, heads=3, image_size=12).config.image_size == 12
+    torch.save(small(value_range=1.0).only("sr_x2").state_dict(), path)
+    assert IPT.from_checkpoint(path, heads=3).config.value_range == 1
+    for name, wrong, right in (("value_range", 255.0, 1.0), ("layers", 3, 2), ("no_pos", True, False)):
+        with pytest.raises(ValueError, match=f"{name} must be {right} as in .*; got {wrong}"):
+            IPT.from_checkpoint(path, heads=3, **{name: wrong})
+    state = small().only("sr_x2").state_dict()
+    state["add_mean.bias"] = torch.tensor([1.0, 2.0, 3.0])  # of other data: the range is not told
+    torch.save(state, path)
+    for given, found in (({}, 255), ({"value_range": 9}, 9)):
+        assert IPT.from_checkpoint(path, heads=3, **given).config.value_range == found
     torch.save({"conv.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="holds no IPT: it lacks head.0.0.weight"):
         IPT.from_checkpoint(path, heads=3)

@@ -55,3 +55,12 @@ def test_resume_may_change_only_what_leaves_the_weights_alone():
     for change in ({"lr": 1e-3}, {"seed": 1}, {"iterations": 5}, {"data": "other"}, {"model_config": {"width": 8}}):
         with pytest.raises(ValueError, match=f"cannot resume: {next(iter(change))} is"):
             dataclasses.replace(config, **change).check_resumable(saved)
+
+
+def test_a_run_of_an_older_version_resumes():
+    config = TrainingConfig("data", "out", lr=1e-3)
+    saved = config.to_dict()
+    del saved["schedule"]
+    config.check_resumable(saved)
+    with pytest.raises(ValueError, match="cannot resume: schedule is 'step' but the checkpoint was made with 'cosine'"):
+        dataclasses.replace(config, schedule="step").check_resumable(saved)

@@ -174,6 +174,16 @@ def test_bad_settings(make, changes, message):
         train(make(**changes))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_one_sentence(make, images, workers, capsys):
+    config = make(workers=workers)
+    for path in sorted(images.iterdir())[1:]:  # the first is read before training begins
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^cannot read the image in .*: cannot identify image file.*$") as raised:
+        train(config)
+    assert "\n" not in str(raised.value)
+
+
 def test_ablations_train(make):
     for name, changes in (("task", {"task_embedding": False}), ("positions", {"no_pos": True})):
         config = make(name, model_config={**TINY, **changes}, iterations=2)

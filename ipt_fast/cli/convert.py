@@ -1,0 +1,38 @@
+"""``ipt-fast convert``: make a file of weights a folder that every command's --model takes."""
+
+from pathlib import Path
+
+from ..models import open_checkpoint
+from ._arguments import json_object
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "convert",
+        help="make a file of weights a folder for --model",
+        description="Read a PyTorch or safetensors file strictly and save config.json and model.safetensors into OUT. "
+        "Of a published IPT the shape is read from the tensors, but the heads of its attention are those of --model.",
+    )
+    option = parser.add_argument
+    option("file", type=Path, metavar="FILE", help="weights, such as a published IPT")
+    option("output", type=Path, metavar="OUT", help="a new folder")
+    option("--model", required=True, help="the architecture, such as ipt")
+    option("--model-config", type=json_object, default={}, metavar="JSON",
+           help="fields of the model's config, such as '{\"heads\": 6}'")  # fmt: skip
+    option("--tasks", nargs="+", metavar="TASK", help="names of an IPT's heads in order, where its tails do not tell")
+    parser.set_defaults(run=run)
+
+
+def run(args) -> int:
+    """Convert as the parsed arguments say; 0.
+
+    Raises:
+        ValueError: bad arguments, OUT holds a model already, or the file does not fit.
+    """
+    if (args.output / "config.json").exists():
+        raise ValueError(f"OUT must be a new folder; {args.output} holds a model")
+    config = args.model_config if args.tasks is None else {**args.model_config, "tasks": tuple(args.tasks)}
+    model = open_checkpoint(args.file, args.model, **config)
+    model.save_pretrained(args.output)
+    print(args.output)
+    return 0
