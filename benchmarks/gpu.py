@@ -219,9 +219,10 @@ def plain(call, **overrides):
     return run
 
 
-def model_on_gpu(name, dtype, merged):
+def model_on_gpu(name, dtype, merged=None):
     torch.manual_seed(0)
-    model = ipt_fast.create_model(name, merged=merged).cuda().to(dtype)
+    options = {} if merged is None else {"merged": merged}
+    model = ipt_fast.create_model(name, **options).cuda().to(dtype)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -257,18 +258,27 @@ def training(record, compiled):
     model = model_on_gpu(name, torch.float32, merged=False).train()
     x = torch.rand(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
 
-    def step(run):
-        def call():
-            model.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = run(x).square().mean()
-            loss.backward()
-
-        return call
-
-    calls = {"ipt_fast": step(model), "eager": plain(step(model)), "sdpa": plain(step(model), **SDPA)}
+    step = training_step(model, model, x)
+    calls = {"ipt_fast": step, "eager": plain(step), "sdpa": plain(step, **SDPA)}
     if compiled:
-        calls["sdpa compiled"] = plain(step(torch.compile(model, dynamic=False)), **SDPA)
+        calls["sdpa compiled"] = plain(training_step(model, torch.compile(model, dynamic=False), x), **SDPA)
+    record.case(f"{name} {batch}x3x{size}x{size}", "bfloat16", "training", calls, None, peaks_of(calls, model))
+
+
+def training_step(model, run, x):
+    """Forward and backward of ``run``, which is ``model`` or its compiled form, under autocast."""
+
+    def call():
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = run(x).square().mean()
+        loss.backward()
+
+    return call
+
+
+def peaks_of(calls, model):
+    """{contender: GiB of GPU memory that a call has allocated at most}."""
     peaks = {}
     for contender, call in calls.items():
         call()
@@ -276,7 +286,33 @@ def training(record, compiled):
         torch.cuda.reset_peak_memory_stats()
         call()
         peaks[contender] = torch.cuda.max_memory_allocated() / GIB
-    record.case(f"{name} {batch}x3x{size}x{size}", "bfloat16", "training", calls, None, peaks)
+    return peaks
+
+
+def ipt(record):
+    """The tiles of IPT, and a training step, beside the same model in PyTorch's own operations."""
+
+    def plain_ipt(call):
+        def run():
+            with baseline.plain_ipt():
+                return call()
+
+        return run
+
+    model = model_on_gpu("ipt", torch.bfloat16).eval()
+    x = (255 * torch.rand(64, 3, 48, 48, device="cuda")).bfloat16()
+    with torch.inference_mode():
+        calls = {"ipt_fast": lambda: model(x), "eager": plain_ipt(lambda: model(x))}
+        ours, rival = (call().float() for call in calls.values())
+        error = (ours - rival).abs().max() / rival.abs().max()
+        assert error < 0.05, f"ipt: error {error:.1e}; no speed is reported"
+        calls, notes = with_capture(calls)
+        record.case("ipt 64x3x48x48", "bfloat16", "forward", calls, None, None, notes)
+    model = model_on_gpu("ipt", torch.float32).train()
+    x = 255 * torch.rand(32, 3, 48, 48, device="cuda")
+    step = training_step(model, model, x)
+    calls = {"ipt_fast": step, "eager": plain_ipt(step)}
+    record.case("ipt 32x3x48x48", "bfloat16", "training", calls, None, peaks_of(calls, model))
 
 
 def photo(record):
@@ -308,6 +344,7 @@ def main():
         ("models bf16", lambda: models(record, half, False)),
         ("operators bf16", lambda: operators(record, half, False)),
         ("training", lambda: training(record, False)),
+        ("ipt", lambda: ipt(record)),
         ("photo", lambda: photo(record)),
         ("models fp32", lambda: models(record, full, False)),
         ("operators fp32", lambda: operators(record, full, False)),

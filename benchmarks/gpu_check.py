@@ -16,7 +16,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OPERATOR_TESTS = ["tests/ops/test_parity.py", "tests/ops/test_not_finite.py"]
+OPERATOR_TESTS = ["tests/ops/test_parity.py", "tests/ops/test_not_finite.py", "tests/modules/test_transformer.py"]
 
 
 def this_architecture():

@@ -11,11 +11,13 @@ from .focal_channel_attention import focal_channel_attention, focal_channel_atte
 from .grid_attention import grid_attention
 from .grid_attention_backward import grid_attention_backward
 from .grid_attention_layer import grid_attention_layer, grid_attention_layer_backward
-from .layer_norm_2d import layer_norm_2d, layer_norm_2d_backward
+from .layer_norm_2d import add_layer_norm, add_layer_norm_backward, layer_norm_2d, layer_norm_2d_backward
 from .leffn import leffn, leffn_backward, leffn_layer, leffn_layer_backward
 from .merge import merge_depthwise, merge_depthwise_backward, merge_pointwise, merge_pointwise_backward
 
 __all__ = [
+    "add_layer_norm",
+    "add_layer_norm_backward",
     "channel_attention",
     "channel_attention_backward",
     "focal_attention_layer",

@@ -1,7 +1,8 @@
 """Layer norm over the channels of every pixel, in both kinds; see ipt_fast.ops.layer_norm_2d.
 
 Forward: read x, write y, 2 C values a pixel. Backward: read x and the gradient, write one; each of PROGRAMS programs
-adds up the gradients of weight and bias over its own pixels, and PyTorch adds up those sums.
+adds up the gradients of weight and bias over its own pixels, and PyTorch adds up those sums. The tokens of IPT are
+pixels too: `add_layer_norm` adds a branch to the residual stream on its way, 4 C values a token.
 """
 
 import torch
@@ -15,17 +16,9 @@ PROGRAMS = 512  # of the backward: a number of its own, so that sums are in the 
 
 @triton.jit(do_not_specialize=["pixels"])
 def layer_norm_2d_fwd_kernel(
-    x,
-    weight,
-    bias,
-    y,
-    pixels,
-    eps,
-    C: tl.constexpr,
-    CENTERED: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, branch, weight, bias, total, y, pixels, eps,
+    C: tl.constexpr, CENTERED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     # b_x, b_s, b_y: (BLOCK_P, BLOCK_C)
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.arange(0, BLOCK_C)
@@ -33,6 +26,11 @@ def layer_norm_2d_fwd_kernel(
     m_x = (o_p < pixels)[:, None] & m_c[None, :]
     p_x = o_p[:, None] * C + o_c[None, :]
     b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
+    if branch is not None:
+        b_x += tl.load(branch + p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_total = b_x.to(total.dtype.element_ty)
+        tl.store(total + p_x, b_total, mask=m_x)
+        b_x = b_total.to(tl.float32)  # the norm of what the backward will see
     b_mean = tl.sum(b_x, axis=1) / C
     b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
     b_rstd = 1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps)
@@ -91,33 +89,63 @@ def _tiles(values, block_c, warps=4):
     return [dict(BLOCK_P=max(1, n // block_c), BLOCK_C=block_c, num_warps=warps) for n in values]
 
 
-def layer_norm_2d(x, weight, bias, eps, centered):
-    batch, channels, height, width = x.shape
-    pixels = batch * height * width
-    y = torch.empty_like(x)
+def _forward(x, branch, weight, bias, total, y, eps, centered):
+    """Rows of channels, whatever else ``x`` and the others have: (..., C) in memory."""
+    channels = len(weight)
+    pixels = x.numel() // channels
     tiles = config("layer_norm_2d_fwd", key_of(x, channels), _tiles((4096, 2048, 8192), block_of(channels)), x.device)
+    maps = [each for each in (x, branch, total, y) if each is not None]
     launch(
-        layer_norm_2d_fwd_kernel, (triton.cdiv(pixels, tiles["BLOCK_P"]),), x, weight, bias, y, pixels, eps,
+        layer_norm_2d_fwd_kernel, (triton.cdiv(pixels, tiles["BLOCK_P"]),),
+        x, branch, weight, bias, total, y, pixels, eps,
         C=channels, CENTERED=centered, **tiles,
-        work=Work(2 * x.numel() * x.element_size(), vector=8 * x.numel()),
+        work=Work(sum(each.numel() * each.element_size() for each in maps), vector=8 * x.numel()),
     )  # fmt: skip
-    return y
 
 
-def layer_norm_2d_backward(grad, x, weight, bias, eps, centered, residual=None):
-    """``residual``: a map that is added to the gradient of ``x``, before it is rounded."""
-    batch, channels, height, width = x.shape
-    pixels = batch * height * width
+def _backward(grad, x, weight, bias, eps, centered, residual):
+    channels = len(weight)
+    pixels = x.numel() // channels
     grad_x = torch.empty_like(x)
     tiles = config(
         "layer_norm_2d_bwd", key_of(x, channels), _tiles((4096, 2048, 1024), block_of(channels), 8), x.device
     )
     programs = min(PROGRAMS, triton.cdiv(pixels, tiles["BLOCK_P"]))
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    maps = [each for each in (grad, x, residual, grad_x) if each is not None]
     launch(
         layer_norm_2d_bwd_kernel, (programs,), grad, x, weight, residual, grad_x, sums, pixels, eps,
         C=channels, CENTERED=centered, PROGRAMS=PROGRAMS, **tiles,
-        work=Work((3 if residual is None else 4) * x.numel() * x.element_size(), vector=20 * x.numel()),
+        work=Work(sum(each.numel() * each.element_size() for each in maps), vector=20 * x.numel()),
     )  # fmt: skip
     grad_weight, grad_bias = sums.sum(dim=0)
     return grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
+
+
+def layer_norm_2d(x, weight, bias, eps, centered):
+    y = torch.empty_like(x)
+    _forward(x, None, weight, bias, None, y, eps, centered)
+    return y
+
+
+def layer_norm_2d_backward(grad, x, weight, bias, eps, centered, residual=None):
+    """``residual``: a map that is added to the gradient of ``x``, before it is rounded."""
+    return _backward(grad, x, weight, bias, eps, centered, residual)
+
+
+def add_layer_norm(x, branch, weight, bias, eps, dtype):
+    """(t = x + branch in the dtype of ``x``, LN(t) in ``dtype``) of tokens (B, N, C); t is ``x`` without a branch."""
+    x = x.contiguous()
+    y = torch.empty_like(x, dtype=dtype)
+    if branch is None:
+        _forward(x, None, weight, bias, None, y, eps, True)
+        return x, y
+    total = torch.empty_like(x)
+    _forward(x, branch.contiguous(), weight, bias, total, y, eps, True)
+    return total, y
+
+
+def add_layer_norm_backward(grad, total, weight, bias, eps, residual=None):
+    """Gradients of t, to which ``residual`` is added before it is rounded, of weight and of bias."""
+    residual = residual if residual is None else residual.contiguous()
+    return _backward(grad.contiguous(), total, weight, bias, eps, True, residual)

@@ -11,21 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-
-def _normalise(x, weight, bias, eps, dtype):
-    """(norm of x in ``dtype``, mean, 1 / standard deviation); x as it is where there is no norm."""
-    if weight is None:
-        return x.to(dtype), None, None
-    y, mean, scale = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return y.to(dtype), mean, scale
-
-
-def _norm_backward(grad, x, mean, scale, weight, bias):
-    """Gradients of x, weight and bias."""
-    if weight is None:
-        return grad.to(x.dtype), None, None
-    arguments = grad.to(x.dtype), x, x.shape[-1:], mean, scale, weight, bias, [True, True, True]
-    return torch.ops.aten.native_layer_norm_backward(*arguments)
+from ..ops._tokens import linear_relu, norm_backward, normalise
 
 
 def _weight_gradient(grad, x):
@@ -33,61 +19,67 @@ def _weight_gradient(grad, x):
 
 
 class _NormProjection(torch.autograd.Function):
-    """LN(x) W^T, to the first channels of which an offset for each token is added; keeps x alone."""
+    """t = x + branch and LN(t) W^T, to the first channels of which an offset for each token is added; keeps t alone.
+
+    Without a branch LN(x) W^T only.
+    """
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight, offset, eps):
-        y, mean, scale = _normalise(x, norm_weight, norm_bias, eps, weight.dtype)
+    def forward(ctx, x, branch, norm_weight, norm_bias, weight, offset, eps):
+        total, y, mean, scale = normalise(x, branch, norm_weight, norm_bias, eps, weight.dtype)
         out = F.linear(y, weight)
         if offset is not None:
             out[..., : offset.shape[-1]] += offset
-        ctx.save_for_backward(x, mean, scale, norm_weight, norm_bias, weight)
+        ctx.save_for_backward(total, mean, scale, norm_weight, norm_bias, weight)
         ctx.eps, ctx.offset = eps, offset if offset is None else (offset.shape[-1], offset.dtype)
-        return out
+        ctx.branch = None if branch is None else branch.dtype
+        return out if branch is None else (total, out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, mean, scale, norm_weight, norm_bias, weight = ctx.saved_tensors
-        with without_autocast(x):
-            y, _, _ = _normalise(x, norm_weight, norm_bias, ctx.eps, weight.dtype)
+    def backward(ctx, *grads):
+        total, mean, scale, norm_weight, norm_bias, weight = ctx.saved_tensors
+        residual, grad = (None, *grads) if ctx.branch is None else grads
+        with without_autocast(total):
+            _, y, _, _ = normalise(total, None, norm_weight, norm_bias, ctx.eps, weight.dtype)
             weight_grad = _weight_gradient(grad, y)
             del y
-            grads = _norm_backward(grad @ weight, x, mean, scale, norm_weight, norm_bias)
-            offset_grad = None if ctx.offset is None else grad[..., : ctx.offset[0]].sum(0, dtype=ctx.offset[1])
-        return *grads, weight_grad, offset_grad, None
+            grads = norm_backward(grad @ weight, total, mean, scale, norm_weight, norm_bias, ctx.eps, residual)
+            of_branch = None if ctx.branch is None else grads[0].to(ctx.branch)
+            of_offset = None if ctx.offset is None else grad[..., : ctx.offset[0]].sum(0, dtype=ctx.offset[1])
+        return grads[0], of_branch, *grads[1:], weight_grad, of_offset, None
 
 
 class _FeedForward(torch.autograd.Function):
-    """x + W2 relu(W1 LN(x) + b1) + b2; keeps x and the hidden values."""
+    """t + W2 relu(W1 LN(t) + b1) + b2 with t = x + branch; keeps t and the hidden values."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps):
-        y, mean, scale = _normalise(x, norm_weight, norm_bias, eps, weight1.dtype)
-        hidden = F.linear(y, weight1, bias1).relu_()
+    def forward(ctx, x, branch, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps):
+        total, y, mean, scale = normalise(x, branch, norm_weight, norm_bias, eps, weight1.dtype)
+        hidden = linear_relu(y, weight1, bias1)
         del y
         out = F.linear(hidden, weight2, bias2)
-        ctx.save_for_backward(x, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden)
-        ctx.eps = eps
-        return out.add_(x) if out.dtype == x.dtype else out + x
+        ctx.save_for_backward(total, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden)
+        ctx.eps, ctx.branch = eps, branch.dtype
+        return out.add_(total) if out.dtype == total.dtype else out + total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
-        with without_autocast(x):
+        total, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
+        with without_autocast(total):
             of_out = grad.to(weight2.dtype)
             grads2 = _weight_gradient(of_out, hidden), of_out.flatten(0, -2).sum(0)
             of_hidden = of_out @ weight2
             torch.ops.aten.threshold_backward.grad_input(of_hidden, hidden, 0, grad_input=of_hidden)
-            y, _, _ = _normalise(x, norm_weight, norm_bias, ctx.eps, weight1.dtype)
+            _, y, _, _ = normalise(total, None, norm_weight, norm_bias, ctx.eps, weight1.dtype)
             grads1 = _weight_gradient(of_hidden, y), of_hidden.flatten(0, -2).sum(0)
             del y
             of_y = of_hidden @ weight1
             del of_hidden
-            of_x, *norm_grads = _norm_backward(of_y, x, mean, scale, norm_weight, norm_bias)
-            of_x = of_x + grad
-        return of_x, *norm_grads, *grads1, *grads2, None
+            norm = norm_weight, norm_bias, ctx.eps
+            of_total, *norm_grads = norm_backward(of_y, total, mean, scale, *norm, residual=grad)
+        return of_total, of_total.to(ctx.branch), *norm_grads, *grads1, *grads2, None
 
 
 def _for_autocast(x, *parameters):
@@ -109,20 +101,23 @@ def _norm_parameters(norm):
     return (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
 
 
-def norm_projection(x, norm, weight, offset=None):
-    """LN(x) W^T with, if given, ``offset`` added to the first channels: (B, N, D) -> (B, N, len(weight))."""
+def norm_projection(x, branch, norm, weight, offset=None):
+    """t = x + branch and LN(t) W^T, to whose first channels ``offset`` is added: (B, N, D) -> (B, N, len(weight)).
+
+    Where ``branch`` is None LN(x) W^T only.
+    """
     norm_weight, norm_bias, eps = _norm_parameters(norm)
     weight, offset = _for_autocast(x, weight, offset)
     with without_autocast(x):
-        return _NormProjection.apply(x, norm_weight, norm_bias, weight, offset, eps)
+        return _NormProjection.apply(x, branch, norm_weight, norm_bias, weight, offset, eps)
 
 
-def feed_forward(x, norm, linear1, linear2):
-    """x + FFN(LN(x)) with ReLU: (B, N, D) -> (B, N, D)."""
+def feed_forward(x, branch, norm, linear1, linear2):
+    """t + FFN(LN(t)) with ReLU and t = x + branch: (B, N, D) -> (B, N, D)."""
     norm_weight, norm_bias, eps = _norm_parameters(norm)
     parameters = _for_autocast(x, linear1.weight, linear1.bias, linear2.weight, linear2.bias)
     with without_autocast(x):
-        return _FeedForward.apply(x, norm_weight, norm_bias, *parameters, eps)
+        return _FeedForward.apply(x, branch, norm_weight, norm_bias, *parameters, eps)
 
 
 class MultiHeadAttention(nn.Module):
@@ -141,21 +136,22 @@ class MultiHeadAttention(nn.Module):
         nn.init.kaiming_uniform_(self.in_proj_weight, a=5**0.5)
 
     def to_itself(self, x, norm, added=None):
-        """x + MSA(y + added, y + added, y) with y = LN(x): (B, N, D); added (N, D) or None."""
+        """MSA(y + added, y + added, y) with y = LN(x): (B, N, D); added (N, D) or None."""
         rows = 2 * x.shape[2]
         offset = None if added is None else F.linear(added, self.in_proj_weight[:rows])
-        qkv = norm_projection(x, norm, self.in_proj_weight, offset)
-        return x + self._attend(*qkv.chunk(3, dim=2))
+        qkv = norm_projection(x, None, norm, self.in_proj_weight, offset)
+        return self._attend(*qkv.chunk(3, dim=2))
 
-    def to_memory(self, x, norm, memory, added=None, added_to_keys=None):
-        """x + MSA(LN(x) + added, memory + added_to_keys, memory): (B, N, D); what is added (N, D) or None."""
+    def to_memory(self, x, branch, norm, memory, added=None, added_to_keys=None):
+        """t = x + branch and MSA(LN(t) + added, memory + added_to_keys, memory): (B, N, D); what is added (N, D)."""
         dim = x.shape[2]
         q_weight, k_weight, _ = self.in_proj_weight.chunk(3)
-        q = norm_projection(x, norm, q_weight, None if added is None else F.linear(added, q_weight))
+        offset = None if added is None else F.linear(added, q_weight)
+        total, q = norm_projection(x, branch, norm, q_weight, offset)
         k, v = F.linear(memory, self.in_proj_weight[dim:]).chunk(2, dim=2)
         if added_to_keys is not None:
             k = k + F.linear(added_to_keys, k_weight)
-        return x + self._attend(q, k, v)
+        return total, self._attend(q, k, v)
 
     def _attend(self, q, k, v):
         # (B, N, D) -> (B, heads, N, d), as views
@@ -185,8 +181,8 @@ class EncoderLayer(nn.Module):
             setattr(self, f"norm{i + 1}", nn.LayerNorm(dim) if norm else nn.Identity())
 
     def forward(self, x, positions=None):
-        x = self.self_attn.to_itself(x, self.norm1, positions)
-        return feed_forward(x, self.norm2, self.linear1, self.linear2)
+        branch = self.self_attn.to_itself(x, self.norm1, positions)
+        return feed_forward(x, branch, self.norm2, self.linear1, self.linear2)
 
 
 class DecoderLayer(EncoderLayer):
@@ -206,6 +202,6 @@ class DecoderLayer(EncoderLayer):
         self.multihead_attn = MultiHeadAttention(dim, num_heads)
 
     def forward(self, x, memory, task=None, positions=None):
-        x = self.self_attn.to_itself(x, self.norm1, task)
-        x = self.multihead_attn.to_memory(x, self.norm2, memory, task, positions)
-        return feed_forward(x, self.norm3, self.linear1, self.linear2)
+        branch = self.self_attn.to_itself(x, self.norm1, task)
+        x, branch = self.multihead_attn.to_memory(x, branch, self.norm2, memory, task, positions)
+        return feed_forward(x, branch, self.norm3, self.linear1, self.linear2)

@@ -55,7 +55,8 @@ def _check_device(device):
 
 
 @functools.cache
-def _function(name):
+def function(name):
+    """One of ipt_fast.kernels."""
     return getattr(importlib.import_module("ipt_fast.kernels"), name)
 
 
@@ -99,10 +100,10 @@ def register(operator, limits=None):
         ]
 
     def forward(*args):
-        return _function(operator.name)(*prepare(args))
+        return function(operator.name)(*prepare(args))
 
     def backward(grad, *args):
         grad = as_channels_last(grad) if operator.images else grad.contiguous()
-        return _function(f"{operator.name}_backward")(grad, *prepare(args))
+        return function(f"{operator.name}_backward")(grad, *prepare(args))
 
     operator.kernels["triton"] = Kernel(check, forward, backward)

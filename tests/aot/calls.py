@@ -9,6 +9,7 @@ from ipt_fast.kernels import _launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (32, 48, 64, 96, 192, 384)  # of IPT-V2 small and base, from the first level to the latent one
+TOKEN_WIDTHS = (144, 576)  # of ipt_tiny and ipt
 
 
 def _image(channels, dtype, size=64):
@@ -29,6 +30,13 @@ def calls():
             found[f"layer_norm_2d {width} {label}"] = "layer_norm_2d", (x, norm, norm, 1e-5, True)
             found[f"layer_norm_2d bias-free {width} {label}"] = "layer_norm_2d", (x, norm, None, 1e-5, False)
             found |= _feed_forward(width, x, norm, label)
+        for width in TOKEN_WIDTHS:
+            tokens, norm = _tensor(64, width, dtype=dtype), _tensor(width, dtype=dtype)
+            call = f"add_layer_norm {width} {label}"
+            found[call] = "add_layer_norm", (tokens, tokens, norm, norm, 1e-5, dtype)
+            found[f"{call} first"] = "add_layer_norm", (tokens, None, norm, norm, 1e-5, dtype)
+            stream, norm = _tensor(64, width), _tensor(width)
+            found[f"{call} autocast"] = "add_layer_norm", (stream, tokens, norm, norm, 1e-5, dtype)
         for head, grid in ((32, 8), (48, 16)):
             for heads in (1, 2, 4, 8):
                 width, name = head * heads, f"{head * heads} {grid}x{grid} {label}"
@@ -87,6 +95,9 @@ def record_calls(pattern="", choice=0, narrow=False):
         seen.add(operator)
         with _launch.record(choice) as recorded:
             out = getattr(ipt_fast.kernels, operator)(*arguments)
+            if operator == "add_layer_norm":
+                x, branch, *others = arguments
+                out, arguments = out[1], (x, *others[:-1], x if branch is not None else None)
             getattr(ipt_fast.kernels, f"{operator}_backward")(torch.empty_like(out), *arguments)
         launches += recorded
     return launches

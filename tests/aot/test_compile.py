@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install ipt-f
 from tests.aot.ahead_of_time import SHARED_MEMORY  # noqa: E402, needs Triton
 
 OPERATORS = [
-    "layer_norm_2d", "channel_attention", "focal_channel_attention", "grid_attention", "leffn", "merge_pointwise",
-    "merge_depthwise", "focal_attention_layer", "grid_attention_layer", "leffn_layer",
+    "layer_norm_2d", "add_layer_norm", "channel_attention", "focal_channel_attention", "grid_attention", "leffn",
+    "merge_pointwise", "merge_depthwise", "focal_attention_layer", "grid_attention_layer", "leffn_layer",
 ]  # fmt: skip
 
 

@@ -68,3 +68,28 @@ def test_readme_shows_the_recorded_figures():
     assert table.speed() in readme
     assert table.footprint() in readme
     assert table.ipt() in (ROOT / "docs/ipt.md").read_text()
+
+
+def test_the_plain_form_of_ipt():
+    torch.manual_seed(0)
+    shape = dict(image_size=12, features=4, layers=1, heads=3)
+    for options in ({}, {"pos_every": True}, {"no_norm": True}):
+        model, x = ipt_fast.create_model("ipt", **shape, **options), 255 * torch.rand(2, 3, 12, 12)
+        ours = model(x)
+        with baseline.plain_ipt():
+            plain = model(x)
+            names = {type(node).__name__ for node in nodes(plain.grad_fn)}
+        assert (ours - plain).abs().max() < 1e-5 * 255
+        assert not any("FeedForward" in name or "NormProjection" in name for name in names)
+        assert any("FeedForward" in type(node).__name__ for node in nodes(ours.grad_fn))
+
+
+def nodes(root):
+    """Of an autograd graph."""
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return seen

@@ -17,11 +17,19 @@ def main():
             grad = torch.randn_like(cases.public(operator, tensors, options))
             with ipt_fast.use_backend("triton"):
                 cases.forward_and_gradients(getattr(ipt_fast.ops, operator), tensors, options, grad)
+    ipt_layers()
     if reason := _extension.cuda_error():
         print(f"left out: {reason}")
     else:
         cuda_kernels()
     torch.cuda.synchronize()
+
+
+def ipt_layers():
+    model = ipt_fast.create_model("ipt_tiny", layers=1).cuda()
+    for autocast in (False, True):
+        with ipt_fast.use_backend("triton"), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            model(255 * torch.rand(2, 3, 48, 48, device="cuda"), "derain").mean().backward()
 
 
 def cuda_kernels():

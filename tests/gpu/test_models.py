@@ -41,6 +41,53 @@ def test_whole_models(name, height, width):
     assert abs(psnr(ours, clean) - psnr(plain, clean)) < 0.02
 
 
+def ipt():
+    torch.manual_seed(0)
+    return ipt_fast.create_model("ipt", tasks=("sr_x2", "derain"), layers=3).cuda()
+
+
+def test_ipt(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, x = ipt().eval(), 255 * torch.rand(5, 3, 48, 48, device="cuda")
+    with torch.inference_mode():
+        truth = copy.deepcopy(model).double()(x.double(), "sr_x2").float()
+        scale = truth.abs().max()
+        outputs = {}
+        for backend in ("triton", "reference"):
+            with ipt_fast.use_backend(backend):
+                outputs[backend] = model(x, "sr_x2")
+                assert (outputs[backend] - truth).abs().max() < 2e-5 * scale
+                with torch.autocast("cuda", torch.bfloat16):
+                    assert (model(x, "sr_x2") - truth).abs().max() < 0.05 * scale
+    graph = torch.cuda.CUDAGraph()
+    with ipt_fast.use_backend("triton"), torch.inference_mode(), torch.cuda.graph(graph):
+        out = model(x, "sr_x2")
+    graph.replay()
+    assert torch.equal(out, outputs["triton"])
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x, "sr_x2"), outputs["triton"], rtol=1e-4, atol=1e-4 * scale.item())
+
+
+def test_ipt_trains_as_by_the_reference():
+    losses = {}
+    for backend in ("triton", "reference"):
+        model = ipt().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        generator = torch.Generator("cuda").manual_seed(1)
+        with ipt_fast.use_backend(backend):
+            for _ in range(20):
+                x = 255 * torch.rand(4, 3, 48, 48, device="cuda", generator=generator)
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = (model(x, "derain") - x).abs().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.setdefault(backend, []).append(loss.item())
+    for ours, plain in zip(losses["triton"], losses["reference"], strict=True):
+        assert abs(ours - plain) < 0.03 * plain
+
+
 @pytest.mark.parametrize("name", ["ipt_v2_small", "ipt_v2_base"])
 def test_cuda_graph(name):
     model = made(name).bfloat16()

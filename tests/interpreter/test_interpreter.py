@@ -30,6 +30,10 @@ def test_parity_of_every_operator():
     assert run("tests/ops/test_parity.py", "-k", selected, IPT_FAST_TEST_SIZES="1") > 10
 
 
+def test_layers_of_ipt():
+    assert run("tests/modules/test_transformer.py") >= 10
+
+
 @pytest.mark.slow
 def test_everything():
     assert run("tests/ops/test_parity.py", "tests/ops/test_not_finite.py") > 300

@@ -1,0 +1,52 @@
+"""Around the products of the IPT body: residual and norm, bias and ReLU; PyTorch's kernels, on NVIDIA GPUs Triton's."""
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from . import _select, _triton
+from ._operator import OPERATORS
+
+
+def _fuses(x, norm_weight):
+    """Whether Triton's kernel adds and normalises; compiled code is left to the compiler."""
+    if norm_weight is None or torch.compiler.is_compiling() or _select.policy() not in ("auto", "triton"):
+        return False
+    return _select.choose(OPERATORS["layer_norm_2d"], (x, norm_weight, None, 0.0, True)) == "triton"
+
+
+def normalise(x, branch, weight, bias, eps, dtype):
+    """(t = x + branch, LN(t) in ``dtype``, mean and 1 / standard deviation of aten's).
+
+    ``branch`` may be None, then t is x; without a norm (``weight`` None) LN(t) is t.
+    """
+    if _fuses(x, weight):
+        return *_triton.function("add_layer_norm")(x, branch, weight, bias, eps, dtype), None, None
+    total = x if branch is None else x + branch
+    if weight is None:
+        return total, total.to(dtype), None, None
+    y, mean, scale = torch.native_layer_norm(total, x.shape[-1:], weight, bias, eps)
+    return total, y.to(dtype), mean, scale
+
+
+def norm_backward(grad, total, mean, scale, weight, bias, eps, residual):
+    """Gradients of t, to which ``residual`` (None for none) is added, of weight and of bias."""
+    if weight is not None and mean is None:
+        return _triton.function("add_layer_norm_backward")(grad, total, weight, bias, eps, residual)
+    grads = grad.to(total.dtype), None, None
+    if weight is not None:
+        arguments = grads[0], total, total.shape[-1:], mean, scale, weight, bias, [True, True, True]
+        grads = torch.ops.aten.native_layer_norm_backward(*arguments)
+    return grads if residual is None else (grads[0] + residual, *grads[1:])
+
+
+def linear_relu(x, weight, bias):
+    """relu(x W^T + b), on NVIDIA GPUs in the epilogue of cuBLASLt's product."""
+    rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.T)
+    return rows.view(*x.shape[:-1], len(weight))
+
+
+if torch.ops.aten._addmm_activation not in flop_registry:
+
+    @register_flop_formula(torch.ops.aten._addmm_activation)
+    def _product_flops(bias, a, b, *args, out_shape=None, **kwargs):
+        return 2 * a[0] * a[1] * b[1]

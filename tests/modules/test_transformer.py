@@ -1,0 +1,113 @@
+"""Layers of the IPT body on every backend: with Triton's fused residual and norm as with PyTorch's own kernels.
+
+tests/interpreter runs this file with Triton's interpreter, tests/gpu on a GPU.
+"""
+
+import copy
+
+import pytest
+import torch
+
+import ipt_fast
+from ipt_fast.modules.transformer import DecoderLayer, EncoderLayer
+from ipt_fast.ops import _tokens
+from tests.ops import cases
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRITON = ipt_fast.explain(
+    "layer_norm_2d", torch.rand(1, 4, 2, 2, device=cases.DEVICE), torch.ones(4, device=cases.DEVICE)
+)
+TRITON = TRITON["layer_norm_2d"]["triton"]
+needs_triton = pytest.mark.skipif(TRITON is not None, reason=f"needs the backend triton: {TRITON}")
+
+
+class Body(torch.nn.Module):
+    """An encoder and a decoder layer, the embeddings of a task and of positions."""
+
+    def __init__(self, dim=36, tokens=25, positions=True, norm=True):
+        super().__init__()
+        self.encoder, self.decoder = EncoderLayer(dim, 3, norm=norm), DecoderLayer(dim, 3, norm=norm)
+        self.task = torch.nn.Parameter(torch.randn(tokens, dim))
+        self.positions = torch.nn.Parameter(torch.randn(tokens, dim)) if positions else None
+        for name, value in self.named_parameters():
+            if "norm" in name:
+                torch.nn.init.normal_(value, mean=1.0, std=0.3)
+
+    def forward(self, x):
+        memory = self.encoder(x, self.positions)
+        return self.decoder(memory, memory, self.task, self.positions)
+
+
+def body(dtype, **options):
+    torch.manual_seed(0)
+    return Body(**options).to(cases.DEVICE, dtype)
+
+
+def results(body, x, backend, autocast=None):
+    """{"out": ..., and gradients by name}."""
+    x = x.detach().clone().requires_grad_()
+    body.zero_grad()
+    with ipt_fast.use_backend(backend), torch.autocast(cases.DEVICE, autocast, enabled=autocast is not None):
+        out = body(x)
+        out.backward(torch.ones_like(out) + out.detach().sign())
+    return {"out": out.detach(), "x": x.grad, **{name: value.grad for name, value in body.named_parameters()}}
+
+
+def check(dtype, autocast=None, shape=(3, 25, 36), **options):
+    ours, x = body(dtype, **options), torch.randn(shape, dtype=torch.float64).to(cases.DEVICE, dtype)
+    truth = results(copy.deepcopy(ours).double(), x.double(), "reference")
+    truth = {name: value.to(cases.DEVICE) for name, value in truth.items()}
+    base = results(ours, x, "reference", autocast)
+    cases.assert_within_rule(results(ours, x, "triton", autocast), truth, base)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_on_triton(dtype):
+    check(dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_layers_on_triton_under_autocast(dtype):
+    check(torch.float32, autocast=dtype)
+
+
+@needs_triton
+def test_layers_without_positions_and_without_norms():
+    check(torch.float32, positions=False)
+    check(torch.float32, norm=False)
+
+
+@needs_triton
+def test_empty_batch_on_triton():
+    ours = body(torch.float32)
+    found = results(ours, torch.rand(0, 25, 36, device=cases.DEVICE), "triton")
+    assert found["out"].shape == (0, 25, 36) and all(not value.any() for value in found.values())
+
+
+@needs_triton
+def test_the_kernels_ran(monkeypatch):
+    names = []
+    monkeypatch.setattr(
+        _tokens._triton, "function", lambda name, of=_tokens._triton.function: names.append(name) or of(name)
+    )
+    results(body(torch.float32), torch.rand(1, 25, 36, device=cases.DEVICE), "triton")
+    # Five norms, twice computed in a step, and their backward.
+    assert names.count("add_layer_norm") == 10 and names.count("add_layer_norm_backward") == 5
+
+
+@pytest.mark.skipif(TRITON is None, reason="the backend triton runs here")
+def test_a_demanded_backend_that_cannot_run_is_refused():
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run"), ipt_fast.use_backend("triton"):
+        body(torch.float32)(torch.rand(1, 25, 36))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_linear_relu(dtype):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 5, 8), torch.randn(12, 8), torch.randn(12)
+    x, weight, bias = (each.to(cases.DEVICE, dtype) for each in (x, weight, bias))
+    expected = torch.relu(x.double() @ weight.double().T + bias.double())
+    error = (_tokens.linear_relu(x, weight, bias).double() - expected).abs().max()
+    assert error < 8 * torch.finfo(dtype).eps * expected.abs().max()
