@@ -59,7 +59,9 @@ def test_rows_are_appended_and_plotted(tmp_path):
     results.append(path, [row | {"times_faster": "3.0"}])
     assert [r["times_faster"] for r in results.read(path)] == ["2.0", "3.0"]
     plot.draw(path, tmp_path / "cpu.png")
-    assert (tmp_path / "cpu.png").stat().st_size > 1000
+    plot.draw_training(results.FOLDER / "train_ipt_tiny.csv", tmp_path / "training.png")
+    for name in ("cpu.png", "training.png"):
+        assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_readme_shows_the_recorded_figures():
@@ -67,7 +69,8 @@ def test_readme_shows_the_recorded_figures():
     assert table.denoising() in readme
     assert table.speed() in readme
     assert table.footprint() in readme
-    assert table.ipt() in (ROOT / "docs/ipt.md").read_text()
+    for ipt_table in (table.ipt(), table.ipt_restoration()):
+        assert ipt_table in (ROOT / "docs/ipt.md").read_text()
 
 
 def test_the_plain_form_of_ipt():
