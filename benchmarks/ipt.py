@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
@@ -75,6 +76,32 @@ def image(a_tile, path, length=512):
     print(
         f"{length} x {length}: {counts['ipt_fast']} tiles for {counts['eager']}: {ratio:.1f} times as fast", flush=True
     )
+
+
+def attention(dtype_name, rounds, path):
+    """SDPA, which the body uses, beside the library's own core for grids, with all tokens as one grid."""
+    heads, dim, side = 12, 576, 16
+    qkv = torch.randn(LAYER_TILES, side**2, 3 * dim, dtype=measure.DTYPES[dtype_name])
+
+    def sdpa(qkv):
+        q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in qkv.chunk(3, dim=2))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def grid_core(qkv):
+        tokens = qkv.transpose(1, 2).unflatten(2, (side, side))
+        return ipt_fast.ops.grid_attention(tokens, num_heads=heads, grid_size=side).flatten(2).transpose(1, 2)
+
+    functions = {"sdpa": sdpa, "grid core": grid_core}
+    work = 4 * LAYER_TILES * side**4 * dim, 4 * LAYER_TILES * side**2 * dim * qkv.element_size()
+    case = f"ipt attention {LAYER_TILES}x{side**2}x{dim}"
+    for direction, wrapped, times in (
+        ("forward", measure.without_backward, 1),
+        ("training", measure.with_backward, 3),
+    ):
+        found = medians({name: wrapped(each, [qkv], {}) for name, each in functions.items()}, rounds)
+        results.append_medians(path, case, dtype_name, direction, found, [times * each for each in work])
+        ratio = found["grid core"] / found["sdpa"]
+        print(f"attention {dtype_name} {direction}: grid core takes {ratio:.2f} of the time of SDPA", flush=True)
 
 
 def layers(contender):
@@ -147,6 +174,8 @@ def main():
     image(a_tile, args.out)
     whole_model("bfloat16", args.tiles, args.rounds, args.out)
     layer_training(2 * args.rounds + 1, args.out)
+    for dtype_name in measure.DTYPES:
+        attention(dtype_name, 5 * args.rounds, args.out)
     layer_memory()
 
 

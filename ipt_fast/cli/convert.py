@@ -27,11 +27,19 @@ def run(args) -> int:
     """Convert as the parsed arguments say; 0.
 
     Raises:
-        ValueError: bad arguments, OUT holds a model already, or the file does not fit.
+        ValueError: bad arguments, OUT holds something already, or the file does not fit.
     """
-    if (args.output / "config.json").exists():
-        raise ValueError(f"OUT must be a new folder; {args.output} holds a model")
-    config = args.model_config if args.tasks is None else {**args.model_config, "tasks": tuple(args.tasks)}
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(f"OUT must be a new folder, or an empty one; got {args.output}")
+    if args.file.is_dir() or (args.file.name == "model.safetensors" and (args.file.parent / "config.json").exists()):
+        raise ValueError(
+            f"FILE must be weights alone; {args.file} is a saved model already, whose folder --model takes"
+        )
+    config = args.model_config
+    if args.tasks is not None:
+        if "tasks" in config:
+            raise ValueError("give the tasks once, by --tasks or by --model-config")
+        config = {**config, "tasks": tuple(args.tasks)}
     model = open_checkpoint(args.file, args.model, **config)
     model.save_pretrained(args.output)
     print(args.output)

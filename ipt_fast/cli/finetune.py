@@ -1,8 +1,6 @@
 """``ipt-fast finetune``: go on training one task of a pre-trained model."""
 
-from pathlib import Path
-
-from ..models import open_model
+from ..models import open_model, saved_folder
 from . import train
 
 # As IPT was fine-tuned (section 4).
@@ -23,10 +21,11 @@ def run(args) -> int:
     """Fine-tune as the parsed arguments say; exit status as :func:`ipt_fast.cli.train.run`.
 
     Raises:
-        ValueError: --model is no folder of a saved model, or it has several tasks and --task names none.
+        ValueError: --model is no trained model, or it has several tasks and --task names none.
     """
-    if args.model is None or not Path(args.model).is_dir():
-        raise ValueError(f"--model must be the folder of a saved model to fine-tune; got {args.model}")
+    if args.model is None:
+        raise ValueError("--model must be the folder of a saved model, or one that ships")
+    args.model = str(saved_folder(args.model))
     tasks = getattr(open_model(args.model).config, "tasks", ())
     if args.task is None and len(tasks) > 1:
         raise ValueError(f"--task must name the one of {', '.join(tasks)} to keep")

@@ -1,12 +1,11 @@
 """Complete models by name."""
 
 import dataclasses
-import importlib.resources
 import pathlib
 
 from . import _pretrained
-from .checkpoint import load_checkpoint
-from .ipt import IPT, IPTConfig
+from .checkpoint import load_checkpoint, load_state, read_state_dict
+from .ipt import IPT, IPTConfig, config_of
 from .ipt_v2 import IPTV2, IPTV2Config
 
 __all__ = [
@@ -19,7 +18,10 @@ __all__ = [
     "load_checkpoint",
     "open_checkpoint",
     "open_model",
+    "saved_folder",
 ]
+
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +73,19 @@ def create_model(name, pretrained=False, **config):
         ValueError: an unknown name or config field, or no shipped weights (for this config).
     """
     preset = _preset(name)
-    if pretrained and preset.pretrained is None:
-        shipped = ", ".join(name for name, preset in _PRESETS.items() if preset.pretrained)
-        raise ValueError(f"pretrained: no weights ship for {name}; they do for {shipped}")
     if "in_channels" in config:
         config.setdefault("out_channels", 3 if config["in_channels"] == 6 else config["in_channels"])
     if pretrained:
-        with importlib.resources.as_file(
-            importlib.resources.files("ipt_fast") / "assets" / preset.pretrained
-        ) as folder:
-            return preset.model.from_pretrained(folder, **config)
+        folder = _shipped_folder(name)
+        saved = _pretrained.read_config(folder / "config.json")
+        for field, value in config.items():  # those without tensors would spoil the weights unnoticed
+            if (
+                field != "merged"
+                and field in saved
+                and saved[field] != (list(value) if type(value) is tuple else value)
+            ):
+                raise ValueError(f"pretrained: the weights of {name} are for {field}={saved[field]!r}; got {value!r}")
+        return preset.model.from_pretrained(folder, **config)
     return preset.model(_pretrained.build_config(preset.model.config_class, {**preset.config, **config}))
 
 
@@ -97,8 +102,9 @@ def open_checkpoint(path, name, **config):
     Args:
         path: see :func:`load_checkpoint`.
         name: its architecture, one of :func:`list_models`. Of an IPT the shape is read from the tensors, and the name
-            tells the number of heads, see :meth:`IPT.from_checkpoint`.
-        config: fields of the model's config that differ from the name's.
+            tells the number of heads, which they do not have.
+        config: fields of the model's config that differ from the name's; of an IPT those of
+            :meth:`IPT.from_checkpoint`.
 
     Raises:
         ValueError: an unknown name or config field, or a file that does not fit.
@@ -106,7 +112,15 @@ def open_checkpoint(path, name, **config):
     preset = _preset(name)
     if preset.model is not IPT:
         return load_checkpoint(create_model(name, **config), path).eval()
-    return IPT.from_checkpoint(path, **{"heads": preset.config.get("heads", IPTConfig.heads), **config})
+    state = read_state_dict(path)
+    if "heads" not in config:
+        found, named = config_of(state, path, **{**config, "heads": 1}), IPTConfig(**preset.config)
+        if any(getattr(found, field) != getattr(named, field) for field in ("features", "patch_size", "layers")):
+            raise ValueError(f"heads must be given: {path} has another shape than {name}, which would tell them")
+        config = {**config, "heads": named.heads}
+    model = IPT(config_of(state, path, **config))
+    load_state(model, state, path)
+    return model.eval()
 
 
 def open_model(source):
@@ -115,14 +129,31 @@ def open_model(source):
     Raises:
         ValueError: neither of the two.
     """
-    if str(source) in _PRESETS:
-        return create_model(str(source), pretrained=True)
-    folder = pathlib.Path(source)
-    if not folder.is_dir():
-        shipped = ", ".join(name for name, preset in _PRESETS.items() if preset.pretrained)
-        raise ValueError(f"model must be a folder written by save_pretrained or one of {shipped}; got {source}")
+    folder = saved_folder(source)
     name = _pretrained.read_config(folder / "config.json").get("model")
     classes = {preset.model.__name__: preset.model for preset in _PRESETS.values()}
     if not isinstance(name, str) or name not in classes:
         raise ValueError(f"{folder} holds an unknown architecture: {name!r}")
     return classes[name].from_pretrained(folder)
+
+
+def saved_folder(source):
+    """The folder of a saved model, which ``source`` is or, as the name of one that ships, stands for.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if str(source) in _PRESETS:
+        return _shipped_folder(str(source))
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        shipped = ", ".join(name for name, preset in _PRESETS.items() if preset.pretrained)
+        raise ValueError(f"model must be a folder written by save_pretrained or one of {shipped}; got {source}")
+    return folder
+
+
+def _shipped_folder(name):
+    if _PRESETS[name].pretrained is None:
+        shipped = ", ".join(name for name, preset in _PRESETS.items() if preset.pretrained)
+        raise ValueError(f"pretrained: no weights ship for {name}; they do for {shipped}")
+    return ASSETS / _PRESETS[name].pretrained

@@ -171,7 +171,9 @@ class Body(nn.Module):
         x = F.pixel_unshuffle(x, config.patch_size).flatten(2).transpose(1, 2)  # channels first within a token
         if not config.no_mlp:
             x = self.linear_encoding(x) + x
-        task = self.query_embed.weight[index].view(config.tokens, -1) if hasattr(self, "query_embed") else None
+        task = None
+        if hasattr(self, "query_embed"):  # a copy: FlopCounterMode fails for a view of a parameter without gradients
+            task = torch.select_copy(self.query_embed.weight, 0, index).view(config.tokens, -1)
         positions = None if config.no_pos else self.position_encoding.pe.weight
         if positions is not None and not config.pos_every:
             x, positions = x + positions, None
@@ -231,7 +233,8 @@ class IPT(PretrainedModel):
             return tasks.index(task)
         if isinstance(task, numbers.Integral) and not isinstance(task, bool) and 0 <= task < len(tasks):
             return int(task)
-        raise ValueError(f"task must be one of {', '.join(tasks)} or a number below {len(tasks)}; got {task!r}")
+        numbered = "" if isinstance(task, str) else f" or a number below {len(tasks)}"
+        raise ValueError(f"task must be one of {', '.join(tasks)}{numbered}; got {task!r}")
 
     def scale(self, task=None):
         """How many times larger the output of a task is."""
@@ -259,25 +262,30 @@ class IPT(PretrainedModel):
         return model
 
     def forward(self, x, task=None):
+        index = self.task_index(task)
+        self._check_image(x)
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._run(x, index)[0]
         size = max(1, PART_TOKENS // self.config.tokens)
-        parts = x.split(size) if self._is_inference_on_a_cpu(x) else (x,)
-        outputs = [self.forward_with_features(part, task)[0] for part in parts]
+        outputs = [self._run(part, index)[0] for part in x.split(size)]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-    def _is_inference_on_a_cpu(self, x):
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return False
-        return isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() == 4
 
     def forward_with_features(self, x, task=None):
         """The output and the decoder's patch features (B, N, D), which the contrastive loss compares."""
         index = self.task_index(task)
+        self._check_image(x)
+        return self._run(x, index)
+
+    def _check_image(self, x):
         _check.image(x, self.sub_mean.weight)
         size = self.config.image_size
         if tuple(x.shape[2:]) != (size, size):
             raise ValueError(
                 f"x must be (B, 3, {size}, {size}), ipt_fast.restore takes images of any size; got {tuple(x.shape)}"
             )
+
+    def _run(self, x, index):
+        size = self.config.image_size
         if len(x) == 0:  # pixel_unshuffle returns an empty batch in its old shape
             side = size * scale_of(self.config.tasks[index])
             return x.new_zeros(0, 3, side, side), x.new_zeros(0, self.config.tokens, self.config.dim)
@@ -340,9 +348,8 @@ def config_of(state, source, *, heads, tasks=None, **options):
         "patch_size": patch_size,
         "features": features,
         "layers": sum(bool(re.fullmatch(r"body\.encoder\.layers\.\d+\.linear1\.weight", name)) for name in state),
-        "heads": heads,
         "ratio": hidden // dim,
-        "value_range": _value_range_of(state),
+        "value_range": _value_range_of(state, options.get("value_range")),
         "no_norm": "body.encoder.layers.0.norm1.weight" not in state,
         "no_pos": positions is None,
         "no_mlp": "body.linear_encoding.weight" not in state,
@@ -352,17 +359,23 @@ def config_of(state, source, *, heads, tasks=None, **options):
     for name, value in options.items():
         if told.get(name, value) != value:
             raise ValueError(f"{name} must be {told[name]} as in {source}; got {value!r}")
-    return build_config(IPTConfig, {**told, **options})
+    return build_config(IPTConfig, {**told, "heads": heads, **options})
 
 
-def _value_range_of(state):
-    """What the frozen mean colour says; None where it is another data set's."""
+def _value_range_of(state, given):
+    """What the frozen mean colour says, within the rounding of its dtype; None where it is another data set's."""
     added = state.get("add_mean.bias")
-    if added is None or added.shape != (3,):
+    if added is None or added.shape != (3,) or not added.is_floating_point():
         return None
     ratios = added.double() / torch.tensor(MEAN, dtype=torch.float64)
-    agree = ratios.min() > 0 and ratios.max() - ratios.min() < 1e-3 * ratios.mean()
-    return round(ratios.mean().item(), 3) if agree else None
+    found = ratios.mean().item()
+    rounding = max(1e-4, torch.finfo(added.dtype).eps)
+    if not (found > 0 and (ratios - found).abs().max() <= rounding * found):
+        return None
+    for value in (given, 255.0, 1.0):
+        if isinstance(value, int | float) and abs(value - found) <= rounding * found:
+            return value
+    return round(found, 3)
 
 
 def _tasks_of(state, source, tasks):

@@ -61,7 +61,7 @@ class _FeedForward(torch.autograd.Function):
         out = F.linear(hidden, weight2, bias2)
         ctx.save_for_backward(total, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden)
         ctx.eps, ctx.branch = eps, branch.dtype
-        return out.add_(total) if out.dtype == total.dtype else out + total
+        return out.add_(total) if out.dtype == total.dtype else (out + total).to(total.dtype)
 
     @staticmethod
     @once_differentiable
@@ -87,7 +87,8 @@ def _for_autocast(x, *parameters):
     kind = x.device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return parameters
-    return tuple(None if p is None else p.to(torch.get_autocast_dtype(kind)) for p in parameters)
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(p if p is None or p.dtype == torch.float64 else p.to(dtype) for p in parameters)
 
 
 def without_autocast(x):

@@ -21,7 +21,7 @@ def normalise(x, branch, weight, bias, eps, dtype):
     """
     if _fuses(x, weight):
         return *_triton.function("add_layer_norm")(x, branch, weight, bias, eps, dtype), None, None
-    total = x if branch is None else x + branch
+    total = x if branch is None else (x + branch).to(x.dtype)
     if weight is None:
         return total, total.to(dtype), None, None
     y, mean, scale = torch.native_layer_norm(total, x.shape[-1:], weight, bias, eps)

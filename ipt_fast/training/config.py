@@ -118,8 +118,9 @@ class TrainingConfig:
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Raise ValueError naming the first field in which this run contradicts the one that ``saved`` describes."""
         current = self.to_dict()
-        saved = {**TrainingConfig(self.data, self.out).to_dict(), **saved}  # older versions had fewer fields
         for name in (entry.name for entry in fields(self) if entry.name not in _FREE_ON_RESUME):
+            if name not in saved:
+                raise ValueError(f"cannot resume: the checkpoint is of another version, which had no {name}")
             if current[name] != saved[name]:
                 raise ValueError(
                     f"cannot resume: {name} is {current[name]!r} but the checkpoint was made with {saved[name]!r}"

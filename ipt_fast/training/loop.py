@@ -85,10 +85,12 @@ def batches(
         )
         try:
             yield from loader
-        except (ValueError, OSError) as error:
-            if config.workers:  # a worker's error holds its traceback, which ends with what went wrong
-                raise ValueError(str(error).splitlines()[-1].partition(": ")[2]) from error
-            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            if not str(error).startswith("Caught "):
+                raise
+            # A worker's error holds its traceback, which ends with what went wrong.
+            kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
+            raise ValueError(message or kind) from error
 
 
 def train(config: TrainingConfig, resume: bool = False) -> int:

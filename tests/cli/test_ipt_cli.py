@@ -1,7 +1,6 @@
 """The commands with a model of several tasks, of which one magnifies."""
 
 import csv
-import dataclasses
 
 import numpy as np
 import pytest
@@ -112,37 +111,52 @@ def test_restoring_larger_images(model, photos, tmp_path, capsys):
 def test_converting_published_files(model, photos, tmp_path, capsys):
     ipt = open_model(model).only("denoise50")
     torch.save({"params": ipt.state_dict()}, tmp_path / "published.pt")
-    command = ["convert", tmp_path / "published.pt", tmp_path / "converted", "--model", "ipt"]
-    assert run(*command, "--tasks", "denoise50") == 0  # 12 heads, as of the published models
-    assert open_model(tmp_path / "converted").config == dataclasses.replace(ipt.config, heads=12)
+    convert = ["convert", tmp_path / "published.pt", tmp_path / "new", "--model", "ipt"]
     heads = ["--model-config", '{"heads": 3}']
-    assert run(*command, *heads, "--tasks", "denoise50") == 2
-    assert "OUT must be a new folder" in capsys.readouterr().err
-    command[2] = tmp_path / "again"
-    assert run(*command, *heads, "--tasks", "denoise50") == 0
-    again = open_model(tmp_path / "again")
-    x = 255 * torch.rand(1, 3, 12, 12)
-    assert again.config == ipt.config and torch.equal(again(x), ipt(x))
-    command[2] = tmp_path / "no"
     for arguments, message in (
+        (["--tasks", "denoise50"], "heads must be given: "),  # another shape than ipt's
         (heads, "tasks must name what"),
         ([*heads, "--tasks", "sr_x2"], "tasks must fit"),
         (["--model-config", '{"heads": 5}', "--tasks", "derain"], "heads must divide the 36 channels"),
+        (["--model-config", '{"heads": 3, "tasks": ["derain"]}', "--tasks", "derain"], "give the tasks once"),
     ):
-        assert run(*command, *arguments) == 2
+        assert run(*convert, *arguments) == 2
         assert message in capsys.readouterr().err
-    ipt_fast.create_model("ipt_v2_tiny", pretrained=True).save_pretrained(tmp_path / "v2")
-    command[1] = tmp_path / "v2" / "model.safetensors"
-    assert run(*command) == 2
-    assert "holds no IPT" in capsys.readouterr().err
-    command[-1] = "ipt_v2_tiny"
-    assert run(*command, "--tasks", "derain") == 2
-    assert "unknown config field tasks" in capsys.readouterr().err
-    assert run(*command, "--model-config", '{"merged": true}') == 0
-    assert open_model(tmp_path / "no").config.merged
+    assert not (tmp_path / "new").exists()
+    assert run(*convert, *heads, "--tasks", "denoise50") == 0
+    opened, x = open_model(tmp_path / "new"), 255 * torch.rand(1, 3, 12, 12)
+    assert opened.config == ipt.config and torch.equal(opened(x), ipt(x))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "model.safetensors").write_bytes(b"precious")
+    for out in ("new", "full", "published.pt"):
+        assert run("convert", tmp_path / "published.pt", tmp_path / out, "--model", "ipt", *heads) == 2
+        assert "OUT must be a new folder, or an empty one" in capsys.readouterr().err
+    for saved in (tmp_path / "new", tmp_path / "new" / "model.safetensors"):
+        assert run("convert", saved, tmp_path / "no", "--model", "ipt", *heads, "--tasks", "denoise50") == 2
+        assert "is a saved model already" in capsys.readouterr().err
     restore = ["restore", photos / "0.png", tmp_path / "0.png", "--model", "ipt"]
     assert run(*restore, "--checkpoint", tmp_path / "published.pt") == 2
     assert "with ipt-fast convert" in capsys.readouterr().err
+
+
+def test_the_name_tells_the_heads_of_its_shape_alone(tmp_path, capsys):
+    torch.save(ipt_fast.create_model("ipt_tiny", pretrained=True).state_dict(), tmp_path / "tiny.pt")
+    tasks = ["--tasks", "sr_x2", "derain", "denoise30", "denoise50"]
+    assert run("convert", tmp_path / "tiny.pt", tmp_path / "wrong", "--model", "ipt", *tasks) == 2
+    assert "heads must be given: " in capsys.readouterr().err
+    assert run("convert", tmp_path / "tiny.pt", tmp_path / "right", "--model", "ipt_tiny", *tasks) == 0
+    assert open_model(tmp_path / "right").config == open_model("ipt_tiny").config
+
+
+def test_converting_other_models(tmp_path, capsys):
+    torch.save(ipt_fast.create_model("ipt_v2_tiny", pretrained=True).state_dict(), tmp_path / "v2.pt")
+    convert = ["convert", tmp_path / "v2.pt", tmp_path / "new", "--model"]
+    assert run(*convert, "ipt") == 2
+    assert "holds no IPT" in capsys.readouterr().err
+    assert run(*convert, "ipt_v2_tiny", "--tasks", "derain") == 2
+    assert "unknown config field tasks" in capsys.readouterr().err
+    assert run(*convert, "ipt_v2_tiny", "--model-config", '{"merged": true}') == 0
+    assert open_model(tmp_path / "new").config.merged
 
 
 def test_plots(model, photos, tmp_path, capsys):

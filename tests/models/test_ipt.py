@@ -144,6 +144,26 @@ def test_sums_of_the_layers_stay_in_float32(options):
     assert set(seen) == {torch.float32} and len(seen) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_other_weights_than_float32_under_autocast(dtype, autocast):
+    model = small()
+    x = image(model)
+    expected = model(x, 0)
+    with torch.autocast("cpu", autocast):
+        found = model.to(dtype)(x.to(dtype), 0)
+    assert found.dtype == dtype and (found - expected).abs().max() < (1e-4 if dtype == torch.float64 else 0.05) * 255
+
+
+def test_operations_are_counted_without_gradients():
+    model = small()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image(model), 0)
+    with FlopCounterMode(display=False) as with_gradients:
+        model(image(model), 0)
+    assert counter.get_total_flops() == with_gradients.get_total_flops() > 0
+
+
 def test_an_empty_batch():
     model = small()
     assert model(image(model, 0), "sr_x3").shape == (0, 3, 36, 36)
@@ -160,6 +180,14 @@ def test_a_cpu_infers_in_parts(monkeypatch, grad):
         parts = model(x, "sr_x2")
     assert seen == ([5, 5] if grad else [5, 2, 2, 1])
     assert (parts - whole).abs().max() < 1e-5 * 255
+
+
+def test_the_published_tiles_are_inferred_by_sixteen():
+    model, seen = ipt_fast.create_model("ipt_tiny").eval(), []
+    model.body.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        model(image(model, batch=20), "derain")
+    assert seen == [16, 4]
 
 
 @pytest.mark.parametrize("name", ["head.0.0.weight", "tail.0.0.0.weight", "body.encoder.layers.0.linear1.weight"])
@@ -215,6 +243,15 @@ def test_saving_and_opening(tmp_path):
     assert torch.equal(again(x, 2), model(x, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value_range", [255.0, 1.0, 100.0])
+def test_opening_files_of_half_precision(tmp_path, dtype, value_range):
+    model = small(value_range=value_range).only("sr_x2")
+    torch.save(model.to(dtype).state_dict(), tmp_path / "ipt.pt")
+    given = {"value_range": 100.0} if value_range == 100 else {}
+    assert IPT.from_checkpoint(tmp_path / "ipt.pt", heads=3, **given).config == model.config
+
+
 @pytest.mark.parametrize("options", OPTIONS[:4] + OPTIONS[5:], ids=lambda o: ",".join(o) or "published")
 def test_opening_published_files(tmp_path, options):
     model, path = small(**options), tmp_path / "ipt.pt"
@@ -235,6 +272,9 @@ def test_what_a_file_does_not_tell_is_not_guessed(tmp_path):
     torch.save(small().only("derain").state_dict(), path)
     with pytest.raises(TypeError, match="heads"):
         IPT.from_checkpoint(path)
+    for heads in (None, 0, 3.0):
+        with pytest.raises((ValueError, TypeError), match="heads must be an int of at least 1"):
+            IPT.from_checkpoint(path, heads=heads, tasks="derain")
     with pytest.raises(ValueError, match="tasks must name what .* its tails magnify x1"):
         IPT.from_checkpoint(path, heads=3)
     with pytest.raises(ValueError, match="tasks must fit .* x1; got sr_x2"):
@@ -281,9 +321,13 @@ def test_bad_configs(fields, message):
 
 def test_bad_input():
     model = small()
-    for task in (None, "dehaze", 6, -1, True, 0.0):
+    for task in (None, 6, -1, True, 0.0):
         with pytest.raises(ValueError, match="task must be one of sr_x2, .* or a number below 6; got"):
             model(image(model), task)
+    with pytest.raises(ValueError, match="task must be one of sr_x2, .*, denoise50; got 'dehaze'"):
+        model(image(model), "dehaze")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"got \(17, 1, 12, 12\)"):
+        model(torch.rand(17, 1, 12, 12), 0)
     with pytest.raises(ValueError, match=r"x must be \(B, 3, 12, 12\), ipt_fast.restore takes images of any size"):
         model(torch.rand(1, 3, 13, 12), 0)
     with pytest.raises(ValueError, match=r"x must be \(B, 3, H, W\)"):

@@ -80,6 +80,13 @@ def test_layers_without_positions_and_without_norms():
 
 
 @needs_triton
+def test_a_stream_of_other_strides_on_triton():
+    ours, x = body(torch.float32), torch.randn(36, 25, 2, device=cases.DEVICE).permute(2, 1, 0)
+    with ipt_fast.use_backend("triton"), torch.no_grad():
+        assert torch.equal(ours(x), ours(x.contiguous()))
+
+
+@needs_triton
 def test_empty_batch_on_triton():
     ours = body(torch.float32)
     found = results(ours, torch.rand(0, 25, 36, device=cases.DEVICE), "triton")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -146,6 +147,19 @@ def test_fine_tuning_keeps_one_task(make, images, tmp_path):
     assert main(["finetune", *several]) == 2  # no --task
     assert not (tmp_path / "no").exists()
     assert main([*arguments[:-8], "--out", str(tmp_path / "no"), "--task", "dehaze"]) == 2
+
+
+def test_fine_tuning_the_model_that_ships(tmp_path):
+    (tmp_path / "images").mkdir()
+    pixels = torch.randint(0, 256, (60, 70, 3), dtype=torch.uint8).numpy()
+    PIL.Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
+    paths = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]
+    settings = ["--iterations", "1", "--batch-size", "1", "--lr", "1e-8", "--lr-min", "0"]
+    assert main(["finetune", "--model", "ipt_tiny", "--task", "derain", *paths, *settings]) == 0
+    found, shipped = open_model(tmp_path / "run"), open_model("ipt_tiny").only("derain")
+    assert found.config == shipped.config
+    for name, value in shipped.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=1e-6)
 
 
 def test_the_published_schedule(make):
