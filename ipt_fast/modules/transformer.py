@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..ops._tokens import linear_relu, norm_backward, normalise
+from ..ops._tokens import attend_as_a_grid, grid_core_is_faster, linear_relu, norm_backward, normalise
 
 
 def _weight_gradient(grad, x):
@@ -141,6 +141,8 @@ class MultiHeadAttention(nn.Module):
         rows = 2 * x.shape[2]
         offset = None if added is None else F.linear(added, self.in_proj_weight[:rows])
         qkv = norm_projection(x, None, norm, self.in_proj_weight, offset)
+        if grid_core_is_faster(qkv):
+            return self.out_proj(attend_as_a_grid(qkv, self.num_heads))
         return self._attend(*qkv.chunk(3, dim=2))
 
     def to_memory(self, x, branch, norm, memory, added=None, added_to_keys=None):

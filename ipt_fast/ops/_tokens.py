@@ -1,10 +1,15 @@
-"""Around the products of the IPT body: residual and norm, bias and ReLU; PyTorch's kernels, on NVIDIA GPUs Triton's."""
+"""What the layers of the IPT body are made of but plain products, and which kernel computes it: PyTorch's or ours."""
+
+import math
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import _select, _triton
+from . import _cpu, _select, _triton
 from ._operator import OPERATORS
+from .grid_attention import grid_attention
+
+SQUARES = {side**2 for side in range(1, 17)}
 
 
 def _fuses(x, norm_weight):
@@ -37,6 +42,25 @@ def norm_backward(grad, total, mean, scale, weight, bias, eps, residual):
         arguments = grads[0], total, total.shape[-1:], mean, scale, weight, bias, [True, True, True]
         grads = torch.ops.aten.native_layer_norm_backward(*arguments)
     return grads if residual is None else (grads[0] + residual, *grads[1:])
+
+
+def grid_core_is_faster(qkv):
+    """Whether attention among the tokens of ``qkv`` (B, N, 3D) is the C++ core's for grids, all tokens one grid.
+
+    As measured beside SDPA (`python -m benchmarks.ipt`): up to 16 x 16 tokens, but not in 16 bits without a backward.
+    """
+    if torch.compiler.is_compiling() or qkv.device.type != "cpu" or qkv.shape[1] not in SQUARES or len(qkv) == 0:
+        return False
+    if _select.policy() not in ("auto", "cpu") or _cpu.check((qkv,)) is not None:
+        return False
+    return qkv.dtype == torch.float32 or (torch.is_grad_enabled() and qkv.requires_grad)
+
+
+def attend_as_a_grid(qkv, num_heads):
+    """softmax(Q K^T / sqrt(d)) V among all tokens of ``qkv`` (B, N, 3D), N a square: (B, N, D)."""
+    side = math.isqrt(qkv.shape[1])
+    tokens = qkv.transpose(1, 2).unflatten(2, (side, side))  # a view: channels-last
+    return grid_attention(tokens, num_heads=num_heads, grid_size=side).flatten(2).transpose(1, 2)
 
 
 def linear_relu(x, weight, bias):

@@ -158,7 +158,9 @@ def test_bad_arguments(model):
     with pytest.raises(ValueError, match="overlap must be None for IPT"):
         restore(image, model, task=0, overlap=10)
     for task in (None, "dehaze", 4):
-        with pytest.raises(ValueError, match="task must be one of sr_x2, sr_x3, sr_x4, derain( or a number below 4)?; got"):
+        with pytest.raises(
+            ValueError, match="task must be one of sr_x2, sr_x3, sr_x4, derain( or a number below 4)?; got"
+        ):
             restore(image, model, task=task)
     with pytest.raises(ValueError, match="tile must be"):
         restore(image, ipt_fast.create_model("ipt_v2_tiny"), tile="official")

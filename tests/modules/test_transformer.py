@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ipt_fast
+from ipt_fast.modules import transformer
 from ipt_fast.modules.transformer import DecoderLayer, EncoderLayer
 from ipt_fast.ops import _tokens
 from tests.ops import cases
@@ -118,3 +119,38 @@ def test_linear_relu(dtype):
     expected = torch.relu(x.double() @ weight.double().T + bias.double())
     error = (_tokens.linear_relu(x, weight, bias).double() - expected).abs().max()
     assert error < 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+CPU = ipt_fast.explain("grid_attention")["grid_attention"]["cpu"]
+on_a_cpu = pytest.mark.skipif(CPU is not None or cases.DEVICE != "cpu", reason=f"needs the backend cpu: {CPU}")
+
+
+@on_a_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_by_the_core_for_grids(dtype, autocast):
+    """Backend auto against backend reference, whose attention is SDPA."""
+    body_dtype = torch.float32 if autocast else dtype
+    ours, x = body(body_dtype), torch.randn(3, 25, 36, dtype=body_dtype)
+    half = dtype if autocast and dtype != torch.float32 else None
+    truth = results(copy.deepcopy(ours).double(), x.double(), "reference")
+    base = results(ours, x, "reference", half)
+    cases.assert_within_rule(results(ours, x, "auto", half), truth, base)
+
+
+@on_a_cpu
+def test_when_the_core_for_grids_attends(monkeypatch):
+    ran = []
+    core = transformer.attend_as_a_grid
+    monkeypatch.setattr(transformer, "attend_as_a_grid", lambda *args: ran.append(args[0].dtype) or core(*args))
+
+    def runs(dtype=torch.float32, tokens=25, backend="auto", gradients=True, batch=1):
+        ran.clear()
+        layer = EncoderLayer(36, 3).to(dtype)
+        with ipt_fast.use_backend(backend), torch.set_grad_enabled(gradients):
+            layer(torch.rand(batch, tokens, 36, dtype=dtype))
+        return bool(ran)
+
+    assert runs() and runs(gradients=False) and runs(backend="cpu") and runs(tokens=256)
+    assert runs(torch.bfloat16) and not runs(torch.bfloat16, gradients=False)
+    assert not any((runs(tokens=24), runs(tokens=289), runs(backend="reference"), runs(torch.float64), runs(batch=0)))
