@@ -163,14 +163,20 @@ def main():
     parser.add_argument("--tiles", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layer-peak", help=argparse.SUPPRESS)
+    parser.add_argument("--layers", action="store_true", help="only the training of layers")
     args = parser.parse_args()
     if args.layer_peak:
         print(layer_peak(args.layer_peak))
         return
+    if args.layers:
+        layer_training(2 * args.rounds + 1, args.out)
+        return
     a_tile = whole_model("float32", args.tiles, args.rounds, args.out)
     image(a_tile, args.out)
     whole_model("bfloat16", args.tiles, args.rounds, args.out)
-    layer_training(2 * args.rounds + 1, args.out)
+    # In a process of its own: what ran before decides how the allocator gets memory.
+    options = ["--layers", "--rounds", str(args.rounds), "--out", str(args.out)]
+    subprocess.run([sys.executable, "-m", "benchmarks.ipt", *options], check=True)
     for dtype_name in measure.DTYPES:
         attention(dtype_name, 5 * args.rounds, args.out)
     layer_memory()
