@@ -59,13 +59,19 @@ def whole_model(dtype_name, tiles, rounds, path):
         assert errors[0] <= max(2 * errors[1], measure.FLOOR_ULPS * torch.finfo(dtype).eps), errors
         with FlopCounterMode(display=False) as counter:
             ours(x[:1])
-        found = medians({"ipt_fast": lambda: ours(x), "eager": lambda: released(x)}, rounds)
+        calls = {
+            "ipt_fast": lambda: ours(x),
+            "eager": lambda: released(x),
+            "eager by 16": lambda: [released(part) for part in x.split(16)],  # as ipt_fast does by itself
+        }
+        found = medians(calls, rounds)
     flops, size = counter.get_total_flops() * tiles, sum(p.numel() for p in ours.parameters()) * dtype.itemsize
     results.append_medians(path, f"ipt {tiles}x3x48x48", dtype_name, "forward", found, (flops, size))
     for name, value in found.items():
-        print(f"{dtype_name:9} {name:9} {value / tiles * 1e3:7.1f} ms a tile")
-    print(f"{dtype_name:9} {found['eager'] / found['ipt_fast']:.2f} times as fast as eager", flush=True)
-    return {name: value / tiles for name, value in found.items()}
+        print(f"{dtype_name:9} {name:11} {value / tiles * 1e3:7.1f} ms a tile")
+    rival = min(found["eager"], found["eager by 16"])
+    print(f"{dtype_name:9} {rival / found['ipt_fast']:.2f} times as fast as the faster eager", flush=True)
+    return {"ipt_fast": found["ipt_fast"] / tiles, "eager": rival / tiles}
 
 
 def image(a_tile, path, length=512):
