@@ -14,6 +14,7 @@ from ._precision import usable_dtype
 from .data import io
 from .data.degradations import imresize
 from .models.ipt_v2 import crop, pad_to_size
+from .modules.feed_forward import reason_against_merging
 from .ops._select import policy
 from .tiling import (
     BLENDS,
@@ -141,7 +142,8 @@ class Restorer:
         self.device = _usable_device(device, model)
         self.dtype = usable_dtype(dtype, self.device)
         self.model = copy.deepcopy(model).to(self.device, torch.float32).eval()
-        if hasattr(self.model, "reparameterize"):
+        # Branches with hooks or adapters cannot be merged: they run as they are.
+        if hasattr(self.model, "reparameterize") and reason_against_merging(self.model) is None:
             self.model.reparameterize()
         self.config = getattr(self.model, "config", None)
         self.value_range = getattr(self.config, "value_range", 1.0)

@@ -3,14 +3,16 @@
 import dataclasses
 import math
 import numbers
+import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..modules import _check
-from ..modules.convolution import Conv2d
+from ..modules import _check, _fusion
+from ..modules.convolution import Conv2d, PixelShuffle, pixel_shuffle, pixel_unshuffle
 from ..modules.transformer import DecoderLayer, EncoderLayer, without_autocast
 from ._pretrained import PretrainedModel, build_config
 from .checkpoint import load_state, read_state_dict
@@ -22,7 +24,7 @@ SCALES = (1, 2, 3, 4)
 PART_TOKENS = 4096  # that a CPU infers at once: with more, memory that is new to the process costs a third of the time
 
 
-def scale_of(task):
+def scale_of(task: str) -> int:
     """How many times larger the output of a task is: n for "sr_x<n>", else 1."""
     match = re.fullmatch(r"sr_x(\d+)", task)
     return int(match[1]) if match else 1
@@ -99,10 +101,11 @@ class IPTConfig:
         return 3
 
 
+@_fusion.stock
 class MeanShift(Conv2d):
     """A frozen 1 x 1 convolution that subtracts (sign -1) or adds the mean colour."""
 
-    def __init__(self, value_range, sign):
+    def __init__(self, value_range: float, sign: int) -> None:
         super().__init__(3, 3, 1)
         with torch.no_grad():
             self.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
@@ -113,38 +116,82 @@ class MeanShift(Conv2d):
 class ResBlock(nn.Module):
     """x + conv(relu(conv(x))) with 5 x 5 convolutions."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         first, second = (Conv2d(channels, channels, 5, padding=2) for _ in range(2))
         self.body = nn.Sequential(first, nn.ReLU(inplace=True), second)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
 
 
-def _upsampler(channels, scale):
+def _upsampler(channels: int, scale: int) -> nn.Sequential:
     """A convolution and a pixel shuffle for each prime factor of the scale."""
     stages = []
     while scale > 1:
         factor = 2 if scale % 2 == 0 else scale
-        stages += [Conv2d(channels, factor**2 * channels, 3, padding=1), nn.PixelShuffle(factor)]
+        stages += [Conv2d(channels, factor**2 * channels, 3, padding=1), PixelShuffle(factor)]
         scale //= factor
     return nn.Sequential(*stages)
 
 
-class Positions(nn.Module):
-    """The learned positions; ``position_ids`` is in the published files and counts them."""
+class Tail(nn.Sequential):
+    """Upsampling and the convolution to colours, which autocast leaves in the weights' precision."""
 
-    def __init__(self, tokens, dim):
+    def __init__(self, features: int, scale: int) -> None:
+        super().__init__(_upsampler(features, scale), Conv2d(features, 3, 3, padding=1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        upsample, to_colours = self
+        maps = upsample(maps)
+        with without_autocast(maps):
+            return to_colours(maps.to(to_colours.weight.dtype))
+
+
+class Positions(nn.Module):
+    """The learned positions (N, D); ``position_ids`` is in the published files and counts them."""
+
+    def __init__(self, tokens: int, dim: int) -> None:
         super().__init__()
         self.pe = nn.Embedding(tokens, dim)
         self.register_buffer("position_ids", torch.arange(tokens).view(1, -1))
+
+    def forward(self) -> Tensor:
+        return self.pe(self.position_ids)[0]
+
+
+class Encoder(nn.Module):
+    """The encoder's layers, one after the other."""
+
+    def __init__(self, layers: int, shape: tuple[int, int, int, bool]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(layers))
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, positions)
+        return x
+
+
+class Decoder(nn.Module):
+    """The decoder's layers, one after the other."""
+
+    def __init__(self, layers: int, shape: tuple[int, int, int, bool]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(*shape) for _ in range(layers))
+
+    def forward(
+        self, x: Tensor, memory: Tensor, task: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, memory, task, positions)
+        return x
 
 
 class Body(nn.Module):
     """The transformer: (B, C, S, S) -> patch features (B, N, D)."""
 
-    def __init__(self, config):
+    def __init__(self, config: IPTConfig) -> None:
         super().__init__()
         self.config = config
         dim, hidden = config.dim, config.ratio * config.dim
@@ -158,44 +205,42 @@ class Body(nn.Module):
         if not config.no_pos:
             self.position_encoding = Positions(config.tokens, dim)
         shape = dim, config.heads, config.ratio, not config.no_norm
-        self.encoder, self.decoder = nn.Module(), nn.Module()
-        self.encoder.layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(config.layers))
-        self.decoder.layers = nn.ModuleList(DecoderLayer(*shape) for _ in range(config.layers))
+        self.encoder, self.decoder = Encoder(config.layers, shape), Decoder(config.layers, shape)
         if config.no_norm:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=1 / module.in_features)
 
-    def forward(self, x, index):
+    def forward(self, x: Tensor, index: int) -> Tensor:
         config = self.config
-        x = F.pixel_unshuffle(x, config.patch_size).flatten(2).transpose(1, 2)  # channels first within a token
+        x = pixel_unshuffle(x, config.patch_size).flatten(2).transpose(1, 2)  # channels first within a token
         if not config.no_mlp:
             x = self.linear_encoding(x) + x
         task = None
-        if hasattr(self, "query_embed"):  # a copy: FlopCounterMode fails for a view of a parameter without gradients
-            task = torch.select_copy(self.query_embed.weight, 0, index).view(config.tokens, -1)
-        positions = None if config.no_pos else self.position_encoding.pe.weight
+        if hasattr(self, "query_embed"):
+            number = torch.full((), index, dtype=torch.long, device=x.device)
+            task = self.query_embed(number).view(config.tokens, -1)
+        positions = None if config.no_pos else self.position_encoding()
         if positions is not None and not config.pos_every:
             x, positions = x + positions, None
-        x = x.to(self.encoder.layers[0].linear1.weight.dtype)  # the sums of the layers are not autocast's to round
-        for layer in self.encoder.layers:
-            x = layer(x, positions)
-        memory = x
-        for layer in self.decoder.layers:
-            x = layer(x, memory, task, positions)
+        # The sums of the layers are not autocast's to round.
+        x = x.to(self.encoder.layers[0].self_attn.in_proj_weight.dtype)
+        memory = self.encoder(x, positions)
+        x = self.decoder(memory, memory, task, positions)
         return x if config.no_mlp else self.mlp_head(x) + x
 
-    def to_map(self, x):
+    def to_map(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, C, S, S)."""
         side = self.config.image_size // self.config.patch_size
-        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
+        return pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
 
 
 class IPT(PretrainedModel):
     """The image processing transformer: a head and a tail for each task around one encoder-decoder (section 3.1).
 
     Shape: (B, 3, S, S) -> (B, 3, s S, s S) with S of the config and s of the task, values nominally in
-    [0, value_range]. Larger images are cut into tiles by :func:`ipt_fast.restore`.
+    [0, value_range]. Larger images are cut into tiles by :func:`ipt_fast.restore`. On a CPU and without gradients a
+    large batch goes through the submodules in parts.
 
     Args:
         config: an :class:`IPTConfig`.
@@ -203,7 +248,7 @@ class IPT(PretrainedModel):
 
     config_class = IPTConfig
 
-    def __init__(self, config):
+    def __init__(self, config: IPTConfig) -> None:
         super().__init__()
         if not isinstance(config, IPTConfig):
             raise TypeError(f"config must be an IPTConfig; got {type(config).__name__}")
@@ -215,12 +260,9 @@ class IPT(PretrainedModel):
             for _ in config.tasks
         )
         self.body = Body(config)
-        self.tail = nn.ModuleList(
-            nn.Sequential(_upsampler(features, scale_of(task)), Conv2d(features, 3, 3, padding=1))
-            for task in config.tasks
-        )
+        self.tail = nn.ModuleList(Tail(features, scale_of(task)) for task in config.tasks)
 
-    def task_index(self, task=None):
+    def task_index(self, task: str | int | None = None) -> int:
         """The number of a task given by its name or number; None stands for the only one.
 
         Raises:
@@ -236,11 +278,11 @@ class IPT(PretrainedModel):
         numbered = "" if isinstance(task, str) else f" or a number below {len(tasks)}"
         raise ValueError(f"task must be one of {', '.join(tasks)}{numbered}; got {task!r}")
 
-    def scale(self, task=None):
+    def scale(self, task: str | int | None = None) -> int:
         """How many times larger the output of a task is."""
         return scale_of(self.config.tasks[self.task_index(task)])
 
-    def only(self, task):
+    def only(self, task: str | int) -> "IPT":
         """A new model with the head, the tail and the embedding of one task, for fine-tuning (section 3.2).
 
         Raises:
@@ -261,7 +303,7 @@ class IPT(PretrainedModel):
         model.load_state_dict(state)
         return model
 
-    def forward(self, x, task=None):
+    def forward(self, x: Tensor, task: str | int | None = None) -> Tensor:
         index = self.task_index(task)
         self._check_image(x)
         if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -270,37 +312,34 @@ class IPT(PretrainedModel):
         outputs = [self._run(part, index)[0] for part in x.split(size)]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def forward_with_features(self, x, task=None):
+    def forward_with_features(self, x: Tensor, task: str | int | None = None) -> tuple[Tensor, Tensor]:
         """The output and the decoder's patch features (B, N, D), which the contrastive loss compares."""
         index = self.task_index(task)
         self._check_image(x)
         return self._run(x, index)
 
-    def _check_image(self, x):
-        _check.image(x, self.sub_mean.weight)
+    def _check_image(self, x: Tensor) -> None:
+        _check.image(x, 3, self.sub_mean)
         size = self.config.image_size
         if tuple(x.shape[2:]) != (size, size):
             raise ValueError(
                 f"x must be (B, 3, {size}, {size}), ipt_fast.restore takes images of any size; got {tuple(x.shape)}"
             )
 
-    def _run(self, x, index):
-        size = self.config.image_size
-        if len(x) == 0:  # pixel_unshuffle returns an empty batch in its old shape
-            side = size * scale_of(self.config.tasks[index])
-            return x.new_zeros(0, 3, side, side), x.new_zeros(0, self.config.tokens, self.config.dim)
+    def _run(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         # Autocast would round values of up to 255 to 8 bits of mantissa, on their way in and out.
         with without_autocast(x):
             centred = self.sub_mean(x.to(self.sub_mean.weight.dtype))
         maps = self.head[index](centred)
         features = self.body(maps, index)
-        upsample, to_colours = self.tail[index]
-        maps = upsample(self.body.to_map(features) + maps)
+        colours = self.tail[index](self.body.to_map(features) + maps)
         with without_autocast(x):
-            return self.add_mean(to_colours(maps.to(to_colours.weight.dtype))), features
+            return self.add_mean(colours), features
 
     @classmethod
-    def from_checkpoint(cls, path, *, heads, tasks=None, **options):
+    def from_checkpoint(
+        cls, path: str | os.PathLike, *, heads: int, tasks: Sequence[str] | None = None, **options: Any
+    ) -> "IPT":
         """Open a file of weights with the published names, in eval mode.
 
         Its shape is read from the tensors. What they do not tell has to be given.

@@ -3,10 +3,12 @@
 import dataclasses
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN, _check
-from ..modules.convolution import Conv2d
+from ..modules._layer import Branch, reason_against_fusing, residual
+from ..modules.convolution import Conv2d, PixelShuffle, PixelUnshuffle
+from ..modules.feed_forward import reparameterize
 from ._pretrained import PretrainedModel
 
 NORMS = ("bias_free", "with_bias")
@@ -48,7 +50,7 @@ class IPTV2Config:
     downsample_kernel: int = 3
     merged: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("depths", "heads"):
             if isinstance(value := getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(value))
@@ -82,7 +84,7 @@ class IPTV2Config:
 class TransformerLayer(nn.Module):
     """Half of a focal and global transformer block (eq. 1): attention and feed-forward, each normed and residual."""
 
-    def __init__(self, channels, attention, config):
+    def __init__(self, channels: int, attention: Branch, config: IPTV2Config) -> None:
         super().__init__()
         with_bias = config.norm == "with_bias"
         self.norm1 = LayerNorm2d(channels, bias=with_bias, centered=with_bias)
@@ -90,14 +92,21 @@ class TransformerLayer(nn.Module):
         self.norm2 = LayerNorm2d(channels, bias=with_bias, centered=with_bias)
         self.ffn = RepLeFFN(channels, config.ffn_ratio, config.inner_ratio, merged=config.merged)
 
-    def forward(self, x):
-        return self.ffn.layer(self.attention.layer(x, self.norm1), self.norm2)
+    def forward(self, x: Tensor) -> Tensor:
+        return residual(residual(x, self.norm1, self.attention), self.norm2, self.ffn)
+
+    def reasons_against_fusing(self) -> dict[str, str | None]:
+        """{part: None if one operator computes it, else why it runs module by module}."""
+        return {
+            "attention": reason_against_fusing(self.norm1, self.attention),
+            "ffn": reason_against_fusing(self.norm2, self.ffn),
+        }
 
 
-def _stage(config, channels, heads, depth):
+def _stage(config: IPTV2Config, channels: int, heads: int, depth: int) -> nn.Sequential:
     """``depth`` layers, alternating FCSA and GGSA."""
 
-    def attention(i):
+    def attention(i: int) -> Branch:
         if i % 2 == 0:
             return FocalContextSelfAttention(channels, heads, config.window_size)
         return GlobalGridSelfAttention(channels, heads, config.grid_size)
@@ -105,21 +114,21 @@ def _stage(config, channels, heads, depth):
     return nn.Sequential(*(TransformerLayer(channels, attention(i), config) for i in range(depth)))
 
 
-def _downsample(channels, kernel):
-    return nn.Sequential(Conv2d(channels, channels // 2, kernel, padding=kernel // 2, bias=False), nn.PixelUnshuffle(2))
+def _downsample(channels: int, kernel: int) -> nn.Sequential:
+    return nn.Sequential(Conv2d(channels, channels // 2, kernel, padding=kernel // 2, bias=False), PixelUnshuffle(2))
 
 
-def _upsample(channels):
-    return nn.Sequential(Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.PixelShuffle(2))
+def _upsample(channels: int) -> nn.Sequential:
+    return nn.Sequential(Conv2d(channels, 2 * channels, 3, padding=1, bias=False), PixelShuffle(2))
 
 
-def pad_to_multiple(x, multiple):
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) at the bottom and right to sides that are multiples, see :func:`pad_to_size`."""
     height, width = ((size + multiple - 1) // multiple * multiple for size in x.shape[2:])
     return pad_to_size(x, height, width)
 
 
-def pad_to_size(x, height, width):
+def pad_to_size(x: Tensor, height: int, width: int) -> Tensor:
     """Pad (B, C, H, W) at the bottom and right: reflect up to size - 1 rows or columns, then replicate."""
     for axis, length in ((2, height), (3, width)):
         size = x.shape[axis]
@@ -128,7 +137,7 @@ def pad_to_size(x, height, width):
     return x
 
 
-def crop(x, height, width):
+def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The top left (height, width) of a map, as a copy: a view's strides would tie a compiled graph to one size."""
     for axis, size in ((2, height), (3, width)):
         x = x.index_select(axis, torch.arange(size, device=x.device))
@@ -146,7 +155,7 @@ class IPTV2(PretrainedModel):
 
     config_class = IPTV2Config
 
-    def __init__(self, config):
+    def __init__(self, config: IPTV2Config) -> None:
         super().__init__()
         if not isinstance(config, IPTV2Config):
             raise TypeError(f"config must be an IPTV2Config; got {type(config).__name__}")
@@ -163,10 +172,8 @@ class IPTV2(PretrainedModel):
         self.refinement = _stage(config, 2 * width, heads[1], config.refinement)
         self.output = Conv2d(2 * width, config.out_channels, 3, padding=1, bias=False)
 
-    def forward(self, x):
-        _check.image(x, self.embed.weight)
-        if x.shape[0] == 0:  # pixel_unshuffle returns an empty batch in its old shape
-            return self._residual(x).clone()
+    def forward(self, x: Tensor) -> Tensor:
+        _check.image(x, self._config.in_channels, self.embed)
         height, width = x.shape[2:]
         features = self.embed(pad_to_multiple(x, 8).contiguous(memory_format=torch.channels_last))
         skips = []
@@ -182,14 +189,14 @@ class IPTV2(PretrainedModel):
         features = self.output(self.refinement(features))
         return crop(features, height, width) + self._residual(x)
 
-    def _residual(self, x):
+    def _residual(self, x: Tensor) -> Tensor:
         config = self._config
         if config.in_channels == 2 * config.out_channels:
             return (x[:, : config.out_channels] + x[:, config.out_channels :]) / 2
         return x.expand(-1, config.out_channels, -1, -1)
 
     @property
-    def config(self):
+    def config(self) -> IPTV2Config:
         """The model's :class:`IPTV2Config`; ``merged`` tells the form that its feed-forward networks have now.
 
         Raises:
@@ -200,9 +207,12 @@ class IPTV2(PretrainedModel):
             raise ValueError("the model is merged in part; reparameterize() merges the rest")
         return dataclasses.replace(self._config, merged=forms.pop()) if forms else self._config
 
-    def reparameterize(self):
-        """Merge the branches of every feed-forward network, in place; idempotent."""
-        for module in self.modules():
-            if isinstance(module, RepLeFFN):
-                module.reparameterize()
+    def reparameterize(self) -> None:
+        """Merge the branches of every feed-forward network, in place; idempotent.
+
+        Raises:
+            ValueError: a branch is no plain convolution (any more): it has hooks, an adapter, a parametrisation. Nothing
+                is merged then.
+        """
+        reparameterize(self)
         self._config = dataclasses.replace(self._config, merged=True)

@@ -1,18 +1,19 @@
 """The two attentions of IPT-V2, without norm and residual."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import ops
-from . import _check
+from . import _check, _fusion
+from ._layer import Branch, Norm
 
 
-def _check_heads(channels, num_heads):
+def _check_heads(channels: int, num_heads: int) -> None:
     if channels % num_heads:
         raise ValueError(f"channels must be divisible by num_heads; got {channels} and {num_heads}")
 
 
-class FocalContextSelfAttention(nn.Module):
+@_fusion.stock
+class FocalContextSelfAttention(Branch):
     """Focal context self-attention, FCSA (IPT-V2, section 3.3): PW and DW 3x3 to q, k, v, attention, PW.
 
     Args:
@@ -23,10 +24,11 @@ class FocalContextSelfAttention(nn.Module):
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
     """
 
-    def __init__(self, channels, num_heads, window_size):
+    def __init__(self, channels: int, num_heads: int, window_size: int) -> None:
         super().__init__()
         _check.positive_ints(channels=channels, num_heads=num_heads, window_size=window_size)
         _check_heads(channels, num_heads)
+        self.channels = channels
         self.num_heads = num_heads
         self.window_size = window_size
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
@@ -37,9 +39,9 @@ class FocalContextSelfAttention(nn.Module):
         self.top_weight = nn.Parameter(torch.full((num_heads, window_size, window_size), 0.5))
         self.bottom_weight = nn.Parameter(torch.full((num_heads, window_size, window_size), 0.5))
 
-    def forward(self, x):
-        _check.image(x, self.qkv.weight)
-        attended = ops.focal_channel_attention(
+    def forward(self, x: Tensor) -> Tensor:
+        _check.image(x, self.channels, self.qkv)
+        attended = self.operators.focal_channel_attention(
             self.depthwise(self.qkv(x)),
             self.temperature,
             self.token_weight,
@@ -50,10 +52,16 @@ class FocalContextSelfAttention(nn.Module):
         )
         return self.project(attended)
 
-    def layer(self, x, norm):
-        """x + self(norm(x)) as one operator; ``norm`` is a :class:`LayerNorm2d`."""
-        _check.image(x, self.qkv.weight)
-        return ops.focal_attention_layer(
+    def changed_inside(self) -> str | None:
+        return _fusion.first(
+            qkv=_fusion.pointwise(self.qkv),
+            depthwise=_fusion.depthwise(self.depthwise, 3),
+            project=_fusion.pointwise(self.project),
+        )
+
+    def layer(self, x: Tensor, norm: Norm) -> Tensor:
+        _check.image(x, self.channels, self.qkv)
+        return self.operators.focal_attention_layer(
             x,
             norm.weight,
             norm.bias,
@@ -71,7 +79,8 @@ class FocalContextSelfAttention(nn.Module):
         )
 
 
-class GlobalGridSelfAttention(nn.Module):
+@_fusion.stock
+class GlobalGridSelfAttention(Branch):
     """Global grid self-attention, GGSA (IPT-V2, section 3.4): PW to q, k, v, attention on dilated lattices, PW.
 
     Args:
@@ -82,10 +91,11 @@ class GlobalGridSelfAttention(nn.Module):
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
     """
 
-    def __init__(self, channels, num_heads, grid_size):
+    def __init__(self, channels: int, num_heads: int, grid_size: int) -> None:
         super().__init__()
         _check.positive_ints(channels=channels, num_heads=num_heads, grid_size=grid_size)
         _check_heads(channels, num_heads)
+        self.channels = channels
         self.num_heads = num_heads
         self.grid_size = grid_size
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
@@ -94,15 +104,19 @@ class GlobalGridSelfAttention(nn.Module):
             nn.init.trunc_normal_(torch.empty((2 * grid_size - 1) ** 2, num_heads), std=0.02)
         )
 
-    def forward(self, x):
-        _check.image(x, self.qkv.weight)
-        attended = ops.grid_attention(self.qkv(x), self.bias_table, num_heads=self.num_heads, grid_size=self.grid_size)
+    def forward(self, x: Tensor) -> Tensor:
+        _check.image(x, self.channels, self.qkv)
+        attended = self.operators.grid_attention(
+            self.qkv(x), self.bias_table, num_heads=self.num_heads, grid_size=self.grid_size
+        )
         return self.project(attended)
 
-    def layer(self, x, norm):
-        """x + self(norm(x)) as one operator; ``norm`` is a :class:`LayerNorm2d`."""
-        _check.image(x, self.qkv.weight)
-        return ops.grid_attention_layer(
+    def changed_inside(self) -> str | None:
+        return _fusion.first(qkv=_fusion.pointwise(self.qkv), project=_fusion.pointwise(self.project))
+
+    def layer(self, x: Tensor, norm: Norm) -> Tensor:
+        _check.image(x, self.channels, self.qkv)
+        return self.operators.grid_attention_layer(
             x,
             norm.weight,
             norm.bias,

@@ -3,13 +3,14 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import ops
-from . import _check
+from . import _check, _fusion
+from ._layer import Norm
 
 
-class LayerNorm2d(nn.Module):
+@_fusion.stock
+class LayerNorm2d(Norm):
     """Layer normalisation over the channels at every pixel; see :func:`ipt_fast.ops.layer_norm_2d`.
 
     Args:
@@ -21,19 +22,19 @@ class LayerNorm2d(nn.Module):
     Shape: (B, C, H, W) -> (B, C, H, W).
     """
 
-    def __init__(self, channels, eps=1e-5, bias=True, centered=True):
+    def __init__(self, channels: int, eps: float = 1e-5, bias: bool = True, centered: bool = True) -> None:
         super().__init__()
         _check.positive_ints(channels=channels)
         _check.flags(bias=bias, centered=centered)
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
             raise ValueError(f"eps must be a positive number; got {eps!r}")
         self.eps = eps
         self.centered = centered
         self.weight = nn.Parameter(torch.ones(channels))
         self.register_parameter("bias", nn.Parameter(torch.zeros(channels)) if bias else None)
 
-    def forward(self, x):
-        return ops.layer_norm_2d(x, self.weight, self.bias, eps=self.eps, centered=self.centered)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operators.layer_norm_2d(x, self.weight, self.bias, eps=self.eps, centered=self.centered)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}, bias={self.bias is not None}, centered={self.centered}"

@@ -8,13 +8,14 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops._tokens import attend_as_a_grid, grid_core_is_faster, linear_relu, norm_backward, normalise
+from . import _check, _fusion
 
 
-def _weight_gradient(grad, x):
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
 
@@ -82,24 +83,23 @@ class _FeedForward(torch.autograd.Function):
         return of_total, of_total.to(ctx.branch), *norm_grads, *grads1, *grads2, None
 
 
-def _for_autocast(x, *parameters):
+def _for_autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     """The parameters in the dtype that autocast wants for products, as they are without it."""
-    kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not _check.autocast(x.device.type):
         return parameters
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(p if p is None or p.dtype == torch.float64 else p.to(dtype) for p in parameters)
 
 
-def without_autocast(x):
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """A context for operations on ``x`` as they are written."""
     available = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext()
 
 
-def _norm_parameters(norm):
-    """(weight, bias, eps) of a norm, (None, None, 0) of none."""
-    return (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
+def _norm_parameters(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
+    """(weight, bias, eps) of a norm that :func:`_fusion.token_norm` lets pass, (None, None, 0) of none."""
+    return (None, None, 0.0) if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
 
 
 def norm_projection(x, branch, norm, weight, offset=None):
@@ -113,7 +113,7 @@ def norm_projection(x, branch, norm, weight, offset=None):
         return _NormProjection.apply(x, branch, norm_weight, norm_bias, weight, offset, eps)
 
 
-def feed_forward(x, branch, norm, linear1, linear2):
+def feed_forward(x: Tensor, branch: Tensor, norm: nn.Module, linear1: nn.Linear, linear2: nn.Linear) -> Tensor:
     """t + FFN(LN(t)) with ReLU and t = x + branch: (B, N, D) -> (B, N, D)."""
     norm_weight, norm_bias, eps = _norm_parameters(norm)
     parameters = _for_autocast(x, linear1.weight, linear1.bias, linear2.weight, linear2.bias)
@@ -121,23 +121,30 @@ def feed_forward(x, branch, norm, linear1, linear2):
         return _FeedForward.apply(x, branch, norm_weight, norm_bias, *parameters, eps)
 
 
+@_fusion.stock
 class MultiHeadAttention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V of heads of d channels, without biases; parameters named as nn.MultiheadAttention's.
+
+    Shape: query (B, N, D), key and value (B, M, D) -> (B, N, D).
 
     Args:
         dim: channels D.
         num_heads: heads; divides D.
     """
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.out_proj = nn.Linear(dim, dim, bias=False)
         nn.init.kaiming_uniform_(self.in_proj_weight, a=5**0.5)
 
-    def to_itself(self, x, norm, added=None):
-        """MSA(y + added, y + added, y) with y = LN(x): (B, N, D); added (N, D) or None."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = self.in_proj_weight.chunk(3)
+        return self._attend(*(F.linear(x, weight) for x, weight in zip((query, key, value), weights, strict=True)))
+
+    def to_itself(self, x: Tensor, norm: nn.Module, added: Tensor | None = None) -> Tensor:
+        """self(y + added, y + added, y) with y = LN(x), norm and projection as one: (B, N, D); added (N, D) or None."""
         rows = 2 * x.shape[2]
         offset = None if added is None else F.linear(added, self.in_proj_weight[:rows])
         qkv = norm_projection(x, None, norm, self.in_proj_weight, offset)
@@ -145,8 +152,16 @@ class MultiHeadAttention(nn.Module):
             return self.out_proj(attend_as_a_grid(qkv, self.num_heads))
         return self._attend(*qkv.chunk(3, dim=2))
 
-    def to_memory(self, x, branch, norm, memory, added=None, added_to_keys=None):
-        """t = x + branch and MSA(LN(t) + added, memory + added_to_keys, memory): (B, N, D); what is added (N, D)."""
+    def to_memory(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        norm: nn.Module,
+        memory: Tensor,
+        added: Tensor | None = None,
+        added_to_keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """t = x + branch and self(LN(t) + added, memory + added_to_keys, memory): (B, N, D); what is added (N, D)."""
         dim = x.shape[2]
         q_weight, k_weight, _ = self.in_proj_weight.chunk(3)
         offset = None if added is None else F.linear(added, q_weight)
@@ -156,10 +171,14 @@ class MultiHeadAttention(nn.Module):
             k = k + F.linear(added_to_keys, k_weight)
         return total, self._attend(q, k, v)
 
-    def _attend(self, q, k, v):
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # (B, N, D) -> (B, heads, N, d), as views
         q, k, v = (each.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for each in (q, k, v))
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _plus(x: Tensor, added: Tensor | None) -> Tensor:
+    return x if added is None else x + added
 
 
 class EncoderLayer(nn.Module):
@@ -174,8 +193,9 @@ class EncoderLayer(nn.Module):
     """
 
     norms = 2
+    plain = False  # True in the twins that `to_reference` makes
 
-    def __init__(self, dim, num_heads, ratio=4, norm=True):
+    def __init__(self, dim: int, num_heads: int, ratio: int = 4, norm: bool = True) -> None:
         super().__init__()
         self.self_attn = MultiHeadAttention(dim, num_heads)
         self.linear1 = nn.Linear(dim, ratio * dim)
@@ -183,9 +203,40 @@ class EncoderLayer(nn.Module):
         for i in range(self.norms):
             setattr(self, f"norm{i + 1}", nn.LayerNorm(dim) if norm else nn.Identity())
 
-    def forward(self, x, positions=None):
-        branch = self.self_attn.to_itself(x, self.norm1, positions)
-        return feed_forward(x, branch, self.norm2, self.linear1, self.linear2)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return self._add_feed_forward(x, self._attend_to_itself(x, positions), self.norm2)
+
+    def _attend_to_itself(self, x: Tensor, added: Tensor | None) -> Tensor:
+        if self._against_attention(self.norm1, self.self_attn) is None:
+            return self.self_attn.to_itself(x, self.norm1, added)
+        y = self.norm1(x)
+        return self.self_attn(_plus(y, added), _plus(y, added), y)
+
+    def _add_feed_forward(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
+        if self._against_feed_forward(norm) is None:
+            return feed_forward(x, branch, norm, self.linear1, self.linear2)
+        x = x + branch
+        return x + self.linear2(F.relu(self.linear1(norm(x))))
+
+    def reasons_against_fusing(self) -> dict[str, str | None]:
+        """{part: None if norm and products are fused, else why it runs module by module}."""
+        return {
+            "self_attn": self._against_attention(self.norm1, self.self_attn),
+            "linear1": self._against_feed_forward(self.norm2),
+        }
+
+    def _against(self) -> str | None:
+        return "it is a plain twin" if self.plain else _fusion.global_hooks()
+
+    def _against_attention(self, norm: nn.Module, attention: nn.Module) -> str | None:
+        if reason := self._against() or _fusion.first(norm=_fusion.token_norm(norm), attention=_fusion.changed(attention)):
+            return reason
+        return None if isinstance(attention, MultiHeadAttention) else f"it is a {type(attention).__name__}"
+
+    def _against_feed_forward(self, norm: nn.Module) -> str | None:
+        return self._against() or _fusion.first(
+            norm=_fusion.token_norm(norm), linear1=_fusion.linear(self.linear1), linear2=_fusion.linear(self.linear2)
+        )
 
 
 class DecoderLayer(EncoderLayer):
@@ -200,11 +251,28 @@ class DecoderLayer(EncoderLayer):
 
     norms = 3
 
-    def __init__(self, dim, num_heads, ratio=4, norm=True):
+    def __init__(self, dim: int, num_heads: int, ratio: int = 4, norm: bool = True) -> None:
         super().__init__(dim, num_heads, ratio, norm)
         self.multihead_attn = MultiHeadAttention(dim, num_heads)
 
-    def forward(self, x, memory, task=None, positions=None):
-        branch = self.self_attn.to_itself(x, self.norm1, task)
-        x, branch = self.multihead_attn.to_memory(x, branch, self.norm2, memory, task, positions)
-        return feed_forward(x, branch, self.norm3, self.linear1, self.linear2)
+    def forward(
+        self, x: Tensor, memory: Tensor, task: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        branch = self._attend_to_itself(x, task)
+        x, branch = self._attend_to_memory(x, branch, memory, task, positions)
+        return self._add_feed_forward(x, branch, self.norm3)
+
+    def _attend_to_memory(
+        self, x: Tensor, branch: Tensor, memory: Tensor, task: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self._against_attention(self.norm2, self.multihead_attn) is None:
+            return self.multihead_attn.to_memory(x, branch, self.norm2, memory, task, positions)
+        x = x + branch
+        return x, self.multihead_attn(_plus(self.norm2(x), task), _plus(memory, positions), memory)
+
+    def reasons_against_fusing(self) -> dict[str, str | None]:
+        return {
+            "self_attn": self._against_attention(self.norm1, self.self_attn),
+            "multihead_attn": self._against_attention(self.norm2, self.multihead_attn),
+            "linear1": self._against_feed_forward(self.norm3),
+        }

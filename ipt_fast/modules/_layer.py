@@ -1,0 +1,54 @@
+"""Half a transformer layer, x + branch(norm(x)): as one operator where that is the same, else module by module."""
+
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from .. import ops, reference
+from . import _fusion
+
+
+class OperatorModule(nn.Module):
+    """A module that calls operators: those of :mod:`ipt_fast.ops` or, in a plain twin, their references."""
+
+    plain = False  # True in the twins that `to_reference` makes
+
+    @property
+    def operators(self) -> ModuleType:
+        return reference if self.plain else ops
+
+
+class Norm(OperatorModule):
+    """A norm that the layers' operators have built in: ``weight``, ``bias`` or None, ``eps`` and ``centered``."""
+
+
+class Branch(OperatorModule):
+    """An attention or a feed-forward network, which a layer puts between a norm and a residual connection."""
+
+    def changed_inside(self) -> str | None:
+        """Why its submodules have to be called one by one, or None."""
+        raise NotImplementedError
+
+    def layer(self, x: Tensor, norm: Norm) -> Tensor:
+        """x + self(norm(x)) as one operator, where :func:`reason_against_fusing` has nothing against it."""
+        raise NotImplementedError
+
+
+def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
+    """Why x + branch(norm(x)) has to run module by module, or None where one operator computes it."""
+    if reason := _fusion.global_hooks():
+        return reason
+    if reason := _fusion.first(norm=_fusion.changed(norm), branch=_fusion.changed(branch)):
+        return reason
+    if not isinstance(branch, Branch) or not isinstance(norm, Norm):
+        return f"there is no operator for {type(norm).__name__} and {type(branch).__name__}"
+    if branch.plain:
+        return "it is a plain twin"
+    return branch.changed_inside()
+
+
+def residual(x: Tensor, norm: nn.Module, branch: nn.Module) -> Tensor:
+    """x + branch(norm(x))."""
+    if reason_against_fusing(norm, branch) is None:
+        return branch.layer(x, norm)
+    return x + branch(norm(x))
