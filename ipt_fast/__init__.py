@@ -7,12 +7,13 @@ Models by name (:func:`create_model`), restoration of images (:func:`restore`), 
 from . import models, modules, ops, reference
 from .models import create_model, list_models, load_checkpoint
 from .ops._explain import explain
-from .ops._select import use_backend
+from .ops._select import keep_backend, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
     "create_model",
     "explain",
+    "keep_backend",
     "list_models",
     "load_checkpoint",
     "models",

@@ -3,13 +3,16 @@
 import functools
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import torch
 
-_NOT_BUILT = (
-    "the compiled extension is not part of this installation: it was installed with IPT_FAST_PURE=1 or where it could "
-    "not be built (`pip install -v --no-build-isolation .` shows why)"
-)
+PACKAGE = Path(__file__).parent
+# Written by a build that compiled nothing: one line that says why.
+WHY_PURE = PACKAGE / "_why_pure.txt"
+_ON_DEMAND = "IPT_FAST_PURE is set"
+OLDEST_TRITON = (3, 5)
 
 
 def load() -> bool:
@@ -21,9 +24,9 @@ def load() -> bool:
 def error() -> str | None:
     """None if the library is loaded, else one sentence with the original error's text."""
     if importlib.util.find_spec("ipt_fast._C") is None:
-        return _NOT_BUILT
+        return _why_absent()
     try:
-        built_for = build_info()["torch"]
+        built_for = build_info().get("torch", "an unknown version")
         # The C++ interface of torch is only kept within a minor version.
         if _minor_version(built_for) != _minor_version(torch.__version__):
             return (
@@ -33,6 +36,55 @@ def error() -> str | None:
         importlib.import_module("ipt_fast._C")
     except (ImportError, OSError) as exception:
         return f"the compiled extension cannot be loaded: {exception}"
+    return None
+
+
+def _why_absent() -> str:
+    if elsewhere := _hidden_installation():
+        return (
+            f"python imports ipt_fast from {PACKAGE}, a source tree without compiled kernels, which hides the "
+            f"installation in {elsewhere}: start python in another folder"
+        )
+    why = WHY_PURE.read_text().strip() if WHY_PURE.is_file() else "it was not built, or not for this Python"
+    return (
+        f"the compiled extension is not part of this installation: {why} "
+        "(`pip install -v --no-build-isolation .` in a clone builds it)"
+    )
+
+
+def _hidden_installation() -> Path | None:
+    """The first other ipt_fast on Python's path that has compiled kernels."""
+    packages = (Path(entry or ".").resolve() / "ipt_fast" for entry in sys.path)
+    return next((p for p in packages if p != PACKAGE.resolve() and any(p.glob("_C.*.so"))), None)
+
+
+def reason_for_plain(device: str) -> str | None:
+    """Why no compiled kernel runs for tensors on ``device``, "cpu" or "cuda"; None if some do, or if that was wished."""
+    reason = error() if device == "cpu" else _reason_for_plain_gpu() if device == "cuda" else None
+    if reason is None or os.environ.get("IPT_FAST_PURE", "0") not in ("", "0"):
+        return None
+    return None if WHY_PURE.is_file() and WHY_PURE.read_text().strip() == _ON_DEMAND else reason
+
+
+@functools.cache
+def _reason_for_plain_gpu() -> str | None:
+    return cuda_error() and triton_error()
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """None if Triton and the kernels written in it can be imported, else one sentence with the original error's text."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install ipt-fast[triton])"
+    if importlib.util.find_spec("ipt_fast.kernels") is None:
+        return f"Triton's kernels are not in {PACKAGE}: {_why_absent()}"
+    try:
+        version = importlib.import_module("triton").__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+            return f"the kernels need Triton {'.'.join(map(str, OLDEST_TRITON))} or later; this is {version}"
+        importlib.import_module("ipt_fast.kernels")
+    except Exception as exception:  # whatever it says is the reason
+        return f"Triton's kernels cannot be imported: {type(exception).__name__}: {exception}"
     return None
 
 

@@ -1,9 +1,11 @@
 """Saving a model as config.json and model.safetensors, and opening it again."""
 
+import copy
 import dataclasses
 import json
 import os
 import pathlib
+from typing import Any, Self
 
 import huggingface_hub
 import safetensors.torch
@@ -17,8 +19,22 @@ class PretrainedModel(nn.Module):
     """A module with ``config``, an instance of the frozen dataclass ``config_class``, saved beside its weights."""
 
     config_class: type
+    plain = False  # True in a plain twin
 
-    def save_pretrained(self, directory):
+    def to_reference(self) -> Self:
+        """A twin in plain PyTorch with copies of the same weights, for export to other runtimes.
+
+        It computes the papers' formulas by PyTorch's own operations, module by module: `torch.export`, `torch.onnx` and
+        what reads their files know all of them. Sizes may stay dynamic, see docs/models.md. Its state dict is the
+        model's.
+        """
+        twin = copy.deepcopy(self)
+        for module in twin.modules():
+            if hasattr(type(module), "plain"):
+                module.plain = True
+        return twin
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors into ``directory``, made if need be.
 
         Each file is replaced atomically. Weights keep their dtype.
@@ -39,7 +55,7 @@ class PretrainedModel(nn.Module):
             path.write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, source, **overrides):
+    def from_pretrained(cls, source: str | os.PathLike, **overrides: Any) -> Self:
         """Open a saved model, in eval mode.
 
         Args:
@@ -61,7 +77,7 @@ class PretrainedModel(nn.Module):
         return model.eval()
 
 
-def read_config(path):
+def read_config(path: pathlib.Path) -> dict[str, Any]:
     """The fields of a config.json."""
     try:
         config = json.loads(path.read_text())
@@ -74,7 +90,7 @@ def read_config(path):
     return config
 
 
-def build_config(config_class, fields):
+def build_config(config_class: type, fields: dict[str, Any]) -> Any:
     """``config_class(**fields)``; unknown fields raise a ValueError that lists the known ones."""
     known = [field.name for field in dataclasses.fields(config_class)]
     if unknown := sorted(fields.keys() - set(known)):
@@ -82,7 +98,7 @@ def build_config(config_class, fields):
     return config_class(**fields)
 
 
-def _download(source):
+def _download(source: str | os.PathLike) -> pathlib.Path:
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=["config.json", "model.safetensors"])

@@ -1,24 +1,30 @@
 """Reading weights strictly: wrappers and prefixes are unwrapped, everything else must fit."""
 
+import os
 import pathlib
 import re
 import zipfile
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..modules.feed_forward import Reparameterized
 
 WRAPPERS = ("params_ema", "ema", "params", "state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
+# Wrappers of a model, which is their attribute ``module``.
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
-def read_state_dict(path):
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, by parameter name, on the CPU.
 
-    Unwraps one dict under "params_ema", "ema", "params", "state_dict", "model" or "net" (in this order, repeatedly)
-    and strips the prefixes "module." and "_orig_mod.". Pickles are read with ``weights_only=True``.
+    Unwraps one dict under "params_ema", "ema", "params", "state_dict", "model" or "net" (in this order, repeatedly),
+    strips the prefixes "module." and "_orig_mod." (this also within names) and the counter "n_averaged" of
+    torch.optim.swa_utils.AveragedModel. Pickles are read with ``weights_only=True``.
 
     Raises:
         ValueError: there is no such file, it is damaged, or it holds something else than tensors by name.
@@ -46,37 +52,40 @@ def read_state_dict(path):
         raise ValueError(f"{path} holds no state dict (tensors by parameter name)")
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         raise ValueError(f"{path} holds no state dict (tensors by parameter name)")
+    state = {name: value for name, value in state.items() if name != "n_averaged" or value.dim() > 0}
     stripped = {_strip(name): value for name, value in state.items()}
     if len(stripped) < len(state):
         raise ValueError(f"{path} holds several tensors of one name once the prefixes {PREFIXES} are stripped")
     return stripped
 
 
-def check_archive(path):
+def check_archive(path: pathlib.Path) -> None:
     """Compare the checksums of a zip-format file, which torch.load does not."""
     if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"{damaged} does not have its checksum")
 
 
-def _first_line(error):
+def _first_line(error: Exception) -> str:
     """What went wrong in one line, whatever the library at fault prints."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _strip(name):
-    while name.startswith(PREFIXES):
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
+def _strip(name: str) -> str:
+    name = name.replace("_orig_mod.", "")  # torch.compile may have wrapped parts
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
     return name
 
 
-def load_checkpoint(model, path):
+def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Load a checkpoint into ``model``, in place and strictly; on any error the model is left as it was.
 
     A training-form file is merged on its way into a merged model; the reverse is refused.
 
     Args:
-        model: a module, usually from :func:`ipt_fast.create_model`.
+        model: a module, usually from :func:`ipt_fast.create_model`. It may be compiled, in DataParallel,
+            DistributedDataParallel or an AveragedModel. Parameters on the meta device become real, on the CPU.
         path: a .safetensors or PyTorch file, or a folder written by ``save_pretrained``.
 
     Returns:
@@ -92,13 +101,20 @@ def load_checkpoint(model, path):
     return model
 
 
-def load_state(model, state, source):
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, PARALLEL) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, PARALLEL) else model._orig_mod
+    return model
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
     """Load tensors by name strictly, checking everything before the first is copied; ``source`` is for messages."""
-    state = dict(state)
+    model, state = _unwrapped(model), dict(state)
     for name, module in model.named_modules():
         if isinstance(module, Reparameterized):
-            module.merge_state(state, f"{name}." if name else "")
-    expected = model.state_dict()
+            module.merge_state(state, _strip(f"{name}.") if name else "")
+    names = {_strip(name): name for name in model.state_dict()}
+    expected = {_strip(name): value for name, value in model.state_dict().items()}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [
         f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
@@ -106,21 +122,29 @@ def load_state(model, state, source):
         if state[k].shape != expected[k].shape
     ]
     problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes)))
-        if names
+        f"{len(found)} {what} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes)))
+        if found
     ]
     if problems:
         hint = ""
         if _needs_branches(model, state):
             hint = "; it holds merged weights, from which the branches cannot be recovered: use merged=True"
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(problems)}{hint}")
-    model.load_state_dict(state, strict=True)
+    # Copying into the meta device would do nothing, without a word: there the tensors themselves are taken.
+    assign = any(value.is_meta for value in expected.values())
+    if assign:
+        state = {name: _like(value, expected[name]) for name, value in state.items()}
+    model.load_state_dict({names[name]: value for name, value in state.items()}, strict=True, assign=assign)
 
 
-def _needs_branches(model, state):
+def _like(value: Tensor, tensor: Tensor) -> Tensor:
+    return value.to(value.device if tensor.is_meta else tensor.device, tensor.dtype)
+
+
+def _needs_branches(model: nn.Module, state: dict[str, Tensor]) -> bool:
     return any(
-        f"{name}.weight" in state
+        _strip(f"{name}.weight") in state
         for name, module in model.named_modules()
         if isinstance(module, Reparameterized) and not module.merged
     )

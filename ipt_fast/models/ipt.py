@@ -180,9 +180,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(*shape) for _ in range(layers))
 
-    def forward(
-        self, x: Tensor, memory: Tensor, task: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, task: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         for layer in self.layers:
             x = layer(x, memory, task, positions)
         return x
@@ -306,7 +304,7 @@ class IPT(PretrainedModel):
     def forward(self, x: Tensor, task: str | int | None = None) -> Tensor:
         index = self.task_index(task)
         self._check_image(x)
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.plain or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._run(x, index)[0]
         size = max(1, PART_TOKENS // self.config.tokens)
         outputs = [self._run(part, index)[0] for part in x.split(size)]

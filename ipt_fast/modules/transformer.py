@@ -229,7 +229,9 @@ class EncoderLayer(nn.Module):
         return "it is a plain twin" if self.plain else _fusion.global_hooks()
 
     def _against_attention(self, norm: nn.Module, attention: nn.Module) -> str | None:
-        if reason := self._against() or _fusion.first(norm=_fusion.token_norm(norm), attention=_fusion.changed(attention)):
+        if reason := self._against() or _fusion.first(
+            norm=_fusion.token_norm(norm), attention=_fusion.changed(attention)
+        ):
             return reason
         return None if isinstance(attention, MultiHeadAttention) else f"it is a {type(attention).__name__}"
 
@@ -255,9 +257,7 @@ class DecoderLayer(EncoderLayer):
         super().__init__(dim, num_heads, ratio, norm)
         self.multihead_attn = MultiHeadAttention(dim, num_heads)
 
-    def forward(
-        self, x: Tensor, memory: Tensor, task: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, task: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         branch = self._attend_to_itself(x, task)
         x, branch = self._attend_to_memory(x, branch, memory, task, positions)
         return self._add_feed_forward(x, branch, self.norm3)

@@ -43,6 +43,10 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 )
 
 
+# With it excluded, tensors that a kernel makes as views of its own memory leave as tensors in their own right.
+_VIEW_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
 def _autograd_recording():
     """Make autograd record inside a kernel, where the dispatcher has switched it off."""
     keys, key_set = torch._C.DispatchKey, torch._C.DispatchKeySet
@@ -210,14 +214,17 @@ class Operator:
         return run
 
     def _run_forward(self, *args):
-        out = self.kernels[_select.choose(self, args)].forward(*args)
-        return as_channels_last(out) if self.images else out.contiguous()
+        kernel = self.kernels[_select.choose(self, args)]
+        with torch._C._ExcludeDispatchKeyGuard(_VIEW_KEYS):
+            out = kernel.forward(*args)
+            return as_channels_last(out) if self.images else out.contiguous()
 
     def _run_backward(self, grad, *args):
         *args, backend = args
         kernel = self.kernels[_select.choose(self, args, demanded=backend)]
         values = self._by_name(args)
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):  # products inside keep their dtype
+        # Products inside keep their dtype.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS | _VIEW_KEYS):
             grads = zip(self.tensors, kernel.backward(grad, *args), strict=True)
             return tuple(self._gradient_like(grad, name, values[name], value) for name, value in grads)
 

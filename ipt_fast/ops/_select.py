@@ -2,54 +2,154 @@
 
 import contextlib
 import contextvars
+import functools
+import inspect
 import os
+import types
+import warnings
+from collections.abc import Callable, Generator
+from typing import Any
+
+from .. import _extension
 
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 POLICIES = ("auto", *BACKENDS)
 
-_policy = contextvars.ContextVar("ipt_fast_backend", default=None)
+# The backends of the blocks around the running code, outermost first. A tuple, never changed, so that threads and
+# tasks cannot disturb each other.
+_blocks: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("ipt_fast_backends", default=())
 
 
-def _checked(policy, source):
+def _checked(policy: Any, source: str) -> str:
     if policy not in POLICIES:
         raise ValueError(f"{source} must be one of {', '.join(POLICIES)}; got {policy!r}")
     return policy
 
 
-def policy():
+def policy() -> str:
     """The backend asked for in this context: ``use_backend``, else IPT_FAST_BACKEND, else "auto"."""
-    chosen = _policy.get()
-    return chosen if chosen is not None else _checked(os.environ.get("IPT_FAST_BACKEND", "auto"), "IPT_FAST_BACKEND")
+    if blocks := _blocks.get():
+        return blocks[-1]
+    return _checked(os.environ.get("IPT_FAST_BACKEND", "auto"), "IPT_FAST_BACKEND")
 
 
-class use_backend(contextlib.ContextDecorator):  # noqa: N801, it reads as a statement, as torch.no_grad does
-    """Demand one backend inside a ``with`` block, in this thread (and asyncio task) only.
+def _outside_of_graphs(method: Callable) -> Callable:
+    """What ``torch.compiler.disable`` would tell the compiler, without importing the compiler."""
+    method._torchdynamo_disable = True
+    method._torchdynamo_disable_msg = "use_backend belongs around the call of a compiled function, not into it"
+    return method
+
+
+class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
+    """Demand one backend inside a ``with`` block or a decorated function, in this thread (and asyncio task) only.
 
     Args:
         name: "auto" takes the fastest backend that can run each operator, as far as that has been measured;
             "reference" (plain PyTorch), "cpu" (C++), "triton" and "cuda" are demanded: an operator that cannot run on
             it raises with the reason.
 
-    A backward runs on the backend of its forward, wherever it is called. Under ``torch.compile`` forward and backward
-    each choose when they run: put the block around both calls.
+    A backward runs on the backend of its forward, wherever it is called. What activation checkpointing computes again
+    is a new forward: :func:`keep_backend` tells it where. Under ``torch.compile`` forward and backward each choose when
+    they run: put the block around both calls.
+
+    Decorated generators and coroutines are inside the block while they run, and outside while they are suspended.
 
     Raises:
-        ValueError: ``name`` is none of these.
+        ValueError: ``name`` is none of these. TypeError: a class is decorated.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self._name = _checked(name, "backend")
-        self._tokens = []
 
-    def __enter__(self):
-        self._tokens.append(_policy.set(self._name))
+    @_outside_of_graphs
+    def __enter__(self) -> None:
+        _blocks.set((*_blocks.get(), self._name))
 
-    def __exit__(self, *exception):
-        _policy.reset(self._tokens.pop())
+    @_outside_of_graphs
+    def __exit__(self, *exception: Any) -> None:
+        _blocks.set(_blocks.get()[:-1])
+
+    def __call__(self, function: Callable) -> Callable:
+        if inspect.isclass(function) or not callable(function):
+            raise TypeError(f"use_backend decorates functions and methods; got {function!r}")
+        if inspect.isasyncgenfunction(function):
+
+            @functools.wraps(function)
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                inner = function(*args, **kwargs)
+                step, value = inner.asend, None
+                while True:
+                    try:
+                        item = await self._await_inside(step(value))
+                    except StopAsyncIteration:
+                        return
+                    try:
+                        step, value = inner.asend, (yield item)
+                    except GeneratorExit:
+                        await self._await_inside(inner.aclose())
+                        raise
+                    except BaseException as error:
+                        step, value = inner.athrow, error
+
+        elif inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                return await self._await_inside(function(*args, **kwargs))
+
+        elif inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                return (yield from self._run_inside(function(*args, **kwargs)))
+
+        else:
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return function(*args, **kwargs)
+
+        return wrapper
+
+    def _run_inside(self, inner: Generator) -> Generator:
+        """The steps of a generator (or of what ``await`` drives), each in the block, which is left in between."""
+        step, value = inner.send, None
+        while True:
+            try:
+                with self:
+                    item = step(value)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                step, value = inner.send, (yield item)
+            except GeneratorExit:
+                with self:
+                    inner.close()
+                raise
+            except BaseException as error:
+                step, value = inner.throw, error
+
+    @types.coroutine
+    def _await_inside(self, awaitable: Any) -> Generator:
+        return (yield from self._run_inside(awaitable))
 
 
-def reason_against(operator, backend, args):
+def keep_backend() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """``context_fn`` for activation checkpointing that computes again on the backend asked for now.
+
+    ``torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=ipt_fast.keep_backend)``. With
+    ``use_reentrant=True``, which takes no ``context_fn``, decorate what is checkpointed:
+    ``checkpoint(use_backend("reference")(layer), x, use_reentrant=True)``.
+
+    Returns:
+        The contexts of the forward and of its repetition.
+    """
+    return contextlib.nullcontext(), use_backend(policy())
+
+
+def reason_against(operator: Any, backend: str, args: Any) -> str | None:
     """Why ``backend`` cannot run ``operator`` on ``args`` (None: in general), or None if it can."""
     kernel = operator.kernels.get(backend)
     if kernel is None:
@@ -57,7 +157,21 @@ def reason_against(operator, backend, args):
     return kernel.check(args)
 
 
-def choose(operator, args, demanded=None):
+def warn_without_kernels(device: str) -> None:
+    """Warn, once in a process, where "auto" takes plain PyTorch for want of any compiled kernel for this device.
+
+    Silent where the installation was asked for as plain PyTorch (IPT_FAST_PURE=1).
+    """
+    if reason := _extension.reason_for_plain(device):
+        _warn_once(f"ipt_fast runs as plain PyTorch here, many times slower than it could: {reason}")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def choose(operator: Any, args: Any, demanded: str | None = None) -> str:
     """The name of the backend that runs ``operator`` on ``args``.
 
     Raises:
@@ -68,7 +182,10 @@ def choose(operator, args, demanded=None):
         if reason := reason_against(operator, wanted, args):
             raise RuntimeError(f"{operator.name}: backend {wanted!r} cannot run: {reason}")
         return wanted
-    for backend in ORDER.get(args[0].device.type, ("reference",)):
+    device = args[0].device.type
+    for backend in ORDER.get(device, ("reference",)):
         if reason_against(operator, backend, args) is None and operator.kernels[backend].automatic(args):
+            if backend == "reference":
+                warn_without_kernels(device)
             return backend
     raise AssertionError("the reference runs everywhere")

@@ -51,7 +51,10 @@ def grid_core_is_faster(qkv):
     """
     if torch.compiler.is_compiling() or qkv.device.type != "cpu" or qkv.shape[1] not in SQUARES or len(qkv) == 0:
         return False
-    if _select.policy() not in ("auto", "cpu") or _cpu.check((qkv,)) is not None:
+    if _select.policy() not in ("auto", "cpu"):
+        return False
+    if _cpu.check((qkv,)) is not None:
+        _select.warn_without_kernels("cpu")
         return False
     return qkv.dtype == torch.float32 or (torch.is_grad_enabled() and qkv.requires_grad)
 

@@ -2,29 +2,14 @@
 
 import functools
 import importlib
-import importlib.util
 
 import torch
 
+from .. import _extension
 from ._operator import Kernel, as_channels_last
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (3, 5)
 LEAST_CAPABILITY = (8, 0)
-
-
-@functools.cache
-def _installed():
-    """None if a usable Triton is there, else the reason."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install ipt-fast[triton])"
-    try:
-        version = importlib.import_module("triton").__version__
-    except Exception as error:  # whatever it says is the reason
-        return f"Triton is installed but cannot be imported: {type(error).__name__}: {error}"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"the kernels need Triton {OLDEST[0]}.{OLDEST[1]} or later; this is {version}"
-    return None
 
 
 @functools.cache
@@ -36,7 +21,7 @@ def _too_old(device):
 
 
 def _interpreted():
-    return _installed() is None and importlib.import_module("triton").knobs.runtime.interpret
+    return _extension.triton_error() is None and importlib.import_module("triton").knobs.runtime.interpret
 
 
 def _check_machine():
@@ -80,7 +65,7 @@ def register(operator, limits=None):
     """
 
     def check(args):
-        if error := _installed():
+        if error := _extension.triton_error():
             return error
         if args is None:
             return _check_machine()
