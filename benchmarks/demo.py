@@ -1,7 +1,7 @@
 """``make demo``: a noisy photo restored on the CPU, with the time of plain PyTorch beside it.
 
-The photo and the weights ship with the package, so nothing is downloaded. Where there are no compiled kernels, or others
-are demanded, nothing is timed: plain PyTorch would be compared with itself.
+The photo and the weights ship with the package, so nothing is downloaded. Where plain PyTorch would be compared with
+itself, because there are no compiled kernels or the reference is demanded, nothing is timed.
 """
 
 import argparse

@@ -59,7 +59,7 @@ def _hidden_installation() -> Path | None:
 
 
 def reason_for_plain(device: str) -> str | None:
-    """Why no compiled kernel runs for tensors on ``device``, "cpu" or "cuda"; None if some do, or if that was wished."""
+    """Why no compiled kernel runs for tensors on ``device``, "cpu" or "cuda"; None if some do, or if so wished."""
     reason = error() if device == "cpu" else _reason_for_plain_gpu() if device == "cuda" else None
     if reason is None or os.environ.get("IPT_FAST_PURE", "0") not in ("", "0"):
         return None
@@ -73,7 +73,7 @@ def _reason_for_plain_gpu() -> str | None:
 
 @functools.cache
 def triton_error() -> str | None:
-    """None if Triton and the kernels written in it can be imported, else one sentence with the original error's text."""
+    """None if Triton and the kernels written in it can be imported, else one sentence with the error's text."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install ipt-fast[triton])"
     if importlib.util.find_spec("ipt_fast.kernels") is None:

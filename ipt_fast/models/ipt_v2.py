@@ -211,8 +211,8 @@ class IPTV2(PretrainedModel):
         """Merge the branches of every feed-forward network, in place; idempotent.
 
         Raises:
-            ValueError: a branch is no plain convolution (any more): it has hooks, an adapter, a parametrisation. Nothing
-                is merged then.
+            ValueError: a branch is no plain convolution (any more): it has hooks, an adapter, a parametrisation.
+                Nothing is merged then.
         """
         reparameterize(self)
         self._config = dataclasses.replace(self._config, merged=True)

@@ -152,7 +152,7 @@ class RepDepthwise(Reparameterized):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plain or _fusion.global_hooks() or self.changed_inside():
+        if not self.merged and (self.plain or _fusion.global_hooks() or self.changed_inside()):
             return self.k5(x) + self.k3(x) + self.k1(x) + x
         return F.conv2d(x, self.current_weight(), padding=self.padding, groups=x.shape[1])
 

@@ -36,7 +36,8 @@ def grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if bias_table is not None:
         scores = scores + bias_table[relative_position_index(grid_size, qkv.device)].permute(2, 0, 1)
-    if (rows, columns) != (height, width):
+    # An exported graph serves sizes of both kinds.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or (rows, columns) != (height, width):
         inside = torch.ones(1, 1, height, width, dtype=torch.bool, device=qkv.device)
         inside = lattice(pad_to_multiple(inside, grid_size, grid_size), 1, grid_size)
         scores = scores.masked_fill(~inside.transpose(-2, -1), float("-inf"))
