@@ -5,10 +5,14 @@ import contextvars
 import functools
 import inspect
 import os
+import sys
 import types
 import warnings
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from .. import _extension
 
@@ -163,12 +167,18 @@ def warn_without_kernels(device: str) -> None:
     Silent where the installation was asked for as plain PyTorch (IPT_FAST_PURE=1).
     """
     if reason := _extension.reason_for_plain(device):
-        _warn_once(f"ipt_fast runs as plain PyTorch here, many times slower than it could: {reason}")
+        _warn_once(reason)
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
+def _warn_once(reason: str) -> None:
+    text = f"ipt_fast runs as plain PyTorch here, several times slower than it could: {reason}"
+    # The line that is shown is the caller's, outside of this package and of PyTorch.
+    inside = tuple(str(Path(module.__file__).parent) for module in (_extension, torch))
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def choose(operator: Any, args: Any, demanded: str | None = None) -> str:

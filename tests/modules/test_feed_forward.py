@@ -267,3 +267,17 @@ def test_bad_images(shape, merged):
     """The same kind of error whichever way the module would have taken."""
     with pytest.raises(ValueError):
         RepLeFFN(6, merged=merged)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda", "reference", "auto"])
+def test_merging_for_good_does_not_ask_for_a_backend(backend, monkeypatch):
+    """It is in float64, for which there are no kernels, and gives the same bits whatever is demanded."""
+    module = rep_leffn()
+    expected = copy.deepcopy(module)
+    expected.reparameterize()
+    loaded = RepLeFFN(6, merged=True)
+    monkeypatch.setenv("IPT_FAST_BACKEND", backend)
+    loaded.load_state_dict(module.state_dict())
+    module.reparameterize()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value) and torch.equal(loaded.state_dict()[name], value)
