@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ipt_fast
+from ipt_fast import _extension
 from ipt_fast.cli import main
 from ipt_fast.data.io import Image, read_image, write_image
 from ipt_fast.evaluation.protocols import get_protocol
@@ -213,6 +214,13 @@ def test_backend_of_the_environment(run, photos, tmp_path, capsys, monkeypatch, 
     assert run(photos / "wide.tif", tmp_path / "out.png") == 2
     assert message in capsys.readouterr().err
     assert run(photos / "wide.tif", tmp_path / "out.png", "--backend", "reference") == 0
+
+
+@pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+def test_the_kernels_of_the_environment_restore_a_model_in_training_form(run, photos, tmp_path, monkeypatch):
+    """Merging it is in float64, for which there are no kernels."""
+    monkeypatch.setenv("IPT_FAST_BACKEND", "cpu")
+    assert run(photos / "wide.tif", tmp_path / "out.png", "--dtype", "float32") == 0
 
 
 def test_missing_comparison_is_not_already_restored(run, photos, tmp_path):
