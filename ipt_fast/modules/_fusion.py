@@ -18,18 +18,15 @@ from torch.utils.module_tracker import ModuleTracker
 # What kernels can read. Tracing puts fake tensors in the place of parameters.
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# {class: what it computes}, as it was when this module was imported: programs replace classes and their methods.
-_STOCK = {
-    Conv2d: (Conv2d.forward, Conv2d._conv_forward),
-    Linear: (Linear.forward, None),
-    LayerNorm: (LayerNorm.forward, None),
-    Identity: (Identity.forward, None),
-}
+_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
+# {class: its forward when this module was imported}: programs replace classes and their methods.
+_STOCK = {cls: cls.forward for cls in (Conv2d, Linear, LayerNorm, Identity)}
+_CONV_FORWARD = Conv2d._conv_forward
 
 
 def stock(cls: type[nn.Module]) -> type[nn.Module]:
     """Class decorator: a fused operator may stand in for modules of exactly this class."""
-    _STOCK[cls] = (cls.forward, getattr(cls, "_conv_forward", None))
+    _STOCK[cls] = cls.forward
     return cls
 
 
@@ -38,49 +35,47 @@ def global_hooks() -> str | None:
 
     Those by which FlopCounterMode learns where it is do not count: it counts fused operators by their formulas.
     """
-    for name in _HOOKS:
-        for hook in getattr(torch_module, f"_global{name}").values():
-            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
-                return "there are hooks of all modules"
-    return None
-
-
-def hooked(module: nn.Module) -> str | None:
-    """The reason that lies in hooks of ``module`` or in what stands in for its forward, or None."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks"
-    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
-        return "its forward is replaced"
-    if module._compiled_call_impl is not None:
-        return "it is compiled by itself"
+    for hooks in _GLOBAL_HOOKS:
+        if hooks and not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks.values()):
+            return "there are hooks of all modules"
     return None
 
 
 def changed(module: nn.Module) -> str | None:
     """Why calling ``module`` alone, whatever is in it, may do something else than its class says, or None."""
-    cls = type(module)
+    cls, state = type(module), module.__dict__
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
     if cls not in _STOCK:
         return f"it is a {cls.__name__}"
-    if _STOCK[cls] != (cls.forward, getattr(cls, "_conv_forward", None)):
+    if _STOCK[cls] is not cls.forward:
         return f"the forward of {cls.__name__} is replaced"
-    if reason := hooked(module):
-        return reason
-    for name, parameter in module._parameters.items():
+    if "forward" in state:
+        return "its forward is replaced"
+    if hooks:
+        return "it has hooks"
+    if module._compiled_call_impl is not None:
+        return "it is compiled by itself"
+    for name, parameter in state["_parameters"].items():
         if parameter is not None and type(parameter) not in _PLAIN_TENSORS:
             return f"its {name} is a {type(parameter).__name__}"
     return None
 
 
-def _convolution(conv, kernel, groups):
+def _convolution(conv: nn.Module, size: int, groups: int) -> str | None:
     if reason := changed(conv):
         return reason
-    if conv.bias is not None:
+    state = conv.__dict__
+    if type(conv) is not Conv2d:
+        return f"it is a {type(conv).__name__}"
+    if "_conv_forward" in state or Conv2d._conv_forward is not _CONV_FORWARD:
+        return "its forward is replaced"
+    if state["_parameters"]["bias"] is not None:
         return "it has a bias"
-    size = conv.kernel_size[0]
-    plain = (size, size), (1, 1), (size // 2, size // 2), (1, 1), groups, "zeros"
-    if plain != (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode):
-        return "its kernel, stride, padding, dilation or groups are others"
-    return None if kernel in (None, size) else f"its kernel is {size} x {size}"
+    found = conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode
+    if found != ((size, size), (size // 2, size // 2), (1, 1), (1, 1), groups, "zeros"):
+        return "its kernel, padding, stride, dilation or groups are others"
+    return None
 
 
 def pointwise(conv: nn.Module) -> str | None:
@@ -88,9 +83,9 @@ def pointwise(conv: nn.Module) -> str | None:
     return _convolution(conv, 1, 1)
 
 
-def depthwise(conv: nn.Module, kernel: int) -> str | None:
-    """Why ``conv`` is no plain depthwise convolution without bias that keeps the size, or None."""
-    return changed(conv) or _convolution(conv, kernel, conv.out_channels)
+def depthwise(conv: nn.Module, size: int) -> str | None:
+    """Why ``conv`` is no plain depthwise convolution without bias that keeps the size of maps, or None."""
+    return _convolution(conv, size, getattr(conv, "out_channels", 0))
 
 
 def linear(module: nn.Module) -> str | None:
