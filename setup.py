@@ -128,9 +128,11 @@ def parse_compiler(command: str) -> Compiler | None:
     """The compiler is the last word before the first option; None where it or its launcher is not there."""
     words = shlex.split(command)
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    if count == 0 or shutil.which(words[0]) is None or shutil.which(words[count - 1]) is None:
+    first, program = (shutil.which(word) for word in (words[0], words[count - 1])) if count else (None, None)
+    if first is None or program is None:
         return None
-    return Compiler(words[: count - 1], shutil.which(words[count - 1]), words[count:])
+    launcher = [os.path.abspath(first), *words[1 : count - 1]] if count > 1 else []
+    return Compiler(launcher, os.path.abspath(program), words[count:])
 
 
 @functools.cache
@@ -205,7 +207,7 @@ def build_obstacle() -> str | None:
         return f"the compiled kernels are for Linux, this is {sys.platform}"
     for tool, path in (("cmake", find_tool("cmake")), make_program()):
         if path is None:
-            return f"{tool} not found (pip install cmake ninja)"
+            return f"{tool} not found" + ("" if tool == "make" else " (pip install cmake ninja)")
     compiler, said = find_compiler()
     return None if compiler else said
 
@@ -343,8 +345,8 @@ class BuildPython(build_py):
             for name in {*MODULES.values(), BUILD_INFO} - set(BUILT):
                 stale = package / (name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX"))
                 stale.unlink(missing_ok=True)
-        elif not self.distribution.have_run.get("build_ext"):
-            for folder in (package, self.get_finalized_command("bdist").bdist_base):
+        elif package.resolve() != ROOT / "ipt_fast" and not self.distribution.have_run.get("build_ext"):
+            for folder in (package, Path(self.get_finalized_command("bdist").bdist_base, "wheel")):
                 shutil.rmtree(folder, ignore_errors=True)
         super().run()
         note_reason(package)

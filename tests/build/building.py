@@ -67,7 +67,7 @@ def build_wheel(checkout, **environment):
     shutil.rmtree(wheels, ignore_errors=True)
     options = ("-v", "--no-build-isolation", "--no-deps", "-w", "wheels")
     process = run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=checkout, **(UNSET | environment))
-    return process, zipfile.ZipFile(wheel_of(checkout)).namelist() if wheels.exists() else None
+    return process, zipfile.ZipFile(wheel_of(checkout)).namelist() if any(wheels.glob("*.whl")) else None
 
 
 def wheel_of(checkout):
