@@ -17,7 +17,6 @@ from tests.build.building import (
     SUFFIX,
     UNSET,
     build_wheel,
-    copy_small_sources,
     copy_sources,
     library_names,
     run,
@@ -161,20 +160,6 @@ def test_a_compile_error_fails_the_build(checkout):
 def test_wrong_wishes_are_refused(checkout, environment, said):
     process = run(sys.executable, "setup.py", "build_ext", cwd=checkout, **(UNSET | environment))
     assert process.returncode != 0 and said in process.stderr
-
-
-@compiled
-def test_compiled_install(tmp_path):
-    """A wheel built from a bare copy carries both modules and loads."""
-    checkout = copy_small_sources(tmp_path / "checkout")
-    process, names = build_wheel(checkout, IPT_FAST_BUILD="cpu")
-    assert process.returncode == 0, process.stderr
-    assert library_names(names) == [f"ipt_fast/_C{SUFFIX}", f"ipt_fast/_build_info{SUFFIX}"]
-    assert "ipt_fast/py.typed" in names and "ipt_fast/_why_pure.txt" not in names
-    target = tmp_path / "target"
-    zipfile.ZipFile(wheel_of(checkout)).extractall(target)
-    script = "from ipt_fast import _extension as e; print(e.__file__, e.error(), e.isa())"
-    assert f"None {_extension.isa()}" in run_installed(target, script)
 
 
 def broken_package(folder, torch_version, library):

@@ -26,6 +26,7 @@ from tests.build.building import (
     copy_sources,
     library_names,
     metadata,
+    run_installed,
     succeed,
     wheel_metadata,
     wheel_of,
@@ -47,6 +48,18 @@ def small(tmp_path_factory):
     process, _ = build_wheel(checkout, CMAKE_BUILD_TYPE="None")
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return checkout
+
+
+@compiled
+def test_compiled_wheel(small, tmp_path):
+    """A wheel built from a bare copy carries both modules, and they load."""
+    with zipfile.ZipFile(wheel_of(small)) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path)
+    assert library_names(names) == LIBRARIES
+    assert "ipt_fast/py.typed" in names and "ipt_fast/_why_pure.txt" not in names
+    script = "from ipt_fast import _extension as e; print(e.__file__, e.error(), e.isa())"
+    assert f"None {_extension.isa()}" in run_installed(tmp_path, script)
 
 
 @compiled
