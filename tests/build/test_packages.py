@@ -180,12 +180,17 @@ def weak_symbols(target):
 # Below, everything is compiled and installed as users do.
 
 
+def make_wheel(checkout, *arguments, **environment):
+    """`make wheel` in this environment, which has torch, whoever made it."""
+    command = ("make", "-o", f"{sys.prefix}/.torch", "wheel", f"VENV={sys.prefix}", *arguments)
+    succeed(*command, cwd=checkout, timeout=3000, **(UNSET | environment))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A checkout after `make wheel`."""
     checkout = copy_sources(tmp_path_factory.mktemp("made") / "checkout")
-    stamp = f"{sys.prefix}/.torch"  # this environment has torch, whoever made it
-    succeed("make", "-o", stamp, "wheel", f"VENV={sys.prefix}", cwd=checkout, timeout=3000, **UNSET)
+    make_wheel(checkout)
     return checkout
 
 
@@ -211,6 +216,10 @@ def check_installed(environment):
     assert "ipt-fast" in environment.succeed("pip", "list")
     assert "No broken requirements" in environment.succeed("pip", "check")
     assert "backend" in environment.succeed("ipt-fast", "info")
+    return installed_libraries(environment)
+
+
+def installed_libraries(environment):
     return {f"ipt_fast/{path.name}": path.read_bytes() for path in (environment.site / "ipt_fast").glob("*.so")}
 
 
@@ -246,8 +255,7 @@ def test_documented_install(page, tmp_path):
     (command, *_) = re.findall(r"^(pip install .*?) *(?:#.*)?$", (ROOT / page).read_text(), re.MULTILINE)
     environment = Environment(tmp_path / "environment")
     environment.succeed("bash", "-c", command, cwd=checkout)
-    installed = sorted(f"ipt_fast/{path.name}" for path in (environment.site / "ipt_fast").glob("*.so"))
-    assert installed == LIBRARIES
+    assert sorted(installed_libraries(environment)) == LIBRARIES
     assert "None" in environment.succeed("python", "-c", "from ipt_fast import _extension as e; print(e.error())")
 
 
@@ -268,16 +276,16 @@ def test_old_setuptools_alone(tmp_path):
 @compiled
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_made_cuda_wheel(made, tmp_path):
-    """With the CUDA kernels, which load where there is no GPU."""
-    arguments = ["-o", f"{sys.prefix}/.torch", "wheel", f"VENV={sys.prefix}", "PARTS=cpu,cuda"]
-    succeed("make", *arguments, cwd=made, timeout=3000, **(UNSET | {"TORCH_CUDA_ARCH_LIST": "8.0"}))
-    (wheel,) = made.glob("dist/cpu,cuda/*.whl")
+def test_made_cuda_wheel(tmp_path):
+    """With the CUDA kernels, which load where there is no GPU, beside few of the CPU's."""
+    checkout = copy_small_sources(tmp_path / "checkout")
+    make_wheel(checkout, "PARTS=cpu,cuda", TORCH_CUDA_ARCH_LIST="8.0")
+    (wheel,) = checkout.glob("dist/cpu,cuda/*.whl")
     environment = Environment(tmp_path / "environment")
     environment.succeed("pip", "install", "--no-index", str(wheel))
-    libraries = check_installed(environment)
+    script = "from ipt_fast import _extension as e; print(e.error(), e.cuda_error())"
+    assert environment.succeed("python", "-c", script).splitlines()[-1] == "None None"
+    libraries = installed_libraries(environment)
     assert sorted(libraries) == [LIBRARIES[0], f"ipt_fast/_C_cuda{SUFFIX}", LIBRARIES[1]]
-    said = environment.succeed("python", "-c", "from ipt_fast import _extension as e; print(e.cuda_error())")
-    assert said.splitlines()[-1] == "None"
-    for path in (made, Path(torch.__file__).parent):
+    for path in (checkout, Path(torch.__file__).parent):
         assert not any(str(path).encode() in content for content in libraries.values())
