@@ -215,7 +215,7 @@ def check_installed(environment):
     assert str(environment.site) in said and f"None {_extension.isa()}" in said
     assert "ipt-fast" in environment.succeed("pip", "list")
     assert "No broken requirements" in environment.succeed("pip", "check")
-    assert "backend" in environment.succeed("ipt-fast", "info")
+    assert f"torch {torch.__version__}" in environment.succeed("ipt-fast", "info")
     return installed_libraries(environment)
 
 
@@ -229,7 +229,7 @@ def test_made_wheel(made, made_libraries, tmp_path):
     assert sorted(made_libraries) == LIBRARIES
     environment = Environment(tmp_path / "environment")
     (wheel,) = made.glob("dist/cpu/*.whl")
-    environment.succeed("pip", "install", "--no-index", str(wheel))
+    environment.succeed("pip", "install", str(wheel))  # torch may ask for a newer setuptools
     assert check_installed(environment) == made_libraries
     objects = sorted(made.glob("build/cmake-*/csrc/cpu/CMakeFiles/kernels_*.dir/*.o"))
     assert len(objects) >= 10 and [weak_symbols(path) for path in objects] == [[] for _ in objects]
@@ -282,7 +282,7 @@ def test_made_cuda_wheel(tmp_path):
     make_wheel(checkout, "PARTS=cpu,cuda", TORCH_CUDA_ARCH_LIST="8.0")
     (wheel,) = checkout.glob("dist/cpu,cuda/*.whl")
     environment = Environment(tmp_path / "environment")
-    environment.succeed("pip", "install", "--no-index", str(wheel))
+    environment.succeed("pip", "install", str(wheel))  # torch may ask for a newer setuptools
     script = "from ipt_fast import _extension as e; print(e.error(), e.cuda_error())"
     assert environment.succeed("python", "-c", script).splitlines()[-1] == "None None"
     libraries = installed_libraries(environment)
