@@ -15,7 +15,7 @@ PIP    := $(PY) -m pip
 CSRC   := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp,$(CSRC))
 
-.PHONY: demo test bench gpu-check sanitize lint clean
+.PHONY: demo test bench gpu-check sanitize wheel lint clean
 
 demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo
@@ -35,11 +35,21 @@ gpu-check:
 
 # The kernels' tests with every access and every undefined operation checked, on a build of its own.
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+# A process loads such a module only after the sanitizer's library.
 sanitize: $(VENV)/.installed
-	CMAKE_BUILD_TYPE=None CXXFLAGS="$(SANITIZE)" $(PY) setup.py -q build --build-lib build/sanitize
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
+	IPT_FAST_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 CMAKE_BUILD_TYPE=None CXXFLAGS="$(SANITIZE)" \
+	    $(PY) setup.py -q build --build-lib build/sanitize && \
+	LD_PRELOAD="$$preload" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=$(THREADS) \
 	    $(PY) -m pytest -o pythonpath="build/sanitize ." tests/ops tests/build/test_extension_layer_norm.py
+
+# For this Python and this torch: dist/cpu/*.whl, or with PARTS=cpu,cuda (nvcc is needed) dist/cpu,cuda/*.whl; and
+# dist/*.tar.gz, which builds anywhere.
+PARTS ?= cpu
+wheel: $(VENV)/.torch
+	IPT_FAST_BUILD=$(PARTS) $(PIP) wheel --no-build-isolation --no-deps -w dist/$(PARTS) .
+	$(PY) setup.py -q sdist --dist-dir dist
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -47,7 +57,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 clean:
-	rm -rf build dist *.egg-info ipt_fast/*.so
+	rm -rf build dist *.egg-info ipt_fast/*.so ipt_fast/_why_pure.txt
 
 # torch first: the extension is compiled against it, so pip must not isolate the build.
 $(VENV)/.torch:
@@ -57,7 +67,7 @@ $(VENV)/.torch:
 	    { echo "'$(PYTHON)' cannot make virtual environments: install its venv module (apt-get install python3-venv)"; exit 1; }
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
-	$(PIP) install "setuptools>=77" wheel cmake ninja
+	$(PIP) install setuptools wheel cmake ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py CMakeLists.txt pyproject.toml $(CSRC)

@@ -1,12 +1,14 @@
-"""Builds the compiled modules through CMake and Ninja. What is installed and how is in pyproject.toml.
+"""Builds the compiled modules through CMake. What is installed and how is in pyproject.toml.
 
 IPT_FAST_BUILD says which: "cpu", "cuda" or "cpu,cuda". Unless it is set, the CPU's kernels are built, and CUDA's where
 FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST is set, or a GPU is there and nvcc is.
 
-The install never needs a compiler: where the modules cannot be built, or IPT_FAST_PURE=1 asks for it, ipt_fast is
-installed as plain PyTorch. A compile error with a working compiler does fail the build.
+The install needs no compiler: where the modules cannot be built, or IPT_FAST_PURE=1 asks for it, ipt_fast is installed
+as plain PyTorch, with the reason in ipt_fast/_why_pure.txt. A compile error with a working compiler, a module that
+cannot be loaded, and a wish that cannot be met (IPT_FAST_BUILD, CXX) do fail the build.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -18,15 +20,21 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MODULES = {"cpu": "ipt_fast._C", "cuda": "ipt_fast._C_cuda"}
+BUILD_INFO = "ipt_fast._build_info"
+DEPENDENCIES = ["numpy", "safetensors", "huggingface-hub", "pillow", "tqdm"]
 CUDA_SHARED_MEMORY = 163 << 10  # bytes a block, as in ipt_fast/ops/_cuda.py
 CUDA_ARCHITECTURES = "8.0+PTX 9.0a"  # unless TORCH_CUDA_ARCH_LIST is set
-BUILD_COMMANDS = {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
+WHEEL_COMMANDS = {"dist_info", "bdist_wheel", "editable_wheel"}
+BUILD_COMMANDS = WHEEL_COMMANDS | {"build", "build_ext", "install", "develop"}
 GIB_PER_JOB = 2
 
 NO_TORCH = """
@@ -38,7 +46,35 @@ ipt-fast compiles against the torch it will run with, and there is no torch in t
 or set IPT_FAST_PURE=1 to install plain PyTorch without the compiled kernels.
 """
 
-TRIAL = "#include <Python.h>\n#include <concepts>\nint main() { return 0; }\n"
+NO_WHEEL = """
+ipt-fast: setuptools {} cannot make wheels without the package wheel. Run
+
+    pip install setuptools wheel cmake ninja && pip install --no-build-isolation .
+"""
+
+# A module as ours are: C++20, Python's headers and, where -fopenmp is given, a parallel region.
+TRIAL = """
+#include <Python.h>
+#include <concepts>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+PyMODINIT_FUNC PyInit_trial() {
+    static PyModuleDef module = {PyModuleDef_HEAD_INIT, "trial"};
+    long threads = 0;
+#pragma omp parallel reduction(+ : threads)
+    threads += 1;
+    return threads > 0 ? PyModule_Create(&module) : nullptr;
+}
+"""
+
+# Loads modules, given as names and files, beside the torch that they were built for.
+LOAD = """
+import importlib.util, sys, torch
+for name, file in zip(sys.argv[1::2], sys.argv[2::2]):
+    spec = importlib.util.spec_from_file_location(name, file)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
 
 
 def say(message: str) -> None:
@@ -50,38 +86,128 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
+def cmake_arguments() -> list[str]:
+    """CMAKE_ARGS, each option in one word."""
+    return shlex.split(re.sub(r"(^|\s)-([DG])\s+", r"\1-\2", os.environ.get("CMAKE_ARGS", "")))
+
+
+def cmake_variable(name: str) -> str | None:
+    """The value that CMAKE_ARGS gives a variable."""
+    found = [re.fullmatch(rf"-D{name}(?::\w+)?=(.*)", argument) for argument in cmake_arguments()]
+    return next((match[1] for match in reversed(found) if match), None)
+
+
+def generator() -> str:
+    named = [argument[2:] for argument in cmake_arguments() if argument.startswith("-G")]
+    return named[-1] if named else os.environ.get("CMAKE_GENERATOR") or "Ninja"
+
+
+def make_program() -> tuple[str, str | None]:
+    """The name of the program that CMake's generator needs, and where it is."""
+    name = "ninja" if generator().startswith("Ninja") else "make"
+    return name, cmake_variable("CMAKE_MAKE_PROGRAM") or find_tool(name)
+
+
+class Compiler(NamedTuple):
+    launcher: list[str]  # such as ccache, in front of the compiler
+    program: str
+    options: list[str]
+
+    @property
+    def command(self) -> list[str]:
+        return [*self.launcher, self.program, *self.options]
+
+
 def compilers() -> list[str]:
+    if chosen := cmake_variable("CMAKE_CXX_COMPILER"):
+        return [shlex.quote(chosen)]
     return [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
 
 
-def find_compiler() -> tuple[str | None, str]:
-    """The first compiler that compiles a small C++20 Python module, or None with what the last one said."""
+def parse_compiler(command: str) -> Compiler | None:
+    """The compiler is the last word before the first option; None where it or its launcher is not there."""
+    words = shlex.split(command)
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    first, program = (shutil.which(word) for word in (words[0], words[count - 1])) if count else (None, None)
+    if first is None or program is None:
+        return None
+    launcher = [os.path.abspath(first), *words[1 : count - 1]] if count > 1 else []
+    return Compiler(launcher, os.path.abspath(program), words[count:])
+
+
+@functools.cache
+def find_compiler() -> tuple[Compiler | None, str]:
+    """The first compiler whose C++20 modules can be loaded beside torch, or None with what the last one said.
+
+    One that the user chose is refused, not passed over, where it works but its modules cannot be loaded.
+    """
     said = f"no C++ compiler found (tried {', '.join(compilers())})"
     for command in compilers():
-        program, *arguments = shlex.split(command)
-        if shutil.which(program) is None:
+        compiler = parse_compiler(command)
+        if compiler is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "trial.cpp")
-            source.write_text(TRIAL)
-            includes = ["-I", sysconfig.get_path("include")]
-            trial = [program, *arguments, "-std=c++20", *includes, "-c", str(source), "-o", f"{folder}/trial.o"]
-            result = subprocess.run(trial, capture_output=True, text=True)
-        if result.returncode == 0:
-            return command, ""
-        said = f"{command} cannot compile a C++20 Python module: {result.stderr.strip()}"
+            Path(folder, "trial.cpp").write_text(TRIAL)
+            options = ["-std=c++20", "-fPIC", "-I", sysconfig.get_path("include")]
+            trial = [*compiler.command, *options, f"{folder}/trial.cpp"]
+            if error := error_of([*trial, "-c", "-o", f"{folder}/trial.o"]):
+                said = f"{command} cannot compile a C++20 Python module: {error}"
+                continue
+            error = openmp_error(compiler, trial, folder) if importlib.util.find_spec("torch") else None
+        if error is None:
+            return compiler, ""
+        said = f"{command} compiles no OpenMP module that works beside this torch ({error}); use g++"
+        if compilers() == [command]:
+            sys.exit(f"ipt-fast: {said}, or set IPT_FAST_PURE=1 to install plain PyTorch")
     return None, said
+
+
+def openmp_error(compiler: Compiler, trial: list[str], folder: str) -> str | None:
+    """None if the trial, compiled for OpenMP and linked without as our modules are, finds torch's runtime."""
+    libraries = [str(torch_folder() / "lib" / name) for name in ("libtorch_cpu.so", "libc10.so")]
+    link = [*compiler.command, "-shared", f"{folder}/trial.o", *libraries, "-o", f"{folder}/trial.so"]
+    error = error_of([*trial, "-fopenmp", "-c", "-o", f"{folder}/trial.o"]) or error_of(link)
+    return error or load_error({"trial": f"{folder}/trial.so"})
+
+
+def error_of(command: list[str], **environment: str) -> str | None:
+    """None if the command succeeds, else its first error, in one line."""
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if result.returncode == 0:
+        return None
+    lines = result.stderr.strip().splitlines() or [f"{command[0]} ended with {result.returncode}"]
+    return next((line for line in lines if re.search(r"error: ", line, re.IGNORECASE)), lines[-1]).strip()
+
+
+def load_error(modules: dict[str, str]) -> str | None:
+    """None if a Python process loads these modules beside torch, else the loader's message.
+
+    IPT_FAST_PRELOAD names libraries that such a process has to load first, as for the sanitizers (`make sanitize`).
+    """
+    preload = {"LD_PRELOAD": os.environ["IPT_FAST_PRELOAD"]} if os.environ.get("IPT_FAST_PRELOAD") else {}
+    return error_of([sys.executable, "-c", LOAD, *(word for pair in modules.items() for word in pair)], **preload)
+
+
+def torch_folder() -> Path:
+    return Path(importlib.util.find_spec("torch").origin).parent
 
 
 def reason_for_pure() -> str | None:
     """None where the compiled modules can be built, else why not."""
     if os.environ.get("IPT_FAST_PURE", "0") not in ("", "0"):
         return "IPT_FAST_PURE is set"
+    reason = build_obstacle()
+    if reason and (wanted := os.environ.get("IPT_FAST_BUILD")):
+        sys.exit(f"ipt-fast: IPT_FAST_BUILD={wanted} asks for compiled kernels, which cannot be built: {reason}")
+    return reason
+
+
+def build_obstacle() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"the compiled kernels are for Linux, this is {sys.platform}"
-    for tool in ("cmake", "ninja"):
-        if find_tool(tool) is None:
-            return f"{tool} not found (pip install cmake ninja)"
+    for tool, path in (("cmake", find_tool("cmake")), make_program()):
+        if path is None:
+            return f"{tool} not found" + ("" if tool == "make" else " (pip install cmake ninja)")
     compiler, said = find_compiler()
     return None if compiler else said
 
@@ -119,12 +245,12 @@ def nvcc_error() -> str | None:
         source = Path(folder, "trial.cu")
         source.write_text("#include <concepts>\n__global__ void kernel() {}\n")
         trial = [find_nvcc(), "-std=c++20", "-ccbin", host_compiler(), "-c", str(source), "-o", f"{folder}/trial.o"]
-        result = subprocess.run(trial, capture_output=True, text=True)
-    return None if result.returncode == 0 else f"{trial[0]} cannot compile C++20: {result.stderr.strip()}"
+        error = error_of(trial)
+    return None if error is None else f"{trial[0]} cannot compile C++20: {error}"
 
 
 def host_compiler() -> str:
-    return os.environ.get("CUDAHOSTCXX") or shutil.which(shlex.split(find_compiler()[0])[0])
+    return os.environ.get("CUDAHOSTCXX") or find_compiler()[0].program
 
 
 def find_nvcc() -> str | None:
@@ -169,49 +295,107 @@ class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
         import torch
 
-        program, *arguments = shlex.split(find_compiler()[0])
-        torch_dir = Path(torch.__file__).parent
+        compiler, _ = find_compiler()
+        launcher = cmake_variable("CMAKE_CXX_COMPILER_LAUNCHER") or os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER")
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
-            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
-            "CMAKE_CXX_COMPILER": shutil.which(program),
-            "CMAKE_CXX_FLAGS": shlex.join(arguments + shlex.split(os.environ.get("CXXFLAGS", ""))),
+            "CMAKE_MAKE_PROGRAM": make_program()[1],
+            "CMAKE_CXX_COMPILER": compiler.program,
+            "CMAKE_CXX_COMPILER_LAUNCHER": ";".join(compiler.launcher) or launcher or "",
+            "CMAKE_CXX_FLAGS": shlex.join(compiler.options + shlex.split(os.environ.get("CXXFLAGS", ""))),
             "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "PYTHON_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "TORCH_DIR": torch_dir,
+            "TORCH_DIR": torch_folder(),
             "TORCH_VERSION": torch.__version__,
             "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
             "IPT_FAST_BUILD": ";".join(parts()),
         }
         if "cuda" in parts():
-            options |= cuda_options()
-        configure = [find_tool("cmake"), "-S", str(ROOT), "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
+            launcher = os.environ.get("CMAKE_CUDA_COMPILER_LAUNCHER") or ";".join(compiler.launcher)
+            options |= cuda_options() | {"CMAKE_CUDA_COMPILER_LAUNCHER": launcher}
+        configure = [
+            find_tool("cmake"),
+            "-S",
+            str(ROOT),
+            "-G",
+            generator(),
+            *(f"-D{k}={v}" for k, v in options.items()),
+        ]
+        configure += [argument for argument in cmake_arguments() if not argument.startswith("-G")]
         # One folder for each set of options: a stale CMake cache cannot be met, and a rebuild stays incremental.
         build_dir = ROOT / "build" / f"cmake-{hashlib.sha256(repr(configure).encode()).hexdigest()[:12]}"
+        build = [find_tool("cmake"), "--build", str(build_dir), "--config", options["CMAKE_BUILD_TYPE"]]
         subprocess.run([*configure, "-B", str(build_dir)], check=True)
-        subprocess.run([find_tool("cmake"), "--build", str(build_dir), "--parallel", str(job_count())], check=True)
-        for extension in self.extensions:
-            target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(build_dir / target.name, target)
+        subprocess.run([*build, "--parallel", str(job_count())], check=True)
+        files = {module.name: Path(self.get_ext_fullpath(module.name)) for module in self.extensions}
+        if error := load_error({name: str(build_dir / file.name) for name, file in files.items()}):
+            sys.exit(f"ipt-fast: the modules were built but cannot be loaded: {error}")
+        for file in files.values():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(build_dir / file.name, file)
+            note_reason(file.parent)
 
 
-def extensions() -> list[Extension]:
-    """Nothing is decided, and nothing refused, for commands that build nothing (sdist, egg_info, --version)."""
+class BuildPython(build_py):
+    """Nothing of an earlier build is packaged or left in place."""
+
+    def run(self) -> None:
+        package = ROOT / "ipt_fast" if self.editable_mode else Path(self.build_lib, "ipt_fast")
+        if self.editable_mode:
+            for name in {*MODULES.values(), BUILD_INFO} - set(BUILT):
+                stale = package / (name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX"))
+                stale.unlink(missing_ok=True)
+        elif package.resolve() != ROOT / "ipt_fast" and not self.distribution.have_run.get("build_ext"):
+            for folder in (package, Path(self.get_finalized_command("bdist").bdist_base, "wheel")):
+                shutil.rmtree(folder, ignore_errors=True)
+        super().run()
+        note_reason(package)
+
+
+def note_reason(package: Path) -> None:
+    """One line in the package that says why there are no compiled modules, and no such file where there are."""
+    if WHY_PURE is None:
+        (package / "_why_pure.txt").unlink(missing_ok=True)
+    else:
+        (package / "_why_pure.txt").write_text(" ".join(WHY_PURE.split()) + "\n")
+
+
+def decide() -> tuple[list[str], str | None]:
+    """The compiled modules to build, and why there are none; nothing is decided, and nothing refused, for commands that
+    build nothing (sdist, egg_info, --version)."""
     if not BUILD_COMMANDS & set(sys.argv):
-        return []
+        return [], None
+    # Later ones have bdist_wheel themselves.
+    old = tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1)
+    if old and WHEEL_COMMANDS & set(sys.argv) and importlib.util.find_spec("wheel") is None:
+        sys.exit(NO_WHEEL.format(setuptools.__version__))
     reason = reason_for_pure()
     if reason is not None:
         say(f"INSTALLING PLAIN PYTORCH, WITHOUT THE COMPILED KERNELS: {reason}")
-        return []
+        return [], reason
     if importlib.util.find_spec("torch") is None:
         sys.exit(NO_TORCH)
-    return [Extension(name, sources=[]) for name in (*(MODULES[part] for part in parts()), "ipt_fast._build_info")]
+    return [*(MODULES[part] for part in parts()), BUILD_INFO], None
 
+
+def torch_requirement() -> str:
+    """The C++ interface that the CPU's kernels use is kept within a minor version of torch."""
+    if MODULES["cpu"] not in BUILT:
+        return "torch>=2.10"
+    import torch
+
+    return f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"
+
+
+BUILT, WHY_PURE = decide()
+# Before version 77 setuptools knew no license expressions, neither here nor in pyproject.toml.
+LICENSE = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
 
 setup(
     packages=[*find_packages(include=["ipt_fast*"]), "ipt_fast.kernels"],
     package_dir={"ipt_fast.kernels": "kernels"},
-    ext_modules=extensions(),
-    cmdclass={"build_ext": CMakeBuild},
+    install_requires=[torch_requirement(), *DEPENDENCIES],
+    ext_modules=[Extension(name, sources=[]) for name in BUILT],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
+    **{LICENSE: "Apache-2.0"},
 )

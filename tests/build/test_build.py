@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -13,56 +12,26 @@ import pytest
 import torch
 
 from ipt_fast import _extension
+from tests.build.building import (
+    ROOT,
+    SUFFIX,
+    UNSET,
+    build_wheel,
+    copy_sources,
+    library_names,
+    run,
+    run_installed,
+    wheel_of,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "csrc", "ipt_fast", "kernels"]
 ONE_COMMAND = "pip install --no-build-isolation ."
 
 compiled = pytest.mark.skipif(not _extension.load(), reason=_extension.error() or "")
 
 
-def run(*command, cwd=None, **environment):
-    """The finished process; a variable given as None is removed from its environment."""
-    merged = {k: v for k, v in (os.environ | environment).items() if v is not None}
-    return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, timeout=500)
-
-
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the sources without anything built."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        elif source.exists():
-            shutil.copy(source, folder)
-    return folder
-
-
-def build_wheel(checkout, **environment):
-    """Build without isolation; the process, and the names in the wheel (None if there is none)."""
-    process = run(
-        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", "wheels", "."),
-        cwd=checkout,
-        **({"IPT_FAST_PURE": None, "CXX": None} | environment),
-    )
-    wheels = list(checkout.glob("wheels/*.whl"))
-    return process, zipfile.ZipFile(wheels[0]).namelist() if wheels else None
-
-
-def run_installed(folder, script):
-    """What `script` prints where ipt_fast comes from `folder` alone, whatever this environment has installed."""
-    hide_editable = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
-    process = run(sys.executable, "-c", hide_editable + script, cwd=folder, PYTHONPATH=str(folder))
-    assert process.returncode == 0, process.stderr
-    assert str(folder) in process.stdout
-    return process.stdout
-
-
-def library_names(names):
-    return sorted(name for name in names if name.endswith(".so"))
+    return copy_sources(tmp_path / "checkout")
 
 
 @compiled
@@ -124,14 +93,16 @@ def test_import_needs_no_build_tools():
     ],
 )
 def test_plain_install(checkout, tmp_path, environment, reason):
-    """Without a compiler, or on demand, the install succeeds, says so, and the package works and says why."""
+    """Without a compiler, or on demand, the install succeeds, says so, and the package works and keeps the reason."""
     process, names = build_wheel(checkout, **environment)
     assert process.returncode == 0, process.stderr
     assert f"INSTALLING PLAIN PYTORCH, WITHOUT THE COMPILED KERNELS: {reason}" in process.stdout + process.stderr
     assert library_names(names) == []
     target = tmp_path / "target"
-    (wheel,) = checkout.glob("wheels/*-py3-none-any.whl")
-    zipfile.ZipFile(wheel).extractall(target)
+    assert wheel_of(checkout).name.endswith("-py3-none-any.whl")
+    zipfile.ZipFile(wheel_of(checkout)).extractall(target)
+    (line,) = (target / "ipt_fast/_why_pure.txt").read_text().splitlines()
+    assert line.startswith(reason)
     script = """
 import ipt_fast
 from ipt_fast import _extension
@@ -172,6 +143,10 @@ def test_a_compile_error_fails_the_build(checkout):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
+        (
+            {"IPT_FAST_BUILD": "cpu", "CXX": "false"},
+            "IPT_FAST_BUILD=cpu asks for compiled kernels, which cannot be built",
+        ),
         ({"IPT_FAST_BUILD": "cpu,tpu"}, "IPT_FAST_BUILD must be cpu, cuda or cpu,cuda; got tpu"),
         ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.0 7.5"}, "names no chip of 8.0 or later"),
         ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "Hopper"}, "TORCH_CUDA_ARCH_LIST has 'Hopper'"),
@@ -183,29 +158,14 @@ def test_a_compile_error_fails_the_build(checkout):
     ],
 )
 def test_wrong_wishes_are_refused(checkout, environment, said):
-    process = run(sys.executable, "setup.py", "build_ext", cwd=checkout, **{"IPT_FAST_PURE": None} | environment)
+    process = run(sys.executable, "setup.py", "build_ext", cwd=checkout, **(UNSET | environment))
     assert process.returncode != 0 and said in process.stderr
-
-
-@compiled
-def test_compiled_install(checkout, tmp_path):
-    """A wheel built from a bare copy carries both modules and loads."""
-    process, names = build_wheel(checkout, IPT_FAST_BUILD="cpu")
-    assert process.returncode == 0, process.stderr
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert library_names(names) == [f"ipt_fast/_C{suffix}", f"ipt_fast/_build_info{suffix}"]
-    target = tmp_path / "target"
-    (wheel,) = checkout.glob("wheels/*.whl")
-    zipfile.ZipFile(wheel).extractall(target)
-    script = "from ipt_fast import _extension as e; print(e.__file__, e.error(), e.isa())"
-    assert f"None {_extension.isa()}" in run_installed(target, script)
 
 
 def broken_package(folder, torch_version, library):
     """A copy of the Python package with a library that is not the right one."""
     shutil.copytree(ROOT / "ipt_fast", folder / "ipt_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (folder / "ipt_fast" / f"_C{suffix}").write_bytes(library)
+    (folder / "ipt_fast" / f"_C{SUFFIX}").write_bytes(library)
     (folder / "ipt_fast/_build_info.py").write_text(f"def build_info():\n    return {{'torch': {torch_version!r}}}\n")
     script = "import ipt_fast; from ipt_fast import _extension as e; print(e.__file__, e.load(), e.error())"
     said = run_installed(folder, script)

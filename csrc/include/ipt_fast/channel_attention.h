@@ -10,7 +10,9 @@ namespace ipt_fast {
 // What one block of the map keeps for one head, in fp32 ("slot"): for each branch the matrix [depth of k][depth of q],
 // then for each branch the squared norms of q's and of k's channels. The matrix is first the block's Gram matrix, then
 // the transposed attention of the block's window.
+namespace {
 inline int64_t slot_size(int64_t branches, int64_t depth) { return branches * depth * (depth + 2); }
+}  // namespace
 
 // The groups of an attention: what does not depend on where q, k and v come from.
 struct Groups {
@@ -24,17 +26,19 @@ struct Groups {
     const float* scale;          // (heads), multiplies the normalised products
     float* slots;                // (images, blocks down, blocks across, heads) slots
 
-    int64_t blocks() const { return images * vertical.blocks() * horizontal.blocks(); }
-    int64_t windows() const { return images * vertical.windows() * horizontal.windows(); }
-    int64_t slots_bytes() const {
+    IPT_FAST_INLINE int64_t blocks() const { return images * vertical.blocks() * horizontal.blocks(); }
+    IPT_FAST_INLINE int64_t windows() const { return images * vertical.windows() * horizontal.windows(); }
+    IPT_FAST_INLINE int64_t slots_bytes() const {
         return blocks() * heads * slot_size(branches, depth) * static_cast<int64_t>(sizeof(float));
     }
-    float* slot(int64_t block, int64_t head) const {
+    IPT_FAST_INLINE float* slot(int64_t block, int64_t head) const {
         return slots + (block * heads + head) * slot_size(branches, depth);
     }
-    float* norms(float* slot, int branch) const { return slot + depth * (branches * depth + 2 * branch); }
+    IPT_FAST_INLINE float* norms(float* slot, int branch) const {
+        return slot + depth * (branches * depth + 2 * branch);
+    }
     // Where the weights of a tile begin in a (heads, p, p) map.
-    const float* weights(const float* map, int branch, int64_t head, const Tile& tile) const {
+    IPT_FAST_INLINE const float* weights(const float* map, int branch, int64_t head, const Tile& tile) const {
         const int64_t p = vertical.window;
         return map + (head * p + vertical.position(branch, tile.y)) * p + horizontal.position(branch, tile.x);
     }
@@ -53,12 +57,16 @@ struct ChannelAttentionParams {
     void* out;       // dense
 };
 
+namespace {
+
 // Floats of scratch of a tile's Gram matrix, of its output without the result, and of a window's softmax.
 inline int64_t gram_scratch(const Groups& g) {
     return kTileTokens * g.depth * (1 + g.branches) + g.branches * g.depth * g.depth;
 }
 inline int64_t apply_scratch(const Groups& g) { return kTileTokens * g.depth * 3; }
 inline int64_t attend_scratch(const Groups& g) { return 3 * g.depth * (g.depth + 2); }
+
+}  // namespace
 
 struct ChannelAttentionKernels {
     // Gram matrices and norms into the slots, for begin <= block * heads + head < end.

@@ -23,18 +23,20 @@ struct ChannelAttentionBackwardParams {
     // weights in windows and in shifted windows, and of both merge weights, are made of.
     float* token_sums;
 
-    int64_t slot_size() const { return groups.branches * groups.depth * 2 * (groups.depth + 1); }
-    float* slot(int64_t block, int64_t head) const { return slots + (block * groups.heads + head) * slot_size(); }
-    int64_t matrices_size() const { return groups.depth * (3 * groups.depth + 2); }
-    float* matrices_of(int64_t window, int64_t head, int branch) const {
+    IPT_FAST_INLINE int64_t slot_size() const { return groups.branches * groups.depth * 2 * (groups.depth + 1); }
+    IPT_FAST_INLINE float* slot(int64_t block, int64_t head) const {
+        return slots + (block * groups.heads + head) * slot_size();
+    }
+    IPT_FAST_INLINE int64_t matrices_size() const { return groups.depth * (3 * groups.depth + 2); }
+    IPT_FAST_INLINE float* matrices_of(int64_t window, int64_t head, int branch) const {
         return matrices + ((window * groups.heads + head) * groups.branches + branch) * matrices_size();
     }
-    float* token_row(int64_t map, int64_t head, int64_t image, int64_t y, int64_t x) const {
+    IPT_FAST_INLINE float* token_row(int64_t map, int64_t head, int64_t image, int64_t y, int64_t x) const {
         const Groups& g = groups;
         return token_sums + (((map * g.heads + head) * g.images + image) * g.vertical.size + y) * g.horizontal.size + x;
     }
     // Floats of scratch of gram, apply and attend.
-    int64_t scratch() const {
+    IPT_FAST_INLINE int64_t scratch() const {
         const int64_t d = groups.depth, tiles = (groups.branches + 2) * kTileTokens * d + groups.branches * d * d;
         const int64_t sums = 2 * d * (3 * d + 9);
         return round_up(tiles > sums ? tiles : sums, kChannelPad);

@@ -19,9 +19,11 @@ struct PointwiseParams {
     void* out;           // (pixels, columns)
 };
 
+namespace {
 inline int64_t pointwise_scratch(int64_t channels, int64_t columns) {
     return kPointwiseBlock * (padded(channels) + padded(columns));
 }
+}  // namespace
 
 // sums[i][j] = the sum over pixels of grad[pixel][i] x[pixel][j] for a tile of rows i.
 struct PointwiseWeightParams {
@@ -31,9 +33,11 @@ struct PointwiseWeightParams {
     int64_t channels, columns;
 };
 
+namespace {
 inline int64_t pointwise_weight_scratch(int64_t channels) {
     return kPointwiseRun * (padded(channels) + kPointwiseTile) + kPointwiseTile * padded(channels);
 }
+}  // namespace
 
 // Work is cut into rows of strips: row k is row k % height of strip k / height % strips of image k / height / strips.
 struct DepthwiseParams {
@@ -45,8 +49,8 @@ struct DepthwiseParams {
     const void* grad;     // only for the weight's gradient
     void* out;            // not for the weight's gradient
 
-    int64_t widest() const { return (width + strips - 1) / strips; }
-    int64_t scratch() const { return padded(channels) * (kernel * (widest() + kernel - 1) + widest()); }
+    IPT_FAST_INLINE int64_t widest() const { return (width + strips - 1) / strips; }
+    IPT_FAST_INLINE int64_t scratch() const { return padded(channels) * (kernel * (widest() + kernel - 1) + widest()); }
 };
 
 struct ConvolutionKernels {

@@ -27,18 +27,18 @@ struct FocalAttentionLayerParams {
     int64_t head_groups;     // heads are computed in so many groups
     int64_t block_shares;    // a block is shared by so many threads in pass 2
 
-    int64_t channels() const { return groups.heads * groups.head_channels; }
-    int64_t first_block(int64_t strip) const { return strip * groups.horizontal.blocks() / strips; }
-    int64_t first_head(int64_t group) const { return group * groups.heads / head_groups; }
+    IPT_FAST_INLINE int64_t channels() const { return groups.heads * groups.head_channels; }
+    IPT_FAST_INLINE int64_t first_block(int64_t strip) const { return strip * groups.horizontal.blocks() / strips; }
+    IPT_FAST_INLINE int64_t first_head(int64_t group) const { return group * groups.heads / head_groups; }
 
     // Room for the packed weights, whichever the unit.
-    int64_t packed_part_bytes() const { return padded(channels()) * groups.depth * 4; }
-    int64_t packed_bytes() const {
+    IPT_FAST_INLINE int64_t packed_part_bytes() const { return padded(channels()) * groups.depth * 4; }
+    IPT_FAST_INLINE int64_t packed_bytes() const {
         return 3 * groups.heads * packed_part_bytes() + padded(channels()) * padded(channels()) * 4;
     }
 
     // Pixels of a row of the widest strip, with its halo.
-    int64_t row_pixels() const {
+    IPT_FAST_INLINE int64_t row_pixels() const {
         int64_t most = 0;
         for (int64_t strip = 0; strip < strips; ++strip) {
             const int64_t columns =
@@ -48,17 +48,19 @@ struct FocalAttentionLayerParams {
         return most + 2;
     }
     // Floats of scratch: a row of x, normalised rows of a tile, the ring, and a tile of q and k.
-    int64_t pixels_size() const { return row_pixels() * padded(channels()); }
-    int64_t ring_size() const {
+    IPT_FAST_INLINE int64_t pixels_size() const { return row_pixels() * padded(channels()); }
+    IPT_FAST_INLINE int64_t ring_size() const {
         const int64_t most_heads = (groups.heads + head_groups - 1) / head_groups;
         return most_heads * kRingRows * row_pixels() * 3 * groups.depth;
     }
-    int64_t gram_scratch() const {
+    IPT_FAST_INLINE int64_t gram_scratch() const {
         return (1 + kTileRows) * pixels_size() + ring_size() + ipt_fast::gram_scratch(groups);
     }
     // A tile of weighted v, its attended values (in both types of value), and the layer's output.
-    int64_t attended_row() const { return padded(channels()) + kChannelPad; }
-    int64_t apply_scratch() const { return ipt_fast::apply_scratch(groups) + 3 * kTileTokens * attended_row(); }
+    IPT_FAST_INLINE int64_t attended_row() const { return padded(channels()) + kChannelPad; }
+    IPT_FAST_INLINE int64_t apply_scratch() const {
+        return ipt_fast::apply_scratch(groups) + 3 * kTileTokens * attended_row();
+    }
 };
 
 struct FocalAttentionLayerKernels {

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "both.h"
+
 // The kernels are compiled once for each instruction set; every copy exports its table of functions under its own name.
 #define IPT_FAST_DECLARE_KERNELS(Table, name) extern const Table name##_generic, name##_avx2, name##_avx512
 #define IPT_FAST_JOIN(name, isa) name##_##isa
@@ -16,8 +18,12 @@ enum class DType { f32, bf16, f16 };
 // Channels in scratch memory are padded to a multiple of this, with zeros.
 constexpr int64_t kChannelPad = 16;
 
+namespace {
+
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t padded(int64_t channels) { return round_up(channels, kChannelPad); }
+
+}  // namespace
 
 // A matrix of weights, (columns, depth) in the dtype of the images with any strides: the right operand, transposed.
 struct Weight {

@@ -28,9 +28,13 @@ struct LayerNorm2dParams {
     Map grad;   // backward only
 };
 
+namespace {
+
 // Floats of scratch that one call needs.
 inline int64_t forward_scratch(int64_t padded_channels) { return kBlockPixels * padded_channels; }
 inline int64_t backward_scratch(int64_t padded_channels) { return 2 * kBlockPixels * padded_channels; }
+
+}  // namespace
 
 struct LayerNorm2dKernels {
     // Blocks begin <= k < end.

@@ -23,24 +23,26 @@ struct LeffnParams {
     int64_t bands, strips, rows_per_step;
     void *packed_expand, *packed_project;  // packed_floats() each
 
-    int64_t radius() const { return kernel / 2; }
-    int64_t blocks() const { return (hidden + kHiddenBlock - 1) / kHiddenBlock; }
-    int64_t slots() const { return rows_per_step + kernel - 1; }  // hidden rows that are kept
+    IPT_FAST_INLINE int64_t radius() const { return kernel / 2; }
+    IPT_FAST_INLINE int64_t blocks() const { return (hidden + kHiddenBlock - 1) / kHiddenBlock; }
+    IPT_FAST_INLINE int64_t slots() const { return rows_per_step + kernel - 1; }  // hidden rows that are kept
     // Strips begin at whole vectors of pixels.
-    int64_t first_column(int64_t strip) const {
+    IPT_FAST_INLINE int64_t first_column(int64_t strip) const {
         const int64_t column = (width + kChannelPad - 1) / kChannelPad * strip / strips * kChannelPad;
         return column < width ? column : width;
     }
-    int64_t strip_width() const {  // of the widest one
+    IPT_FAST_INLINE int64_t strip_width() const {  // of the widest one
         const int64_t vectors = (width + kChannelPad - 1) / kChannelPad;
         return (vectors + strips - 1) / strips * kChannelPad;
     }
 };
 
 // Floats that hold the packed weights of one projection.
+namespace {
 inline int64_t packed_floats(const LeffnParams& p, int64_t channels) {
     return p.blocks() * kHiddenBlock * padded(channels);
 }
+}  // namespace
 
 struct LeffnKernels {
     // Bytes of scratch memory of one thread.

@@ -9,9 +9,9 @@ namespace ipt_fast {
 struct Cut {
     int64_t total, count;
 
-    static Cut at_most(int64_t total, int64_t size) { return {total, (total + size - 1) / size}; }
-    int64_t first(int64_t piece) const { return piece * total / count; }
-    int64_t largest() const { return (total + count - 1) / count; }
+    IPT_FAST_INLINE static Cut at_most(int64_t total, int64_t size) { return {total, (total + size - 1) / size}; }
+    IPT_FAST_INLINE int64_t first(int64_t piece) const { return piece * total / count; }
+    IPT_FAST_INLINE int64_t largest() const { return (total + count - 1) / count; }
 };
 
 struct LeffnBackwardParams {
@@ -33,6 +33,9 @@ struct LeffnBackwardParams {
     float *grad_expand, *grad_project, *grad_depthwise;  // zeroed: [shares][shape of expand, project, depthwise]
     float* partial_grad_x;                               // [groups][batch, height, width, channels] if groups.count > 1
 };
+
+// Internal linkage: code of two instruction sets must never be merged.
+namespace {
 
 // Where the pieces of one thread's scratch begin, in floats.
 struct LeffnBackwardScratch {
@@ -75,6 +78,8 @@ struct LeffnBackwardScratch {
         return offset;
     }
 };
+
+}  // namespace
 
 struct LeffnBackwardKernels {
     // Writes packed_expand and packed_project for one chunk.

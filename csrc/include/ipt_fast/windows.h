@@ -19,36 +19,41 @@ struct Axis {
     int64_t parts;   // of a window
 
     // Windows of p pixels; with branches == 2 also those shifted by p / 2.
-    IPT_FAST_BOTH static Axis windows_of(int64_t size, int64_t p, int branches) {
+    IPT_FAST_INLINE IPT_FAST_BOTH static Axis windows_of(int64_t size, int64_t p, int branches) {
         const int64_t shift = branches == 2 ? p / 2 : 0;
         return {size, p, shift, shift > 0 ? 2 : 1};
     }
     // One window, in parts of the given size.
-    IPT_FAST_BOTH static Axis whole(int64_t size, int64_t part) {
+    IPT_FAST_INLINE IPT_FAST_BOTH static Axis whole(int64_t size, int64_t part) {
         const int64_t parts = (size + part - 1) / part;
         return {size, parts * part, part, parts};
     }
 
-    IPT_FAST_BOTH int64_t windows() const { return (size + window - 1) / window; }
-    IPT_FAST_BOTH int64_t blocks() const {
+    IPT_FAST_INLINE IPT_FAST_BOTH int64_t windows() const { return (size + window - 1) / window; }
+    IPT_FAST_INLINE IPT_FAST_BOTH int64_t blocks() const {
         const int64_t before = windows() - 1, rest = size - before * window;
         const int64_t begun = parts == 1 ? 1 : (rest + part - 1) / part;
         return before * parts + (begun < parts ? begun : parts);
     }
-    IPT_FAST_BOTH int64_t begin(int64_t block) const { return block / parts * window + block % parts * part; }
-    IPT_FAST_BOTH int64_t end(int64_t block) const {
+    IPT_FAST_INLINE IPT_FAST_BOTH int64_t begin(int64_t block) const {
+        return block / parts * window + block % parts * part;
+    }
+    IPT_FAST_INLINE IPT_FAST_BOTH int64_t end(int64_t block) const {
         const int64_t next = begin(block + 1);
         return next < size ? next : size;
     }
     // Part `index` of a window; it may lie outside of the map, at or after blocks().
-    IPT_FAST_BOTH int64_t block_of(int branch, int64_t window_index, int64_t index) const {
+    IPT_FAST_INLINE IPT_FAST_BOTH int64_t block_of(int branch, int64_t window_index, int64_t index) const {
         return (window_index * parts + branch * (parts - 1) + index) % (windows() * parts);
     }
     // Where a pixel lies in its window.
-    IPT_FAST_BOTH int64_t position(int branch, int64_t pixel) const {
+    IPT_FAST_INLINE IPT_FAST_BOTH int64_t position(int branch, int64_t pixel) const {
         return (pixel + window - branch * part) % window;
     }
 };
+
+// Internal linkage: code of two instruction sets must never be merged.
+namespace {
 
 // Tokens that are computed at once: a few rows of a block, so that a depthwise convolution reads its input about once.
 constexpr int64_t kTileTokens = 64;
@@ -87,5 +92,7 @@ struct Block {
         return {y + top, x + left, rows - top < tile_rows() ? rows - top : tile_rows(), right - left};
     }
 };
+
+}  // namespace
 
 }  // namespace ipt_fast
