@@ -1,5 +1,8 @@
 """One or more calls of every operator, and the error rule by which their results are judged."""
 
+import contextlib
+import functools
+import hashlib
 import os
 
 import torch
@@ -158,17 +161,97 @@ def forward_and_gradients(function, tensors, options, grad):
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
+def remembered(function):
+    """Equal values give the same result, computed once: the layouts and instruction sets of one call share it."""
+    known = {}
+
+    @functools.wraps(function)
+    def call(operator, tensors, options, grad):
+        values = {**tensors, "gradient of out": grad}
+        key = operator, repr(options), *((name, fingerprint(value)) for name, value in values.items())
+        if key not in known:
+            known[key] = function(operator, tensors, options, grad)
+            if len(known) > 32:
+                del known[next(iter(known))]
+        return dict(known[key])
+
+    return call
+
+
+def fingerprint(value):
+    data = value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy()
+    return value.device, value.dtype, value.shape, hashlib.sha256(data).digest()
+
+
+@remembered
 def exact(operator, tensors, options, grad):
     """Output and gradients of the reference in fp64, on the same (already rounded) values."""
     formula = getattr(reference, operator).formula
     return forward_and_gradients(formula, cast(tensors, torch.float64), options, grad.double())
 
 
+@remembered
 def baseline(operator, tensors, options, grad):
-    """The formula from PyTorch operators with every intermediate in the dtype of the images and weights."""
-    dtype = next(iter(tensors.values())).dtype
+    """{"out" or argument: largest error} of the formula from PyTorch operators, as `spread` finds it.
+
+    Every intermediate value has the dtype of the images and weights.
+    """
     formula = getattr(reference, operator).formula
-    return forward_and_gradients(formula, cast(tensors, dtype), options, grad)
+
+    def run(dtype, grad, tensors):
+        return forward_and_gradients(formula, cast(tensors, dtype), options, grad.to(dtype))
+
+    return spread(run, next(iter(tensors.values())).dtype, grad, tensors)
+
+
+DRAWS = 6
+
+
+def spread(run, dtype, grad, tensors):
+    """{name: largest error} of ``run(dtype, grad, tensors)``, a dict of tensors, against fp64, over several draws.
+
+    The error of one draw on one matrix library is chance, above all where a result has few values. So the values are
+    moved by up to two units in the last place of ``dtype``, which rounds anew and leaves the problem as well
+    conditioned as it was, and PyTorch is made to add in other orders. Where the baseline overflows it allows nothing.
+    """
+    largest = {}
+    for draw in range(DRAWS):
+        near = nearby({**tensors, "gradient of out": grad}, dtype, draw)
+        arguments = near.pop("gradient of out"), near
+        truth = run(torch.float64, *arguments)
+        with another_way(dtype, draw):
+            base = run(dtype, *arguments)
+        for name, value in base.items():
+            found = error(value, truth[name])
+            largest[name] = max(largest.get(name, 0.0), found if found < float("inf") else 0.0)
+    return largest
+
+
+def nearby(tensors, dtype, draw):
+    """The tensors, their numbers a little nearer to zero, in float32 in both layouts by turns."""
+    if draw == 0:
+        return dict(tensors)
+    generator = torch.Generator().manual_seed(draw)
+
+    def moved(value):
+        factor = 1 - 2 * torch.finfo(dtype).eps * torch.rand(value.shape, generator=generator, dtype=torch.float64)
+        value = (value.double() * factor.to(value.device)).to(value.dtype)
+        channels_last = dtype == torch.float32 and value.dim() == 4 and draw % 2
+        return value.contiguous(memory_format=torch.channels_last) if channels_last else value
+
+    return {name: moved(value) for name, value in tensors.items()}
+
+
+@contextlib.contextmanager
+def another_way(dtype, draw):
+    """Other numbers of threads; in float32 also without oneDNN, which rounds sums of the other dtypes more often."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads((threads, 1, 2)[draw % 3])
+    try:
+        with torch.backends.mkldnn.flags(dtype != torch.float32 or draw < DRAWS // 2, allow_tf32=None):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def error(value, truth):
@@ -190,15 +273,12 @@ def assert_within_rule(got, truth, base, units=4):
 
 
 def assert_all_within_rule(results, units=4):
-    """The rule for the largest errors of several (got, truth, base).
-
-    For kernels that round between their stages, as the baseline does: on one draw chance decides whose error is larger.
-    """
+    """The rule for the largest errors of several (got, truth, base): for kernels that round as the baseline does."""
     for name, first in results[0][0].items():
         eps, smallest = torch.finfo(first.dtype).eps, torch.finfo(first.dtype).smallest_normal
-        found = [error(got[name], truth[name]) for got, truth, _ in results]
-        of_base = [e for e in (error(base[name], truth[name]) for _, truth, base in results) if e < float("inf")]
+        found = max(error(got[name], truth[name]) for got, truth, _ in results)
+        of_base = max(base[name] for _, _, base in results)
         scale = max(truth[name].abs().max().item() if truth[name].numel() else 1.0 for _, truth, _ in results)
         floor = (units if name == "out" else 2 * units) * (eps + smallest * eps / (scale or 1.0))
-        allowed = max((2 if name == "out" else 3) * max(of_base, default=0.0), floor)
-        assert max(found) <= allowed, f"{name}: error {max(found):.2e}, allowed {allowed:.2e}"
+        allowed = max((2 if name == "out" else 3) * of_base, floor)
+        assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"
