@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
 from ipt_fast.models.ipt import IPT, TASKS, IPTConfig
+from tests.ops.cases import error
 from tests.oracles import naive_ipt
 from tests.oracles.public import public_module
-from tests.ops.cases import error
 
 SMALL = dict(tasks=TASKS, image_size=12, patch_size=3, features=4, layers=2, heads=3)
 OPTIONS = [
@@ -117,7 +117,9 @@ def gradient_errors(model, x, task):
     model.zero_grad()
     x = x.clone().requires_grad_()
     model(x, task).backward(grad.expand(len(x), -1, -1, -1))
-    state = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in model.state_dict().items()}
+    state = {
+        name: value.clone().requires_grad_(value.is_floating_point()) for name, value in model.state_dict().items()
+    }
     images = x.detach().clone().requires_grad_()
     for each in images:
         naive_ipt.forward(state, model.config, each, index).backward(grad[0])
