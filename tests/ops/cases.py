@@ -179,7 +179,7 @@ def remembered(function):
 
 
 def fingerprint(value):
-    data = value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy()
+    data = value.detach().cpu().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
     return value.device, value.dtype, value.shape, hashlib.sha256(data).digest()
 
 
