@@ -66,7 +66,7 @@ def check(dtype, backend="triton", autocast=None, **options):
         return results(near, x.to(computed) if wide else x, grad, "reference", None if wide else autocast)
 
     tensors = {"x": x, **{name: value.detach() for name, value in ours.named_parameters()}}
-    base = cases.spread(plain, autocast or dtype, grad, tensors)
+    base = cases.Baseline(plain, autocast or dtype, grad, tensors)
     cases.assert_within_rule(results(ours, x, grad, backend, autocast), plain(torch.float64, grad, tensors), base)
 
 
