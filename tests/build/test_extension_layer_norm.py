@@ -1,17 +1,17 @@
 """The compiled layer_norm_2d against the formula in fp64, judged by the error of plain PyTorch in the same dtype."""
 
 import itertools
-import os
 
 import pytest
 import torch
 
 from ipt_fast import _extension
+from tests.ops.cases import assert_within_rule, baseline, error, exact
 
 pytestmark = pytest.mark.skipif(not _extension.load(), reason=_extension.error() or "")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ["out", "grad_x", "grad_weight", "grad_bias"]
+NAMES = ["out", "x", "weight", "bias"]
 LEVELS = torch.ops.ipt_fast_cpu.isa_levels() if _extension.load() else []
 
 
@@ -25,34 +25,20 @@ def as_layout(x, layout):
     return wide[:, :, 1:, ::2]
 
 
-def composed(grad, x, weight, bias, eps, centered):
-    """The formula from PyTorch operators in x's dtype, every intermediate rounded to it, and autograd's gradients."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    bias = None if bias is None else bias.detach().requires_grad_()
-    mean = x.mean(1, keepdim=True)
-    variance = x.var(1, keepdim=True, unbiased=False)
-    numerator = x - mean if centered else x
-    out = numerator / torch.sqrt(variance + eps) * weight[:, None, None].to(x.dtype)
-    if bias is not None:
-        out = out + bias[:, None, None].to(x.dtype)
-    inputs = [x, weight] + ([] if bias is None else [bias])
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
-
-
 def compiled(grad, x, weight, bias, eps, centered):
+    """{"out": ..., and gradients by name}."""
     ops = torch.ops.ipt_fast_cpu
     out = ops.layer_norm_2d(x, weight, bias, eps, centered)
-    grads = list(ops.layer_norm_2d_backward(grad, x, weight, bias, eps, centered))
+    results = dict(zip(NAMES, [out, *ops.layer_norm_2d_backward(grad, x, weight, bias, eps, centered)], strict=True))
     if bias is None:
-        assert grads.pop().shape == (0,)
-    return [out, *grads]
+        assert results.pop("bias").shape == (0,)
+    return results
 
 
-def relative_error(value, reference):
-    assert value.shape == reference.shape
-    if reference.numel() == 0:
-        return 0.0
-    return ((value.double() - reference).abs().max() / reference.abs().max().clamp_min(1e-30)).item()
+def oracle(of, grad, x, weight, bias, eps, centered):
+    """``of`` is exact or baseline."""
+    tensors = {"x": x, "weight": weight, **({} if bias is None else {"bias": bias})}
+    return of("layer_norm_2d", tensors, {"eps": eps, "centered": centered}, grad)
 
 
 def make(shape, dtype, *, with_bias, parameter_dtype=None, scale=1.0, seed=0):
@@ -66,19 +52,13 @@ def make(shape, dtype, *, with_bias, parameter_dtype=None, scale=1.0, seed=0):
 
 
 def check(grad, x, weight, bias, *, eps=1e-5, centered=True):
-    arguments = (grad, x, weight, bias)
-    got = compiled(*arguments, eps, centered)
-    baseline = composed(*arguments, eps, centered)
-    exact = composed(*(None if a is None else a.double() for a in arguments), eps, centered)
+    arguments = (grad, x, weight, bias, eps, centered)
+    got = compiled(*arguments)
     expected_strides = torch.empty(x.shape, memory_format=torch.channels_last).stride()
-    assert got[0].stride() == got[1].stride() == expected_strides
+    assert got["out"].stride() == got["x"].stride() == expected_strides
     dtypes = [x.dtype, x.dtype, weight.dtype] + ([] if bias is None else [bias.dtype])
-    assert [g.dtype for g in got] == dtypes
-    for name, value, base, reference in zip(NAMES, got, baseline, exact, strict=False):
-        floor = 4 * torch.finfo(value.dtype).eps
-        allowed = max((2 if name == "out" else 3) * relative_error(base, reference), floor)
-        error = relative_error(value, reference)
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+    assert [value.dtype for value in got.values()] == dtypes
+    assert_within_rule(got, oracle(exact, *arguments), oracle(baseline, *arguments))
 
 
 @pytest.fixture(params=LEVELS)
@@ -111,12 +91,12 @@ def test_fp32_parameters(level, dtype, centered):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scaled_values(level, dtype, scale, centered):
     grad, x, weight, bias = make((1, 48, 9, 11), dtype, with_bias=True, scale=scale)
-    got = compiled(grad, x, weight, bias, 1e-5, centered)
-    exact = composed(grad.double(), x.double(), weight.double(), bias.double(), 1e-5, centered)
+    arguments = (grad, x, weight, bias, 1e-5, centered)
+    got, truth = compiled(*arguments), oracle(exact, *arguments)
     # Plain PyTorch overflows here in fp16, so the rule is the rounding alone: a few units in the last place.
-    for name, value, reference in zip(NAMES, got, exact, strict=True):
-        if reference.abs().max() > torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps:
-            assert relative_error(value, reference) <= 4 * max(torch.finfo(dtype).eps, 1e-6), name
+    for name, value in got.items():
+        if truth[name].abs().max() > torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps:
+            assert error(value, truth[name]) <= 4 * max(torch.finfo(dtype).eps, 1e-6), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,19 +105,19 @@ def test_large_mean(level, dtype):
     x = 1000 + torch.arange(32.0).reshape(1, 32, 1, 1).expand(1, 32, 5, 5) / 32 * (1 if dtype == torch.float32 else 64)
     x = x.to(dtype)
     out = torch.ops.ipt_fast_cpu.layer_norm_2d(x, torch.ones(32), None, 1e-5, True)
-    exact = composed(x.double(), x.double(), torch.ones(32).double(), None, 1e-5, True)[0]
-    assert relative_error(out, exact) <= max(2e-4, 4 * torch.finfo(dtype).eps)
+    truth = oracle(exact, x, x, torch.ones(32), None, 1e-5, True)["out"]
+    assert error(out, truth) <= max(2e-4, 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_zero_input(level, dtype, centered):
     grad, x, weight, bias = make((1, 17, 5, 6), dtype, with_bias=True)
-    out, *grads = compiled(grad, torch.zeros_like(x), weight, bias, 1e-5, centered)
-    assert torch.equal(out, bias[:, None, None].expand_as(out))
-    exact = composed(grad.double(), torch.zeros_like(x).double(), weight.double(), bias.double(), 1e-5, centered)[1:]
-    for value, reference in zip(grads, exact, strict=True):
-        assert relative_error(value, reference) <= 4 * torch.finfo(dtype).eps
+    arguments = (grad, torch.zeros_like(x), weight, bias, 1e-5, centered)
+    got, truth = compiled(*arguments), oracle(exact, *arguments)
+    assert torch.equal(got["out"], bias[:, None, None].expand_as(x))
+    for name, value in got.items():
+        assert error(value, truth[name]) <= 4 * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,7 +153,7 @@ def test_every_output_value_is_written(level):
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(4).isnan().all()
         for channels in (1, 19, 48):
             grad, x, weight, bias = make((2, channels, 5, 7), torch.float32, with_bias=True)
-            assert all(t.isfinite().all() for t in compiled(grad, x, weight, bias, 1e-5, True))
+            assert all(t.isfinite().all() for t in compiled(grad, x, weight, bias, 1e-5, True).values())
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -192,7 +172,7 @@ def test_bitwise_equal_whatever_the_threads(dtype, layout):
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
 
 
 def test_layouts_give_the_same_bits(level):
@@ -202,12 +182,12 @@ def test_layouts_give_the_same_bits(level):
         for layout in ("channels_last", "nchw", "strided")
     ]
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
 
 
 def test_empty_batch():
     grad, x, weight, bias = make((0, 8, 4, 4), torch.float32, with_bias=True)
-    out, grad_x, grad_weight, grad_bias = compiled(grad, x, weight, bias, 1e-5, True)
+    out, grad_x, grad_weight, grad_bias = compiled(grad, x, weight, bias, 1e-5, True).values()
     assert out.shape == grad_x.shape == (0, 8, 4, 4)
     assert torch.equal(grad_weight, torch.zeros(8)) and torch.equal(grad_bias, torch.zeros(8))
 
@@ -244,6 +224,6 @@ def test_bad_grad():
             torch.ops.ipt_fast_cpu.layer_norm_2d_backward(grad, x, weight, None, 1e-5, True)
 
 
-@pytest.mark.skipif(os.environ.get("IPT_FAST_CPU_ISA") is not None, reason="IPT_FAST_CPU_ISA is set")
-def test_best_level_is_the_default():
+def test_best_level_is_the_default(monkeypatch):
+    monkeypatch.delenv("IPT_FAST_CPU_ISA", raising=False)
     assert _extension.isa() == LEVELS[-1]

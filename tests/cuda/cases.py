@@ -53,24 +53,25 @@ def build(name, dtype, small_dtype=torch.float32):
 def check_depthwise(channels, size, height, width, dtype):
     """The library's depthwise convolution and its gradients against PyTorch's; all of it twice, bitwise the same."""
     shape, at = (2, channels, height, width), {"device": cases.DEVICE}
-    x, grad = (torch.randn(shape, **at).to(memory_format=torch.channels_last) for _ in range(2))
-    weight = torch.randn(channels, 1, size, size, **at)
+    x, grad = (torch.randn(shape, **at).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+    weight = torch.randn(channels, 1, size, size, **at).to(dtype)
 
-    def by_pytorch(dtype):
-        inputs = [t.to(dtype).requires_grad_() for t in (x, weight)]
+    def by_pytorch(dtype, grad, tensors):
+        inputs = [t.to(dtype).requires_grad_() for t in tensors.values()]
         out = F.conv2d(*inputs, padding=size // 2, groups=channels)
-        names = ("out", "x", "weight")
-        return dict(zip(names, [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))], strict=True))
+        slopes = torch.autograd.grad(out, inputs, grad.to(dtype))
+        return {"out": out.detach(), **dict(zip(tensors, slopes, strict=True))}
 
     def by_library():
-        library, (image, taps, slope) = torch.ops.ipt_fast_cuda, (t.to(dtype) for t in (x, weight, grad))
+        library = torch.ops.ipt_fast_cuda
         return {
-            "out": library.depthwise(image, taps, False),
-            "x": library.depthwise(slope, taps, True),
-            "weight": library.depthwise_weight_gradient(slope, image, size).to(dtype),
+            "out": library.depthwise(x, weight, False),
+            "x": library.depthwise(grad, weight, True),
+            "weight": library.depthwise_weight_gradient(grad, x, size).to(dtype),
         }
 
-    x, grad, weight = (t.to(dtype).double() for t in (x, grad, weight))
     got = by_library()
     assert all(torch.equal(value, got[name]) for name, value in by_library().items())
-    cases.assert_within_rule(got, by_pytorch(torch.float64), by_pytorch(dtype))
+    tensors = {"x": x, "weight": weight}
+    truth = by_pytorch(torch.float64, grad, tensors)
+    cases.assert_within_rule(got, truth, cases.Baseline(by_pytorch, dtype, grad, tensors))

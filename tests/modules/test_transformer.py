@@ -44,22 +44,30 @@ def body(dtype, **options):
     return Body(**options).to(cases.DEVICE, dtype)
 
 
-def results(body, x, backend, autocast=None):
+def results(body, x, grad, backend, autocast=None):
     """{"out": ..., and gradients by name}."""
     x = x.detach().clone().requires_grad_()
     body.zero_grad()
     with ipt_fast.use_backend(backend), torch.autocast(cases.DEVICE, autocast, enabled=autocast is not None):
         out = body(x)
-        out.backward(torch.ones_like(out) + out.detach().sign())
+        out.backward(grad.to(out.dtype))
     return {"out": out.detach(), "x": x.grad, **{name: value.grad for name, value in body.named_parameters()}}
 
 
-def check(dtype, autocast=None, shape=(3, 25, 36), **options):
-    ours, x = body(dtype, **options), torch.randn(shape, dtype=torch.float64).to(cases.DEVICE, dtype)
-    truth = results(copy.deepcopy(ours).double(), x.double(), "reference")
-    truth = {name: value.to(cases.DEVICE) for name, value in truth.items()}
-    base = results(ours, x, "reference", autocast)
-    cases.assert_within_rule(results(ours, x, "triton", autocast), truth, base)
+def check(dtype, backend="triton", autocast=None, **options):
+    ours = body(dtype, **options)
+    x, grad = (torch.randn(3, 25, 36, dtype=torch.float64).to(cases.DEVICE, dtype) for _ in range(2))
+
+    def plain(computed, grad, tensors):
+        """In float64, or as ``ours`` computes but by the reference."""
+        weights, wide = {**tensors}, computed == torch.float64
+        x, near = weights.pop("x"), copy.deepcopy(ours).to(computed if wide else dtype)
+        near.load_state_dict(weights)
+        return results(near, x.to(computed) if wide else x, grad, "reference", None if wide else autocast)
+
+    tensors = {"x": x, **{name: value.detach() for name, value in ours.named_parameters()}}
+    base = cases.Baseline(plain, autocast or dtype, grad, tensors)
+    cases.assert_within_rule(results(ours, x, grad, backend, autocast), plain(torch.float64, grad, tensors), base)
 
 
 @needs_triton
@@ -90,7 +98,8 @@ def test_a_stream_of_other_strides_on_triton():
 @needs_triton
 def test_empty_batch_on_triton():
     ours = body(torch.float32)
-    found = results(ours, torch.rand(0, 25, 36, device=cases.DEVICE), "triton")
+    empty = torch.rand(0, 25, 36, device=cases.DEVICE)
+    found = results(ours, empty, empty, "triton")
     assert found["out"].shape == (0, 25, 36) and all(not value.any() for value in found.values())
 
 
@@ -100,7 +109,8 @@ def test_the_kernels_ran(monkeypatch):
     monkeypatch.setattr(
         _tokens._triton, "function", lambda name, of=_tokens._triton.function: names.append(name) or of(name)
     )
-    results(body(torch.float32), torch.rand(1, 25, 36, device=cases.DEVICE), "triton")
+    x = torch.rand(1, 25, 36, device=cases.DEVICE)
+    results(body(torch.float32), x, torch.ones_like(x), "triton")
     # Five norms, twice computed in a step, and their backward.
     assert names.count("add_layer_norm") == 10 and names.count("add_layer_norm_backward") == 5
 
@@ -130,12 +140,8 @@ on_a_cpu = pytest.mark.skipif(CPU is not None or cases.DEVICE != "cpu", reason=f
 @pytest.mark.parametrize("autocast", [False, True])
 def test_layers_by_the_core_for_grids(dtype, autocast):
     """Backend auto against backend reference, whose attention is SDPA."""
-    body_dtype = torch.float32 if autocast else dtype
-    ours, x = body(body_dtype), torch.randn(3, 25, 36, dtype=body_dtype)
     half = dtype if autocast and dtype != torch.float32 else None
-    truth = results(copy.deepcopy(ours).double(), x.double(), "reference")
-    base = results(ours, x, "reference", half)
-    cases.assert_within_rule(results(ours, x, "auto", half), truth, base)
+    check(torch.float32 if autocast else dtype, "auto", half)
 
 
 @on_a_cpu

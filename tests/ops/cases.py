@@ -1,5 +1,10 @@
 """One or more calls of every operator, and the error rule by which their results are judged."""
 
+import contextlib
+import copy
+import functools
+import hashlib
+import itertools
 import os
 
 import torch
@@ -158,17 +163,105 @@ def forward_and_gradients(function, tensors, options, grad):
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
+def remembered(function):
+    """Equal values give the same result, computed once: the layouts and instruction sets of one call share it."""
+    known = {}
+
+    @functools.wraps(function)
+    def call(operator, tensors, options, grad):
+        values = {**tensors, "gradient of out": grad}
+        key = operator, repr(options), *((name, fingerprint(value)) for name, value in values.items())
+        if key not in known:
+            known[key] = function(operator, tensors, options, grad)
+            if len(known) > 32:
+                del known[next(iter(known))]
+        return copy.copy(known[key])
+
+    return call
+
+
+def fingerprint(value):
+    data = value.detach().cpu().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+    return value.device, value.dtype, value.shape, hashlib.sha256(data).digest()
+
+
+@remembered
 def exact(operator, tensors, options, grad):
     """Output and gradients of the reference in fp64, on the same (already rounded) values."""
     formula = getattr(reference, operator).formula
     return forward_and_gradients(formula, cast(tensors, torch.float64), options, grad.double())
 
 
+@remembered
 def baseline(operator, tensors, options, grad):
-    """The formula from PyTorch operators with every intermediate in the dtype of the images and weights."""
-    dtype = next(iter(tensors.values())).dtype
+    """`Baseline` of the formula from PyTorch operators, every intermediate in the dtype of the images and weights."""
     formula = getattr(reference, operator).formula
-    return forward_and_gradients(formula, cast(tensors, dtype), options, grad)
+
+    def run(dtype, grad, tensors):
+        return forward_and_gradients(formula, cast(tensors, dtype), options, grad.to(dtype))
+
+    return Baseline(run, next(iter(tensors.values())).dtype, grad, tensors)
+
+
+# How often the baseline may be drawn, and the units in the last place that are always allowed. Kernels keep sums of
+# 16-bit values in float32: what they lose by rounding is half a unit, far from what sums of 16 bits lose.
+DRAWS = 6
+FLOOR = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+
+
+class Baseline:
+    """Largest errors, by name, of ``run(dtype, grad, tensors)``, a dict of tensors, against fp64, over several draws.
+
+    The error of one draw on one matrix library is chance, above all where a result has few values. So the values are
+    moved by up to two units in the last place of ``dtype``, which rounds anew and leaves the problem as well
+    conditioned as it was, and PyTorch is made to add in other orders. A limit only grows by another draw, hence none is
+    made before a result needs it. A draw in which the baseline overflows allows nothing.
+    """
+
+    def __init__(self, run, dtype, grad, tensors):
+        self.run, self.dtype, self.tensors = run, dtype, {**tensors, "gradient of out": grad}
+        self.errors, self.draws = {}, itertools.count()
+
+    def draw(self):
+        """False if there were enough draws."""
+        if (draw := next(self.draws)) >= DRAWS:
+            return False
+        near = nearby(self.tensors, self.dtype, draw)
+        arguments = near.pop("gradient of out"), near
+        truth = self.run(torch.float64, *arguments)
+        with another_way(draw):
+            results = self.run(self.dtype, *arguments)
+        for name, value in results.items():
+            found = error(value, truth[name])
+            self.errors[name] = max(self.errors.get(name, 0.0), found if found < float("inf") else 0.0)
+        return True
+
+
+def nearby(tensors, dtype, draw):
+    """The tensors, their numbers a little nearer to zero, in float32 in both layouts by turns."""
+    if draw == 0:
+        return dict(tensors)
+    generator = torch.Generator().manual_seed(draw)
+
+    def moved(value):
+        factor = 1 - 2 * torch.finfo(dtype).eps * torch.rand(value.shape, generator=generator, dtype=torch.float64)
+        value = (value.double() * factor.to(value.device)).to(value.dtype)
+        channels_last = dtype == torch.float32 and value.dim() == 4 and draw % 2
+        return value.contiguous(memory_format=torch.channels_last) if channels_last else value
+
+    return {name: moved(value) for name, value in tensors.items()}
+
+
+@contextlib.contextmanager
+def another_way(draw):
+    """Other numbers of threads, and from the fourth draw on without oneDNN."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads((threads, 1, 2)[draw % 3])
+    try:
+        with torch.backends.mkldnn.flags(draw < 3, allow_tf32=None):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def error(value, truth):
@@ -181,24 +274,30 @@ def error(value, truth):
     return float("inf") if difference != difference else difference / scale if scale else difference
 
 
-def assert_within_rule(got, truth, base, units=4):
-    """At most twice the baseline's error, thrice for gradients; ``units`` in the last place are always allowed.
+def assert_within_rule(got, truth, base):
+    """At most twice the baseline's largest error, thrice for gradients; `FLOOR` units in the last place are allowed.
 
     Gradients pass through the operator twice, so their floor is twice as high.
     """
-    assert_all_within_rule([(got, truth, base)], units)
+    assert_all_within_rule([(got, truth, base)])
 
 
-def assert_all_within_rule(results, units=4):
-    """The rule for the largest errors of several (got, truth, base).
+def assert_all_within_rule(results):
+    """The rule for the largest errors of several (got, truth, base): for kernels that round as the baseline does."""
+    while too_large := beyond_rule(results):
+        assert any([base.draw() for *_, base in results]), too_large
 
-    For kernels that round between their stages, as the baseline does: on one draw chance decides whose error is larger.
-    """
+
+def beyond_rule(results):
+    """A sentence for every name whose error is above what the draws so far allow."""
+    sentences = []
     for name, first in results[0][0].items():
         eps, smallest = torch.finfo(first.dtype).eps, torch.finfo(first.dtype).smallest_normal
-        found = [error(got[name], truth[name]) for got, truth, _ in results]
-        of_base = [e for e in (error(base[name], truth[name]) for _, truth, base in results) if e < float("inf")]
+        found = max(error(got[name], truth[name]) for got, truth, _ in results)
+        of_base = max(base.errors.get(name, 0.0) for *_, base in results)
         scale = max(truth[name].abs().max().item() if truth[name].numel() else 1.0 for _, truth, _ in results)
-        floor = (units if name == "out" else 2 * units) * (eps + smallest * eps / (scale or 1.0))
-        allowed = max((2 if name == "out" else 3) * max(of_base, default=0.0), floor)
-        assert max(found) <= allowed, f"{name}: error {max(found):.2e}, allowed {allowed:.2e}"
+        units = FLOOR[first.dtype] * (1 if name == "out" else 2)
+        allowed = max((2 if name == "out" else 3) * of_base, units * (eps + smallest * eps / (scale or 1.0)))
+        if not found <= allowed:
+            sentences.append(f"{name}: error {found:.2e}, allowed {allowed:.2e}")
+    return sentences

@@ -235,7 +235,7 @@ def test_layouts(call, dtype, layout):
         operator, tensors, options = build(call, shape, dtype)
         grad = gradient_of_output(operator, tensors, options)
         moved = {name: as_layout(value, layout) if name in IMAGES else value for name, value in tensors.items()}
-        truth, base = exact(operator, tensors, options, grad), baseline(operator, moved, options, grad)
+        truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
         for backend in runnable(operator, tensors, options):
             got = on_backend(backend, operator, moved, options, as_layout(grad, layout))
             assert_within_rule(got, truth, base)

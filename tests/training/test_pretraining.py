@@ -109,7 +109,7 @@ def test_two_processes_are_one(make, images, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "ipt_fast.cli", "train", "--data", images, "--out", tmp_path / "both", *options]
     result = subprocess.run(
-        list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stderr[-3000:]
     both = make("both", log_every=1)
