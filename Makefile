@@ -75,6 +75,8 @@ $(VENV)/.installed: $(VENV)/.torch setup.py CMakeLists.txt pyproject.toml $(CSRC
 	@$(PY) -c 'from ipt_fast import _extension as e; print("compiled kernels:", e.error() or f"ready ({e.isa()})")'
 	@touch $@
 
-# Other people's implementations to compare with. Tests that need them are skipped where they cannot be had.
+# Other people's implementations to compare with, runtimes to export to, tools that change models from outside. Tests
+# that need them are skipped where they cannot be had.
 $(VENV)/.oracles: $(VENV)/.torch
-	-$(PIP) install --retries 1 --no-deps torchvision==0.28.0 spandrel spandrel_extra_arches timm && $(PIP) install einops pyyaml && touch $@
+	-$(PIP) install --retries 1 --no-deps torchvision==0.28.0 spandrel spandrel_extra_arches timm && \
+	    $(PIP) install einops pyyaml onnx onnxscript onnxruntime openvino accelerate torchao && touch $@
