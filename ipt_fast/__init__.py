@@ -4,6 +4,8 @@ Models by name (:func:`create_model`), restoration of images (:func:`restore`), 
 (:mod:`ipt_fast.modules`) and operators (:mod:`ipt_fast.ops`) with several backends (:func:`use_backend`).
 """
 
+from typing import Any
+
 from . import models, modules, ops, reference
 from .models import create_model, list_models, load_checkpoint
 from .ops._explain import explain
@@ -25,7 +27,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == "restore":  # imports Pillow, which models and operators do not need
         from .inference import restore
 

@@ -71,7 +71,7 @@ def changed(module: nn.Module) -> str | None:
     return None
 
 
-def _convolution(conv, kernel, groups):
+def _convolution(conv: nn.Module, kernel: int | None, groups: object) -> str | None:
     if reason := changed(conv):
         return reason
     if conv.bias is not None:
