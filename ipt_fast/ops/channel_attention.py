@@ -37,14 +37,7 @@ def channel_attention(
     return _operator(q, k, v, temperature, num_heads, window_size)
 
 
-def _flops(
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    temperature: Shape,
-    num_heads: int,
-    window_size: int | None,
-) -> int:
+def _flops(q: Shape, k: Shape, v: Shape, temperature: Shape, num_heads: int, window_size: int | None) -> int:
     batch, channels, height, width = q
     return 2 * 2 * batch * height * width * channels * (channels // num_heads)
 

@@ -191,13 +191,7 @@ def _grid_flops(
 
 
 def _leffn_flops(
-    x: Shape,
-    norm_weight: Shape,
-    norm_bias: Shape | None,
-    expand: Shape,
-    depthwise: Shape,
-    project: Shape,
-    *others: Any,
+    x: Shape, norm_weight: Shape, norm_bias: Shape | None, expand: Shape, depthwise: Shape, project: Shape, *others: Any
 ) -> int:
     return _convolutions(x, expand, depthwise, project)
 

@@ -146,9 +146,8 @@ class _Run:
 
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.world = World.join(self.device.type)
-        # PyTorch's stubs of `to` lack the memory format, and those of the average its module's class.
-        self.model: PretrainedModel = build_model(config).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model.train()
+        model: Any = build_model(config)  # PyTorch's stubs of `to` lack the memory format
+        self.model: PretrainedModel = model.to(self.device, memory_format=torch.channels_last).train()
         self.objective = objective_of(config, self.model, self.world)
         self.average: Any = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.optimizer = torch.optim.AdamW(

@@ -130,6 +130,7 @@ def test_plain_install(checkout, tmp_path, environment, reason):
     assert f"INSTALLING PLAIN PYTORCH, WITHOUT THE COMPILED KERNELS: {reason}" in process.stdout + process.stderr
     assert library_names(names) == []
     target = tmp_path / "target"
+    assert "ipt_fast/py.typed" in names
     (wheel,) = checkout.glob("wheels/*-py3-none-any.whl")
     zipfile.ZipFile(wheel).extractall(target)
     script = """
