@@ -4,6 +4,8 @@ Models by name (:func:`create_model`), restoration of images (:func:`restore`), 
 (:mod:`ipt_fast.modules`) and operators (:mod:`ipt_fast.ops`) with several backends (:func:`use_backend`).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import models, modules, ops, reference
 from .models import create_model, list_models, load_checkpoint
 from .ops._explain import explain
@@ -24,10 +26,13 @@ __all__ = [
     "use_backend",
 ]
 
+if TYPE_CHECKING:
+    from .inference import restore
+else:
 
-def __getattr__(name):
-    if name == "restore":  # imports Pillow, which models and operators do not need
-        from .inference import restore
+    def __getattr__(name: str) -> Any:
+        if name == "restore":  # imports Pillow, which models and operators do not need
+            from .inference import restore
 
-        return restore
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return restore
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

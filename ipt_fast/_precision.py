@@ -14,17 +14,17 @@ def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def usable_dtype(dtype, device):
+def usable_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     """``dtype``, a torch.dtype or its name, checked; for "auto" the fastest on ``device`` that suits images."""
     if isinstance(dtype, str) and dtype == "auto":
         return _fastest_dtype(device)
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in DTYPES.values():
+    if isinstance(dtype, str) or dtype not in DTYPES.values():
         raise ValueError(f'dtype must be "auto", {", ".join(DTYPES)}; got {dtype!r}')
     return dtype
 
 
-def _fastest_dtype(device):
+def _fastest_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # Private names, so they may be missing in another version of PyTorch.

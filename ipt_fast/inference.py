@@ -4,10 +4,13 @@ import copy
 import inspect
 import itertools
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
 import torch
+from torch import Tensor, nn
 
 from . import _extension
 from ._precision import usable_dtype
@@ -33,19 +36,21 @@ DEFAULT_OVERLAP = 32
 SMALLEST_RETRY = 128
 TILES_AT_ONCE = 32  # of a model with one size of input
 
+ImageT = TypeVar("ImageT", PIL.Image.Image, np.ndarray, Tensor)
+
 
 def restore(
-    image,
-    model,
+    image: ImageT,
+    model: nn.Module,
     *,
-    task=None,
-    tile="auto",
-    overlap=None,
-    blend="cosine",
-    self_ensemble=False,
-    dtype="auto",
-    device=None,
-):
+    task: str | int | None = None,
+    tile: int | str | None = "auto",
+    overlap: int | None = None,
+    blend: str = "cosine",
+    self_ensemble: bool = False,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> ImageT:
     """Restore one image (or a batch) with ``model``, which is left as it is.
 
     Args:
@@ -109,22 +114,22 @@ class Restorer:
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         *,
-        task=None,
-        tile="auto",
-        overlap=None,
-        blend="cosine",
-        self_ensemble=False,
-        dtype="auto",
-        device=None,
-        progress=None,
-    ):
+        task: str | int | None = None,
+        tile: int | str | None = "auto",
+        overlap: int | None = None,
+        blend: str = "cosine",
+        self_ensemble: bool = False,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, as create_model makes; got {type(model).__name__}")
         if not isinstance(self_ensemble, bool):
             raise TypeError(f"self_ensemble must be True or False; got {self_ensemble!r}")
-        self.image_size = getattr(getattr(model, "config", None), "image_size", None)
+        self.image_size: int | None = getattr(getattr(model, "config", None), "image_size", None)
         if self.image_size:
             _check_procedure(tile, overlap, type(model).__name__, self.image_size)
         else:
@@ -136,20 +141,22 @@ class Restorer:
             raise ValueError('blend must be "cosine" where tile is "blend"; tile="paper" is the average')
         if task is not None and not hasattr(model, "task_index") and not _takes_task(model):
             raise ValueError(f"task must be None for {type(model).__name__}, which has no tasks; got {task!r}")
-        self.scale = model.scale(task) if hasattr(model, "scale") else 1  # knows its tasks
-        self.arguments = {} if task is None else {"task": task}
+        scale: Any = getattr(model, "scale", None)  # knows its tasks
+        self.scale: int = 1 if scale is None else scale(task)
+        self.arguments: dict[str, Any] = {} if task is None else {"task": task}
         self.tile, self.overlap, self.blend, self.self_ensemble = tile, overlap, blend, self_ensemble
         self.device = _usable_device(device, model)
         self.dtype = usable_dtype(dtype, self.device)
-        self.model = copy.deepcopy(model).to(self.device, torch.float32).eval()
+        self.model: nn.Module = copy.deepcopy(model).to(self.device, torch.float32).eval()
         # Branches with hooks or adapters cannot be merged: they run as they are.
-        if hasattr(self.model, "reparameterize") and reason_against_merging(self.model) is None:
-            self.model.reparameterize()
-        self.config = getattr(self.model, "config", None)
+        reparameterize: Any = getattr(self.model, "reparameterize", None)
+        if reparameterize is not None and reason_against_merging(self.model) is None:
+            reparameterize()
+        self.config: Any = getattr(self.model, "config", None)
         self.value_range = getattr(self.config, "value_range", 1.0)
         self.progress = progress
 
-    def __call__(self, image):
+    def __call__(self, image: ImageT) -> ImageT:
         if isinstance(image, PIL.Image.Image):
             return self._restore_pil(image)
         if isinstance(image, np.ndarray):
@@ -158,7 +165,7 @@ class Restorer:
             return self._restore_tensor(image)
         raise TypeError(f"image must be a PIL image, a numpy array or a tensor; got {type(image).__name__}")
 
-    def _restore_pil(self, image):
+    def _restore_pil(self, image: PIL.Image.Image) -> PIL.Image.Image:
         if image.mode == "I;16":
             restored = PIL.Image.fromarray(self._restore_array(np.asarray(image)))
         else:
@@ -168,14 +175,14 @@ class Restorer:
         restored.info = {name: value for name, value in image.info.items() if name != "transparency"}
         return restored
 
-    def magnify_alpha(self, alpha):
+    def magnify_alpha(self, alpha: np.ndarray | None) -> np.ndarray | None:
         """An alpha channel (H, W), or None, for the image that the model returns: resized bicubically."""
         if alpha is None or self.scale == 1:
             return alpha
         larger = imresize(torch.from_numpy(alpha.astype(np.float64)), self.scale).round_()
         return larger.clamp_(0, np.iinfo(alpha.dtype).max).numpy().astype(alpha.dtype)
 
-    def _restore_array(self, image):
+    def _restore_array(self, image: np.ndarray) -> np.ndarray:
         if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
             raise TypeError(f"image must be uint8, uint16 or floating point in [0, 1]; got {image.dtype}")
         if image.ndim not in (2, 3) or 0 in image.shape:
@@ -183,21 +190,21 @@ class Restorer:
         top = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
         channels_last = image.astype(np.float32).reshape(*image.shape[:2], -1)
         output = self._restore_float(torch.from_numpy(channels_last / np.float32(top)).permute(2, 0, 1)[None])
-        output = output[0].permute(1, 2, 0).numpy()
+        restored = output[0].permute(1, 2, 0).numpy()
         if top > 1:
-            output = np.clip(np.rint(output * np.float32(top)), 0, top)
-        if image.ndim == 2 and output.shape[2] == 1:
-            output = output[:, :, 0]
-        return output.astype(image.dtype)
+            restored = np.clip(np.rint(restored * np.float32(top)), 0, top)
+        if image.ndim == 2 and restored.shape[2] == 1:
+            restored = restored[:, :, 0]
+        return restored.astype(image.dtype)
 
-    def _restore_tensor(self, image):
+    def _restore_tensor(self, image: Tensor) -> Tensor:
         if not image.is_floating_point():
             raise TypeError(f"image must be a floating-point tensor in [0, 1]; got {image.dtype}")
         if image.dim() != 4 or 0 in image.shape[1:]:
             raise ValueError(f"image must be (B, C, H, W) with C, H and W at least 1; got {tuple(image.shape)}")
         return self._restore_float(image.detach().float()).to(image.dtype)
 
-    def _restore_float(self, image):
+    def _restore_float(self, image: Tensor) -> Tensor:
         """(B, C, H, W) float32 on any device -> the same, not clipped."""
         if not image.isfinite().all():
             raise ValueError("image holds NaN or infinity")
@@ -210,17 +217,17 @@ class Restorer:
         output = self._run_tiled(image)
         return output.mean(1, keepdim=True) if gray_as_colour else output
 
-    def _run_tiled(self, image):
+    def _run_tiled(self, image: Tensor) -> Tensor:
         if self.image_size:
-            return self._run_procedure(image)
+            return self._run_procedure(image, self.image_size)
         tiles, overlap = self._tiles_for(image)
         while True:
             try:
-                axes = [
+                rows, columns = (
                     list(zip(tile_starts(*axis, overlap), blend_weights(*axis, overlap, self.blend), strict=True))
                     for axis in zip(image.shape[2:], tiles, strict=True)
-                ]
-                return self._run_tiles(image, *axes, at_once=1)
+                )
+                return self._run_tiles(image, rows, columns, at_once=1)
             except RuntimeError as error:
                 smaller = _halved(tiles)
                 if not _is_out_of_memory(error) or smaller == tiles:
@@ -231,15 +238,15 @@ class Restorer:
             warnings.warn(f"out of memory with tiles of {_size(tiles)} pixels, trying {_size(smaller)}", stacklevel=2)
             tiles, overlap = smaller, min(overlap, max(smaller) // 2)
 
-    def _run_procedure(self, image):
-        size, lengths = self.image_size, image.shape[2:]
-        procedure = self.tile if self.tile != "auto" else "blend" if self.blend == "cosine" else "paper"
+    def _run_procedure(self, image: Tensor, size: int) -> Tensor:
+        lengths = image.shape[2:]
+        procedure = str(self.tile) if self.tile != "auto" else "blend" if self.blend == "cosine" else "paper"
         padded = pad_to_size(image, *(max(length, size) for length in lengths))
-        axes = [procedure_tiles(procedure, length, size, self.scale) for length in padded.shape[2:]]
+        rows, columns = (procedure_tiles(procedure, length, size, self.scale) for length in padded.shape[2:])
         limit = TILES_AT_ONCE
         while True:
             try:
-                output = self._run_tiles(padded, *axes, at_once=max(1, limit // max(1, len(image))), limit=limit)
+                output = self._run_tiles(padded, rows, columns, max(1, limit // max(1, len(image))), limit)
                 break
             except RuntimeError as error:
                 if not _is_out_of_memory(error) or limit == 1:
@@ -251,43 +258,51 @@ class Restorer:
             warnings.warn(f"out of memory, trying {limit} tiles at once", stacklevel=2)
         if procedure == "official":  # has the left border as wide as a tile, which shows where it meets the top
             corner = self._run_limited(padded[..., :size, :size], limit).to(output.device)
-            rows, columns = size // 4 * self.scale, official_end(padded.shape[3], size, self.scale)
-            output[..., :rows, :columns][..., : corner.shape[3]] = corner[..., :rows, :columns]
+            bottom, right = size // 4 * self.scale, official_end(padded.shape[3], size, self.scale)
+            output[..., :bottom, :right][..., : corner.shape[3]] = corner[..., :bottom, :right]
         return crop(output, *(length * self.scale for length in lengths))
 
-    def _tiles_for(self, image):
+    def _tiles_for(self, image: Tensor) -> tuple[tuple[int, int], int]:
         """((tile height, tile width), overlap) for an image; no tile is larger than the image."""
-        batch, _, *lengths = image.shape
+        batch, _, height, width = image.shape
         if self.tile is None:
-            limit = max(lengths)
+            limit = max(height, width)
         elif self.tile == "auto":
             limit = tile_limit(self.config, available_memory(self.device), batch, fused=self._layers_are_fused())
             if self.overlap is not None:
                 limit = max(limit, 2 * self.overlap)
         else:
-            limit = self.tile
+            limit = int(self.tile)
         overlap = min(DEFAULT_OVERLAP, limit // 4) if self.overlap is None else self.overlap
         if self.tile == "auto":
-            return tuple(balanced_tile(length, limit, overlap) for length in lengths), overlap
-        return tuple(min(length, limit) for length in lengths), overlap
+            return (balanced_tile(height, limit, overlap), balanced_tile(width, limit, overlap)), overlap
+        return (min(height, limit), min(width, limit)), overlap
 
-    def _layers_are_fused(self):
+    def _layers_are_fused(self) -> bool:
         return self.device.type == "cpu" and policy() in ("auto", "cpu") and _extension.load()
 
-    def _run_limited(self, tiles, limit):
+    def _run_limited(self, tiles: Tensor, limit: int) -> Tensor:
         """The model's output of tiles, at most ``limit`` of them at once."""
         if len(tiles) <= limit:
             return self._run_tile(tiles)
         return torch.cat([self._run_tile(some) for some in tiles.split(limit)])
 
-    def _run_tiles(self, image, rows, columns, at_once, limit=None):
+    def _run_tiles(
+        self,
+        image: Tensor,
+        rows: Sequence[tuple[int, Tensor]],
+        columns: Sequence[tuple[int, Tensor]],
+        at_once: int,
+        limit: int | None = None,
+    ) -> Tensor:
         """The sum of the tiles' outputs, weighted.
 
         ``rows`` and ``columns`` have of each tile where it begins and the weights of its output. The model gets
         ``at_once`` tiles of every image, but never more than ``limit`` in all.
         """
         batch, scale = len(image), self.scale
-        output, done, total = None, 0, len(rows) * len(columns)
+        output: Tensor | None = None
+        done, total = 0, len(rows) * len(columns)
         places = itertools.product(rows, columns)
         while chunk := list(itertools.islice(places, at_once)):
             parts = [
@@ -307,9 +322,10 @@ class Restorer:
                 top, left, weight = top * scale, left * scale, weight_y[:, None] * weight_x
                 place = (..., slice(top, top + len(weight_y)), slice(left, left + len(weight_x)))
                 output[place] += part * weight.to(image.device)
+        assert output is not None  # there is a tile
         return output
 
-    def _run_tile(self, tile):
+    def _run_tile(self, tile: Tensor) -> Tensor:
         tile = tile.to(self.device, copy=True, memory_format=torch.channels_last)  # a model may write into it
         # no_grad and not inference_mode: callers may go on with the result in autograd.
         with torch.no_grad():
@@ -324,7 +340,7 @@ class Restorer:
                     return output
         raise ValueError("the model's output is not finite in float32")
 
-    def _run_model(self, tile, dtype):
+    def _run_model(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             if not self.self_ensemble:
                 return self._forward(tile)
@@ -333,7 +349,7 @@ class Restorer:
                 self._forward(tile),
             ) / len(_WAYS)
 
-    def _forward(self, tile):
+    def _forward(self, tile: Tensor) -> Tensor:
         output = self.model(tile * self.value_range, **self.arguments).float() / self.value_range
         if output.dim() != 4 or output.shape[2:] != tuple(self.scale * length for length in tile.shape[2:]):
             raise ValueError(
@@ -347,25 +363,25 @@ class Restorer:
 _WAYS = [(transpose, axes) for transpose in (False, True) for axes in ((), (2,), (3,), (2, 3))]
 
 
-def _transform(x, transpose, axes, undo=False):
+def _transform(x: Tensor, transpose: bool, axes: tuple[int, ...], undo: bool = False) -> Tensor:
     if undo:
         x = x.flip(axes)
         return x.transpose(2, 3) if transpose else x
     return (x.transpose(2, 3) if transpose else x).flip(axes)
 
 
-def _check_tile(tile):
+def _check_tile(tile: object) -> None:
     if tile is None or (isinstance(tile, str) and tile == "auto"):
         return
     if type(tile) is not int or tile < SMALLEST_TILE:
         raise ValueError(f'tile must be "auto", None or an int of at least {SMALLEST_TILE}; got {tile!r}')
 
 
-def _takes_task(model):
+def _takes_task(model: nn.Module) -> bool:
     return "task" in inspect.signature(model.forward).parameters
 
 
-def _check_procedure(tile, overlap, name, size):
+def _check_procedure(tile: object, overlap: object, name: str, size: int) -> None:
     if tile != "auto" and tile not in PROCEDURES:
         names = ", ".join(PROCEDURES)
         raise ValueError(f"tile must be auto, {names} for {name}, whose input has {size} x {size} pixels; got {tile!r}")
@@ -375,7 +391,7 @@ def _check_procedure(tile, overlap, name, size):
         raise ValueError(f"overlap must be None for {name}, whose tiles lie where `tile` says; got {overlap!r}")
 
 
-def _check_overlap(overlap, tile):
+def _check_overlap(overlap: object, tile: object) -> None:
     if overlap is None:
         return
     if type(overlap) is not int or overlap < 0:
@@ -384,7 +400,7 @@ def _check_overlap(overlap, tile):
         raise ValueError(f"overlap must be at most half of the tile, {tile // 2}; got {overlap}")
 
 
-def _usable_device(device, model):
+def _usable_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
     if device is None:
         parameter = next(model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
@@ -396,15 +412,15 @@ def _usable_device(device, model):
     return device
 
 
-def _is_out_of_memory(error):
+def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _halved(tiles):
+def _halved(tiles: tuple[int, int]) -> tuple[int, int]:
     """Half the larger side (and the other down to that), but no side below 128 that was not."""
     limit = max(max(tiles) // 2, SMALLEST_RETRY)
-    return tuple(min(tile, limit) for tile in tiles)
+    return min(tiles[0], limit), min(tiles[1], limit)
 
 
-def _size(tiles):
+def _size(tiles: tuple[int, int]) -> str:
     return f"{tiles[0]} x {tiles[1]}"

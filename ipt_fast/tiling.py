@@ -98,7 +98,7 @@ def official_end(length: int, tile: int, scale: int) -> int:
     return (length - rest) * scale - (tile - rest) * scale // 2
 
 
-def tile_limit(config, available: int, batch: int = 1, fused: bool = False) -> int:
+def tile_limit(config: object, available: int, batch: int = 1, fused: bool = False) -> int:
     """The largest square tile that a model of ``config`` should be run on with ``available`` bytes, at least 128.
 
     The forward pass of a model takes about 250 bytes for each pixel and each channel of ``config.width``, 50 where the
@@ -149,7 +149,7 @@ def control_group_rooms(root: Path = Path("/")) -> list[int]:
     return rooms
 
 
-def _room(folder, limit, used, cached):
+def _room(folder: Path, limit: str, used: str, cached: str) -> list[int]:
     try:
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         room = int((folder / limit).read_text()) - int((folder / used).read_text()) + int(statistics[cached])

@@ -3,13 +3,14 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 
 import ipt_fast
 
 COMMANDS = ("restore", "eval", "train", "finetune", "convert", "plot", "info")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run ``ipt-fast``; returns the exit status: 0, 1 where some images failed, 2 for a wrong call or bad input."""
     parser = argparse.ArgumentParser(prog="ipt-fast", description="Image-restoration transformers, exact and fast.")
     parser.add_argument("--version", action="version", version=f"ipt-fast {ipt_fast.__version__}")

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+from typing import TypeAlias
 
 from ..tiling import PROCEDURES
 
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 TILE_HELP = f"auto (by estimated memory), whole, or a size in pixels; of IPT {', '.join(PROCEDURES)}"
 
 

@@ -1,12 +1,13 @@
 """``ipt-fast convert``: make a file of weights a folder that every command's --model takes."""
 
+import argparse
 from pathlib import Path
 
 from ..models import open_checkpoint
-from ._arguments import json_object
+from ._arguments import Subparsers, json_object
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="make a file of weights a folder for --model",
@@ -23,7 +24,7 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """Convert as the parsed arguments say; 0.
 
     Raises:

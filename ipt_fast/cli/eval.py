@@ -17,10 +17,10 @@ from ..evaluation.runner import evaluate
 from ..inference import Restorer
 from ..models import open_model
 from ..ops._select import POLICIES, policy
-from ._arguments import TILE_HELP, tile_size
+from ._arguments import TILE_HELP, Subparsers, tile_size
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     protocols = "\n".join(f"  {protocol.name:<10} {protocol.description}" for protocol in PROTOCOLS.values())
     parser = subparsers.add_parser(
         "eval",
@@ -49,7 +49,7 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """Evaluate and print; 0, or 1 where an image of a folder could not be evaluated.
 
     Raises:
@@ -102,7 +102,7 @@ def run(args) -> int:
     return 1 if any(evaluation.failures for evaluation in evaluations) else 0
 
 
-def _check_reports(args):
+def _check_reports(args: argparse.Namespace) -> None:
     """Raise before the work is done, not after."""
     for option, path in (("--csv", args.csv), ("--json", args.json)):
         if not path:

@@ -1,13 +1,16 @@
 """``ipt-fast finetune``: go on training one task of a pre-trained model."""
 
+import argparse
+
 from ..models import open_model, saved_folder
 from . import train
+from ._arguments import Subparsers
 
 # As IPT was fine-tuned (section 4).
 DEFAULTS = {"model": None, "lr": 2e-5, "lr_min": 2e-5, "warmup": 0, "weight_decay": 0.0, "loss": "l1"}
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = train.add_training_parser(
         subparsers,
         "finetune",
@@ -17,7 +20,7 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run, **DEFAULTS)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """Fine-tune as the parsed arguments say; exit status as :func:`ipt_fast.cli.train.run`.
 
     Raises:

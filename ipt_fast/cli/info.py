@@ -1,5 +1,6 @@
 """``ipt-fast info``: what is installed, and which backend runs which operator."""
 
+import argparse
 import platform
 
 import torch
@@ -7,14 +8,15 @@ import torch
 import ipt_fast
 
 from .. import _extension
+from ._arguments import Subparsers
 
 
-def add_parser(subparsers):
+def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("info", help="versions, hardware, and which backend runs which operator")
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     print(f"ipt-fast {ipt_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"CPU      {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,8 +1,10 @@
 """``ipt-fast plot``: pictures of a model's embeddings and of its restorations."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 
 from .._files import atomic_write
@@ -13,12 +15,14 @@ from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
 from ..evaluation.runner import resized
 from ..inference import Restorer
-from ..models import open_model
+from ..models import IPT, open_model
+from ..models._pretrained import PretrainedModel
+from ._arguments import Subparsers
 
 KINDS = ("positions", "tasks", "restorations")
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "plot",
         help="draw a model's embeddings or restorations",
@@ -34,7 +38,7 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """Draw as the parsed arguments say; 0.
 
     Raises:
@@ -55,10 +59,10 @@ def run(args) -> int:
     return 0
 
 
-def _restoration(model, args):
+def _restoration(model: PretrainedModel, args: argparse.Namespace) -> PIL.Image.Image:
     pixels = read_image(args.image).pixels
     clean = torch.from_numpy(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max).permute(2, 0, 1)
-    if hasattr(model, "task_index"):
+    if isinstance(model, IPT):
         task = model.config.tasks[model.task_index(args.task)]
         restorer = Restorer(model, task=task)
     else:
@@ -70,8 +74,8 @@ def _restoration(model, args):
     if 0 in clean.shape:
         raise ValueError(f"--image is smaller than the magnification {scale}")
     degraded = degrade(clean, task, torch.Generator().manual_seed(0)).permute(1, 2, 0).numpy()
-    restored, clean = restorer(degraded), clean.permute(1, 2, 0).numpy()
+    restored, target = restorer(degraded), clean.permute(1, 2, 0).numpy()
     shown = resized(degraded, scale) if scale > 1 else degraded
-    panels = [("Input", shown), ("Restored", restored), ("Target", clean)]
-    captions = [f"{psnr(np.clip(each, 0, 1), clean, data_range=1):.2f} dB" for _, each in panels[:2]] + [""]
+    panels = [("Input", shown), ("Restored", restored), ("Target", target)]
+    captions = [f"{psnr(np.clip(each, 0, 1), target, data_range=1):.2f} dB" for _, each in panels[:2]] + [""]
     return side_by_side([(title, to_picture(each)) for title, each in panels], captions=captions)

@@ -1,5 +1,6 @@
 """``ipt-fast restore``: restore image files."""
 
+import argparse
 import dataclasses
 import glob
 import sys
@@ -15,22 +16,22 @@ from tqdm import tqdm
 from .. import use_backend
 from .._files import atomic_write
 from .._precision import DTYPES
-from ..data.io import IMAGE_SUFFIXES, check_suffix, check_writable_as, is_image_file, read_image, write_image
+from ..data.io import IMAGE_SUFFIXES, Image, check_suffix, check_writable_as, is_image_file, read_image, write_image
 from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
 from ..evaluation.protocols import get_protocol
 from ..evaluation.runner import list_images, resized
 from ..inference import Restorer
-from ..models import IPT, create_model, load_checkpoint, open_model
+from ..models import IPT, IPTV2, create_model, load_checkpoint, open_model
 from ..ops._select import POLICIES, policy
 from ..tiling import BLENDS
-from ._arguments import TILE_HELP, tile_size
+from ._arguments import TILE_HELP, Subparsers, tile_size
 
 # What one image can fail with while the others go on.
 FAILURES = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "restore",
         help="restore image files",
@@ -67,7 +68,7 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """Restore as the parsed arguments say; 0, or 1 where an image failed.
 
     Raises:
@@ -82,7 +83,7 @@ def run(args) -> int:
         return _run(args)
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> int:
     jobs = _plan(args)
     pending = [job for job in jobs if args.overwrite or not all(path.exists() for path in _written(job[1], args))]
     if skipped := len(jobs) - len(pending):
@@ -126,7 +127,7 @@ def _run(args):
     return 1 if failed else 0
 
 
-def _restore_file(source, destination, restorer, args):
+def _restore_file(source: Path, destination: Path, restorer: Restorer, args: argparse.Namespace) -> str:
     """Restore one file and return the line to print about it."""
     image = read_image(source)
     check_writable_as(destination, image)
@@ -155,7 +156,7 @@ def _restore_file(source, destination, restorer, args):
     return line
 
 
-def _read_target(source, image, args, scale):
+def _read_target(source: Path, image: Image, args: argparse.Namespace, scale: int) -> np.ndarray | None:
     """The clean original as floats in [0, 1], or None where none was given."""
     if args.noise is not None:
         return _unit(image.pixels)
@@ -173,7 +174,7 @@ def _read_target(source, image, args, scale):
     return _unit(target)
 
 
-def _plan(args):
+def _plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     """(source, destination) of every image."""
     sources = _sources(args.input)
     single_file = Path(args.input).is_file()
@@ -189,19 +190,19 @@ def _plan(args):
     return jobs
 
 
-def _check_target(args, single_file):
+def _check_target(args: argparse.Namespace, single_file: bool) -> None:
     if args.target is not None and not args.target.exists():
         raise ValueError(f"no such target: {args.target}")
     if args.target is not None and args.target.is_file() and not single_file:
         raise ValueError(f"--target must be a folder for several images; got {args.target}")
 
 
-def _check_destinations(jobs, args):
+def _check_destinations(jobs: list[tuple[Path, Path]], args: argparse.Namespace) -> None:
     """Raise where an input would be overwritten (always refused) or two images would become one file."""
     inputs = {source.resolve() for source, _ in jobs}
     if args.target is not None:
         inputs |= {path.resolve() for path in (list_images(args.target) if args.target.is_dir() else [args.target])}
-    seen = {}
+    seen: dict[Path, Path] = {}
     for source, destination in jobs:
         for path in _written(destination, args):
             if path.resolve() in inputs:
@@ -211,12 +212,12 @@ def _check_destinations(jobs, args):
             seen[path.resolve()] = source
 
 
-def _written(destination, args):
+def _written(destination: Path, args: argparse.Namespace) -> list[Path]:
     """The files that one image gives."""
     return [destination, _comparison_path(destination)] if args.compare else [destination]
 
 
-def _sources(text):
+def _sources(text: str) -> list[Path]:
     path = Path(text)
     if path.is_dir():
         return list_images(path)
@@ -229,7 +230,7 @@ def _sources(text):
     return sources
 
 
-def _make_writable(folder):
+def _make_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -238,25 +239,25 @@ def _make_writable(folder):
         raise ValueError(f"cannot write to folder {folder}: {error.strerror}") from error
 
 
-def _open_model(args):
+def _open_model(args: argparse.Namespace) -> torch.nn.Module:
     if args.checkpoint is None:
         return open_model(args.model)
     model = create_model(args.model)
     if isinstance(model, IPT):
         raise ValueError(f"--checkpoint: make {args.checkpoint} a folder for --model first, with ipt-fast convert")
-    if hasattr(model, "reparameterize"):
+    if isinstance(model, IPTV2):
         model.reparameterize()  # the merged form takes checkpoints of both forms
     return load_checkpoint(model, args.checkpoint)
 
 
-def _comparison_path(destination):
+def _comparison_path(destination: Path) -> Path:
     return destination.with_name(f"{destination.stem}_compare.png")
 
 
-def _unit(pixels):
+def _unit(pixels: np.ndarray) -> np.ndarray:
     return pixels if pixels.dtype.kind == "f" else pixels / np.float32(np.iinfo(pixels.dtype).max)
 
 
-def _advance(bar, images):
+def _advance(bar: tqdm, images: float) -> None:
     bar.n = images
     bar.refresh()

@@ -9,10 +9,10 @@ import torch
 from ..training.config import TrainingConfig
 from ..training.loop import train
 from ..training.losses import LOSSES
-from ._arguments import json_object
+from ._arguments import Subparsers, json_object
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     add_training_parser(
         subparsers,
         "train",
@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
     )
 
 
-def add_training_parser(subparsers, name: str, *, help: str, description: str) -> argparse.ArgumentParser:
+def add_training_parser(subparsers: Subparsers, name: str, *, help: str, description: str) -> argparse.ArgumentParser:
     """A command that takes all settings of a training run; with torchrun it runs on several processes."""
     parser = subparsers.add_parser(
         name,
@@ -69,7 +69,7 @@ def add_training_parser(subparsers, name: str, *, help: str, description: str) -
     return parser
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """Train as the parsed arguments say; 0 when finished, 130 when stopped by a signal."""
     settings = {entry.name: getattr(args, entry.name) for entry in fields(TrainingConfig) if entry.name != "patch_size"}
     config = TrainingConfig(patch_size=args.patch, **settings)

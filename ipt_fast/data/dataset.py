@@ -47,7 +47,7 @@ class ImageFolder(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
         return self._decode(self.paths[index]) if self._images is None else self._images[index]
 
     def _decode(self, path: Path) -> Tensor:

@@ -11,10 +11,14 @@ import dataclasses
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 from PIL import ExifTags, ImageOps, TiffImagePlugin, TiffTags
 
 from .._files import atomic_write
@@ -112,7 +116,7 @@ def write_image(path: str | Path, image: Image) -> None:
         elif image.pixels.dtype == np.uint16:
             temporary.write_bytes(_encode_png_16_bit(image))
         else:
-            options = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
+            options: dict[str, Any] = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
             options |= {"lossless": True, "exact": True} if suffix == ".webp" else {}
             to_pil(image).save(temporary, icc_profile=image.icc_profile, exif=image.exif or b"", **options)
 
@@ -162,38 +166,40 @@ def to_pil(image: Image) -> PIL.Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(path):
+def _opened(path: Path) -> Iterator[PIL.ImageFile.ImageFile]:
     """The Pillow image of a file, not yet decoded; whatever goes wrong with it is a ValueError that names the file."""
     try:
         with PIL.Image.open(path, formats=_FORMATS) as image:
             # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                raise ValueError(f"it has {image.n_frames} frames or pages, only single images are restored")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":
+                raise ValueError(f"it has {frames} frames or pages, only single images are restored")
             yield image
     except _READ_ERRORS as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 
-def _check_mode(image):
+def _check_mode(image: PIL.Image.Image) -> None:
     if image.mode not in _MODES:
         raise ValueError(
             f"its mode is {image.mode}, restored are {', '.join(_MODES)} and 16-bit gray or RGB; convert it first"
         )
 
 
-def _is_16_bit(path, image):
+def _is_16_bit(path: Path, image: PIL.ImageFile.ImageFile) -> bool:
     if image.format == "PNG":
         return _png_kind(path)[0] == 16
-    return image.format == "TIFF" and max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) == 16
+    tags = getattr(image, "tag_v2", {})
+    return image.format == "TIFF" and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) == 16
 
 
-def _png_kind(path):
+def _png_kind(path: Path) -> tuple[int, ...]:
     """(bit depth, colour type), which stand behind signature, length, name, width and height of the first chunk."""
     with path.open("rb") as file:
         return tuple(file.read(26)[24:])
 
 
-def _read_16_bit(path, image):
+def _read_16_bit(path: Path, image: PIL.ImageFile.ImageFile) -> Image:
     tags = getattr(image, "tag_v2", {})
     gray_alpha = _png_kind(path)[1] == 4 if image.format == "PNG" else tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 2
     if gray_alpha or (image.mode == "I;16" and "transparency" in image.info):
@@ -215,7 +221,7 @@ def _read_16_bit(path, image):
     return Image(pixels, alpha, image.info.get("icc_profile"), _exif_bytes(image))
 
 
-def _decode(path, format):
+def _decode(path: Path, format: str | None) -> np.ndarray | None:
     """The file as OpenCV stores it, or None; without what libpng and OpenCV print about damage."""
     cv2 = _import_cv2()
     if format == "PNG":
@@ -228,7 +234,7 @@ def _decode(path, format):
         cv2.utils.logging.setLogLevel(level)
 
 
-def _turn_upright(pixels, orientation):
+def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 6, 7):
         pixels = pixels[::-1]
     if orientation in (2, 3, 7, 8):
@@ -236,7 +242,7 @@ def _turn_upright(pixels, orientation):
     return pixels.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else pixels
 
 
-def _exif_bytes(image):
+def _exif_bytes(image: PIL.Image.Image) -> bytes | None:
     exif = image.getexif()
     if image.format == "TIFF":
         exif = _photo_exif(exif)
@@ -247,7 +253,7 @@ def _exif_bytes(image):
     return exif.tobytes() if len(exif) or exif._ifds else None
 
 
-def _photo_exif(exif):
+def _photo_exif(exif: PIL.Image.Exif) -> PIL.Image.Exif:
     photo = PIL.Image.Exif()
     photo.update({tag: exif[tag] for tag in _PHOTO_TAGS if tag in exif})
     for directory in _PHOTO_DIRECTORIES:
@@ -256,11 +262,11 @@ def _photo_exif(exif):
     return photo
 
 
-def _with_alpha(image):
+def _with_alpha(image: Image) -> np.ndarray:
     return image.pixels if image.alpha is None else np.dstack([image.pixels, image.alpha])
 
 
-def _encode_png_16_bit(image):
+def _encode_png_16_bit(image: Image) -> bytes:
     cv2 = _import_cv2()
     channels = _with_alpha(image)
     order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(channels.shape[2])
@@ -276,7 +282,7 @@ def _encode_png_16_bit(image):
     return cv2.imencodeWithMetadata(".png", np.ascontiguousarray(channels[:, :, order]), kinds, blocks)[1].tobytes()
 
 
-def _encode_tiff(image):
+def _encode_tiff(image: Image) -> bytes:
     # OpenCV writes no metadata into TIFF and Pillow no 16-bit colour: the directory is Pillow's, the one strip ours.
     channels = _with_alpha(image)
     height, width, count = channels.shape
@@ -310,7 +316,7 @@ def _encode_tiff(image):
     return file.getvalue()
 
 
-def _import_cv2():
+def _import_cv2() -> ModuleType:
     try:
         import cv2
     except ImportError as error:

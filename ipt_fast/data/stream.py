@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .io import IMAGE_SUFFIXES, is_image_file
 
+Entry = tuple[Path, int | None, int | None]  # file, first byte and bytes of the image; None where it is all of it
+
 
 class ImageStream(Sequence[Tensor]):
     """The images of a folder and its subfolders, and of the tar shards in it (WebDataset), as uint8 (3, H, W).
@@ -31,6 +33,7 @@ class ImageStream(Sequence[Tensor]):
 
     def __init__(self, source: str | Path, memory_budget: int = 2 * 2**30):
         source = Path(source)
+        self.entries: list[Entry]
         if source.is_dir():
             paths = sorted(source.rglob("*"))
             shards = [path for path in paths if path.suffix == ".tar" and path.is_file()]
@@ -44,12 +47,12 @@ class ImageStream(Sequence[Tensor]):
         if not self.entries:
             raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {source}")
         self.room = memory_budget
-        self._kept = {}
+        self._kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
         if index in self._kept:
             return self._kept[index]
         path, offset, size = self.entries[index]
@@ -64,14 +67,14 @@ class ImageStream(Sequence[Tensor]):
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             place = "" if offset is None else f", at byte {offset}"
             raise ValueError(f"cannot read the image in {path}{place}: {error}") from error
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
-        if image.numel() <= self.room:
-            self.room -= image.numel()
-            self._kept[index] = image
-        return image
+        decoded = torch.from_numpy(pixels).permute(2, 0, 1)
+        if decoded.numel() <= self.room:
+            self.room -= decoded.numel()
+            self._kept[index] = decoded
+        return decoded
 
 
-def _members(shard: Path) -> list[tuple[Path, int, int]]:
+def _members(shard: Path) -> list[Entry]:
     """(shard, first byte, bytes) of each image in it."""
     try:
         with tarfile.open(shard, "r:") as archive:

@@ -1,9 +1,14 @@
 """Pictures of what an IPT has learned: how alike its positions, and its tasks, are (supplement, figures 1 and 3)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
+from torch import Tensor
 
+from ..models._pretrained import PretrainedModel
 from .figures import BACKGROUND, FAINT_INK, INK, MARGIN
 
 CELL = 4  # pixels for each position in a map of a position
@@ -11,37 +16,39 @@ CELL = 4  # pixels for each position in a map of a position
 _COLOURS = np.array([(0.267, 0.005, 0.329), (0.128, 0.567, 0.551), (0.993, 0.906, 0.144)])
 
 
-def position_similarity(model) -> np.ndarray:
+def position_similarity(model: PretrainedModel) -> np.ndarray:
     """(N, N): the cosine of every two position embeddings of an IPT.
 
     Raises:
         ValueError: the model has none.
     """
-    if getattr(getattr(model, "body", None), "position_encoding", None) is None:
+    body: Any = getattr(model, "body", None)
+    if getattr(body, "position_encoding", None) is None:
         raise ValueError(f"this {type(model).__name__} has no position embeddings")
-    return _cosines(model.body.position_encoding.pe.weight)
+    return _cosines(body.position_encoding.pe.weight)
 
 
-def task_similarity(model) -> dict[str, np.ndarray]:
+def task_similarity(model: PretrainedModel) -> dict[str, np.ndarray]:
     """{task: (N, N)}: the cosine of every two patches' embeddings of each task of an IPT.
 
     Raises:
         ValueError: the model has none.
     """
-    if getattr(getattr(model, "body", None), "query_embed", None) is None:
+    body: Any = getattr(model, "body", None)
+    if getattr(body, "query_embed", None) is None:
         raise ValueError(f"this {type(model).__name__} has no task embeddings")
     tokens = model.config.tokens
-    weights = model.body.query_embed.weight
+    weights = body.query_embed.weight
     return {task: _cosines(row.view(tokens, -1)) for task, row in zip(model.config.tasks, weights, strict=True)}
 
 
-def _cosines(embeddings):
-    embeddings = embeddings.detach().double().cpu().numpy()
-    embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-    return embeddings @ embeddings.T
+def _cosines(embeddings: Tensor) -> np.ndarray:
+    vectors = embeddings.detach().double().cpu().numpy()
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors @ vectors.T
 
 
-def draw_positions(model) -> PIL.Image.Image:
+def draw_positions(model: PretrainedModel) -> PIL.Image.Image:
     """Figure 1: for every position of the grid of patches a map of its likeness to all, at its place."""
     similarity = position_similarity(model)
     side = round(len(similarity) ** 0.5)
@@ -54,7 +61,7 @@ def draw_positions(model) -> PIL.Image.Image:
     return _titled([("Cosine similarity of position embeddings", canvas)])
 
 
-def draw_tasks(model) -> PIL.Image.Image:
+def draw_tasks(model: PretrainedModel) -> PIL.Image.Image:
     """Figure 3: for every task a map of the likeness of its patches' embeddings, patch by patch."""
     panels = []
     for task, similarity in task_similarity(model).items():
@@ -63,7 +70,7 @@ def draw_tasks(model) -> PIL.Image.Image:
     return _titled(panels)
 
 
-def _coloured(values):
+def _coloured(values: np.ndarray) -> np.ndarray:
     """Values from -1 to 1 as colours."""
     place = (np.clip(values, -1, 1) + 1)[..., None]
     low, high = np.minimum(place, 1), np.maximum(place - 1, 0)
@@ -71,7 +78,7 @@ def _coloured(values):
     return np.rint(255 * colours).astype(np.uint8)
 
 
-def _titled(panels):
+def _titled(panels: Sequence[tuple[str, np.ndarray]]) -> PIL.Image.Image:
     """Panels in a row, their titles above and the scale of colours below."""
     font, line = ImageFont.load_default(size=18), 30
     width = MARGIN + sum(pixels.shape[1] + MARGIN for _, pixels in panels)

@@ -1,5 +1,7 @@
 """Pictures for people: versions of one image side by side, with a zoomed crop of each."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
@@ -9,7 +11,12 @@ MARGIN = 16
 BACKGROUND, INK, FAINT_INK, MARK = (255, 255, 255), (24, 24, 24), (110, 110, 110), (255, 214, 10)
 
 
-def side_by_side(panels, *, captions=None, zoom=None) -> PIL.Image.Image:
+def side_by_side(
+    panels: Iterable[tuple[str, np.ndarray]],
+    *,
+    captions: Sequence[str] | None = None,
+    zoom: tuple[int, int, int, int] | None = None,
+) -> PIL.Image.Image:
     """Panels in a row with their titles, and below each the same crop enlarged.
 
     Args:
@@ -60,7 +67,7 @@ def side_by_side(panels, *, captions=None, zoom=None) -> PIL.Image.Image:
     return canvas
 
 
-def detailed_box(pixels) -> tuple[int, int, int, int]:
+def detailed_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
     """(left, top, width, height) of the most detailed part: where the mean squared gradient is largest.
 
     The box is a quarter as wide as the image, at least 48 pixels, and three quarters as high as wide, where that fits.
@@ -79,14 +86,14 @@ def detailed_box(pixels) -> tuple[int, int, int, int]:
     return int(left), int(top), box_width, box_height
 
 
-def to_picture(pixels) -> np.ndarray:
+def to_picture(pixels: np.ndarray) -> np.ndarray:
     """(H, W, C) uint8, uint16 or floats in [0, 1] -> uint8 to look at, clipped and rounded."""
     pixels = np.asarray(pixels)
     top = 1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max
     return np.rint(255 * np.clip(pixels / np.float32(top), 0, 1)).astype(np.uint8)
 
 
-def _rgb(pixels):
+def _rgb(pixels: np.ndarray) -> np.ndarray:
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape:
         raise ValueError(f"pixels must be (H, W[, 1 or 3]) uint8 and not empty; got {pixels.dtype} {pixels.shape}")

@@ -1,12 +1,13 @@
 """PSNR, SSIM and luma, computed in float64 on numpy arrays of shape (H, W) or (H, W, C)."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 
 
-def psnr(output, target, *, data_range: float) -> float:
+def psnr(output: ArrayLike, target: ArrayLike, *, data_range: float) -> float:
     """Peak signal-to-noise ratio in dB over all pixels and channels; infinite for equal images.
 
     10 log10(data_range² / MSE).
@@ -23,7 +24,7 @@ def psnr(output, target, *, data_range: float) -> float:
     return float(10 * np.log10(data_range**2 / error)) if error > 0 else float("inf")
 
 
-def ssim(output, target, *, data_range: float) -> float:
+def ssim(output: ArrayLike, target: ArrayLike, *, data_range: float) -> float:
     """Structural similarity: the mean over the valid area and then over channels; 1 for equal images.
 
     Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03 (Wang et al., "Image Quality Assessment: From Error
@@ -45,7 +46,7 @@ def ssim(output, target, *, data_range: float) -> float:
     return float(np.mean(luminance * structure))
 
 
-def rgb_to_y(image, weights, divisor: float) -> np.ndarray:
+def rgb_to_y(image: ArrayLike, weights: ArrayLike, divisor: float) -> np.ndarray:
     """Luma 16 + (image · weights) / divisor of an RGB image on the 0..255 scale: (H, W, 3) -> (H, W) float64.
 
     BT.601: weights (65.481, 128.553, 24.966), divisor 255. The rounded variant that IPT uses: weights
@@ -64,7 +65,7 @@ def rgb_to_y(image, weights, divisor: float) -> np.ndarray:
     return 16 + image @ (np.asarray(weights, dtype=np.float64) / divisor)
 
 
-def _checked(output, target, data_range):
+def _checked(output: ArrayLike, target: ArrayLike, data_range: float) -> tuple[np.ndarray, np.ndarray]:
     output, target = np.asarray(output, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if output.shape != target.shape:
         raise ValueError(f"output and target must have the same shape, got {output.shape} and {target.shape}")
@@ -75,11 +76,11 @@ def _checked(output, target, data_range):
     return output, target
 
 
-def _size(image):
+def _size(image: np.ndarray) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
-def _blur(image):
+def _blur(image: np.ndarray) -> np.ndarray:
     """The SSIM window's weighted mean, rows then columns, valid area only."""
     taps = np.exp(-((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2))
     taps /= taps.sum()

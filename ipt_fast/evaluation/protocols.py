@@ -32,7 +32,7 @@ class Protocol:
     clip_noise: bool = False
     round_to_8_bits: bool = True
 
-    def add_noise(self, image, sigma: float) -> np.ndarray:
+    def add_noise(self, image: np.ndarray, sigma: float) -> np.ndarray:
         """The image with white Gaussian noise of standard deviation `sigma` (0..255 scale), as float32.
 
         The noise is numpy's RandomState(0).normal of the image's shape, drawn anew for each image and added to its
@@ -46,7 +46,7 @@ class Protocol:
         noisy = np.float32(image) + np.random.RandomState(SEED).normal(0, sigma / 255, np.shape(image))
         return (np.clip(noisy, 0, 1) if self.clip_noise else noisy).astype(np.float32)
 
-    def score_output(self, output, target, *, crop: int = 0) -> tuple[float, float]:
+    def score_output(self, output: np.ndarray, target: np.ndarray, *, crop: int = 0) -> tuple[float, float]:
         """(PSNR in dB, SSIM) of a model's output without `crop` border pixels.
 
         Raises:
@@ -57,11 +57,11 @@ class Protocol:
         output = 255 * np.clip(np.asarray(output, dtype=np.float64), 0, 1)
         return self._score(np.rint(output) if self.round_to_8_bits else output, target, crop)
 
-    def score_input(self, image, target, *, crop: int = 0) -> tuple[float, float]:
+    def score_input(self, image: np.ndarray, target: np.ndarray, *, crop: int = 0) -> tuple[float, float]:
         """(PSNR in dB, SSIM) of a model's input exactly as the model gets it, otherwise as for `score_output`."""
         return self._score(255 * np.asarray(image, dtype=np.float64), target, crop)
 
-    def _score(self, image, target, crop):
+    def _score(self, image: np.ndarray, target: np.ndarray, crop: int) -> tuple[float, float]:
         target = 255 * np.asarray(target, dtype=np.float64)
         target = np.rint(target) if self.round_to_8_bits else target
         if image.shape != target.shape:
@@ -73,20 +73,20 @@ class Protocol:
         return psnr(*planes, data_range=255), ssim(*planes, data_range=255)
 
 
-def _rgb(image):
+def _rgb(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _ipt_y(image):
+def _ipt_y(image: np.ndarray) -> np.ndarray:
     # Luma is affine, so the difference of two lumas is the luma weights applied to the difference, as IPT computes it.
     return rgb_to_y(image, (65.738, 129.057, 25.064), 256)
 
 
-def _bt601_y(image):
+def _bt601_y(image: np.ndarray) -> np.ndarray:
     return rgb_to_y(image, (65.481, 128.553, 24.966), 255)
 
 
-def _rounded_bt601_y(image):
+def _rounded_bt601_y(image: np.ndarray) -> np.ndarray:
     return np.rint(_bt601_y(image))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def write_json(path: str | Path, model: str, settings: dict, evaluations: Sequen
         temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """`value` with None for every NaN and infinity in it, which JSON has no words for."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}

@@ -97,7 +97,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     paths = list_images(folder)[:limit]
-    targets = None if target is None else {path.stem: path for path in list_images(target)}
+    targets = {} if target is None else {path.stem: path for path in list_images(target)}
 
     scores, failures = [], []
     for path in progress(paths):
@@ -107,7 +107,7 @@ def evaluate(
                 clean = clean[: clean.shape[0] // scale * scale, : clean.shape[1] // scale * scale]
                 image = shrunk(clean, scale)
                 before = np.clip(resized(image, scale), 0, 1)
-            elif targets is None:
+            elif sigma is not None:
                 image = before = chosen.add_noise(clean, sigma)
             elif path.stem in targets:
                 clean = read_float(targets[path.stem])
@@ -121,7 +121,7 @@ def evaluate(
         else:
             scores.append(ImageScore(path.name, psnr_input, psnr_output, ssim_input, ssim_output))
     folder = Path(folder).resolve()
-    dataset = folder.name if targets is None else f"{folder.parent.name}/{folder.name}"  # often just "input"
+    dataset = folder.name if target is None else f"{folder.parent.name}/{folder.name}"  # often just "input"
     return Evaluation(dataset, protocol, sigma, tuple(scores), tuple(failures))
 
 

@@ -1,9 +1,12 @@
 """Complete models by name."""
 
 import dataclasses
+import os
 import pathlib
+from typing import Any
 
 from . import _pretrained
+from ._pretrained import PretrainedModel
 from .checkpoint import load_checkpoint, load_state, read_state_dict
 from .ipt import IPT, IPTConfig, config_of
 from .ipt_v2 import IPTV2, IPTV2Config
@@ -26,8 +29,8 @@ ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 
 @dataclasses.dataclass(frozen=True)
 class _Preset:
-    model: type
-    config: dict
+    model: type[PretrainedModel]
+    config: dict[str, Any]
     pretrained: str | None = None  # a folder in ipt_fast/assets
 
 
@@ -51,12 +54,12 @@ _PRESETS = {
 }
 
 
-def list_models():
+def list_models() -> list[str]:
     """The names :func:`create_model` knows."""
     return list(_PRESETS)
 
 
-def create_model(name, pretrained=False, **config):
+def create_model(name: str, pretrained: bool = False, **config: Any) -> PretrainedModel:
     """Build a model by name, in training form unless ``merged=True``.
 
     Args:
@@ -89,14 +92,14 @@ def create_model(name, pretrained=False, **config):
     return preset.model(_pretrained.build_config(preset.model.config_class, {**preset.config, **config}))
 
 
-def _preset(name):
+def _preset(name: object) -> _Preset:
     preset = _PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
         raise ValueError(f"name must be one of {', '.join(_PRESETS)}; got {name!r}")
     return preset
 
 
-def open_checkpoint(path, name, **config):
+def open_checkpoint(path: str | os.PathLike[str], name: str, **config: Any) -> PretrainedModel:
     """A model in eval mode from a file of weights, which must fit one to one.
 
     Args:
@@ -123,7 +126,7 @@ def open_checkpoint(path, name, **config):
     return model.eval()
 
 
-def open_model(source):
+def open_model(source: str | os.PathLike[str]) -> PretrainedModel:
     """A trained model in eval mode: a name with shipped weights, or a folder written by ``save_pretrained``.
 
     Raises:
@@ -137,7 +140,7 @@ def open_model(source):
     return classes[name].from_pretrained(folder)
 
 
-def saved_folder(source):
+def saved_folder(source: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of a saved model, which ``source`` is or, as the name of one that ships, stands for.
 
     Raises:
@@ -152,8 +155,9 @@ def saved_folder(source):
     return folder
 
 
-def _shipped_folder(name):
-    if _PRESETS[name].pretrained is None:
+def _shipped_folder(name: str) -> pathlib.Path:
+    folder = _PRESETS[name].pretrained
+    if folder is None:
         shipped = ", ".join(name for name, preset in _PRESETS.items() if preset.pretrained)
         raise ValueError(f"pretrained: no weights ship for {name}; they do for {shipped}")
-    return ASSETS / _PRESETS[name].pretrained
+    return ASSETS / folder

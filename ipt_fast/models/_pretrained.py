@@ -18,6 +18,7 @@ from .checkpoint import load_state, read_state_dict
 class PretrainedModel(nn.Module):
     """A module with ``config``, an instance of the frozen dataclass ``config_class``, saved beside its weights."""
 
+    config: Any
     config_class: type
     plain = False  # True in a plain twin
 
@@ -29,6 +30,7 @@ class PretrainedModel(nn.Module):
         model's.
         """
         twin = copy.deepcopy(self)
+        module: Any
         for module in twin.modules():
             if hasattr(type(module), "plain"):
                 module.plain = True

@@ -4,7 +4,7 @@ import os
 import pathlib
 import re
 import zipfile
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..modules.feed_forward import Reparameterized
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 WRAPPERS = ("params_ema", "ema", "params", "state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
 # Wrappers of a model, which is their attribute ``module``.
@@ -37,7 +38,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"there is no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
+            state: Any = safetensors.torch.load_file(path)
         else:
             check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -78,7 +79,7 @@ def _strip(name: str) -> str:
     return name
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load_checkpoint(model: ModuleT, path: str | os.PathLike) -> ModuleT:
     """Load a checkpoint into ``model``, in place and strictly; on any error the model is left as it was.
 
     A training-form file is merged on its way into a merged model; the reverse is refused.
@@ -102,9 +103,10 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, PARALLEL) or "_orig_mod" in model._modules:
-        model = model.module if isinstance(model, PARALLEL) else model._orig_mod
-    return model
+    inner: Any = model
+    while isinstance(inner, PARALLEL) or "_orig_mod" in inner._modules:
+        inner = inner.module if isinstance(inner, PARALLEL) else inner._orig_mod
+    return inner
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:

@@ -64,7 +64,7 @@ class IPTConfig:
     no_mlp: bool = False
     task_embedding: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.tasks, list):  # as JSON has it
             object.__setattr__(self, "tasks", tuple(self.tasks))
         if not isinstance(self.tasks, tuple) or not self.tasks or not all(isinstance(t, str) and t for t in self.tasks):
@@ -86,17 +86,17 @@ class IPTConfig:
             raise ValueError(f"value_range must be a positive number; got {self.value_range!r}")
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """D, channels of a token."""
         return self.features * self.patch_size**2
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """N, tokens of an input."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def in_channels(self):
+    def in_channels(self) -> int:
         """3: the model is for colour."""
         return 3
 
@@ -109,6 +109,7 @@ class MeanShift(Conv2d):
         super().__init__(3, 3, 1)
         with torch.no_grad():
             self.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+            assert self.bias is not None
             self.bias.copy_(sign * value_range * torch.tensor(MEAN))
         self.requires_grad_(False)
 
@@ -142,6 +143,7 @@ class Tail(nn.Sequential):
         super().__init__(_upsampler(features, scale), Conv2d(features, 3, 3, padding=1))
 
     def forward(self, maps: Tensor) -> Tensor:
+        to_colours: Any
         upsample, to_colours = self
         maps = upsample(maps)
         with without_autocast(maps):
@@ -222,7 +224,8 @@ class Body(nn.Module):
         if positions is not None and not config.pos_every:
             x, positions = x + positions, None
         # The sums of the layers are not autocast's to round.
-        x = x.to(self.encoder.layers[0].self_attn.in_proj_weight.dtype)
+        first: Any = self.encoder.layers[0]
+        x = x.to(first.self_attn.in_proj_weight.dtype)
         memory = self.encoder(x, positions)
         x = self.decoder(memory, memory, task, positions)
         return x if config.no_mlp else self.mlp_head(x) + x
@@ -290,14 +293,15 @@ class IPT(PretrainedModel):
         model = type(self)(dataclasses.replace(self.config, tasks=(self.config.tasks[index],)))
         state = {}
         for name, value in self.state_dict().items():
+            kept: str | None = name
             part, _, rest = name.partition(".")
             if part in ("head", "tail"):
                 number, _, rest = rest.partition(".")
-                name = f"{part}.0.{rest}" if int(number) == index else None
+                kept = f"{part}.0.{rest}" if int(number) == index else None
             elif name == "body.query_embed.weight":
                 value = value[index : index + 1]
-            if name:
-                state[name] = value
+            if kept:
+                state[kept] = value
         model.load_state_dict(state)
         return model
 
@@ -359,7 +363,9 @@ class IPT(PretrainedModel):
         return model.eval()
 
 
-def config_of(state, source, *, heads, tasks=None, **options):
+def config_of(
+    state: dict[str, Tensor], source: object, *, heads: int, tasks: str | Sequence[str] | None = None, **options: Any
+) -> IPTConfig:
     """The :class:`IPTConfig` of weights with the published names; arguments as :meth:`IPT.from_checkpoint`'s."""
     needed = ["head.0.0.weight", "tail.0.1.weight", *(f"body.encoder.layers.0.{n}.weight" for n in ("linear1",))]
     if missing := [name for name in needed if name not in state]:
@@ -399,7 +405,7 @@ def config_of(state, source, *, heads, tasks=None, **options):
     return build_config(IPTConfig, {**told, "heads": heads, **options})
 
 
-def _value_range_of(state, given):
+def _value_range_of(state: dict[str, Tensor], given: object) -> float | None:
     """What the frozen mean colour says, within the rounding of its dtype; None where it is another data set's."""
     added = state.get("add_mean.bias")
     if added is None or added.shape != (3,) or not added.is_floating_point():
@@ -415,8 +421,8 @@ def _value_range_of(state, given):
     return round(found, 3)
 
 
-def _tasks_of(state, source, tasks):
-    scales = []
+def _tasks_of(state: dict[str, Tensor], source: object, tasks: str | Sequence[str] | None) -> tuple[str, ...]:
+    scales: list[int] = []
     while f"tail.{len(scales)}.1.weight" in state:
         convolutions = (state.get(f"tail.{len(scales)}.0.{i}.weight") for i in (0, 2))
         scales.append(math.prod(math.isqrt(w.shape[0] // w.shape[1]) for w in convolutions if w is not None))

@@ -21,6 +21,11 @@ class OperatorModule(nn.Module):
 class Norm(OperatorModule):
     """A norm that the layers' operators have built in: ``weight``, ``bias`` or None, ``eps`` and ``centered``."""
 
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centered: bool
+
 
 class Branch(OperatorModule):
     """An attention or a feed-forward network, which a layer puts between a norm and a residual connection."""
@@ -49,6 +54,6 @@ def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
 
 def residual(x: Tensor, norm: nn.Module, branch: nn.Module) -> Tensor:
     """x + branch(norm(x))."""
-    if reason_against_fusing(norm, branch) is None:
+    if isinstance(norm, Norm) and isinstance(branch, Branch) and reason_against_fusing(norm, branch) is None:
         return branch.layer(x, norm)
     return x + branch(norm(x))

@@ -1,5 +1,7 @@
 """The re-parameterised feed-forward network of IPT-V2 and the convolutions it is made of."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ class Reparameterized(OperatorModule):
 
     branches: tuple[str, ...]
     merge: str
+    weight: Tensor
 
     def __init__(self, merged: bool) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class Reparameterized(OperatorModule):
         if self.merged and all(key in state for key in keys):
             state[f"{prefix}weight"] = self._merged([state.pop(key) for key in keys])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.merge_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

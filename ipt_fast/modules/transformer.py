@@ -5,6 +5,7 @@ formulas' own graph would.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,16 @@ class _NormProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, branch, norm_weight, norm_bias, weight, offset, eps):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        offset: Tensor | None,
+        eps: float,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         total, y, mean, scale = normalise(x, branch, norm_weight, norm_bias, eps, weight.dtype)
         out = F.linear(y, weight)
         if offset is not None:
@@ -38,24 +48,36 @@ class _NormProjection(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total, mean, scale, norm_weight, norm_bias, weight = ctx.saved_tensors
-        residual, grad = (None, *grads) if ctx.branch is None else grads
+        residual, grad = (None, grads[0]) if ctx.branch is None else grads
         with without_autocast(total):
             _, y, _, _ = normalise(total, None, norm_weight, norm_bias, ctx.eps, weight.dtype)
             weight_grad = _weight_gradient(grad, y)
             del y
-            grads = norm_backward(grad @ weight, total, mean, scale, norm_weight, norm_bias, ctx.eps, residual)
-            of_branch = None if ctx.branch is None else grads[0].to(ctx.branch)
+            norm = norm_weight, norm_bias, ctx.eps
+            of_total, *norm_grads = norm_backward(grad @ weight, total, mean, scale, *norm, residual)
+            of_branch = None if ctx.branch is None else of_total.to(ctx.branch)
             of_offset = None if ctx.offset is None else grad[..., : ctx.offset[0]].sum(0, dtype=ctx.offset[1])
-        return grads[0], of_branch, *grads[1:], weight_grad, of_offset, None
+        return of_total, of_branch, *norm_grads, weight_grad, of_offset, None
 
 
 class _FeedForward(torch.autograd.Function):
     """t + W2 relu(W1 LN(t) + b1) + b2 with t = x + branch; keeps t and the hidden values."""
 
     @staticmethod
-    def forward(ctx, x, branch, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        eps: float,
+    ) -> Tensor:
         total, y, mean, scale = normalise(x, branch, norm_weight, norm_bias, eps, weight1.dtype)
         hidden = linear_relu(y, weight1, bias1)
         del y
@@ -66,7 +88,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
         with without_autocast(total):
             of_out = grad.to(weight2.dtype)
@@ -99,18 +121,20 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 def _norm_parameters(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
     """(weight, bias, eps) of a norm that :func:`_fusion.token_norm` lets pass, (None, None, 0) of none."""
-    return (None, None, 0.0) if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
+    return (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
 
 
-def norm_projection(x, branch, norm, weight, offset=None):
+def norm_projection(
+    x: Tensor, branch: Tensor | None, norm: nn.Module, weight: Tensor, offset: Tensor | None = None
+) -> Any:
     """t = x + branch and LN(t) W^T, to whose first channels ``offset`` is added: (B, N, D) -> (B, N, len(weight)).
 
     Where ``branch`` is None LN(x) W^T only.
     """
     norm_weight, norm_bias, eps = _norm_parameters(norm)
-    weight, offset = _for_autocast(x, weight, offset)
+    parameters = _for_autocast(x, weight, offset)
     with without_autocast(x):
-        return _NormProjection.apply(x, branch, norm_weight, norm_bias, weight, offset, eps)
+        return _NormProjection.apply(x, branch, norm_weight, norm_bias, *parameters, eps)
 
 
 def feed_forward(x: Tensor, branch: Tensor, norm: nn.Module, linear1: nn.Linear, linear2: nn.Linear) -> Tensor:
@@ -192,6 +216,8 @@ class EncoderLayer(nn.Module):
         norm: False leaves the norms out.
     """
 
+    norm1: nn.Module
+    norm2: nn.Module
     norms = 2
     plain = False  # True in the twins that `to_reference` makes
 
@@ -251,13 +277,16 @@ class DecoderLayer(EncoderLayer):
     :class:`EncoderLayer`.
     """
 
+    norm3: nn.Module
     norms = 3
 
     def __init__(self, dim: int, num_heads: int, ratio: int = 4, norm: bool = True) -> None:
         super().__init__(dim, num_heads, ratio, norm)
         self.multihead_attn = MultiHeadAttention(dim, num_heads)
 
-    def forward(self, x: Tensor, memory: Tensor, task: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # takes the memory, too
+        self, x: Tensor, memory: Tensor, task: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         branch = self._attend_to_itself(x, task)
         x, branch = self._attend_to_memory(x, branch, memory, task, positions)
         return self._add_feed_forward(x, branch, self.norm3)

@@ -2,39 +2,41 @@
 
 import math
 
+from torch import Tensor
 
-def positive_int(operator, name, value):
+
+def positive_int(operator: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{operator}: {name} must be an int; got {type(value).__name__}")
     if not 1 <= value < 2**63:  # what an operator's schema can hold
         raise ValueError(f"{operator}: {name} must be at least 1 and below 2**63; got {value}")
 
 
-def positive_number(operator, name, value):
+def positive_number(operator: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{operator}: {name} must be a number; got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{operator}: {name} must be positive and finite; got {value}")
 
 
-def flag(operator, name, value):
+def flag(operator: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{operator}: {name} must be True or False; got {value!r}")
 
 
-def heads_divide(operator, channels, num_heads):
+def heads_divide(operator: str, channels: int, num_heads: int) -> None:
     positive_int(operator, "num_heads", num_heads)
     if channels % num_heads:
         raise ValueError(f"{operator}: {channels} channels must be divisible by num_heads; got {num_heads}")
 
 
-def shape(operator, name, tensor, *allowed):
+def shape(operator: str, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
     if tuple(tensor.shape) not in allowed:
         expected = " or ".join(map(str, allowed))
         raise ValueError(f"{operator}: {name} must have shape {expected}; got {tuple(tensor.shape)}")
 
 
-def packed_qkv(operator, qkv, num_heads):
+def packed_qkv(operator: str, qkv: Tensor, num_heads: int) -> int:
     """Check that ``qkv`` holds q, k and v of ``num_heads`` heads; returns the channels of one of them."""
     if qkv.dim() != 4 or qkv.shape[1] % 3 or qkv.shape[1] == 0:
         raise ValueError(f"{operator}: qkv must be (B, 3C, H, W); got shape {tuple(qkv.shape)}")
@@ -42,13 +44,13 @@ def packed_qkv(operator, qkv, num_heads):
     return qkv.shape[1] // 3
 
 
-def per_head(operator, name, temperature, num_heads):
+def per_head(operator: str, name: str, temperature: Tensor, num_heads: int) -> Tensor:
     """A (heads,) or (heads, 1, 1) parameter as (heads,)."""
     shape(operator, name, temperature, (num_heads,), (num_heads, 1, 1))
     return temperature.reshape(num_heads)
 
 
-def pointwise_weight(operator, name, weight, in_channels=None):
+def pointwise_weight(operator: str, name: str, weight: Tensor, in_channels: int | None = None) -> None:
     """Check a (out, in, 1, 1) weight, with ``in_channels`` inputs where given."""
     expected = "in" if in_channels is None else in_channels
     wrong_input = in_channels is not None and tuple(weight.shape[1:2]) != (in_channels,)
@@ -56,7 +58,9 @@ def pointwise_weight(operator, name, weight, in_channels=None):
         raise ValueError(f"{operator}: {name} must have shape (out, {expected}, 1, 1); got {tuple(weight.shape)}")
 
 
-def depthwise_weight(operator, name, weight, channels=None, kernel=None):
+def depthwise_weight(
+    operator: str, name: str, weight: Tensor, channels: int | None = None, kernel: int | None = None
+) -> None:
     """Check a (C, 1, K, K) weight with K odd; of ``channels`` and ``kernel`` where given."""
     expected_shape = f"({channels or 'C'}, 1, {kernel or 'K'}, {kernel or 'K'})" + ("" if kernel else " with K odd")
     size = weight.shape[-1] if weight.dim() == 4 else 0

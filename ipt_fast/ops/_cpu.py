@@ -1,16 +1,20 @@
 """The C++ backend of an operator: private operators of the same name and arguments in the library ipt_fast_cpu."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._ops import OpOverload
 
 from .. import _extension
-from ._operator import Kernel
+from ._operator import Arguments, Kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check(args):
+def check(args: Arguments | None) -> str | None:
     """None if the extension is loaded and takes the first of ``args`` (None: in general), else the reason."""
     if error := _extension.error():
         return error
@@ -25,11 +29,11 @@ def check(args):
 
 
 @functools.cache
-def _private(name):
+def _private(name: str) -> OpOverload:
     return getattr(torch.ops.ipt_fast_cpu, name).default
 
 
-def kernel(name, rounds_between=False, keeps_a_map=False):
+def kernel(name: str, rounds_between: bool = False, keeps_a_map: bool = False) -> Kernel:
     """``ipt_fast_cpu::<name>`` and ``<name>_backward``, which returns an empty gradient for an absent tensor.
 
     ``rounds_between``: the backward is a chain of kernels with maps in the dtype of the images between them. It gets
@@ -38,12 +42,12 @@ def kernel(name, rounds_between=False, keeps_a_map=False):
     range the map may leave, it gets float32.
     """
 
-    def forward(*args):
+    def forward(*args: Any) -> Tensor:
         if keeps_a_map and args[0].dtype == torch.float16:
             return _private(name)(*_wide(args)).half()
         return _private(name)(*args)
 
-    def backward(grad, *args):
+    def backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
         grads = _private(f"{name}_backward")
         if not rounds_between or grad.dtype == torch.float32:
             return grads(grad, *args)
@@ -54,9 +58,9 @@ def kernel(name, rounds_between=False, keeps_a_map=False):
     return Kernel(check, forward, backward)
 
 
-def _wide(args):
+def _wide(args: Arguments) -> list[Any]:
     return [value.float() if isinstance(value, torch.Tensor) else value for value in args]
 
 
-def _is_tensor(argument):
+def _is_tensor(argument: Any) -> bool:
     return str(argument.type) in ("Tensor", "Optional[Tensor]")

@@ -4,12 +4,16 @@ Gradients come from Triton's kernels where those can run, else from the referenc
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._ops import OpOverload
 
 from .. import _extension
 from .._precision import tf32_allowed
-from ._operator import Kernel, as_channels_last
+from ._operator import Arguments, Kernel, Operator, as_channels_last
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
@@ -19,16 +23,16 @@ DEPTHS = (32, 48)
 LARGEST_WINDOW = 1 << 14
 
 # {operator: names of GPUs} on which benchmarks/results/gpu.csv has it faster than Triton: there "auto" takes it.
-FASTER_ON = {}
+FASTER_ON: dict[str, tuple[str, ...]] = {}
 
 
 @functools.cache
-def _private(name):
+def _private(name: str) -> OpOverload:
     return getattr(torch.ops.ipt_fast_cuda, name).default
 
 
 @functools.cache
-def _device_error(type_, index):
+def _device_error(type_: str, index: int | None) -> str | None:
     """None if kernels run on such a device, else the reason."""
     wanted = torch.ops.ipt_fast_cuda.device()
     if type_ != wanted:
@@ -37,29 +41,30 @@ def _device_error(type_, index):
         gpu = torch.cuda.get_device_properties(index)
         if (gpu.major, gpu.minor) < LEAST_CAPABILITY:
             return f"the CUDA kernels need compute capability 8.0 or later; {gpu.name} has {gpu.major}.{gpu.minor}"
-        if gpu.shared_memory_per_block_optin < SHARED_MEMORY:
-            memory = gpu.shared_memory_per_block_optin >> 10
-            return f"the CUDA kernels need {SHARED_MEMORY >> 10} KB of shared memory a block; {gpu.name} has {memory}"
+        memory: int = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in PyTorch's stubs
+        if memory < SHARED_MEMORY:
+            need = SHARED_MEMORY >> 10
+            return f"the CUDA kernels need {need} KB of shared memory a block; {gpu.name} has {memory >> 10}"
         if said := torch.ops.ipt_fast_cuda.device_error(index):
             built_for = _extension.build_info().get("cuda_architectures")
             return f"the CUDA kernels, built for {built_for}, do not run on {gpu.name}: {said}"
     return None
 
 
-def _machine_error():
+def _machine_error() -> str | None:
     if torch.ops.ipt_fast_cuda.device() == "cuda" and not torch.cuda.is_available():
         return "PyTorch finds no NVIDIA GPU here"
     return None
 
 
-def channels_limit(channels):
+def channels_limit(channels: int) -> str | None:
     """None, or why the kernels of the layers do not take maps of so many channels."""
     if channels in CHANNELS:
         return None
     return f"the CUDA kernels take {', '.join(map(str, CHANNELS))} channels; these are {channels}"
 
 
-def heads_limit(channels, num_heads):
+def heads_limit(channels: int, num_heads: int) -> str | None:
     """None, or why the kernels of the attention layers do not take such heads."""
     if reason := channels_limit(channels):
         return reason
@@ -67,21 +72,21 @@ def heads_limit(channels, num_heads):
     return None if depth in DEPTHS else f"the CUDA kernels take heads of 32 or 48 channels; these have {depth}"
 
 
-def window_limit(window_size):
+def window_limit(window_size: int) -> str | None:
     """None, or why the kernels do not take windows of this size."""
     if window_size <= LARGEST_WINDOW:
         return None
     return f"the CUDA kernels take windows of up to {LARGEST_WINDOW} pixels; this is {window_size}"
 
 
-def grid_limit(grid_size):
+def grid_limit(grid_size: int) -> str | None:
     """None, or why the kernels do not take grids of this size."""
     return (
         None if grid_size <= 16 else f"the CUDA kernels take grids of up to 16 x 16; this is {grid_size} x {grid_size}"
     )
 
 
-def leffn_limit(expand_weight, depthwise_weight, project_weight):
+def leffn_limit(expand_weight: Tensor, depthwise_weight: Tensor, project_weight: Tensor) -> str | None:
     """None, or why the kernels do not take a feed-forward network with these weights."""
     (hidden, channels), size, outputs = expand_weight.shape[:2], depthwise_weight.shape[-1], project_weight.shape[0]
     if reason := channels_limit(channels):
@@ -94,11 +99,16 @@ def leffn_limit(expand_weight, depthwise_weight, project_weight):
     return None
 
 
-def _aligned(tensor):
+def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()  # kernels read 16 bytes at a time
 
 
-def register(operator, call, limits=None, call_backward=None):
+def register(
+    operator: Operator,
+    call: Callable[..., Tensor],
+    limits: Callable[..., str | None] | None = None,
+    call_backward: Callable[..., Sequence[Tensor]] | None = None,
+) -> None:
     """Give ``operator`` the backend "cuda".
 
     Args:
@@ -109,7 +119,7 @@ def register(operator, call, limits=None, call_backward=None):
         call_backward: as ``call``, of the gradient and the arguments, where the gradients have kernels, too.
     """
 
-    def check(args):
+    def check(args: Arguments | None) -> str | None:
         if error := _extension.cuda_error():
             return error
         if args is None:
@@ -121,7 +131,7 @@ def register(operator, call, limits=None, call_backward=None):
             return f"the CUDA kernels take float32, bfloat16 and float16; the tensors are {x.dtype}"
         return limits(*args) if limits else None
 
-    def prepared(name, value):
+    def prepared(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         if name in operator.images:
@@ -130,26 +140,26 @@ def register(operator, call, limits=None, call_backward=None):
             value = value.contiguous() if name in operator.weights else value.float().contiguous()
         return _aligned(value)
 
-    def all_prepared(args):
+    def all_prepared(args: Arguments) -> list[Any]:
         return [prepared(name, value) for name, value in zip(operator.arguments, args, strict=True)]
 
-    def forward(*args):
+    def forward(*args: Any) -> Tensor:
         return call(*all_prepared(args), tf32=tf32_allowed())
 
-    def backward(grad, *args):
+    def backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
         if call_backward is not None:
             return call_backward(_aligned(grad.contiguous()), *all_prepared(args), tf32=tf32_allowed())
         triton = operator.kernels["triton"]
         kernel = triton if triton.check(args) is None else operator.kernels["reference"]
         return kernel.backward(grad, *args)
 
-    def automatic(args):
+    def automatic(args: Arguments) -> bool:
         device = args[0].device
         return device.type == "cuda" and torch.cuda.get_device_name(device) in FASTER_ON.get(operator.name, ())
 
     operator.kernels["cuda"] = Kernel(check, forward, backward, automatic)
 
 
-def call(name, *args):
+def call(name: str, *args: Any) -> Any:
     """``ipt_fast_cuda::name``, looked up when it is called."""
     return _private(name)(*args)

@@ -30,7 +30,7 @@ def explain(op: Callable | str | nn.Module | None = None, *args: Any, **kwargs: 
         if args or kwargs:
             raise TypeError("explain: a module is explained without arguments")
         return _explain_module(op)
-    names = list(OPERATORS) if op is None else [getattr(op, "__name__", op)]
+    names: list[Any] = list(OPERATORS) if op is None else [getattr(op, "__name__", op)]
     if not isinstance(names[0], str) or names[0] not in OPERATORS:
         raise ValueError(f"op must be one of {', '.join(OPERATORS)}; got {op!r}")
     if op is None and (args or kwargs):

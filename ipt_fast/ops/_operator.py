@@ -1,10 +1,13 @@
 """What every operator shares: schema, checks, backend selection, fake, autograd, autocast and FLOP formula."""
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -12,7 +15,10 @@ from . import _select
 
 _library = torch.library.Library("ipt_fast", "DEF")
 AUTOCAST_DEVICES = ("cpu", "cuda")
-OPERATORS = {}
+OPERATORS: dict[str, "Operator"] = {}
+
+Arguments = tuple[Any, ...]  # of a call, in the order of the schema
+Shape = Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +30,13 @@ class Kernel:
     ``automatic(args)`` tells whether "auto" takes it where it can run.
     """
 
-    check: Callable
-    forward: Callable
-    backward: Callable
-    automatic: Callable = lambda args: True
+    check: Callable[[Arguments | None], str | None]
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Sequence[Tensor | None]]
+    automatic: Callable[[Arguments], bool] = lambda args: True
 
 
-def as_channels_last(x):
+def as_channels_last(x: Tensor) -> Tensor:
     """``x`` with exactly the strides of a channels-last map of its shape, which also settles axes of size 1."""
     batch, channels, height, width = x.shape
     if x.stride() == (height * width * channels, 1, width * channels, channels):
@@ -47,7 +53,7 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 _VIEW_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
-def _autograd_recording():
+def _autograd_recording() -> contextlib.AbstractContextManager[Any]:
     """Make autograd record inside a kernel, where the dispatcher has switched it off."""
     keys, key_set = torch._C.DispatchKey, torch._C.DispatchKeySet
     excluded = torch._C._dispatch_tls_local_exclude_set()
@@ -71,7 +77,18 @@ class Operator:
         autocast: cast images and weights to the autocast dtype; False leaves all arguments as they are.
     """
 
-    def __init__(self, function, schema, reference, *, images=(), weights=(), output_shape, flops, autocast=True):
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        schema: str,
+        reference: Callable[..., Tensor],
+        *,
+        images: tuple[str, ...] = (),
+        weights: tuple[str, ...] = (),
+        output_shape: Callable[..., Shape],
+        flops: Callable[..., int],
+        autocast: bool = True,
+    ) -> None:
         self.function = function
         self.name = function.__name__
         self.arguments = tuple(inspect.signature(function).parameters)
@@ -86,15 +103,15 @@ class Operator:
         OPERATORS[self.name] = self
         self._register(schema, flops)
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Tensor:
         return self._forward_op(*args)
 
-    def _by_name(self, args):
+    def _by_name(self, args: Iterable[Any]) -> dict[str, Any]:
         return dict(zip(self.arguments, args, strict=True))
 
     # -- checks -------------------------------------------------------------------------------------------------
 
-    def check_tensors(self, *values):
+    def check_tensors(self, *values: object) -> None:
         """Check type, device, dtype and, for images, rank of all tensor arguments, given in order.
 
         Raises:
@@ -124,7 +141,7 @@ class Operator:
                 )
             self._check_dtype(name, self._dtype_after_autocast(name, value), dtype)
 
-    def _check_dtype(self, name, got, dtype):
+    def _check_dtype(self, name: str, got: torch.dtype, dtype: torch.dtype | None) -> None:
         small = name not in self.images and name not in self.weights
         allowed = [dtype, torch.float32] if small else [dtype]
         if got not in allowed:
@@ -133,23 +150,23 @@ class Operator:
                 f"beside {self.tensors[0]} of {dtype}; got {got}"
             )
 
-    def _dtype_after_autocast(self, name, value):
+    def _dtype_after_autocast(self, name: str, value: Tensor) -> torch.dtype:
         device = value.device.type
         castable = name in self.cast and value.dtype != torch.float64 and device in AUTOCAST_DEVICES
         return torch.get_autocast_dtype(device) if castable and torch.is_autocast_enabled(device) else value.dtype
 
     # -- the reference backend ----------------------------------------------------------------------------------
 
-    def _call_reference(self, *args):
+    def _call_reference(self, *args: Any) -> Tensor:
         first, *others = self.arguments
         values = self._by_name(args)
         return self.formula(values[first], **{name: values[name] for name in others})
 
-    def _reference_backward(self, grad, *args):
+    def _reference_backward(self, grad: Tensor, *args: Any) -> list[Tensor | None]:
         with _autograd_recording(), torch.enable_grad():
-            args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
-            tensors = [a for a in args if isinstance(a, torch.Tensor)]
-            out = self._call_reference(*args)
+            leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+            tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
+            out = self._call_reference(*leaves)
             # A gradient may be a view of the upstream one, which must not come back as an alias.
             grads = iter(torch.autograd.grad(out, tensors, grad.clone()))
         values = self._by_name(args)
@@ -157,7 +174,7 @@ class Operator:
 
     # -- registration -------------------------------------------------------------------------------------------
 
-    def _register(self, schema, flops):
+    def _register(self, schema: str, flops: Callable[..., int]) -> None:
         names = self.arguments
         backward_name = f"{self.name}_backward"
         grads = ", ".join(["Tensor"] * len(self.tensors))
@@ -171,20 +188,20 @@ class Operator:
         torch.library.register_fake(f"ipt_fast::{self.name}", self._fake_forward, lib=_library)
         torch.library.register_fake(f"ipt_fast::{backward_name}", self._fake_backward, lib=_library)
 
-        def setup_context(ctx, inputs, output):
+        def setup_context(ctx: Any, inputs: Arguments, output: object) -> None:
             # A traced graph outlives this call: its backward chooses when it runs.
             ctx.backend = _select.choose(self, inputs) if type(output) is torch.Tensor else None
             ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
             ctx.others = [None if isinstance(v, torch.Tensor) else (v,) for v in inputs]
 
-        def backward(ctx, grad):
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             saved = iter(ctx.saved_tensors)
             inputs = [next(saved) if other is None else other[0] for other in ctx.others]
             grads = dict(zip(self.tensors, self._backward_op(grad, *inputs, ctx.backend), strict=True))
             values = self._by_name(inputs)
             return tuple(grads[name] if isinstance(values[name], torch.Tensor) else None for name in names)
 
-        def no_second_derivative(ctx, *grads):
+        def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
             raise RuntimeError(f"ipt_fast.ops.{self.name} cannot be differentiated twice")
 
         torch.library.register_autograd(f"ipt_fast::{self.name}", backward, setup_context=setup_context, lib=_library)
@@ -200,35 +217,35 @@ class Operator:
             lambda grad, *shapes, out_shape=None, **kwargs: 2 * flops(*shapes[:-1])
         )
 
-    def _autocast(self, device):
+    def _autocast(self, device: str) -> Callable[..., Tensor]:
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-        def run(*args):
-            args = [
+        def run(*args: Any) -> Tensor:
+            cast = [
                 value.to(self._dtype_after_autocast(name, value)) if name in self.cast else value
                 for name, value in self._by_name(args).items()
             ]
             with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return self._forward_op(*args)
+                return self._forward_op(*cast)
 
         return run
 
-    def _run_forward(self, *args):
+    def _run_forward(self, *args: Any) -> Tensor:
         kernel = self.kernels[_select.choose(self, args)]
         with torch._C._ExcludeDispatchKeyGuard(_VIEW_KEYS):
             out = kernel.forward(*args)
             return as_channels_last(out) if self.images else out.contiguous()
 
-    def _run_backward(self, grad, *args):
-        *args, backend = args
-        kernel = self.kernels[_select.choose(self, args, demanded=backend)]
-        values = self._by_name(args)
+    def _run_backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *inputs, backend = args
+        kernel = self.kernels[_select.choose(self, inputs, demanded=backend)]
+        values = self._by_name(inputs)
         # Products inside keep their dtype.
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS | _VIEW_KEYS):
-            grads = zip(self.tensors, kernel.backward(grad, *args), strict=True)
+            grads = zip(self.tensors, kernel.backward(grad, *inputs), strict=True)
             return tuple(self._gradient_like(grad, name, values[name], value) for name, value in grads)
 
-    def _gradient_like(self, grad, name, tensor, value=None):
+    def _gradient_like(self, grad: Tensor, name: str, tensor: Tensor | None, value: Tensor | None = None) -> Tensor:
         """The gradient ``value`` of ``tensor`` with its final strides; empty for an absent tensor, and in fakes."""
         if tensor is None:
             return grad.new_empty(0)
@@ -237,11 +254,11 @@ class Operator:
             return torch.empty_like(tensor, memory_format=torch.channels_last if image else torch.contiguous_format)
         return as_channels_last(value) if image else value.contiguous()
 
-    def _fake_forward(self, *args):
+    def _fake_forward(self, *args: Any) -> Tensor:
         layout = torch.channels_last if self.images else torch.contiguous_format
         first = args[0]
         return torch.empty(self.output_shape(*args), dtype=first.dtype, device=first.device, memory_format=layout)
 
-    def _fake_backward(self, grad, *args):
+    def _fake_backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         values = self._by_name(args[:-1])
         return tuple(self._gradient_like(grad, name, values[name]) for name in self.tensors)

@@ -10,7 +10,7 @@ import types
 import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from .. import _extension
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 POLICIES = ("auto", *BACKENDS)
+F = TypeVar("F", bound=Callable[..., Any])
 
 # The backends of the blocks around the running code, outermost first. A tuple, never changed, so that threads and
 # tasks cannot disturb each other.
@@ -38,10 +39,11 @@ def policy() -> str:
     return _checked(os.environ.get("IPT_FAST_BACKEND", "auto"), "IPT_FAST_BACKEND")
 
 
-def _outside_of_graphs(method: Callable) -> Callable:
+def _outside_of_graphs(method: F) -> F:
     """What ``torch.compiler.disable`` would tell the compiler, without importing the compiler."""
-    method._torchdynamo_disable = True
-    method._torchdynamo_disable_msg = "use_backend belongs around the call of a compiled function, not into it"
+    marked: Any = method
+    marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = "use_backend belongs around the call of a compiled function, not into it"
     return method
 
 
@@ -74,7 +76,7 @@ class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
     def __exit__(self, *exception: Any) -> None:
         _blocks.set(_blocks.get()[:-1])
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: F) -> F:
         if inspect.isclass(function) or not callable(function):
             raise TypeError(f"use_backend decorates functions and methods; got {function!r}")
         if inspect.isasyncgenfunction(function):
@@ -82,6 +84,7 @@ class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
                 inner = function(*args, **kwargs)
+                step: Any
                 step, value = inner.asend, None
                 while True:
                     try:
@@ -115,10 +118,11 @@ class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
                 with self:
                     return function(*args, **kwargs)
 
-        return wrapper
+        return cast(F, wrapper)
 
-    def _run_inside(self, inner: Generator) -> Generator:
+    def _run_inside(self, inner: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
         """The steps of a generator (or of what ``await`` drives), each in the block, which is left in between."""
+        step: Any
         step, value = inner.send, None
         while True:
             try:
@@ -136,7 +140,7 @@ class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
                 step, value = inner.throw, error
 
     @types.coroutine
-    def _await_inside(self, awaitable: Any) -> Generator:
+    def _await_inside(self, awaitable: Any) -> Generator[Any, Any, Any]:
         return (yield from self._run_inside(awaitable))
 
 
@@ -174,7 +178,7 @@ def warn_without_kernels(device: str) -> None:
 def _warn_once(reason: str) -> None:
     text = f"ipt_fast runs as plain PyTorch here, several times slower than it could: {reason}"
     # The line that is shown is the caller's, outside of this package and of PyTorch.
-    inside = tuple(str(Path(module.__file__).parent) for module in (_extension, torch))
+    inside = tuple(str(Path(inspect.getfile(module)).parent) for module in (_extension, torch))
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1

@@ -1,25 +1,29 @@
 """What the layers of the IPT body are made of but plain products, and which kernel computes it: PyTorch's or ours."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import _cpu, _select, _triton
-from ._operator import OPERATORS
+from ._operator import OPERATORS, Shape
 from .grid_attention import grid_attention
 
 SQUARES = {side**2 for side in range(1, 17)}
 
 
-def _fuses(x, norm_weight):
+def _fuses(x: Tensor, norm_weight: Tensor | None) -> bool:
     """Whether Triton's kernel adds and normalises; compiled code is left to the compiler."""
     if norm_weight is None or torch.compiler.is_compiling() or _select.policy() not in ("auto", "triton"):
         return False
     return _select.choose(OPERATORS["layer_norm_2d"], (x, norm_weight, None, 0.0, True)) == "triton"
 
 
-def normalise(x, branch, weight, bias, eps, dtype):
+def normalise(
+    x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(t = x + branch, LN(t) in ``dtype``, mean and 1 / standard deviation of aten's).
 
     ``branch`` may be None, then t is x; without a norm (``weight`` None) LN(t) is t.
@@ -33,7 +37,16 @@ def normalise(x, branch, weight, bias, eps, dtype):
     return total, y.to(dtype), mean, scale
 
 
-def norm_backward(grad, total, mean, scale, weight, bias, eps, residual):
+def norm_backward(
+    grad: Tensor,
+    total: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of t, to which ``residual`` (None for none) is added, of weight and of bias."""
     if weight is not None and mean is None:
         return _triton.function("add_layer_norm_backward")(grad, total, weight, bias, eps, residual)
@@ -44,7 +57,7 @@ def norm_backward(grad, total, mean, scale, weight, bias, eps, residual):
     return grads if residual is None else (grads[0] + residual, *grads[1:])
 
 
-def grid_core_is_faster(qkv):
+def grid_core_is_faster(qkv: Tensor) -> bool:
     """Whether attention among the tokens of ``qkv`` (B, N, 3D) is the C++ core's for grids, all tokens one grid.
 
     As measured beside SDPA (`python -m benchmarks.ipt`): up to 16 x 16 tokens, but not in 16 bits without a backward.
@@ -59,14 +72,14 @@ def grid_core_is_faster(qkv):
     return qkv.dtype == torch.float32 or (torch.is_grad_enabled() and qkv.requires_grad)
 
 
-def attend_as_a_grid(qkv, num_heads):
+def attend_as_a_grid(qkv: Tensor, num_heads: int) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V among all tokens of ``qkv`` (B, N, 3D), N a square: (B, N, D)."""
     side = math.isqrt(qkv.shape[1])
     tokens = qkv.transpose(1, 2).unflatten(2, (side, side))  # a view: channels-last
     return grid_attention(tokens, num_heads=num_heads, grid_size=side).flatten(2).transpose(1, 2)
 
 
-def linear_relu(x, weight, bias):
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """relu(x W^T + b), on NVIDIA GPUs in the epilogue of cuBLASLt's product."""
     rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.T)
     return rows.view(*x.shape[:-1], len(weight))
@@ -75,5 +88,5 @@ def linear_relu(x, weight, bias):
 if torch.ops.aten._addmm_activation not in flop_registry:
 
     @register_flop_formula(torch.ops.aten._addmm_activation)
-    def _product_flops(bias, a, b, *args, out_shape=None, **kwargs):
+    def _product_flops(bias: Shape, a: Shape, b: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return 2 * a[0] * a[1] * b[1]

@@ -1,11 +1,15 @@
 """Channel attention of whole images and of windows."""
 
+from torch import Tensor
+
 from .. import reference
 from . import _check, _cpu, _triton
-from ._operator import Operator
+from ._operator import Operator, Shape
 
 
-def channel_attention(q, k, v, temperature, *, num_heads, window_size=None):
+def channel_attention(
+    q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, num_heads: int, window_size: int | None = None
+) -> Tensor:
     """softmax(temperature * q̂ k̂ᵀ) v over the channels of each head (Restormer, Zamir et al., CVPR 2022, eq. 1).
 
     q̂ and k̂ are q and k with every channel L2-normalised over the pixels of its group: the whole image, or each window.
@@ -33,7 +37,7 @@ def channel_attention(q, k, v, temperature, *, num_heads, window_size=None):
     return _operator(q, k, v, temperature, num_heads, window_size)
 
 
-def _flops(q, k, v, temperature, num_heads, window_size):
+def _flops(q: Shape, k: Shape, v: Shape, temperature: Shape, num_heads: int, window_size: int | None) -> int:
     batch, channels, height, width = q
     return 2 * 2 * batch * height * width * channels * (channels // num_heads)
 

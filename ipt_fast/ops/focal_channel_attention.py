@@ -1,11 +1,22 @@
 """Focal context self-attention of IPT-V2."""
 
+from torch import Tensor
+
 from .. import reference
 from . import _check, _cpu, _triton
-from ._operator import Operator
+from ._operator import Operator, Shape
 
 
-def focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, *, num_heads, window_size):
+def focal_channel_attention(
+    qkv: Tensor,
+    temperature: Tensor,
+    token_weight: Tensor,
+    top_weight: Tensor,
+    bottom_weight: Tensor,
+    *,
+    num_heads: int,
+    window_size: int,
+) -> Tensor:
     """Channel attention in windows and in cyclically shifted windows, merged (IPT-V2, section 3.3, eq. 2 and 3).
 
     In each window and head A = softmax(Q̂ K̂ᵀ / α), F = A V, where Q̂ and K̂ are w_t Q and w_t K with every channel
@@ -38,7 +49,15 @@ def focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_w
     return _operator(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size)
 
 
-def _flops(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size):
+def _flops(
+    qkv: Shape,
+    temperature: Shape,
+    token_weight: Shape,
+    top_weight: Shape,
+    bottom_weight: Shape,
+    num_heads: int,
+    window_size: int,
+) -> int:
     batch, packed, height, width = qkv
     channels = packed // 3
     return 2 * 4 * batch * height * width * channels * (channels // num_heads)

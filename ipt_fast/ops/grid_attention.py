@@ -1,11 +1,13 @@
 """Global grid self-attention of IPT-V2."""
 
+from torch import Tensor
+
 from .. import reference
 from . import _check, _cpu, _triton
-from ._operator import Operator
+from ._operator import Operator, Shape
 
 
-def grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
+def grid_attention(qkv: Tensor, bias_table: Tensor | None = None, *, num_heads: int, grid_size: int) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + B) v on dilated g x g lattices over the whole image (IPT-V2, section 3.4, eq. 4).
 
     The map is cut into g x g cubbies of ⌈H/g⌉ x ⌈W/g⌉ pixels; the pixels at one position inside their cubbies form one
@@ -33,14 +35,14 @@ def grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
     return _operator(qkv, bias_table, num_heads, grid_size)
 
 
-def squared_tokens(size, grid_size):
+def squared_tokens(size: int, grid_size: int) -> int:
     """Sum over the positions in a cubby of the squared number of lattice points inside one axis of ``size``."""
     cubby = -(-size // grid_size)
     full, rest = divmod(size, cubby)
     return rest * (full + 1) ** 2 + (cubby - rest) * full**2
 
 
-def _flops(qkv, bias_table, num_heads, grid_size):
+def _flops(qkv: Shape, bias_table: Shape | None, num_heads: int, grid_size: int) -> int:
     batch, packed, height, width = qkv
     return 2 * 2 * batch * packed // 3 * squared_tokens(height, grid_size) * squared_tokens(width, grid_size)
 

@@ -1,11 +1,15 @@
 """Layer normalisation over the channels of a map."""
 
+from torch import Tensor
+
 from .. import reference
 from . import _check, _cpu, _triton
 from ._operator import Operator
 
 
-def layer_norm_2d(x, weight, bias=None, *, eps=1e-5, centered=True):
+def layer_norm_2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, centered: bool = True
+) -> Tensor:
     """Layer normalisation over the channels at every pixel.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias, with the centred, biased variance. ``centered=False`` leaves the

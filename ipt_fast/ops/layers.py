@@ -1,30 +1,33 @@
 """Whole halves of a transformer layer of IPT-V2: norm, attention or feed-forward, residual, each as one operator."""
 
 import math
+from typing import Any
+
+from torch import Tensor
 
 from .. import reference
 from . import _check, _cpu, _cuda, _triton
-from ._operator import Operator
+from ._operator import Operator, Shape
 from .grid_attention import squared_tokens
 
 
 def focal_attention_layer(
-    x,
-    norm_weight,
-    norm_bias,
-    qkv_weight,
-    depthwise_weight,
-    project_weight,
-    temperature,
-    token_weight,
-    top_weight,
-    bottom_weight,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    depthwise_weight: Tensor,
+    project_weight: Tensor,
+    temperature: Tensor,
+    token_weight: Tensor,
+    top_weight: Tensor,
+    bottom_weight: Tensor,
     *,
-    num_heads,
-    window_size,
-    eps=1e-5,
-    centered=True,
-):
+    num_heads: int,
+    window_size: int,
+    eps: float = 1e-5,
+    centered: bool = True,
+) -> Tensor:
     """x + PW(FCSA(DW3x3(PW(norm(x))))), half of a transformer layer (IPT-V2, eq. 1 to 3).
 
     Args:
@@ -61,18 +64,18 @@ def focal_attention_layer(
 
 
 def grid_attention_layer(
-    x,
-    norm_weight,
-    norm_bias,
-    qkv_weight,
-    project_weight,
-    bias_table=None,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    project_weight: Tensor,
+    bias_table: Tensor | None = None,
     *,
-    num_heads,
-    grid_size,
-    eps=1e-5,
-    centered=True,
-):
+    num_heads: int,
+    grid_size: int,
+    eps: float = 1e-5,
+    centered: bool = True,
+) -> Tensor:
     """x + PW(GGSA(PW(norm(x)))), half of a transformer layer (IPT-V2, eq. 1 and 4).
 
     Args:
@@ -102,7 +105,17 @@ def grid_attention_layer(
     return _grid(x, norm_weight, norm_bias, *weights, bias_table, num_heads, grid_size, eps, centered)
 
 
-def leffn_layer(x, norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, *, eps=1e-5, centered=True):
+def leffn_layer(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    expand_weight: Tensor,
+    depthwise_weight: Tensor,
+    project_weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    centered: bool = True,
+) -> Tensor:
     """x + LeFFN(norm(x)), half of a transformer layer (IPT-V2, eq. 1 and 5).
 
     Args:
@@ -130,7 +143,7 @@ def leffn_layer(x, norm_weight, norm_bias, expand_weight, depthwise_weight, proj
     return _leffn(x, norm_weight, norm_bias, *weights, eps, centered)
 
 
-def _check_norm(name, x, norm_weight, norm_bias, eps, centered):
+def _check_norm(name: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, centered: bool) -> int:
     """Check the arguments of the norm; returns the channels of ``x``."""
     channels = x.shape[1]
     _check.shape(name, "norm_weight", norm_weight, (channels,))
@@ -141,24 +154,45 @@ def _check_norm(name, x, norm_weight, norm_bias, eps, centered):
     return channels
 
 
-def _convolutions(x, *weights):
+def _convolutions(x: Shape, *weights: Shape) -> int:
     batch, _, height, width = x
     return 2 * batch * height * width * sum(map(math.prod, weights))
 
 
-def _focal_flops(x, norm_weight, norm_bias, qkv, depthwise, project, temperature, *others):
+def _focal_flops(
+    x: Shape,
+    norm_weight: Shape,
+    norm_bias: Shape | None,
+    qkv: Shape,
+    depthwise: Shape,
+    project: Shape,
+    temperature: Shape,
+    *others: Any,
+) -> int:
     batch, channels, height, width = x
     attention = 2 * 4 * batch * height * width * channels * (channels // temperature[0])
     return _convolutions(x, qkv, depthwise, project) + attention
 
 
-def _grid_flops(x, norm_weight, norm_bias, qkv, project, bias_table, num_heads, grid_size, *others):
+def _grid_flops(
+    x: Shape,
+    norm_weight: Shape,
+    norm_bias: Shape | None,
+    qkv: Shape,
+    project: Shape,
+    bias_table: Shape | None,
+    num_heads: int,
+    grid_size: int,
+    *others: Any,
+) -> int:
     batch, channels, height, width = x
     pairs = squared_tokens(height, grid_size) * squared_tokens(width, grid_size)
     return _convolutions(x, qkv, project) + 2 * 2 * batch * channels * pairs
 
 
-def _leffn_flops(x, norm_weight, norm_bias, expand, depthwise, project, *others):
+def _leffn_flops(
+    x: Shape, norm_weight: Shape, norm_bias: Shape | None, expand: Shape, depthwise: Shape, project: Shape, *others: Any
+) -> int:
     return _convolutions(x, expand, depthwise, project)
 
 

@@ -1,11 +1,13 @@
 """Locally enhanced feed-forward network of IPT-V2."""
 
+from torch import Tensor
+
 from .. import reference
 from . import _check, _cpu, _cuda, _triton
-from ._operator import Operator
+from ._operator import Operator, Shape
 
 
-def leffn(x, expand_weight, depthwise_weight, project_weight):
+def leffn(x: Tensor, expand_weight: Tensor, depthwise_weight: Tensor, project_weight: Tensor) -> Tensor:
     """PW(DW(GELU(PW(x)))), exact (erf) GELU, no bias (IPT-V2, section 3.5, eq. 5).
 
     Args:
@@ -28,7 +30,7 @@ def leffn(x, expand_weight, depthwise_weight, project_weight):
     return _operator(x, expand_weight, depthwise_weight, project_weight)
 
 
-def _flops(x, expand, depthwise, project):
+def _flops(x: Shape, expand: Shape, depthwise: Shape, project: Shape) -> int:
     batch, channels, height, width = x
     hidden, _, kernel, _ = depthwise
     return 2 * batch * height * width * hidden * (channels + kernel**2 + project[0])

@@ -2,12 +2,14 @@
 
 import math
 
+from torch import Tensor
+
 from .. import reference
 from . import _check, _cpu, _cuda, _triton
 from ._operator import Operator
 
 
-def merge_pointwise(first, second):
+def merge_pointwise(first: Tensor, second: Tensor) -> Tensor:
     """The weight of PW_second(PW_first(x)) as one pointwise convolution: W2 W1 (IPT-V2, section 3.5, eq. 6).
 
     Differentiable. Autocast leaves it in the dtype of the weights, so that they are rounded once, after the merge.
@@ -28,7 +30,7 @@ def merge_pointwise(first, second):
     return _pointwise(first, second)
 
 
-def merge_depthwise(k5, k3, k1, identity=True):
+def merge_depthwise(k5: Tensor, k3: Tensor, k1: Tensor, identity: bool = True) -> Tensor:
     """The weight of DW5x5(x) + DW3x3(x) + DW1x1(x) (+ x) as one depthwise convolution (IPT-V2, section 3.5, eq. 6).
 
     Differentiable. Autocast leaves it in the dtype of the weights, so that they are rounded once, after the merge.

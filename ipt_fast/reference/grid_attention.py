@@ -1,12 +1,13 @@
 """Global grid self-attention (IPT-V2, section 3.4, equation 4)."""
 
 import torch
+from torch import Tensor
 
 from ._precision import in_full_precision
 from ._windows import pad_to_multiple
 
 
-def relative_position_index(grid_size, device=None):
+def relative_position_index(grid_size: int, device: torch.device | None = None) -> Tensor:
     """(g², g²) rows of the (2g-1)² bias table: Swin's index of the offset from each key to each query."""
     position = torch.arange(grid_size, device=device)
     offset = position[:, None] - position[None, :] + grid_size - 1  # (query, key) along one axis
@@ -14,7 +15,7 @@ def relative_position_index(grid_size, device=None):
     return index.reshape(grid_size**2, grid_size**2)
 
 
-def lattice(x, heads, grid_size):
+def lattice(x: Tensor, heads: int, grid_size: int) -> Tensor:
     """(B, C, H, W), sizes divisible by g -> (B, H/g, W/g, heads, g², C/heads): one group per pixel of a cubby."""
     batch, channels, height, width = x.shape
     x = x.reshape(batch, heads, channels // heads, grid_size, height // grid_size, grid_size, width // grid_size)
@@ -22,7 +23,7 @@ def lattice(x, heads, grid_size):
 
 
 @in_full_precision
-def grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
+def grid_attention(qkv: Tensor, bias_table: Tensor | None = None, *, num_heads: int, grid_size: int) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + B) v over the g² pixels at one position inside the g x g cubbies of the map.
 
     Sizes that g does not divide are padded at the bottom and right to the full lattice; a padded token is masked as a

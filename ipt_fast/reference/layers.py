@@ -1,6 +1,7 @@
 """The two halves of a transformer layer of IPT-V2, each with its norm and its residual (equation 1)."""
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from ._precision import in_full_precision
 from .focal_channel_attention import focal_channel_attention
@@ -13,22 +14,22 @@ from .leffn import leffn
 
 @in_full_precision
 def focal_attention_layer(
-    x,
-    norm_weight,
-    norm_bias,
-    qkv_weight,
-    depthwise_weight,
-    project_weight,
-    temperature,
-    token_weight,
-    top_weight,
-    bottom_weight,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    depthwise_weight: Tensor,
+    project_weight: Tensor,
+    temperature: Tensor,
+    token_weight: Tensor,
+    top_weight: Tensor,
+    bottom_weight: Tensor,
     *,
-    num_heads,
-    window_size,
-    eps=1e-5,
-    centered=True,
-):
+    num_heads: int,
+    window_size: int,
+    eps: float = 1e-5,
+    centered: bool = True,
+) -> Tensor:
     """x + PW(FCSA(DW3x3(PW(norm(x))))), the attention as in :func:`focal_channel_attention`."""
     y = layer_norm_2d.formula(x, norm_weight, norm_bias, eps=eps, centered=centered)
     qkv = F.conv2d(F.conv2d(y, qkv_weight), depthwise_weight, padding=1, groups=len(depthwise_weight))
@@ -39,18 +40,18 @@ def focal_attention_layer(
 
 @in_full_precision
 def grid_attention_layer(
-    x,
-    norm_weight,
-    norm_bias,
-    qkv_weight,
-    project_weight,
-    bias_table=None,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    project_weight: Tensor,
+    bias_table: Tensor | None = None,
     *,
-    num_heads,
-    grid_size,
-    eps=1e-5,
-    centered=True,
-):
+    num_heads: int,
+    grid_size: int,
+    eps: float = 1e-5,
+    centered: bool = True,
+) -> Tensor:
     """x + PW(GGSA(PW(norm(x)))), the attention as in :func:`grid_attention`."""
     y = layer_norm_2d.formula(x, norm_weight, norm_bias, eps=eps, centered=centered)
     y = grid_attention.formula(F.conv2d(y, qkv_weight), bias_table, num_heads=num_heads, grid_size=grid_size)
@@ -58,7 +59,17 @@ def grid_attention_layer(
 
 
 @in_full_precision
-def leffn_layer(x, norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, *, eps=1e-5, centered=True):
+def leffn_layer(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    expand_weight: Tensor,
+    depthwise_weight: Tensor,
+    project_weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    centered: bool = True,
+) -> Tensor:
     """x + LeFFN(norm(x)), the network as in :func:`leffn`."""
     y = layer_norm_2d.formula(x, norm_weight, norm_bias, eps=eps, centered=centered)
     return x + leffn.formula(y, expand_weight, depthwise_weight, project_weight)

@@ -1,12 +1,13 @@
 """Locally enhanced feed-forward network (IPT-V2, section 3.5, equation 5)."""
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from ._precision import in_full_precision
 
 
 @in_full_precision
-def leffn(x, expand_weight, depthwise_weight, project_weight):
+def leffn(x: Tensor, expand_weight: Tensor, depthwise_weight: Tensor, project_weight: Tensor) -> Tensor:
     """PW(DW(GELU(PW(x)))) with the exact (erf) GELU and no bias."""
     hidden = F.gelu(F.conv2d(x, expand_weight))
     hidden = F.conv2d(hidden, depthwise_weight, padding=depthwise_weight.shape[-1] // 2, groups=hidden.shape[1])

@@ -67,7 +67,7 @@ class TrainingConfig:
     workers: int = 0
     device: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
@@ -77,7 +77,7 @@ class TrainingConfig:
         stage_fields = [n for n in ("iterations", "patch_size", "batch_size") if getattr(self, n) is not None]
         for name in stage_fields:
             value = getattr(self, name)
-            put(name, tuple(value) if isinstance(value, list | tuple) else (value,))
+            put(name, per_stage(value))
             for entry in getattr(self, name):
                 _check_integer(name, entry, 1)
         stages = {len(getattr(self, name)) for name in stage_fields}
@@ -109,7 +109,7 @@ class TrainingConfig:
 
     @property
     def total_iterations(self) -> int:
-        return sum(self.iterations)
+        return sum(per_stage(self.iterations))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a checkpoint."""
@@ -125,6 +125,11 @@ class TrainingConfig:
                 raise ValueError(
                     f"cannot resume: {name} is {current[name]!r} but the checkpoint was made with {saved[name]!r}"
                 )
+
+
+def per_stage(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+    """A setting as one value for each stage."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

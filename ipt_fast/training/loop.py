@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +19,16 @@ from tqdm import tqdm
 
 from .._files import atomic_write
 from ..models import create_model, open_model
+from ..models._pretrained import PretrainedModel
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainingConfig
+from .config import TrainingConfig, per_stage
 from .distributed import World
 from .objectives import Denoising, Pretraining, objective_of
 
 LOG_FIELDS = ("iteration", "loss", "lr", "seconds", "psnr")
 
 
-def build_model(config: TrainingConfig) -> nn.Module:
+def build_model(config: TrainingConfig) -> PretrainedModel:
     """The model that ``config`` names, initialised from ``config.seed``, or loaded from a folder."""
     torch.manual_seed(config.seed)
     if Path(config.model).is_dir():
@@ -34,11 +37,12 @@ def build_model(config: TrainingConfig) -> nn.Module:
         model = open_model(config.model)
     else:
         model = create_model(config.model, **config.model_config)
-    if config.task is None or (config.task == "denoise" and not hasattr(model, "only")):
+    only: Any = getattr(model, "only", None)
+    if config.task is None or (config.task == "denoise" and only is None):
         return model
-    if not hasattr(model, "only"):
+    if only is None:
         raise ValueError(f"task must be denoise for {type(model).__name__}, which has no others; got {config.task!r}")
-    return model.only(config.task)
+    return only(config.task)
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
@@ -68,7 +72,7 @@ def batches(
     config: TrainingConfig, objective: Denoising | Pretraining, start: int, world: World
 ) -> Iterator[list[Tensor]]:
     """This process's part of the batches of iterations ``start``, ``start`` + 1 … to the end of the last stage."""
-    stages = list(zip(config.iterations, objective.patch_sizes, config.batch_size, strict=True))
+    stages = list(zip(per_stage(config.iterations), objective.patch_sizes, per_stage(config.batch_size), strict=True))
     first_sample = 0
     for iterations, patch, batch in stages:
         skipped, share = min(start, iterations), world.share(batch)
@@ -142,9 +146,10 @@ class _Run:
 
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.world = World.join(self.device.type)
-        self.model = build_model(config).to(self.device, memory_format=torch.channels_last).train()
+        model: Any = build_model(config)  # PyTorch's stubs of `to` lack the memory format
+        self.model: PretrainedModel = model.to(self.device, memory_format=torch.channels_last).train()
         self.objective = objective_of(config, self.model, self.world)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average: Any = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=config.lr,
@@ -261,7 +266,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def handle(number, frame) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         restore()
         stop.set()
 

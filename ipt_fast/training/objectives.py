@@ -1,6 +1,7 @@
 """What a model is trained for: where its batches come from, and the loss and the quick PSNR of a model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,9 @@ from torch.utils.data import Dataset
 
 from ..data.dataset import ImageFolder, NoisyPatches, TaskPatches
 from ..data.stream import ImageStream
-from .config import TrainingConfig
+from ..models._pretrained import PretrainedModel
+from ..models.ipt import scale_of
+from .config import TrainingConfig, per_stage
 from .distributed import World
 from .losses import LOSSES, contrastive_loss
 from .validation import TaskValidation, ValidationSet
@@ -17,14 +20,14 @@ from .validation import TaskValidation, ValidationSet
 class Denoising:
     """Blind Gaussian denoising with a model of images of any size."""
 
-    def __init__(self, config: TrainingConfig, model: nn.Module, world: World):
+    def __init__(self, config: TrainingConfig, model: PretrainedModel, world: World):
         channels = model.config.in_channels
         if channels not in (1, 3):
             raise ValueError(f"a denoising model must have 1 or 3 input channels, got in_channels={channels}")
         if config.contrastive:
             raise ValueError(f"contrastive must be 0 for {type(model).__name__}, which has no patch features")
         self.config = config
-        self.patch_sizes = config.patch_size or (128,) * len(config.iterations)
+        self.patch_sizes = per_stage(config.patch_size or (128,) * len(per_stage(config.iterations)))
         self.images = ImageFolder(config.data, channels)
         self.loss_function = LOSSES[config.loss]
         for patch in self.patch_sizes:
@@ -47,15 +50,15 @@ class Pretraining:
     Losses are taken in the model's range of values, as the paper's λ of 0.1 goes with 0..255.
     """
 
-    def __init__(self, config: TrainingConfig, model: nn.Module, world: World):
+    def __init__(self, config: TrainingConfig, model: PretrainedModel, world: World):
         size = model.config.image_size
         self.config, self.world, self.value_range = config, world, model.config.value_range
-        self.patch_sizes = config.patch_size or (size,) * len(config.iterations)
+        self.patch_sizes = per_stage(config.patch_size or (size,) * len(per_stage(config.iterations)))
         if set(self.patch_sizes) != {size}:
             raise ValueError(f"patch_size must be {size}, the model's image_size, or left out; got {self.patch_sizes}")
-        if config.contrastive and min(config.batch_size) < 2:
+        if config.contrastive and min(per_stage(config.batch_size)) < 2:
             raise ValueError(f"batch_size must be at least 2 for the contrastive loss, got {config.batch_size}")
-        self.tasks = {task: model.scale(task) for task in model.config.tasks}
+        self.tasks = {task: scale_of(task) for task in model.config.tasks}
         self.images = ImageStream(config.data)
         self.loss_function = LOSSES[config.loss]
         for task in self.tasks.items():  # one without a degradation, or larger than the images, must show now
@@ -68,7 +71,8 @@ class Pretraining:
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         degraded, clean, task = batch
         with _autocast(self.config, degraded):
-            output, features = model.forward_with_features(degraded * self.value_range, int(task[0]))
+            with_features: Any = model.forward_with_features
+            output, features = with_features(degraded * self.value_range, int(task[0]))
         loss = self.loss_function(output, clean * self.value_range)
         if self.config.contrastive:
             everyone = self.world.gather(features)
@@ -78,7 +82,7 @@ class Pretraining:
         return loss
 
 
-def objective_of(config: TrainingConfig, model: nn.Module, world: World) -> Denoising | Pretraining:
+def objective_of(config: TrainingConfig, model: PretrainedModel, world: World) -> Denoising | Pretraining:
     """What ``model`` can be trained for."""
     return (Pretraining if hasattr(model.config, "tasks") else Denoising)(config, model, world)
 

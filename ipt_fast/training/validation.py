@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import ImageFolder
 from ..data.degradations import add_gaussian_noise, degrade
+from ..models._pretrained import PretrainedModel
 
 _MAX_IMAGES = 12
 _CROP = 128
@@ -60,7 +61,7 @@ class TaskValidation:
             self.tasks.append((name, torch.stack(inputs), torch.stack(clean)))
 
     @torch.inference_mode()
-    def psnr(self, model: nn.Module, device: torch.device) -> float:
+    def psnr(self, model: PretrainedModel, device: torch.device) -> float:
         """Mean PSNR in dB over images and tasks, outputs clipped to [0, 1], all channels together."""
         model.eval()
         top, means = model.config.value_range, []
