@@ -26,8 +26,8 @@ inline void transpose_matrix(const float* in, int64_t depth, float* out) {
     }
 }
 
-// The units of q and of k, see channel_attention_backward.h: close to the inverses of their norms where the product of
-// two of these and a gradient, of which the largest is `size`, could leave the range of fp32.
+// The units of q and of k, see channel_attention_backward.h: close to the inverses of their norms where the square of a
+// value, or the product of two inverses and a gradient, of which the largest is `size`, could leave the range of fp32.
 inline void find_units(const double* inverses, int64_t channels, int64_t depth, double size, float* units) {
     double least = inverses[0], most = least;
     for (int64_t i = 0; i < 2 * depth; ++i) {
@@ -36,7 +36,8 @@ inline void find_units(const double* inverses, int64_t channels, int64_t depth, 
             most = inverses[i] > most ? inverses[i] : most;
         }
     }
-    const bool fits = size == 0 || (size * least * least >= 0x1p-90 && size * most * most <= 0x1p110);
+    const bool fits =
+        least >= 0x1p-50 && (size == 0 || (size * least * least >= 0x1p-90 && size * most * most <= 0x1p110));
     for (int64_t i = 0; i < 2 * depth; ++i) {
         uint64_t bits;
         memcpy(&bits, inverses + i, sizeof(bits));

@@ -113,7 +113,7 @@ struct GramTile {
         if (!fit() || !(begin || all_ones(slot_factors, 2 * depth))) {
             float* rows = k + (branches - 1) * kTileTokens * depth;  // at the end: they make room as they are weighted
             read_k(rows);
-            scale(tile, w, rows, norms, slot_factors, begin);
+            scale(tile, w, rows, slot_factors);
             add_scaled(tile.tokens(), matrices, norms, slot_factors, begin);
             return;
         }
@@ -154,8 +154,7 @@ struct GramTile {
 
     // Finds the factors of q and of k (raw, in `rows`) that bring channels out of range to about 1, and stages them
     // again. A channel of zeros takes the slot's factor.
-    void scale(const Tile& tile, const TokenWeights<branches>& w, const float* rows, const float* norms,
-               const float* slot_factors, bool begin) const {
+    void scale(const Tile& tile, const TokenWeights<branches>& w, const float* rows, const float* slot_factors) const {
         for (int64_t i = 0; i < 2 * depth; i += kLanes) {
             const float* values = i < depth ? q + i : rows + i - depth;
             Bits largest{};
