@@ -57,9 +57,9 @@ def check(call, dtype, part, shape=(1, 7, 9), scales=SCALES):
         for backend in backends:
             got = on_backend(backend, operator, tensors, options, grad)
             for name, value in got.items():
-                finite = base[name].isfinite()
+                finite = base[name].isfinite() & (truth[name].abs() < most / 8)  # parts of a sum may be larger
                 assert value[finite].isfinite().all(), (backend, scale, name)
-                if finite.all() and truth[name].abs().max() < most:
+                if finite.all():
                     compared += 1
                     try:
                         assert_within_rule({name: value}, truth, base)
