@@ -30,11 +30,12 @@ struct TokenWeights {
 };
 
 inline bool all_of(IntVec lanes) {
-    int32_t all = -1;
-    for (int i = 0; i < kLanes; ++i) {
-        all &= lanes[i];
+    int64_t pairs[kLanes / 2], all = -1;
+    memcpy(pairs, &lanes, sizeof(pairs));
+    for (const int64_t pair : pairs) {
+        all &= pair;
     }
-    return all != 0;
+    return all == -1;
 }
 
 inline bool all_ones(const float* values, int64_t count) {
@@ -110,7 +111,7 @@ struct GramTile {
         for (int64_t i = 0; i < 2 * depth && begin; i += kLanes) {
             store(slot_factors + i, broadcast(1.0f));
         }
-        if (!fit() || !(begin || all_ones(slot_factors, 2 * depth))) {
+        if (!plain(slot_factors)) {
             float* rows = k + (branches - 1) * kTileTokens * depth;  // at the end: they make room as they are weighted
             read_k(rows);
             scale(tile, w, rows, slot_factors);
@@ -144,12 +145,15 @@ struct GramTile {
         return (square >= broadcast(kLeastSquare)) & (square <= broadcast(kMostSquare));
     }
 
-    bool fit() const {
-        IntVec fits = IntVec{} - 1;
+    // Whether the tile needs no factors and its slot has none.
+    bool plain(const float* slot_factors) const {
+        const Vec one = broadcast(1.0f);
+        IntVec plain = IntVec{} - 1;
         for (int64_t c = 0; c < depth; c += kLanes) {
-            fits &= (in_range(c) & in_range(depth + c)) | (lane_index() >= static_cast<int32_t>(channels - c));
+            plain &= (in_range(c) & in_range(depth + c)) | (lane_index() >= static_cast<int32_t>(channels - c));
+            plain &= (load(slot_factors + c) == one) & (load(slot_factors + depth + c) == one);
         }
-        return all_of(fits);
+        return all_of(plain);
     }
 
     // Finds the factors of q and of k (raw, in `rows`) that bring channels out of range to about 1, and stages them
@@ -225,14 +229,21 @@ struct GramTile {
 // fp32: without factors. `units` is room for 2 * depth values.
 inline void add_slot(const float* matrix, const float* norms, const float* factors, int64_t depth, double* products,
                      double* squares, double* units) {
+    if (all_ones(factors, 2 * depth)) {
+        for (int64_t i = 0; i < depth * depth; ++i) {
+            products[i] += matrix[i];
+        }
+        for (int64_t i = 0; i < 2 * depth; ++i) {
+            squares[i] += norms[i];
+        }
+        return;
+    }
     for (int64_t i = 0; i < 2 * depth; ++i) {
         units[i] = 1.0 / factors[i];
         squares[i] += norms[i] * units[i] * units[i];
     }
-    for (int64_t j = 0; j < depth; ++j) {
-        for (int64_t i = 0; i < depth; ++i) {
-            products[j * depth + i] += matrix[j * depth + i] * units[i] * units[depth + j];
-        }
+    for (int64_t i = 0; i < depth * depth; ++i) {
+        products[i] += matrix[i] * units[i % depth] * units[depth + i / depth];
     }
 }
 

@@ -39,10 +39,10 @@ def test_parity_in_both_orders_of_threads(name, dtype):
         torch.ops.ipt_fast_cuda.set_reversed(False)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e18, 1e20, 1e25, 1e37])
-@pytest.mark.parametrize("part", ["all", "q", "a_row", "x"])
+@pytest.mark.parametrize("scale", [1e-20, 1e18, 1e25, 1e37])
+@pytest.mark.parametrize("part", ["all", "a_row"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["focal layer 64", "focal layer 32, shared blocks"])
+@pytest.mark.parametrize("name", ["focal layer 64", "focal layer 48, odd window"])
 def test_range(name, dtype, part, scale):
     """Values as large and as small as their dtype holds."""
     operator, tensors, options = build(name, torch.float64, torch.float64)
@@ -50,10 +50,20 @@ def test_range(name, dtype, part, scale):
     most = torch.finfo(dtype).max
     tensors = {key: value.clamp(-most, most).to(dtype) for key, value in tensors.items()}
     got = on_cuda(operator, tensors, options)
-    if part == "all" and scale > 1e36:  # plain PyTorch exceeds the range on the way
-        assert got.isfinite().any()
-    else:
-        forward_errors(operator, tensors, options, got)
+    truth = exact(operator, tensors, options, torch.ones_like(got))["out"]
+    base = baseline(operator, tensors, options, torch.ones_like(got))["out"]
+    finite = base.isfinite() & (truth.abs() < most / 8)  # parts of a sum may be larger
+    assert got[finite].isfinite().all()
+    if finite.all():
+        assert_within_rule({"out": got}, {"out": truth}, {"out": base})
+
+
+def test_range_of_shared_blocks():
+    """Some of the thread blocks that share a block of the map find larger values than others."""
+    operator, tensors, options = build("focal layer 32, shared blocks", torch.float32)
+    tensors["norm_weight"] *= 1e20
+    tensors["x"][..., :16, :] *= 1e-5  # below eps: these remain small
+    forward_errors(operator, tensors, options, on_cuda(operator, tensors, options))
 
 
 @pytest.mark.parametrize("name", SIZES)
