@@ -1,6 +1,6 @@
 // The attention matrices of windows from the sums over their blocks: a matrix to a thread block, a row to a warp.
 //
-// Reads up to four slots of d (d + 4) fp32 values for each matrix of d^2.
+// Reads up to four slots of d (d + 1) fp32 values for each matrix of d^2.
 #pragma once
 
 #include "focal_tile_kernel.h"
@@ -26,24 +26,10 @@ IPT_FAST_DEVICE float sum_of_slots(const FocalLayerParams& p, const int64_t (&fi
     return sum;
 }
 
-// The least of value `index` of the slots.
-IPT_FAST_DEVICE float least_of_slots(const FocalLayerParams& p, const int64_t (&first)[4], int64_t step, int index) {
-    float least = 1;
-#pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll 1
-        for (int split = 0; split < p.splits && first[i] >= 0; ++split) {
-            const float value = p.slots[first[i] + split * step + index];
-            least = value < least ? value : least;
-        }
-    }
-    return least;
-}
-
-// The inverse of a norm of values times a factor.
-IPT_FAST_DEVICE float inverse_norm(float square, float factor) {
-    const float norm = sqrtf(square), least = 1e-12f * factor;
-    return 1.0f / (norm > least ? norm : least);
+// 0 where the square overflows: the normalised values are then zeros, as in PyTorch.
+IPT_FAST_DEVICE float inverse_norm(float square) {
+    const float norm = sqrtf(square);
+    return 1.0f / (norm > 1e-12f ? norm : 1e-12f);
 }
 
 template <class T>
@@ -63,57 +49,36 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kAttendThreads, 6) focal_attend_kernel(IPT_FAST_
         const int64_t block = ((int64_t)image * p.vertical.blocks + y) * p.horizontal.blocks + x;
         first[i] = there ? block * p.splits * step + (int64_t)head * focal_slot(d) : -1;
     }
-    const int norms = 2 * d * (d + branch), factors = 2 * d * (d + 2), lane = lane_index();
-    float least = 1;  // all slots are as a rule without factors
-#pragma unroll 1
-    for (int i = lane; i < 2 * d; i += kWarp) {
-        const float value = least_of_slots(p, first, step, factors + i);
-        least = value < least ? value : least;
-    }
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        const float other = shuffle_xor(least, mask);
-        least = other < least ? other : least;
-    }
-    const bool scaled = least < 1;
-    // Of a channel, k's after q's: the factor of its sums, and what that takes from a slot.
-    const auto factor_of = [&](int i) { return scaled ? least_of_slots(p, first, step, factors + i) : 1.0f; };
-    const auto change = [&](const float* slot, int i, float factor) {
-        return scaled ? factor / slot[factors + i] : 1.0f;
-    };
+    const int norms = 2 * d * (d + branch), lane = lane_index();
     const float temperature = p.temperature[head];
-    float k_norm[2] = {}, k_factor[2] = {};
+    float k_norm[2] = {};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         const int column = lane + j * kWarp;
         if (column < d) {
-            const float factor = factor_of(d + column), square = sum_of_slots(p, first, step, [&](const float* slot) {
-                                                            const float by = change(slot, d + column, factor);
-                                                            return slot[norms + d + column] * by * by;
-                                                        });
-            k_norm[j] = inverse_norm(square, factor);
-            k_factor[j] = factor;
+            k_norm[j] =
+                inverse_norm(sum_of_slots(p, first, step, [&](const float* slot) { return slot[norms + d + column]; }));
         }
     }
     T* to = static_cast<T*>(p.attention) + block_index() * d * d;
 #pragma unroll 1
     for (int row = warp_index(); row < d; row += kAttendThreads / kWarp) {
-        const float factor = factor_of(row), square = sum_of_slots(p, first, step, [&](const float* slot) {
-                                                 const float by = change(slot, row, factor);
-                                                 return slot[norms + row] * by * by;
-                                             });
-        const float q_norm = inverse_norm(square, factor);
+        const float q_norm =
+            inverse_norm(sum_of_slots(p, first, step, [&](const float* slot) { return slot[norms + row]; }));
         float values[2], most = -INFINITY;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int column = lane + j * kWarp;
             values[j] = -INFINITY;
             if (column < d) {
-                const float product = sum_of_slots(p, first, step, [&](const float* slot) {
-                    const float by = change(slot, row, factor) * change(slot, d + column, k_factor[j]);
-                    return slot[(branch * d + row) * d + column] * by;
-                });
-                values[j] = product * q_norm * k_norm[j] / temperature;
+                const float product = sum_of_slots(
+                    p, first, step, [&](const float* slot) { return slot[(branch * d + row) * d + column]; });
+                // By rounding, the product may overflow where the norms do not.
+                const float most_product = 3.4e38f, bounded = product > most_product    ? most_product
+                                                              : product < -most_product ? -most_product
+                                                                                        : product;
+                const bool zero = q_norm == 0 || k_norm[j] == 0;
+                values[j] = zero ? 0.0f : bounded * q_norm * k_norm[j] / temperature;
             }
             most = values[j] > most ? values[j] : most;
         }

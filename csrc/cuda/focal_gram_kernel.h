@@ -7,7 +7,7 @@
 //
 // Bytes a pixel: x, C T (1.4 times from the second level cache, for every head), and 8 d (d + 2) heads / (p / 2)^2 of
 // slots. FLOPs a pixel: tensor cores 1.5 * 4 C^2 + 4 C d, vector about 1.3 * 36 C. Shared memory, at C 96, d 48 and 16
-// bits: pixels 40 KB, q and k 27 KB, weights 20 KB. Where squares could leave the range of float, all of it twice.
+// bits: pixels 40 KB, q and k 27 KB, weights 20 KB.
 #pragma once
 
 #include <type_traits>
@@ -37,12 +37,7 @@ struct GramShared {
     alignas(16) T taps[9 * 2 * D];
     TokenWeights token_weight[kTokens];
     float most[2][kWarps];
-    bool huge[kWarps];
 };
-
-// Squared norms above these are far enough from float's limit for sums over blocks; values that may have larger ones
-// are made again with smaller taps.
-constexpr float kMostSquare = 0x1p110f, kSmaller = 0x1p-80f;
 
 // The largest squared token weight of each branch in a block, 1 if that is 0. By the whole block.
 template <int Warps>
@@ -126,19 +121,6 @@ struct ChannelNorms {
             of[branch][1] += weights.of[branch] * (second * second);
         }
     }
-    // Whether one of them may be above the most. Collective.
-    IPT_FAST_DEVICE bool huge() const {
-        float found = 0;
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-            found = of[v / 2][v % 2] <= kMostSquare / 8 ? found : 1.0f;  // eight lanes share a channel; also NaN
-        }
-#pragma unroll
-        for (int mask = 1; mask < kWarp; mask *= 2) {
-            found += shuffle_xor(found, mask);
-        }
-        return found > 0;
-    }
     // Times `most` to to[branch * step + channel]. Collective.
     IPT_FAST_DEVICE void store(float* to, int step, const float (&most)[2]) const {
         const int lane = lane_index();
@@ -170,20 +152,6 @@ IPT_FAST_DEVICE void convolve_tokens(GramShared<T, C, D>& shared, const FocalTil
                   });
 }
 
-// Makes the taps of channels smaller whose squared norms, [branch][channel], are huge, and notes it. By the whole
-// block.
-template <class T, int D>
-IPT_FAST_DEVICE void scale_taps(T* taps, const float* norms, float* factors) {
-    const int i = thread_index();
-    if (i < 2 * D && !(norms[i] <= kMostSquare && norms[2 * D + i] <= kMostSquare)) {
-        factors[i] = kSmaller;
-#pragma unroll 1
-        for (int tap = 0; tap < 9; ++tap) {
-            taps[tap * 2 * D + i] = from_float<T>(to_float(taps[tap * 2 * D + i]) * kSmaller);
-        }
-    }
-}
-
 template <class T, int C, int D>
 IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
                                        : D == 48      ? 2
@@ -209,90 +177,66 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
     sync_block();
 
     const int branch = warp_index() / (D / 16), first_q = warp_index() % (D / 16) * 16;
+    Sums<16, D> gram;
+    gram.clear();
+    ChannelNorms norms[2];
     const int own = warp_index() * 2 * kConvolvedChannels;  // channels of the convolution
     static_assert(S::kWarps * 2 * kConvolvedChannels == 2 * D);
     const int share = rest % p.splits, last = block.first(share + 1, p.splits);
-    float* slot = p.slots + block_index() * focal_slot(D);
-    float *squares = slot + 2 * D * D, *factors = squares + 4 * D;
-    if (thread_index() < 2 * D) {
-        factors[thread_index()] = 1;
-    }
 #pragma unroll 1
-    for (bool again = false;; again = true) {
-        Sums<16, D> gram;
-        gram.clear();
-        ChannelNorms norms[2];
+    for (int i = block.first(share, p.splits); i < last; ++i) {
+        const FocalTile tile = FocalTile::at(block, i);
+        const int tokens = tile.tokens(), padded = (tokens + 15) / 16 * 16;
+        load_normalised<T, C>(shared.pixels, S::kStride, p, block.image, tile, shared.norm);
+        const Divisor columns(tile.columns);
 #pragma unroll 1
-        for (int i = block.first(share, p.splits); i < last; ++i) {
-            const FocalTile tile = FocalTile::at(block, i);
-            const int tokens = tile.tokens(), padded = (tokens + 15) / 16 * 16;
-            load_normalised<T, C>(shared.pixels, S::kStride, p, block.image, tile, shared.norm);
-            const Divisor columns(tile.columns);
-#pragma unroll 1
-            for (int j = thread_index(); j < 2 * padded; j += S::kThreads) {
-                const int of = j / padded, token = j % padded, y = columns.quotient(token), x = token - y * columns.n;
-                float value = 0;
-                if (token < tokens) {
-                    const int64_t at_y = p.vertical.position(of, block.down) + tile.top + y;
-                    value = token_weight[at_y * window + p.horizontal.position(of, block.across) + tile.left + x];
-                }
-                shared.token_weight[token].of[of] = value * value / (of == 0 ? most[0] : most[1]);
+        for (int j = thread_index(); j < 2 * padded; j += S::kThreads) {
+            const int of = j / padded, token = j % padded, y = columns.quotient(token), x = token - y * columns.n;
+            float value = 0;
+            if (token < tokens) {
+                const int64_t at_y = p.vertical.position(of, block.down) + tile.top + y;
+                value = token_weight[at_y * window + p.horizontal.position(of, block.across) + tile.left + x];
             }
-            sync_block();
-            project_in_place<T, C, 2 * D, S::kUnit>(shared.pixels, S::kStride, tile.pixels(), shared.weight,
-                                                    S::kWeightStride, p.tf32);
-            sync_block();
-#pragma unroll 1
-            for (int y0 = 0; y0 < tile.rows; y0 += kConvolvedRows) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    convolve_tokens(shared, tile, y0, own + half * kConvolvedChannels, norms[half]);
-                }
-            }
-#pragma unroll 1
-            for (int j = thread_index(); j < (padded - tokens) * D; j += S::kThreads) {
-                store_pair(shared.tokens + (tokens + j / D) * S::kTokenStride + j % D * 2, 0.0f, 0.0f);
-            }
-            sync_block();
-#pragma unroll 1
-            for (int token = 0; token < padded; token += depth<T>()) {
-                const T* from = shared.tokens + token * S::kTokenStride;
-                BlockA q = load_a_transposed(from + first_q, S::kTokenStride);
-                scale_columns<T>(q, shared.token_weight + token, branch);
-#pragma unroll
-                for (int j = 0; j < D / 16; ++j) {
-                    const BlockB k = load_b_transposed(from + D + j * 16, S::kTokenStride);
-                    multiply_add<T>(gram.values[0][j], q, k, p.tf32);
-                }
-            }
-            sync_block();
+            shared.token_weight[token].of[of] = value * value / (of == 0 ? most[0] : most[1]);
         }
-
-        const float scale = branch == 0 ? most[0] : most[1];
-        gram.for_pairs([&](int i, int j, const float* pair) {
-            store_pair(slot + (branch * D + first_q + i) * D + j, pair[0] * scale, pair[1] * scale);
-        });
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            norms[half].store(squares + own + half * kConvolvedChannels, 2 * D, most);
-        }
-        bool any = false;
-        if constexpr (!std::is_same_v<T, fp16>) {  // which has no such squares
-            const bool huge = norms[0].huge() || norms[1].huge();
-            if (lane_index() == 0) {
-                shared.huge[warp_index()] = huge;
-            }
-            sync_block();
-#pragma unroll
-            for (int i = 0; i < S::kWarps; ++i) {
-                any = any || shared.huge[i];
-            }
-        }
-        if (!any || again) {
-            return;
-        }
-        scale_taps<T, D>(shared.taps, squares, factors);
         sync_block();
+        project_in_place<T, C, 2 * D, S::kUnit>(shared.pixels, S::kStride, tile.pixels(), shared.weight,
+                                                S::kWeightStride, p.tf32);
+        sync_block();
+#pragma unroll 1
+        for (int y0 = 0; y0 < tile.rows; y0 += kConvolvedRows) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                convolve_tokens(shared, tile, y0, own + half * kConvolvedChannels, norms[half]);
+            }
+        }
+#pragma unroll 1
+        for (int j = thread_index(); j < (padded - tokens) * D; j += S::kThreads) {
+            store_pair(shared.tokens + (tokens + j / D) * S::kTokenStride + j % D * 2, 0.0f, 0.0f);
+        }
+        sync_block();
+#pragma unroll 1
+        for (int token = 0; token < padded; token += depth<T>()) {
+            const T* from = shared.tokens + token * S::kTokenStride;
+            BlockA q = load_a_transposed(from + first_q, S::kTokenStride);
+            scale_columns<T>(q, shared.token_weight + token, branch);
+#pragma unroll
+            for (int j = 0; j < D / 16; ++j) {
+                const BlockB k = load_b_transposed(from + D + j * 16, S::kTokenStride);
+                multiply_add<T>(gram.values[0][j], q, k, p.tf32);
+            }
+        }
+        sync_block();
+    }
+
+    float* slot = p.slots + block_index() * focal_slot(D);
+    const float scale = branch == 0 ? most[0] : most[1];
+    gram.for_pairs([&](int i, int j, const float* pair) {
+        store_pair(slot + (branch * D + first_q + i) * D + j, pair[0] * scale, pair[1] * scale);
+    });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        norms[half].store(slot + 2 * D * D + own + half * kConvolvedChannels, 2 * D, most);
     }
 }
 

@@ -58,14 +58,6 @@ def test_range(name, dtype, part, scale):
         assert_within_rule({"out": got}, {"out": truth}, {"out": base})
 
 
-def test_range_of_shared_blocks():
-    """Some of the thread blocks that share a block of the map find larger values than others."""
-    operator, tensors, options = build("focal layer 32, shared blocks", torch.float32)
-    tensors["norm_weight"] *= 1e20
-    tensors["x"][..., :16, :] *= 1e-5  # below eps: these remain small
-    forward_errors(operator, tensors, options, on_cuda(operator, tensors, options))
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_small_parameters_in_the_dtype_of_the_image(name):
     operator, tensors, options = build(name, torch.bfloat16, torch.bfloat16)

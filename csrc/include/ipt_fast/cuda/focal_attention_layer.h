@@ -56,10 +56,8 @@ struct FocalLayerParams {
     bool centered, tf32;
 };
 
-// Two products of q and k, then for each the squared norms of q's channels and of k's, then the factors of q's channels
-// and of k's: powers of two by which their values are multiplied in all of these, 1 but where float could not hold
-// their squares.
-IPT_FAST_BOTH constexpr int focal_slot(int depth) { return 2 * depth * (depth + 3); }
+// Two products of q and k, then for each the squared norms of q's channels and of k's.
+IPT_FAST_BOTH constexpr int focal_slot(int depth) { return 2 * depth * (depth + 2); }
 
 inline int64_t focal_blocks(const FocalLayerParams& p) {
     return (int64_t)p.images * p.vertical.blocks * p.horizontal.blocks * p.splits;
