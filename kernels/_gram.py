@@ -6,6 +6,9 @@ norms, which are summed over the blocks of the window. Token weights w multiply 
 Bytes a pixel of C channels of T bytes: gram reads q and k, 2 C T, for all branches at once, and writes a slot of
 d (d + 2) fp32 values for each block, head and branch; attend reads the slots and writes d x d matrices of T; apply
 reads v and writes the result, 2 C T.
+
+Values whose squares fp32 cannot hold are multiplied by a power of two for each channel of q and k of a slot, its
+factors: a program that finds its norms out of range reads its tokens twice more.
 """
 
 import torch
@@ -26,6 +29,9 @@ from ._windows import (
     tile_tokens,
 )
 
+MOST = tl.constexpr(2.0**127)  # the largest factor
+
+
 # ---- Gram matrices --------------------------------------------------------------------------------------------------
 
 
@@ -43,22 +49,15 @@ def weighted_product(b_q, b_k, b_w, PRECISION: tl.constexpr):
     return b_g
 
 
-@triton.jit(do_not_specialize=SIZES)
-def gram_kernel(
-    q, k, weight_0, weight_1, depthwise, slots, height, width, blocks_y, blocks_x, splits,
-    HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
+@triton.jit
+def sum_tokens(
+    q, k, weight_0, weight_1, depthwise, b_fq, b_fk, i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
+    height, width, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
     Q_PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_PIXEL: tl.constexpr, K_FIRST: tl.constexpr,
-    NORMS: tl.constexpr, DEPTHWISE: tl.constexpr, PRECISION: tl.constexpr,
+    NORMS: tl.constexpr, DEPTHWISE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # b_q, b_k: (tile, BLOCK_D); b_g: (BLOCK_D of q, BLOCK_D of k); slots: (blocks, splits, HEADS, SLOT)
-    # NORMS: weight_0 is w of both branches, by the position in the branch's window, and multiplies q and k, of which
-    # the slot gets the squared norms, too. Else weight_0, weight_1 belong to the branches, by the unshifted windows.
-    SLOT: tl.constexpr = BRANCHES * DEPTH * (DEPTH + 2 * NORMS)
-    i_program = tl.program_id(0).to(tl.int64)
-    i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
-        i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
-    )
+    # products of q and k, and for both branches their squared norms; b_fq, b_fk: factors of q and k, if SCALED
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < DEPTH
     o_q = Q_FIRST + i_head * DEPTH + o_d
@@ -69,11 +68,13 @@ def gram_kernel(
     b_k0 = tl.zeros((BLOCK_D,), dtype=tl.float32)
     b_q1 = tl.zeros((BLOCK_D,), dtype=tl.float32)
     b_k1 = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
     for i_tile in range(first, last):
         o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
         b_q = load_tokens(q, depthwise, i_image, o_y, o_x, m_t, o_q, m_d, height, width, Q_PIXEL, DEPTHWISE)
         b_k = load_tokens(k, depthwise, i_image, o_y, o_x, m_t, o_k, m_d, height, width, K_PIXEL, DEPTHWISE)
+        if SCALED:
+            b_q = (b_q.to(tl.float32) * b_fq[None, :]).to(b_q.dtype)
+            b_k = (b_k.to(tl.float32) * b_fk[None, :]).to(b_k.dtype)
         b_qq = b_q.to(tl.float32) * b_q.to(tl.float32)
         b_kk = b_k.to(tl.float32) * b_k.to(tl.float32)
         if BRANCHES == 1:
@@ -96,7 +97,41 @@ def gram_kernel(
                 b_w1 = load_weights(weight_1, i_head, o_wy, o_wx, m_t, P)
             b_g0 += weighted_product(b_q, b_k, b_w0, PRECISION)
             b_g1 += weighted_product(b_q, b_k, b_w1, PRECISION)
-    p_slot = slots + i_program * SLOT
+    return b_g0, b_g1, b_q0, b_k0, b_q1, b_k1
+
+
+@triton.jit
+def largest_of_tokens(
+    x, depthwise, i_image, y0, x0, y1, x1, first, last, o_c, m_c, height, width,
+    PIXEL: tl.constexpr, DEPTHWISE: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+):  # fmt: skip
+    b_most = tl.zeros((o_c.shape[0],), dtype=tl.float32)
+    for i_tile in range(first, last):
+        o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
+        b_x = load_tokens(x, depthwise, i_image, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL, DEPTHWISE)
+        b_most = tl.maximum(b_most, tl.max(tl.abs(b_x.to(tl.float32)), axis=0))
+    return b_most
+
+
+@triton.jit
+def in_range(b_square0, b_square1):
+    # sums of these, and products of two such channels, are far from fp32's limits
+    b_square = tl.maximum(b_square0, b_square1)
+    return (b_square >= 8.3e-25) & (b_square <= 1.2e30)
+
+
+@triton.jit
+def factor_of(b_most, b_fits):
+    # the power of two that brings the largest value to about 1
+    exponent = tl.minimum(b_most.to(tl.int32, bitcast=True) & 0x7F800000, 253 << 23)
+    b_f = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+    return tl.where(b_fits | (b_most == 0.0), 1.0, b_f)
+
+
+@triton.jit
+def store_slot(p_slot, b_g0, b_g1, b_q0, b_k0, b_q1, b_k1, o_d, DEPTH: tl.constexpr, BRANCHES: tl.constexpr,
+               NORMS: tl.constexpr):  # fmt: skip
+    m_d = o_d < DEPTH
     p_g = p_slot + o_d[:, None] * DEPTH + o_d[None, :]
     m_g = m_d[:, None] & m_d[None, :]
     p_n = p_slot + BRANCHES * DEPTH * DEPTH + o_d
@@ -111,12 +146,117 @@ def gram_kernel(
             tl.store(p_n + 3 * DEPTH, b_k1, mask=m_d)
 
 
+@triton.jit(do_not_specialize=SIZES)
+def gram_kernel(
+    q, k, weight_0, weight_1, depthwise, slots, height, width, blocks_y, blocks_x, splits,
+    HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
+    Q_PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_PIXEL: tl.constexpr, K_FIRST: tl.constexpr,
+    NORMS: tl.constexpr, DEPTHWISE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # b_q, b_k: (tile, BLOCK_D); b_g: (BLOCK_D of q, BLOCK_D of k); slots: (blocks, splits, HEADS, SLOT)
+    # NORMS: weight_0 is w of both branches, by the position in the branch's window, and multiplies q and k, of which
+    # the slot gets the squared norms and the factors, too. Else weight_0, weight_1 belong to the branches, by the
+    # unshifted windows.
+    SLOT: tl.constexpr = DEPTH * (BRANCHES * (DEPTH + 2) + 2) if NORMS else BRANCHES * DEPTH * DEPTH
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
+        i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
+    )
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < DEPTH
+    first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
+    p_slot = slots + i_program * SLOT
+    b_g0, b_g1, b_q0, b_k0, b_q1, b_k1 = sum_tokens(
+        q, k, weight_0, weight_1, depthwise, None, None, i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
+        height, width, DEPTH, P, SHIFT, BRANCHES, Q_PIXEL, Q_FIRST, K_PIXEL, K_FIRST,
+        NORMS, DEPTHWISE, False, PRECISION, TILE_Y, TILE_X, BLOCK_D,
+    )  # fmt: skip
+    store_slot(p_slot, b_g0, b_g1, b_q0, b_k0, b_q1, b_k1, o_d, DEPTH, BRANCHES, NORMS)
+    if NORMS:
+        b_fq = tl.full((BLOCK_D,), 1.0, dtype=tl.float32)
+        b_fk = tl.full((BLOCK_D,), 1.0, dtype=tl.float32)
+        if q.dtype.element_ty != tl.float16:  # its squares always fit
+            m_q, m_k = in_range(b_q0, b_q1), in_range(b_k0, b_k1)
+            if tl.sum(tl.where(m_d & ~(m_q & m_k), 1, 0), axis=0) > 0:
+                b_fq = factor_of(
+                    largest_of_tokens(
+                        q, depthwise, i_image, y0, x0, y1, x1, first, last, Q_FIRST + i_head * DEPTH + o_d, m_d,
+                        height, width, Q_PIXEL, DEPTHWISE, TILE_Y, TILE_X,
+                    ), m_q,
+                )  # fmt: skip
+                b_fk = factor_of(
+                    largest_of_tokens(
+                        k, depthwise, i_image, y0, x0, y1, x1, first, last, K_FIRST + i_head * DEPTH + o_d, m_d,
+                        height, width, K_PIXEL, DEPTHWISE, TILE_Y, TILE_X,
+                    ), m_k,
+                )  # fmt: skip
+                b_g0, b_g1, b_q0, b_k0, b_q1, b_k1 = sum_tokens(
+                    q, k, weight_0, weight_1, depthwise, b_fq, b_fk,
+                    i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
+                    height, width, DEPTH, P, SHIFT, BRANCHES, Q_PIXEL, Q_FIRST, K_PIXEL, K_FIRST,
+                    NORMS, DEPTHWISE, True, PRECISION, TILE_Y, TILE_X, BLOCK_D,
+                )  # fmt: skip
+                store_slot(p_slot, b_g0, b_g1, b_q0, b_k0, b_q1, b_k1, o_d, DEPTH, BRANCHES, NORMS)
+        p_f = p_slot + BRANCHES * DEPTH * (DEPTH + 2) + o_d
+        tl.store(p_f, b_fq, mask=m_d)
+        tl.store(p_f + DEPTH, b_fk, mask=m_d)
+
+
+@triton.jit
+def common_factors(p_slot, o_c, m_v, DEPTH: tl.constexpr, BRANCHES: tl.constexpr):
+    # of channels o_c (k's after q's) the least of the splits' factors, but for splits where they are zero, and what
+    # this takes from each split: (BLOCK_V,) and (BLOCK_S, BLOCK_V)
+    p_n = p_slot + BRANCHES * DEPTH * DEPTH + o_c[None, :]
+    b_n = tl.load(p_n, mask=m_v, other=0.0)
+    if BRANCHES == 2:
+        b_n += tl.load(p_n + 2 * DEPTH, mask=m_v, other=0.0)
+    b_f = tl.load(p_n + 2 * BRANCHES * DEPTH, mask=m_v, other=1.0)
+    b_f = tl.where(b_n == 0.0, MOST, b_f)
+    b_least = tl.min(b_f, axis=0)
+    return b_least, b_least[None, :] / b_f
+
+
+@triton.jit(do_not_specialize=["splits"])
+def join_kernel(
+    slots, joined, splits,
+    HEADS: tl.constexpr, DEPTH: tl.constexpr, BRANCHES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    # slots (blocks, splits, HEADS, SLOT) become their sums over splits, (blocks, HEADS, SLOT)
+    MATRICES: tl.constexpr = BRANCHES * DEPTH * DEPTH
+    SLOT: tl.constexpr = MATRICES + 2 * DEPTH * (BRANCHES + 1)
+    i_slot = tl.program_id(0).to(tl.int64)
+    o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    o_s = tl.arange(0, BLOCK_S)
+    m_v = (o_s < splits)[:, None] & (o_v < SLOT)[None, :]
+    p_slot = slots + ((i_slot // HEADS * splits + o_s) * HEADS + i_slot % HEADS)[:, None] * SLOT
+    o_n = tl.maximum(o_v - MATRICES, 0) % (2 * DEPTH)  # the channel of a norm or factor
+    b_least, b_q = common_factors(p_slot, tl.where(o_v < MATRICES, o_v // DEPTH % DEPTH, o_n), m_v, DEPTH, BRANCHES)
+    _, b_k = common_factors(p_slot, tl.where(o_v < MATRICES, DEPTH + o_v % DEPTH, o_n), m_v, DEPTH, BRANCHES)
+    b_v = tl.sum(tl.load(p_slot + o_v[None, :], mask=m_v, other=0.0) * b_q * b_k, axis=0)
+    b_v = tl.where(o_v < SLOT - 2 * DEPTH, b_v, b_least)
+    tl.store(joined + i_slot * SLOT + o_v, b_v, mask=o_v < SLOT)
+
+
+def join(groups, slots):
+    """The sums of slots (blocks, splits, heads, values) over splits."""
+    blocks, splits, heads, values = slots.shape
+    joined = slots.new_empty(blocks, heads, values)
+    tiles = dict(BLOCK_S=block_of(splits, 2), BLOCK_V=32, num_warps=8)
+    launch(
+        join_kernel, (blocks * heads, triton.cdiv(values, tiles["BLOCK_V"])), slots, joined, splits,
+        HEADS=heads, DEPTH=groups.depth, BRANCHES=groups.branches, **tiles,
+        work=Work((slots.numel() + joined.numel()) * 4, vector=4 * slots.numel()),
+    )  # fmt: skip
+    return joined
+
+
 def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     """Slots (blocks, heads, values) of the products of `Channels` ``q`` and ``k``, and of their norms.
 
     ``weights``: see `gram_kernel`. ``depthwise``: taps (9, channels of the map) of a convolution of both, in fp32.
     """
-    values = groups.branches * groups.depth * (groups.depth + 2 * norms)
+    values = groups.depth * (groups.branches * (groups.depth + 2) + 2 if norms else groups.branches * groups.depth)
     splits = groups.splits
     slots = q.of.new_empty(groups.blocks, splits, groups.heads, values, dtype=torch.float32)
     _, _, blocks_y, blocks_x = groups.windows_and_blocks
@@ -143,10 +283,19 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
             vector=map_values * (8 * groups.branches + (36 if depthwise is not None else 0)),
         ),
     )  # fmt: skip
-    return slots.sum(dim=1) if splits > 1 else slots[:, 0]
+    if splits == 1:
+        return slots[:, 0]
+    return join(groups, slots) if norms else slots.sum(dim=1)
 
 
 # ---- attention of windows -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def piece_factors(p_n, p_f, o_c, m_c):
+    # of channels of a slot, MOST where they are zero
+    b_n = tl.load(p_n + o_c, mask=m_c, other=0.0)
+    return tl.where(b_n == 0.0, MOST, tl.load(p_f + o_c, mask=m_c, other=1.0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -157,7 +306,7 @@ def attend_fwd_kernel(
 ):  # fmt: skip
     # b_s: (BLOCK_R of q, BLOCK_D of k); attention: (images, windows, HEADS, BRANCHES, DEPTH, DEPTH)
     PARTS: tl.constexpr = 2 if SHIFT > 0 else 1
-    SLOT: tl.constexpr = BRANCHES * DEPTH * (DEPTH + 2)
+    SLOT: tl.constexpr = DEPTH * (BRANCHES * (DEPTH + 2) + 2)
     i_matrix = tl.program_id(0).to(tl.int64)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_d = tl.arange(0, BLOCK_D)
@@ -166,6 +315,16 @@ def attend_fwd_kernel(
     b_s = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     b_q = tl.zeros((BLOCK_R,), dtype=tl.float32)
     b_k = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    b_fq = tl.full((BLOCK_R,), MOST, dtype=tl.float32)  # of the sums
+    b_fk = tl.full((BLOCK_D,), MOST, dtype=tl.float32)
+    for i_piece in tl.static_range(PARTS * PARTS):
+        _, _, i_slot, rows = piece_of_window(
+            i_piece, i_matrix, windows_y, windows_x, blocks_y, blocks_x, BRANCHES, HEADS, DEPTH, SHIFT
+        )
+        p_n = slots + i_slot * SLOT + DEPTH * (BRANCHES * DEPTH + 2 * i_branch)
+        p_f = slots + i_slot * SLOT + DEPTH * BRANCHES * (DEPTH + 2)
+        b_fq = tl.minimum(b_fq, piece_factors(p_n, p_f, o_r, o_r < rows))
+        b_fk = tl.minimum(b_fk, piece_factors(p_n + DEPTH, p_f + DEPTH, o_d, o_d < rows))
     for i_piece in tl.static_range(PARTS * PARTS):
         _, _, i_slot, rows = piece_of_window(
             i_piece, i_matrix, windows_y, windows_x, blocks_y, blocks_x, BRANCHES, HEADS, DEPTH, SHIFT
@@ -173,15 +332,19 @@ def attend_fwd_kernel(
         m_r, m_d = o_r < rows, o_d < rows
         p_slot = slots + i_slot * SLOT
         p_n = p_slot + DEPTH * (BRANCHES * DEPTH + 2 * i_branch)
-        b_s += tl.load(p_slot + i_branch * DEPTH * DEPTH + p_s, mask=m_r[:, None] & m_d[None, :], other=0.0)
-        b_q += tl.load(p_n + o_r, mask=m_r, other=0.0)
-        b_k += tl.load(p_n + DEPTH + o_d, mask=m_d, other=0.0)
+        p_f = p_slot + DEPTH * BRANCHES * (DEPTH + 2)
+        b_tq = b_fq / piece_factors(p_n, p_f, o_r, m_r)
+        b_tk = b_fk / piece_factors(p_n + DEPTH, p_f + DEPTH, o_d, m_d)
+        b_g = tl.load(p_slot + i_branch * DEPTH * DEPTH + p_s, mask=m_r[:, None] & m_d[None, :], other=0.0)
+        b_s += b_g * b_tq[:, None] * b_tk[None, :]
+        b_q += tl.load(p_n + o_r, mask=m_r, other=0.0) * b_tq * b_tq
+        b_k += tl.load(p_n + DEPTH + o_d, mask=m_d, other=0.0) * b_tk * b_tk
     i_head = i_matrix // BRANCHES % HEADS
     scale = tl.load(temperature + i_head).to(tl.float32)
     if DIVIDES:
         scale = 1.0 / scale
-    b_q = 1.0 / tl.maximum(tl.sqrt_rn(b_q), 1e-12)
-    b_k = 1.0 / tl.maximum(tl.sqrt_rn(b_k), 1e-12)
+    b_q = 1.0 / tl.maximum(tl.sqrt_rn(b_q), 1e-12 * b_fq)
+    b_k = 1.0 / tl.maximum(tl.sqrt_rn(b_k), 1e-12 * b_fk)
     b_s = b_s * b_q[:, None] * b_k[None, :] * scale
     m_r, m_d = o_r < DEPTH, o_d < DEPTH
     b_s = tl.where(m_d[None, :], b_s, float("-inf"))

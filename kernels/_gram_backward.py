@@ -46,7 +46,7 @@ def attend_bwd_kernel(
     # (.., 5, DEPTH), 1 / |q|, 1 / |k|, what the norms take from the gradients of q^ and k^ for each unit of them, and
     # the rows' largest values.
     COUNT: tl.constexpr = 4 if SHIFT > 0 else 1
-    SLOT: tl.constexpr = BRANCHES * DEPTH * (DEPTH + 2)
+    SLOT: tl.constexpr = DEPTH * (BRANCHES * (DEPTH + 2) + 2)
     i_matrix = tl.program_id(0).to(tl.int64)
     i_branch = i_matrix % BRANCHES
     o_d = tl.arange(0, BLOCK_D)
@@ -57,15 +57,17 @@ def attend_bwd_kernel(
             i_piece, i_matrix, windows_y, windows_x, blocks_y, blocks_x, BRANCHES, HEADS, DEPTH, SHIFT
         )
         p_n = slots + i_slot * SLOT + DEPTH * (BRANCHES * DEPTH + 2 * i_branch)
-        b_k += tl.load(p_n + DEPTH + o_d, mask=o_d < depth, other=0.0).to(tl.float64)
+        p_f = slots + i_slot * SLOT + DEPTH * BRANCHES * (DEPTH + 2)
+        b_u = 1.0 / tl.load(p_f + DEPTH + o_d, mask=o_d < depth, other=1.0).to(tl.float64)
+        b_k += tl.load(p_n + DEPTH + o_d, mask=o_d < depth, other=0.0).to(tl.float64) * b_u * b_u
         rows = block_end(i_y, height, P, SHIFT) - block_begin(i_y, P, SHIFT)
         columns = block_end(i_x, width, P, SHIFT) - block_begin(i_x, P, SHIFT)
         tokens += tl.where(depth > 0, rows * columns, 0)
+    m_k = tl.sqrt(b_k) < 1e-12  # no gradient comes of such a norm
     b_k = 1.0 / tl.maximum(tl.sqrt(b_k), 1e-12)
     scale = tl.load(temperature + i_matrix // BRANCHES % HEADS).to(tl.float64)
     if DIVIDES:
         scale = 1.0 / scale
-    through = tl.where(tokens == 1, 0.0, scale)  # a channel of one token is normalised to its sign
     b_slope_k = tl.zeros((BLOCK_D,), dtype=tl.float64)
     b_grad_scale = tl.zeros((BLOCK_D,), dtype=tl.float64)
     p_matrix = matrices + i_matrix * 2 * DEPTH * DEPTH
@@ -83,12 +85,17 @@ def attend_bwd_kernel(
             m_s = (o_r < depth)[:, None] & (o_d < depth)[None, :]
             p_slot = slots + i_slot * SLOT
             p_g = grad_slots + (i_slot * BRANCHES + i_branch) * DEPTH * DEPTH + p_s
-            b_s += tl.load(p_slot + i_branch * DEPTH * DEPTH + p_s, mask=m_s, other=0.0).to(tl.float64)
+            p_f = p_slot + DEPTH * BRANCHES * (DEPTH + 2)
+            b_uq = 1.0 / tl.load(p_f + o_r, mask=o_r < depth, other=1.0).to(tl.float64)
+            b_uk = 1.0 / tl.load(p_f + DEPTH + o_d, mask=o_d < depth, other=1.0).to(tl.float64)
+            b_p = tl.load(p_slot + i_branch * DEPTH * DEPTH + p_s, mask=m_s, other=0.0).to(tl.float64)
+            b_s += b_p * b_uq[:, None] * b_uk[None, :]
             b_g += tl.load(p_g, mask=m_s, other=0.0).to(tl.float64)
             p_n = p_slot + DEPTH * (BRANCHES * DEPTH + 2 * i_branch)
-            b_q += tl.load(p_n + o_r, mask=o_r < depth, other=0.0).to(tl.float64)
+            b_q += tl.load(p_n + o_r, mask=o_r < depth, other=0.0).to(tl.float64) * b_uq * b_uq
         m_r = o_r < DEPTH
         m_s = m_r[:, None] & (o_d < DEPTH)[None, :]
+        m_q = tl.sqrt(b_q) < 1e-12
         b_q = 1.0 / tl.maximum(tl.sqrt(b_q), 1e-12)
         b_s *= b_q[:, None] * b_k[None, :]
         b_a = tl.where((o_d < DEPTH)[None, :], b_s * scale, float("-inf"))
@@ -96,18 +103,21 @@ def attend_bwd_kernel(
         b_a = b_a / tl.sum(b_a, axis=1)[:, None]
         b_g = b_a * (b_g - tl.sum(b_a * b_g, axis=1)[:, None])
         b_grad_scale += tl.sum(tl.where(m_r[:, None], b_g * b_s, 0.0), axis=0)
-        b_g = tl.where(m_s, b_g * through, 0.0)
+        # a channel of one token is normalised to its sign, unless it is too small
+        m_signs = (tokens == 1) & ~(m_q[:, None] | m_k[None, :])
+        b_g = tl.where(m_s & ~m_signs, b_g * scale, 0.0)
         b_slope_k += tl.sum(b_g * b_s, axis=0)
         b_most = tl.max(tl.abs(b_g), axis=1)
         tl.store(p_vector + o_r, b_q.to(tl.float32), mask=m_r)
-        tl.store(p_vector + 2 * DEPTH + o_r, tl.sum(b_g * b_s, axis=1).to(tl.float32), mask=m_r)
+        b_slope_q = tl.where(m_q, 0.0, tl.sum(b_g * b_s, axis=1))
+        tl.store(p_vector + 2 * DEPTH + o_r, b_slope_q.to(tl.float32), mask=m_r)
         tl.store(p_vector + 4 * DEPTH + o_r, b_most.to(tl.float32), mask=m_r)
         b_g = b_g / tl.where(b_most == 0.0, 1.0, b_most)[:, None]
         tl.store(p_matrix + p_s, b_g.to(tl.float32).to(matrices.dtype.element_ty), mask=m_s)
         tl.store(p_matrix + DEPTH * DEPTH + p_s, b_a.to(tl.float32).to(matrices.dtype.element_ty), mask=m_s)
     m_d = o_d < DEPTH
     tl.store(p_vector + DEPTH + o_d, b_k.to(tl.float32), mask=m_d)
-    tl.store(p_vector + 3 * DEPTH + o_d, b_slope_k.to(tl.float32), mask=m_d)
+    tl.store(p_vector + 3 * DEPTH + o_d, tl.where(m_k, 0.0, b_slope_k).to(tl.float32), mask=m_d)
     grad_scale = tl.sum(b_grad_scale, axis=0)
     if DIVIDES:
         grad_scale *= -scale * scale

@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "gram.h"
 #include "ipt_fast/channel_attention_backward.h"
 #include "vec.h"
 
@@ -25,6 +26,28 @@ inline void transpose_matrix(const float* in, int64_t depth, float* out) {
     }
 }
 
+// The units of q and of k, see channel_attention_backward.h: close to the inverses of their norms where the square of a
+// value, or the product of two inverses and a gradient, of which the largest is `size`, could leave the range of fp32.
+inline void find_units(const double* inverses, int64_t channels, int64_t depth, double size, float* units) {
+    double least = inverses[0], most = least;
+    for (int64_t i = 0; i < 2 * depth; ++i) {
+        if (i % depth < channels) {
+            least = inverses[i] < least ? inverses[i] : least;
+            most = inverses[i] > most ? inverses[i] : most;
+        }
+    }
+    const bool fits =
+        least >= 0x1p-50 && (size == 0 || (size * least * least >= 0x1p-90 && size * most * most <= 0x1p110));
+    for (int64_t i = 0; i < 2 * depth; ++i) {
+        uint64_t bits;
+        memcpy(&bits, inverses + i, sizeof(bits));
+        bits &= 0x7ffull << 52;  // a power of two
+        double power;
+        memcpy(&power, &bits, sizeof(power));
+        units[i] = fits || i % depth >= channels ? 1.0f : static_cast<float>(power < 0x1p-126 ? 0x1p-126 : power);
+    }
+}
+
 // Everything of one window, head and branch that is d x d, in fp64 because the gradients of normalised vectors are
 // differences of nearly equal terms. Rows of a matrix are k's (v's) channels, columns q's (grad's).
 inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image, int64_t window_y, int64_t window_x,
@@ -33,6 +56,7 @@ inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image
     const int64_t depth = g.depth, channels = g.head_channels, matrix = depth * depth;
     double *const scores = scratch, *const grads = scores + matrix;  // both Gram matrices at first
     double *const q = grads + matrix, *const k = q + depth;          // squared norms at first
+    double *const q_slopes = k + depth, *const k_slopes = q_slopes + depth;
     memset(scratch, 0, (2 * matrix + 2 * depth) * sizeof(double));
     int64_t tokens = 0;
     for (int64_t i = 0; i < g.vertical.parts; ++i) {
@@ -45,20 +69,19 @@ inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image
             const int64_t index = (image * g.vertical.blocks() + y) * g.horizontal.blocks() + x;
             const Block block(g.vertical, g.horizontal, index);
             tokens += block.rows * block.columns;
-            const float* const slot = p.slot(index, head);
-            const auto add = [](const float* from, int64_t count, double* to) {
-                for (int64_t n = 0; n < count; ++n) {
-                    to[n] += from[n];
-                }
-            };
-            add(slot + branch * matrix, matrix, scores);
-            add(slot + (g.branches + branch) * matrix, matrix, grads);
-            add(slot + 2 * (g.branches * matrix + branch * depth), 2 * depth, q);
+            float* const slot = p.slot(index, head);
+            add_slot(slot + branch * matrix, slot + 2 * (g.branches * matrix + branch * depth), p.factors(slot), depth,
+                     scores, q, q_slopes);
+            const float* const of_values = slot + (g.branches + branch) * matrix;
+            for (int64_t n = 0; n < matrix; ++n) {
+                grads[n] += of_values[n];
+            }
         }
     }
-    double *const q_slopes = k + depth, *const k_slopes = q_slopes + depth;
+    bool clamped = false;
     for (int64_t i = 0; i < 2 * depth; ++i) {  // of q, then of k
         const double norm = __builtin_sqrt(q[i]);
+        clamped = clamped || (norm < 1e-12 && i % depth < channels);
         q[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
         q_slopes[i] = norm < 1e-12 ? 0.0 : -q[i] * q[i];
     }
@@ -95,7 +118,9 @@ inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image
     float *const of_gram = out, *const of_values = out + matrix;  // the latter is moved at the end
     memset(of_gram + channels * depth, 0, (depth - channels) * depth * sizeof(float));
     memset(of_values + channels * depth, 0, (depth - channels) * depth * sizeof(float));
-    const double through = tokens == 1 ? 0.0 : scale;  // a channel of one token is normalised to its sign
+    // a channel of one token is normalised to its sign, unless it is too small
+    const double through = tokens == 1 && !clamped ? 0.0 : scale;
+    double sizes[kChannelPad]{}, size = 0;  // of the largest gradient of a score
     for (int64_t j = 0; j < channels; ++j) {
         double row[kChannelPad]{};
         for (int64_t first = 0; first < depth; first += kChannelPad) {
@@ -103,10 +128,12 @@ inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image
                 const int64_t i = first + lane;
                 const double a = attention[j * depth + i] * sums[i], score = scores[j * depth + i];
                 const double of_logit = a * (grads[j * depth + i] - means[i]), of_score = of_logit * through;
+                const double magnitude = __builtin_fabs(of_score);
                 of_scales[i] += of_logit * score;
                 slopes[i] += of_score * score;
                 row[lane] += of_score * score;
-                of_gram[j * depth + i] = static_cast<float>(of_score * q[i] * k[j]);
+                grads[j * depth + i] = of_score;
+                sizes[lane] = magnitude > sizes[lane] ? magnitude : sizes[lane];
                 of_values[j * depth + i] = static_cast<float>(a);
             }
         }
@@ -116,11 +143,25 @@ inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image
         }
         k_slopes[j] *= slope;
     }
+    for (const double each : sizes) {
+        size = each > size ? each : size;
+    }
     *grad_scale = 0;
     for (int64_t i = 0; i < depth; ++i) {
         *grad_scale += of_scales[i];
-        out[3 * matrix + i] = static_cast<float>(q_slopes[i] * slopes[i]);
-        out[3 * matrix + depth + i] = i < channels ? static_cast<float>(k_slopes[i]) : 0.0f;
+        q_slopes[i] *= slopes[i];
+    }
+    float* const units = out + depth * (3 * depth + 2);
+    find_units(q, channels, depth, size, units);
+    for (int64_t i = 0; i < 2 * depth; ++i) {  // of q, then of k
+        q[i] /= units[i];
+        const double slope = q_slopes[i] / units[i] / units[i];
+        out[3 * matrix + i] = i % depth < channels ? static_cast<float>(slope) : 0.0f;
+    }
+    for (int64_t j = 0; j < channels; ++j) {
+        for (int64_t i = 0; i < depth; ++i) {
+            of_gram[j * depth + i] = static_cast<float>(grads[j * depth + i] * q[i] * k[j]);
+        }
     }
     transpose_matrix(of_values, depth, out + 2 * matrix);
     transpose_matrix(of_gram, depth, out + matrix);

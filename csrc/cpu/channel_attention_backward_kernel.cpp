@@ -45,15 +45,23 @@ struct Tokens {
     const T* at(int64_t y, int64_t x) const { return first + y * row + x * pixel; }
 };
 
+template <typename T>
+inline void load_tile(const Tokens<T>& tokens, const Tile& tile, const Groups& g, float* rows) {
+    for (int64_t y = 0; y < tile.rows; ++y) {
+        load_rows(tokens.at(y, 0), tokens.pixel, tile.columns, g.head_channels, rows + y * tile.columns * g.depth,
+                  g.depth);
+    }
+}
+
 // ---- Gram matrices of blocks ----------------------------------------------------------------------------------------
 
 // One map of a tile, out[token][copy][depth]: with `scaled` a copy times the weight for each branch, else one as it is.
-// Adds the sums of weight * value^2 over the tokens to `norms` (nullptr: none), 2 * depth apart.
+// Puts the sums of weight * value^2 over the tokens to `squares` (nullptr: none), 2 * depth apart.
 template <bool scaled, int branches, typename T, typename Weights>
 inline void stage_tokens(const Tokens<T>& tokens, const Tile& tile, int64_t channels, int64_t depth,
-                         const Weights& weights, float* out, float* norms, bool begin) {
+                         const Weights& weights, float* out, float* squares) {
     const auto channel = [&](int64_t c, auto full) __attribute__((always_inline)) {
-        Vec squares[branches]{};
+        Vec sums[branches]{};
         float* target = out + c;
         for (int64_t y = 0; y < tile.rows; ++y) {
             const T* const row = tokens.at(y, 0);
@@ -62,7 +70,7 @@ inline void stage_tokens(const Tokens<T>& tokens, const Tile& tile, int64_t chan
                 const Vec value = decltype(full)::value ? load(in + c) : load_channels(in, c, channels);
                 for (int branch = 0; branch < branches; ++branch) {
                     const Vec weighted = weights.at(branch, y, x) * value;
-                    squares[branch] = fma(weighted, value, squares[branch]);
+                    sums[branch] = fma(weighted, value, sums[branch]);
                     if (scaled) {
                         store(target + branch * depth, weighted);
                     }
@@ -73,8 +81,8 @@ inline void stage_tokens(const Tokens<T>& tokens, const Tile& tile, int64_t chan
                 target += (scaled ? branches : 1) * depth;
             }
         }
-        for (int branch = 0; branch < branches && norms; ++branch) {
-            add_to(norms + 2 * branch * depth + c, squares[branch], begin);
+        for (int branch = 0; branch < branches && squares; ++branch) {
+            store(squares + 2 * branch * depth + c, sums[branch]);
         }
     };
     for (int64_t c = 0; c < depth; c += kLanes) {
@@ -86,7 +94,7 @@ template <typename T, int branches>
 void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
     const int64_t depth = g.depth;
-    const GramTile<branches> staged(depth, scratch);
+    const GramTile<branches> staged(g, scratch);
     for (int64_t index = begin; index < end; ++index) {
         const Block block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
@@ -99,11 +107,12 @@ void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
             const auto stage = [&](auto scaled, const Pixels& map, const auto& with, float* out, float* squares) {
                 const Tokens<T> tokens(g, map, block, tile, head);
                 stage_tokens<decltype(scaled)::value, branches>(tokens, tile, g.head_channels, depth, with, out,
-                                                                squares, t == 0);
+                                                                squares);
             };
-            stage(Constant<0>{}, p.q, weights, staged.q, norms);
-            stage(Constant<1>{}, p.k, weights, staged.k, norms + depth);
-            staged.multiply(tile.tokens(), slot, t == 0);
+            stage(Constant<0>{}, p.q, weights, staged.q, staged.squares);
+            stage(Constant<1>{}, p.k, weights, staged.k, staged.squares + depth);
+            staged.add(tile, weights, slot, norms, p.factors(slot), t == 0,
+                       [&](float* rows) { load_tile(Tokens<T>(g, p.k, block, tile, head), tile, g, rows); });
             stage(Constant<0>{}, p.grad, merge, staged.q, nullptr);
             stage(Constant<1>{}, p.v, merge, staged.k, nullptr);
             staged.multiply(tile.tokens(), slot + branches * depth * depth, t == 0);
@@ -141,14 +150,18 @@ struct ApplyTile {
     const Tile& tile;
     int64_t head;
     const float* const* matrices;  // of the branches
+    const float* units;            // of q, then of k, in which they and their gradients are; nullptr: 1
     float *q, *k, *products;
 
-    void stage(const Pixels& map, float* out) const {
-        const Tokens<T> tokens(g, map, block, tile, head);
-        for (int64_t y = 0; y < tile.rows; ++y) {
-            load_rows(tokens.at(y, 0), tokens.pixel, tile.columns, g.head_channels, out + y * tile.columns * g.depth,
-                      g.depth);
+    void stage(const Pixels& map, float* out, const float* factors = nullptr) const {
+        load_tile(Tokens<T>(g, map, block, tile, head), tile, g, out);
+        for (int64_t i = 0; i < tile.tokens() * g.depth && factors; i += kLanes) {
+            store(out + i, load(out + i) * load(factors + i % g.depth));
         }
+    }
+    void stage_q_and_k() const {
+        stage(p.q, q, units);
+        stage(p.k, k, units ? units + g.depth : nullptr);
     }
 
     // products = rows times matrix `which` of every branch
@@ -204,6 +217,7 @@ struct ApplyTile {
             of_q[branch] = slopes(branch, 0);
             of_k[branch] = slopes(branch, 1);
         }
+        const float* const unit = units;
         const int64_t depth = g.depth, channels = g.head_channels;
         for_tokens<0>(p.grad_q, TokenWeights<branches>(g, head, tile),
                       [&](int64_t token, T* out, const Vec* weight, Vec* sums) __attribute__((always_inline)) {
@@ -219,7 +233,7 @@ struct ApplyTile {
                                   sums[branch] = fma(load(of_k[branch] + c), k_square, sums[branch]);
                                   total = fma(weight[branch], gradient, total);
                               }
-                              store(out + c, total, n);
+                              store(out + c, unit ? total * load(unit + c) : total, n);
                           });
                       });
     }
@@ -231,6 +245,7 @@ struct ApplyTile {
         for (int branch = 0; branch < branches; ++branch) {
             of_k[branch] = slopes(branch, 1);
         }
+        const float* const unit = units ? units + g.depth : nullptr;
         const int64_t depth = g.depth, channels = g.head_channels;
         for_tokens<-1>(p.grad_k, TokenWeights<branches>(g, head, tile),
                        [&](int64_t token, T* out, const Vec* weight, Vec*) __attribute__((always_inline)) {
@@ -242,7 +257,7 @@ struct ApplyTile {
                                    const Vec product = load(dg_q + branch * depth + c);
                                    total = fma(weight[branch], fma(load(of_k[branch] + c), k_value, product), total);
                                }
-                               store(out + c, total, n);
+                               store(out + c, unit ? total * load(unit + c) : total, n);
                            });
                        });
     }
@@ -271,10 +286,47 @@ struct ApplyTile {
     }
 };
 
+// The matrices of a block's windows in common units, the larger ones: no value of the block is then above 1. Returns
+// the units of q and of k, or nullptr where all are 1 and `matrices` stay as they are.
+template <int branches>
+const float* common_units(const Params& p, const float* (&matrices)[branches], float* scratch) {
+    const int64_t depth = p.groups.depth, matrix = depth * depth, size = p.matrices_size();
+    float *const units = scratch, *const factors = units + 2 * depth;
+    bool ones = true;
+    for (int branch = 0; branch < branches; ++branch) {
+        ones = ones && all_ones(p.units(matrices[branch]), 2 * depth);
+    }
+    if (ones) {
+        return nullptr;
+    }
+    for (int64_t i = 0; i < 2 * depth; i += kLanes) {
+        store(units + i, max(load(p.units(matrices[0]) + i), load(p.units(matrices[branches - 1]) + i)));
+    }
+    for (int branch = 0; branch < branches; ++branch) {
+        const float* const in = matrices[branch];
+        float* const out = factors + 2 * depth + branch * size;
+        for (int64_t i = 0; i < 2 * depth; i += kLanes) {
+            const Vec factor = load(p.units(in) + i) / load(units + i);
+            store(factors + i, factor);
+            store(out + 3 * matrix + i, load(in + 3 * matrix + i) * factor * factor);
+        }
+        const float *const of_q = factors, *const of_k = factors + depth;
+        for (int64_t i = 0; i < matrix; i += kLanes) {
+            const int64_t row = i / depth, column = i % depth;
+            store(out + i, load(in + i) * of_k[row] * load(of_q + column));
+            store(out + matrix + i, load(in + matrix + i) * of_q[row] * load(of_k + column));
+        }
+        memcpy(out + 2 * matrix, in + 2 * matrix, matrix * sizeof(float));
+        matrices[branch] = out;
+    }
+    return units;
+}
+
 template <typename T, int branches>
 void apply(const Params& p, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
     float *const q = scratch, *const k = q + kTileTokens * g.depth, *const products = k + kTileTokens * g.depth;
+    float* const moved = products + branches * kTileTokens * g.depth;
     for (int64_t index = begin; index < end; ++index) {
         const Block block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
@@ -284,11 +336,11 @@ void apply(const Params& p, int64_t begin, int64_t end, float* scratch) {
             matrices[branch] =
                 p.matrices_of((block.image * g.vertical.windows() + y) * g.horizontal.windows() + x, head, branch);
         }
+        const float* const units = common_units(p, matrices, moved);
         for (int64_t t = 0; t < block.tiles(); ++t) {
             const Tile tile = block.tile(t);
-            const ApplyTile<T, branches> apply_tile{p, g, block, tile, head, matrices, q, k, products};
-            apply_tile.stage(p.q, q);
-            apply_tile.stage(p.k, k);
+            const ApplyTile<T, branches> apply_tile{p, g, block, tile, head, matrices, units, q, k, products};
+            apply_tile.stage_q_and_k();
             apply_tile.gradient_of_q();
             apply_tile.gradient_of_k();
             apply_tile.gradient_of_v();

@@ -31,7 +31,7 @@ inline void prefetch(const Groups& g, const Pixels& map, const Block& block, int
 template <typename T, int branches>
 void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
-    const GramTile<branches> staged(g.depth, scratch);
+    const GramTile<branches> staged(g, scratch);
     for (int64_t index = begin; index < end; ++index) {
         const Block block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
@@ -41,8 +41,11 @@ void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* sc
             prefetch<T>(g, p.q, block, t + 1, head);
             prefetch<T>(g, p.k, block, t + 1, head);
             const TokenWeights<branches> weights(g, head, tile);
-            const auto stage = [&](const Pixels& map, int64_t norms, const auto& put) {
-                const T* first = pixel_of<T>(g, map, block.image, tile.y, tile.x) + head * g.head_channels;
+            const auto first_of = [&](const Pixels& map) {
+                return pixel_of<T>(g, map, block.image, tile.y, tile.x) + head * g.head_channels;
+            };
+            const auto stage = [&](const Pixels& map, int64_t of_k, const auto& put) {
+                const T* first = first_of(map);
                 for (int64_t c = 0; c < g.depth; c += kLanes) {
                     Vec squares[branches]{};
                     for (int64_t y = 0; y < tile.rows; ++y) {
@@ -51,14 +54,17 @@ void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* sc
                             put(tile, y, x, c, load_channels(pixel, c, g.head_channels), weights, squares);
                         }
                     }
-                    for (int branch = 0; branch < branches; ++branch) {
-                        add_to(g.norms(slot, branch) + norms + c, squares[branch], t == 0);
-                    }
+                    staged.put_squares(of_k, c, squares);
                 }
             };
             stage(p.q, 0, [&](auto&&... token) { staged.put_q(token...); });
-            stage(p.k, g.depth, [&](auto&&... token) { staged.put_k(token...); });
-            staged.multiply(tile.tokens(), slot, t == 0);
+            stage(p.k, 1, [&](auto&&... token) { staged.put_k(token...); });
+            staged.add(tile, weights, slot, g.norms(slot, 0), g.factors(slot), t == 0, [&](float* rows) {
+                for (int64_t y = 0; y < tile.rows; ++y) {
+                    load_rows(first_of(p.k) + y * g.horizontal.size * p.k.stride, p.k.stride, tile.columns,
+                              g.head_channels, rows + y * tile.columns * g.depth, g.depth);
+                }
+            });
         }
     }
 }

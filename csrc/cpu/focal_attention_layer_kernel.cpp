@@ -155,7 +155,7 @@ class Strip {
     }
 
     void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
-        const GramTile<2> staged(g_.depth, tile_scratch_);
+        const GramTile<2> staged(g_, tile_scratch_);
         const TokenWeights<2> weights(g_, head, tile);
         const int64_t channels = p_.channels();
         convolve(
@@ -163,13 +163,13 @@ class Strip {
             [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
                 staged.put_q(tile, y, x, c, value, weights, squares);
             },
-            [&](int64_t c, const auto& squares) { add_norms(slot, 0, c, squares, begin); });
+            [&](int64_t c, const auto& squares) { staged.put_squares(0, c, squares); });
         convolve(
             tile, head, 1,
             [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
                 staged.put_k(tile, y, x, c, value, weights, squares);
             },
-            [&](int64_t c, const auto& squares) { add_norms(slot, g_.depth, c, squares, begin); });
+            [&](int64_t c, const auto& squares) { staged.put_squares(1, c, squares); });
         T* v = static_cast<T*>(p_.out) + pixel_index(tile.y, tile.x) * channels + head * g_.head_channels;
         convolve(
             tile, head, 2,
@@ -182,13 +182,14 @@ class Strip {
                 }
             },
             [](int64_t, const auto&) {});
-        staged.multiply(tile.tokens(), slot, begin);
-    }
-
-    void add_norms(float* slot, int64_t offset, int64_t c, const Vec (&squares)[2], bool begin) const {
-        for (int branch = 0; branch < 2; ++branch) {
-            add_to(g_.norms(slot, branch) + offset + c, squares[branch], begin);
-        }
+        staged.add(tile, weights, slot, g_.norms(slot, 0), g_.factors(slot), begin, [&](float* rows) {
+            convolve(
+                tile, head, 1,
+                [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {
+                    store(rows + (y * tile.columns + x) * g_.depth + c, value);
+                },
+                [](int64_t, const auto&) {});
+        });
     }
 
     // body(y, x, c, value, squares) for a tile of q, k or v (part 0, 1, 2) after the depthwise convolution, one vector

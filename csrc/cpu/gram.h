@@ -29,6 +29,26 @@ struct TokenWeights {
     }
 };
 
+inline bool all_of(IntVec lanes) {
+    int64_t pairs[kLanes / 2], all = -1;
+    memcpy(pairs, &lanes, sizeof(pairs));
+    for (const int64_t pair : pairs) {
+        all &= pair;
+    }
+    return all == -1;
+}
+
+inline bool all_ones(const float* values, int64_t count) {
+    IntVec ones = IntVec{} - 1;
+    for (int64_t i = 0; i < count; i += kLanes) {
+        ones &= load(values + i) == broadcast(1.0f);
+    }
+    return all_of(ones);
+}
+
+// Squared norms of a tile whose sums, and the products of two such channels, are far from fp32's limits.
+constexpr float kLeastSquare = 0x1p-80f, kMostSquare = 0x1p100f;
+
 inline void add_to(float* sum, Vec value, bool begin) { store(sum, begin ? value : load(sum) + value); }
 
 // Asks for values ahead of their use: a tile's rows are too far apart for the processor to foresee them.
@@ -42,44 +62,190 @@ inline void prefetch_values(const T* first, int64_t count) {
 // q and k of a tile of tokens, w^2 k of all branches side by side.
 template <int branches>
 struct GramTile {
-    int64_t depth;
-    float* q;     // [kTileTokens][depth]
-    float* k;     // [kTileTokens][branches][depth]
-    float* sums;  // [branches][depth][depth]
+    int64_t channels, depth;
+    float* q;        // [kTileTokens][depth]
+    float* k;        // [kTileTokens][branches][depth]
+    float* sums;     // [branches][depth][depth]
+    float* squares;  // [branches][2][depth], of q and k
+    float* factors;  // [2][depth]
 
-    GramTile(int64_t padded_depth, float* scratch)
-        : depth(padded_depth), q(scratch), k(q + kTileTokens * depth), sums(k + kTileTokens * branches * depth) {}
+    GramTile(const Groups& g, float* scratch)
+        : channels(g.head_channels),
+          depth(g.depth),
+          q(scratch),
+          k(q + kTileTokens * depth),
+          sums(k + kTileTokens * branches * depth),
+          squares(sums + branches * depth * depth),
+          factors(squares + 2 * branches * depth) {}
 
     // Channels c to c + kLanes of the token (y, x) of a tile; adds the squares of w q and of w k.
     void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TokenWeights<branches>& w,
-               Vec (&squares)[branches]) const {
+               Vec (&sum)[branches]) const {
         store(q + (y * tile.columns + x) * depth + c, value);
         const Vec square = value * value;
         for (int branch = 0; branch < branches; ++branch) {
-            squares[branch] = fma(w.at(branch, y, x), square, squares[branch]);
+            sum[branch] = fma(w.at(branch, y, x), square, sum[branch]);
         }
     }
     void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TokenWeights<branches>& w,
-               Vec (&squares)[branches]) const {
+               Vec (&sum)[branches]) const {
         float* target = k + (y * tile.columns + x) * branches * depth + c;
         for (int branch = 0; branch < branches; ++branch) {
             const Vec weighted = w.at(branch, y, x) * value;
             store(target + branch * depth, weighted);
-            squares[branch] = fma(weighted, value, squares[branch]);
+            sum[branch] = fma(weighted, value, sum[branch]);
+        }
+    }
+    // Their sums over the tile, of q (0) or k (1).
+    void put_squares(int64_t of_k, int64_t c, const Vec (&sum)[branches]) const {
+        for (int branch = 0; branch < branches; ++branch) {
+            store(squares + (2 * branch + of_k) * depth + c, sum[branch]);
         }
     }
 
-    // Adds the tile's products to a slot, or begins it. One sum over all of a large block would lose digits.
-    void multiply(int64_t tokens, float* slot, bool begin) const {
-        float* target = begin ? slot : sums;
+    // Adds the tile to a slot's matrices, squared norms and factors, or begins them. One sum over all of a large block
+    // would lose digits. read_k(rows) puts k without weights to [tokens][depth], if it is needed again.
+    template <typename ReadK>
+    void add(const Tile& tile, const TokenWeights<branches>& w, float* matrices, float* norms, float* slot_factors,
+             bool begin, const ReadK& read_k) const {
+        for (int64_t i = 0; i < 2 * depth && begin; i += kLanes) {
+            store(slot_factors + i, broadcast(1.0f));
+        }
+        if (!plain(slot_factors)) {
+            float* rows = k + (branches - 1) * kTileTokens * depth;  // at the end: they make room as they are weighted
+            read_k(rows);
+            scale(tile, w, rows, slot_factors);
+            add_scaled(tile.tokens(), matrices, norms, slot_factors, begin);
+            return;
+        }
+        multiply(tile.tokens(), matrices, begin);
+        for (int64_t i = 0; i < 2 * branches * depth; i += kLanes) {
+            add_to(norms + i, load(squares + i), begin);
+        }
+    }
+
+    // Adds the products alone.
+    void multiply(int64_t tokens, float* matrices, bool begin) const {
+        float* target = begin ? matrices : sums;
         product_transposed(branches * depth, depth, tokens, k, branches * depth, q, depth, target, depth, false);
         if (!begin) {
             for (int64_t i = 0; i < branches * depth * depth; i += kLanes) {
-                store(slot + i, load(slot + i) + load(sums + i));
+                store(matrices + i, load(matrices + i) + load(sums + i));
+            }
+        }
+    }
+
+  private:
+    Vec largest_square(int64_t i) const {
+        const Vec first = load(squares + i);
+        return branches == 1 ? first : max(first, load(squares + 2 * (branches - 1) * depth + i));
+    }
+    IntVec in_range(int64_t i) const {  // not where a square is NaN
+        const Vec square = largest_square(i);
+        return (square >= broadcast(kLeastSquare)) & (square <= broadcast(kMostSquare));
+    }
+
+    // Whether the tile needs no factors and its slot has none.
+    bool plain(const float* slot_factors) const {
+        const Vec one = broadcast(1.0f);
+        IntVec plain = IntVec{} - 1;
+        for (int64_t c = 0; c < depth; c += kLanes) {
+            plain &= (in_range(c) & in_range(depth + c)) | (lane_index() >= static_cast<int32_t>(channels - c));
+            plain &= (load(slot_factors + c) == one) & (load(slot_factors + depth + c) == one);
+        }
+        return all_of(plain);
+    }
+
+    // Finds the factors of q and of k (raw, in `rows`) that bring channels out of range to about 1, and stages them
+    // again. A channel of zeros takes the slot's factor.
+    void scale(const Tile& tile, const TokenWeights<branches>& w, const float* rows, const float* slot_factors) const {
+        for (int64_t i = 0; i < 2 * depth; i += kLanes) {
+            const float* values = i < depth ? q + i : rows + i - depth;
+            Bits largest{};
+            for (int64_t token = 0; token < tile.tokens(); ++token) {
+                const Bits magnitude = (Bits)load(values + token * depth) & 0x7fffffff;
+                largest = magnitude > largest ? magnitude : largest;
+            }
+            const Bits exponent = largest & 0x7f800000, most = Bits{} + (253u << 23);
+            const Vec inverse = (Vec)((254u << 23) - (exponent < most ? exponent : most));
+            const Vec factor = in_range(i) ? broadcast(1.0f) : inverse;
+            store(factors + i, largest == 0 ? load(slot_factors + i) : factor);
+        }
+        for (int64_t i = 0; i < 2 * branches * depth; i += kLanes) {
+            store(squares + i, Vec{});
+        }
+        for (int64_t y = 0; y < tile.rows; ++y) {
+            for (int64_t x = 0; x < tile.columns; ++x) {
+                const int64_t token = y * tile.columns + x;
+                for (int64_t c = 0; c < depth; c += kLanes) {
+                    Vec of_q[branches], of_k[branches];
+                    for (int branch = 0; branch < branches; ++branch) {
+                        of_q[branch] = load(squares + 2 * branch * depth + c);
+                        of_k[branch] = load(squares + (2 * branch + 1) * depth + c);
+                    }
+                    put_q(tile, y, x, c, load(q + token * depth + c) * load(factors + c), w, of_q);
+                    put_k(tile, y, x, c, load(rows + token * depth + c) * load(factors + depth + c), w, of_k);
+                    put_squares(0, c, of_q);
+                    put_squares(1, c, of_k);
+                }
+            }
+        }
+    }
+
+    // add(), of a tile or to a slot with factors: both take the smaller one, unless a channel of the slot is still
+    // zero.
+    void add_scaled(int64_t tokens, float* matrices, float* norms, float* slot_factors, bool begin) const {
+        multiply(tokens, begin ? matrices : sums, true);
+        float *const ours = q, *const theirs = ours + 2 * depth;  // what either is multiplied by; q is done with
+        for (int64_t i = 0; i < 2 * depth; i += kLanes) {
+            const Vec factor = load(factors + i), of_slot = load(slot_factors + i);
+            IntVec none = IntVec{} - 1;
+            for (int branch = 0; branch < branches && !begin; ++branch) {
+                none &= load(norms + 2 * branch * depth + i) == Vec{};
+            }
+            const Vec common = none ? factor : min(factor, of_slot);
+            store(ours + i, common / factor);
+            store(theirs + i, none ? broadcast(1.0f) : common / of_slot);
+            store(slot_factors + i, common);
+            for (int branch = 0; branch < branches; ++branch) {
+                float* norm = norms + 2 * branch * depth + i;
+                const Vec a = load(ours + i), b = load(theirs + i);
+                const Vec square = load(squares + 2 * branch * depth + i) * a * a;
+                store(norm, begin ? square : load(norm) * b * b + square);
+            }
+        }
+        for (int64_t row = 0; row < branches * depth && !begin; ++row) {
+            const int64_t j = depth + row % depth;
+            for (int64_t i = 0; i < depth; i += kLanes) {
+                float* sum = matrices + row * depth + i;
+                store(sum, load(sum) * theirs[j] * load(theirs + i) +
+                               load(sums + row * depth + i) * ours[j] * load(ours + i));
             }
         }
     }
 };
+
+// Adds a slot's matrix of one branch and squared norms to sums in fp64, which holds the products of any two values of
+// fp32: without factors. `units` is room for 2 * depth values.
+inline void add_slot(const float* matrix, const float* norms, const float* factors, int64_t depth, double* products,
+                     double* squares, double* units) {
+    if (all_ones(factors, 2 * depth)) {
+        for (int64_t i = 0; i < depth * depth; ++i) {
+            products[i] += matrix[i];
+        }
+        for (int64_t i = 0; i < 2 * depth; ++i) {
+            squares[i] += norms[i];
+        }
+        return;
+    }
+    for (int64_t i = 0; i < 2 * depth; ++i) {
+        units[i] = 1.0 / factors[i];
+        squares[i] += norms[i] * units[i] * units[i];
+    }
+    for (int64_t i = 0; i < depth * depth; ++i) {
+        products[i] += matrix[i] * units[i % depth] * units[depth + i / depth];
+    }
+}
 
 // The matrix of one group and branch, summed over its blocks, becomes the transposed attention [k][q], a copy in each
 // of the blocks' slots; zeros in the padding. `scratch` holds attend_scratch(g) floats.
@@ -88,7 +254,8 @@ inline void attend_group(const Groups& g, int64_t image, int64_t window_y, int64
     const int64_t depth = g.depth, matrix = depth * depth;
     double* totals = reinterpret_cast<double*>(scratch);
     double *const q = totals + matrix, *const k = q + depth;  // squared norms at first, then their inverses
-    float* scores = scratch + 2 * (matrix + 2 * depth);
+    double* const units = k + depth;
+    float* scores = scratch + 2 * (matrix + 4 * depth);
     const auto for_slots = [&](const auto& body) {
         for (int64_t i = 0; i < g.vertical.parts; ++i) {
             for (int64_t j = 0; j < g.horizontal.parts; ++j) {
@@ -102,14 +269,7 @@ inline void attend_group(const Groups& g, int64_t image, int64_t window_y, int64
     };
     memset(totals, 0, (matrix + 2 * depth) * sizeof(double));
     for_slots([&](float* slot) {
-        const float* products = slot + branch * matrix;
-        const float* norms = g.norms(slot, branch);
-        for (int64_t i = 0; i < matrix; ++i) {
-            totals[i] += products[i];
-        }
-        for (int64_t i = 0; i < 2 * depth; ++i) {
-            totals[matrix + i] += norms[i];
-        }
+        add_slot(slot + branch * matrix, g.norms(slot, branch), g.factors(slot), depth, totals, q, units);
     });
     for (int64_t i = 0; i < 2 * depth; ++i) {
         const double norm = __builtin_sqrt(q[i]);

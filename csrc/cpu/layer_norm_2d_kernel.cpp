@@ -101,8 +101,9 @@ struct Statistics {
                 sums[i - first] = sum;
                 squares[i - first] = square;
             }
-            const Vec excess = sum_each(sums) / channels;
-            const Vec variances = sum_each(squares) / channels - excess * excess + p.eps;
+            const Vec excess = sum_each(sums) / channels, spread = sum_each(squares) / channels;
+            const Vec infinite = broadcast(__builtin_inff());  // less another infinity is NaN
+            const Vec variances = (spread == infinite ? spread : spread - excess * excess) + p.eps;
             store(rest + first, excess);
             store(variance + first, variances);
             store(rstd + first, 1.0f / sqrt(variances));

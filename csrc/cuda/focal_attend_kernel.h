@@ -26,6 +26,7 @@ IPT_FAST_DEVICE float sum_of_slots(const FocalLayerParams& p, const int64_t (&fi
     return sum;
 }
 
+// 0 where the square overflows: the normalised values are then zeros, as in PyTorch.
 IPT_FAST_DEVICE float inverse_norm(float square) {
     const float norm = sqrtf(square);
     return 1.0f / (norm > 1e-12f ? norm : 1e-12f);
@@ -72,7 +73,12 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kAttendThreads, 6) focal_attend_kernel(IPT_FAST_
             if (column < d) {
                 const float product = sum_of_slots(
                     p, first, step, [&](const float* slot) { return slot[(branch * d + row) * d + column]; });
-                values[j] = product * q_norm * k_norm[j] / temperature;
+                // By rounding, the product may overflow where the norms do not.
+                const float most_product = 3.4e38f, bounded = product > most_product    ? most_product
+                                                              : product < -most_product ? -most_product
+                                                                                        : product;
+                const bool zero = q_norm == 0 || k_norm[j] == 0;
+                values[j] = zero ? 0.0f : bounded * q_norm * k_norm[j] / temperature;
             }
             most = values[j] > most ? values[j] : most;
         }

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import ipt_fast
 from tests.cuda.cases import SIZES, build, check_depthwise
 from tests.ops.cases import IMAGES, assert_within_rule, baseline, exact, forward_and_gradients
+from tests.ops.test_range import scaled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,6 +37,25 @@ def test_parity_in_both_orders_of_threads(name, dtype):
         assert torch.equal(on_cuda(operator, tensors, options), got)
     finally:
         torch.ops.ipt_fast_cuda.set_reversed(False)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e18, 1e25, 1e37])
+@pytest.mark.parametrize("part", ["all", "a_row"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["focal layer 64", "focal layer 48, odd window"])
+def test_range(name, dtype, part, scale):
+    """Values as large and as small as their dtype holds."""
+    operator, tensors, options = build(name, torch.float64, torch.float64)
+    scaled(part, tensors, scale)
+    most = torch.finfo(dtype).max
+    tensors = {key: value.clamp(-most, most).to(dtype) for key, value in tensors.items()}
+    got = on_cuda(operator, tensors, options)
+    truth = exact(operator, tensors, options, torch.ones_like(got))["out"]
+    base = baseline(operator, tensors, options, torch.ones_like(got))["out"]
+    finite = base.isfinite() & (truth.abs() < most / 8)  # parts of a sum may be larger
+    assert got[finite].isfinite().all()
+    if finite.all():
+        assert_within_rule({"out": got}, {"out": truth}, {"out": base})
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -30,13 +30,18 @@ def test_parity_of_every_operator():
     assert run("tests/ops/test_parity.py", "-k", selected, IPT_FAST_TEST_SIZES="1") > 10
 
 
+def test_the_range_of_channel_attention():
+    selected = "large_image and all or fp32 and mixed and 1e+25 and not windows or fp32-a_channel-1e-13"
+    assert run("tests/ops/test_range.py", "-k", selected) >= 4
+
+
 def test_layers_of_ipt():
     assert run("tests/modules/test_transformer.py") >= 10
 
 
 @pytest.mark.slow
 def test_everything():
-    assert run("tests/ops/test_parity.py", "tests/ops/test_not_finite.py") > 300
+    assert run("tests/ops/test_parity.py", "tests/ops/test_not_finite.py", "tests/ops/test_range.py") > 900
 
 
 def test_the_interpreter_accepts_cpu_tensors_and_nothing_else_does():

@@ -11,6 +11,7 @@ import ipt_fast
 from ipt_fast import _extension
 from tests.ops.cases import CALLS, assert_within_rule, baseline, build, exact, forward_and_gradients
 from tests.ops.test_parity import gradient_of_output
+from tests.ops.test_range import ATTENTION, LAYER, check, scaled
 
 pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
 
@@ -74,6 +75,17 @@ def test_every_level(call, dtype, level):
         grad = gradient_of_output(operator, tensors, options)
         truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
         assert_within_rule(on_cpu(operator, tensors, options, grad), truth, base)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e18, 1e25])
+@pytest.mark.parametrize(
+    ("level", "dtype"), [pair for pair in LEVELS_AND_DTYPES if pair[1] != torch.float16], indirect=["level"]
+)
+@pytest.mark.parametrize("call", [*ATTENTION, LAYER])
+def test_range_at_every_level(call, dtype, level, scale):
+    operator, tensors, options = large(call, torch.float64)
+    scaled("mixed", tensors, scale)
+    check(operator, tensors, options, dtype, ["cpu"])
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@
 namespace ipt_fast {
 
 // What one block of the map keeps for one head, in fp32 ("slot"): for each branch the matrix [depth of k][depth of q],
-// then for each branch the squared norms of q's and of k's channels. The matrix is first the block's Gram matrix, then
-// the transposed attention of the block's window.
+// then for each branch the squared norms of q's and of k's channels, then the factors of q's and of k's channels:
+// powers of two by which the block's values are multiplied in all of these, other than 1 where fp32 could not hold
+// their squares. The matrix is first the block's Gram matrix, then the transposed attention of the block's window.
 namespace {
-inline int64_t slot_size(int64_t branches, int64_t depth) { return branches * depth * (depth + 2); }
+inline int64_t slot_size(int64_t branches, int64_t depth) { return depth * (branches * (depth + 2) + 2); }
 }  // namespace
 
 // The groups of an attention: what does not depend on where q, k and v come from.
@@ -37,6 +38,7 @@ struct Groups {
     IPT_FAST_INLINE float* norms(float* slot, int branch) const {
         return slot + depth * (branches * depth + 2 * branch);
     }
+    IPT_FAST_INLINE float* factors(float* slot) const { return norms(slot, branches); }
     // Where the weights of a tile begin in a (heads, p, p) map.
     IPT_FAST_INLINE const float* weights(const float* map, int branch, int64_t head, const Tile& tile) const {
         const int64_t p = vertical.window;
@@ -61,10 +63,10 @@ namespace {
 
 // Floats of scratch of a tile's Gram matrix, of its output without the result, and of a window's softmax.
 inline int64_t gram_scratch(const Groups& g) {
-    return kTileTokens * g.depth * (1 + g.branches) + g.branches * g.depth * g.depth;
+    return kTileTokens * g.depth * (1 + g.branches) + g.branches * g.depth * g.depth + 2 * g.depth * (g.branches + 1);
 }
 inline int64_t apply_scratch(const Groups& g) { return kTileTokens * g.depth * 3; }
-inline int64_t attend_scratch(const Groups& g) { return 3 * g.depth * (g.depth + 2); }
+inline int64_t attend_scratch(const Groups& g) { return g.depth * (3 * g.depth + 12); }
 
 }  // namespace
 
