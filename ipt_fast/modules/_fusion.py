@@ -5,6 +5,9 @@ changed it: hooks, adapters (LoRA), parametrisations, pruning, checkpointing, sh
 work through calls of modules, replaced modules or replaced tensors. Where one is found, the modules are called.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.modules.module as torch_module
 from torch import nn
@@ -15,16 +18,17 @@ from torch.nn.modules.linear import Identity, Linear
 from torch.nn.modules.normalization import LayerNorm
 from torch.utils.module_tracker import ModuleTracker
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # What kernels can read. Tracing puts fake tensors in the place of parameters.
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 # {class: its forward when this module was imported}: programs replace classes and their methods.
-_STOCK = {cls: cls.forward for cls in (Conv2d, Linear, LayerNorm, Identity)}
+_STOCK: dict[type[nn.Module], Callable[..., Any]] = {cls: cls.forward for cls in (Conv2d, Linear, LayerNorm, Identity)}
 _CONV_FORWARD = Conv2d._conv_forward
 
 
-def stock(cls: type[nn.Module]) -> type[nn.Module]:
+def stock(cls: type[ModuleT]) -> type[ModuleT]:
     """Class decorator: a fused operator may stand in for modules of exactly this class."""
     _STOCK[cls] = cls.forward
     return cls
