@@ -74,7 +74,7 @@ def _convolution(conv: nn.Module, size: int, groups: int) -> str | None:
         return f"it is a {type(conv).__name__}"
     if "_conv_forward" in state or Conv2d._conv_forward is not _CONV_FORWARD:
         return "its forward is replaced"
-    if state["_parameters"]["bias"] is not None:
+    if state["_parameters"].get("bias", state.get("bias")) is not None:
         return "it has a bias"
     found = conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode
     if found != ((size, size), (size // 2, size // 2), (1, 1), (1, 1), groups, "zeros"):
