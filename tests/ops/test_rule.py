@@ -159,9 +159,9 @@ def test_an_argument_that_is_not_read_is_refused(call, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_wrong_factor_of_one_result_is_refused(call, dtype):
-    """By a thousandth in float32, by a fifth where a unit in the last place is up to a hundredth."""
+    """By a thousandth in float32, by a half in 16 bits, where a norm of three nearly equal channels loses a tenth."""
     right = prepared(call, dtype)
     results = right.run()
     for name, value in results.items():
-        wrong = {**results, name: value * (1.001 if dtype == torch.float32 else 1.2)}
+        wrong = {**results, name: value * (1.001 if dtype == torch.float32 else 1.5)}
         assert not right.passes(wrong), name
