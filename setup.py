@@ -5,7 +5,7 @@ FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST is set, or a GPU is there and nvcc is.
 
 The install needs no compiler: where the modules cannot be built, or IPT_FAST_PURE=1 asks for it, ipt_fast is installed
 as plain PyTorch, with the reason in ipt_fast/_why_pure.txt. A compile error with a working compiler, a module that
-cannot be loaded, and a wish that cannot be met (IPT_FAST_BUILD, CXX) do fail the build.
+cannot be loaded, and IPT_FAST_BUILD where it cannot be met do fail the build.
 """
 
 import functools

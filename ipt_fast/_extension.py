@@ -1,6 +1,7 @@
 """Loads the compiled libraries once. Importing this module never fails: what went wrong is kept for `error`."""
 
 import functools
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -23,8 +24,11 @@ def load() -> bool:
 @functools.cache
 def error() -> str | None:
     """None if the library is loaded, else one sentence with the original error's text."""
-    if importlib.util.find_spec("ipt_fast._C") is None:
+    found = importlib.util.find_spec("ipt_fast._C")
+    if found is None:
         return _why_absent()
+    if foreign := _of_another_copy(found, PACKAGE):
+        return f"the compiled extension found is that of another copy of ipt_fast: {foreign}"
     try:
         built_for = build_info().get("torch", "an unknown version")
         # The C++ interface of torch is only kept within a minor version.
@@ -37,6 +41,13 @@ def error() -> str | None:
     except (ImportError, OSError) as exception:
         return f"the compiled extension cannot be loaded: {exception}"
     return None
+
+
+def _of_another_copy(found: importlib.machinery.ModuleSpec, *places: Path) -> str | None:
+    """Where a module of ours lies, if not in this copy of the package: editable installs serve any folder."""
+    if found.origin is None or any(Path(found.origin).resolve().parent == place.resolve() for place in places):
+        return None
+    return f"{found.origin}, while python imports ipt_fast from {PACKAGE}; start python in another folder"
 
 
 def _why_absent() -> str:
@@ -76,8 +87,12 @@ def triton_error() -> str | None:
     """None if Triton and the kernels written in it can be imported, else one sentence with the error's text."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install ipt-fast[triton])"
-    if importlib.util.find_spec("ipt_fast.kernels") is None:
-        return f"Triton's kernels are not in {PACKAGE}: {_why_absent()}"
+    found = importlib.util.find_spec("ipt_fast.kernels")
+    if found is None:
+        elsewhere = _hidden_installation()
+        return f"Triton's kernels are not in {PACKAGE}" + (f", which hides {elsewhere}" if elsewhere else "")
+    if foreign := _of_another_copy(found, PACKAGE / "kernels", PACKAGE.parent / "kernels"):
+        return f"Triton's kernels found are those of another copy of ipt_fast: {foreign}"
     try:
         version = importlib.import_module("triton").__version__
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:

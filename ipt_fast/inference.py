@@ -18,6 +18,7 @@ from .data import io
 from .data.degradations import imresize
 from .models.ipt_v2 import crop, pad_to_size
 from .modules.feed_forward import reason_against_merging
+from .ops._explain import explain
 from .ops._select import policy
 from .tiling import (
     BLENDS,
@@ -146,6 +147,8 @@ class Restorer:
         self.arguments: dict[str, Any] = {} if task is None else {"task": task}
         self.tile, self.overlap, self.blend, self.self_ensemble = tile, overlap, blend, self_ensemble
         self.device = _usable_device(device, model)
+        if dtype == "auto" and any(".quantized" in type(module).__module__ for module in model.modules()):
+            dtype = torch.float32  # PyTorch's quantised layers take no other
         self.dtype = usable_dtype(dtype, self.device)
         self.model: nn.Module = copy.deepcopy(model).to(self.device, torch.float32).eval()
         # Branches with hooks or adapters cannot be merged: they run as they are.
@@ -279,7 +282,8 @@ class Restorer:
         return (min(height, limit), min(width, limit)), overlap
 
     def _layers_are_fused(self) -> bool:
-        return self.device.type == "cpu" and policy() in ("auto", "cpu") and _extension.load()
+        fused = self.device.type == "cpu" and policy() in ("auto", "cpu") and _extension.load()
+        return fused and not any(explain(self.model).values())
 
     def _run_limited(self, tiles: Tensor, limit: int) -> Tensor:
         """The model's output of tiles, at most ``limit`` of them at once."""
@@ -403,6 +407,10 @@ def _check_overlap(overlap: object, tile: object) -> None:
 def _usable_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
     if device is None:
         parameter = next(model.parameters(), None)
+        if parameter is not None and parameter.is_meta:
+            raise ValueError(
+                "model has weights on the meta device, offloaded or not loaded: restore needs them in memory"
+            )
         return torch.device("cpu") if parameter is None else parameter.device
     try:
         device = torch.device(device)

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..modules.feed_forward import Reparameterized
 
@@ -73,7 +74,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _strip(name: str) -> str:
-    name = name.replace("_orig_mod.", "")  # torch.compile may have wrapped parts
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):  # torch's own around parts of a model
+        name = name.replace(wrapper, "")
     while name.startswith("module."):
         name = name.removeprefix("module.")
     return name
@@ -117,6 +119,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
             module.merge_state(state, _strip(f"{name}.") if name else "")
     names = {_strip(name): name for name in model.state_dict()}
     expected = {_strip(name): value for name, value in model.state_dict().items()}
+    for name, value in expected.items():
+        if is_traceable_wrapper_subclass(value):
+            raise ValueError(f"{name} of the model is a {type(value).__name__}: load before sharding or quantising it")
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [
         f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"

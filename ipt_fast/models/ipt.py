@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..modules import _check, _fusion
 from ..modules.convolution import Conv2d, PixelShuffle, pixel_shuffle, pixel_unshuffle
-from ..modules.transformer import DecoderLayer, EncoderLayer, without_autocast
+from ..modules.transformer import DecoderLayer, EncoderLayer, in_dtype_of, without_autocast
 from ._ipt_config import MEAN, IPTConfig, config_of, scale_of
 from ._ipt_config import TASKS as TASKS
 from ._pretrained import PretrainedModel
@@ -62,11 +62,13 @@ class Tail(nn.Sequential):
         super().__init__(_upsampler(features, scale), Conv2d(features, 3, 3, padding=1))
 
     def forward(self, maps: Tensor) -> Tensor:
-        to_colours: Any
-        upsample, to_colours = self
+        upsample, *to_colours = self
         maps = upsample(maps)
         with without_autocast(maps):
-            return to_colours(maps.to(to_colours.weight.dtype))
+            maps = in_dtype_of(self, maps)
+            for module in to_colours:
+                maps = module(maps)
+            return maps
 
 
 class Positions(nn.Module):
@@ -143,16 +145,9 @@ class Body(nn.Module):
         if positions is not None and not config.pos_every:
             x, positions = x + positions, None
         # The sums of the layers are not autocast's to round.
-        first: Any = self.encoder.layers[0]
-        x = x.to(first.self_attn.in_proj_weight.dtype)
-        memory = self.encoder(x, positions)
+        memory = self.encoder(in_dtype_of(self.encoder, x), positions)
         x = self.decoder(memory, memory, task, positions)
         return x if config.no_mlp else self.mlp_head(x) + x
-
-    def to_map(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, C, S, S)."""
-        side = self.config.image_size // self.config.patch_size
-        return pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
 
 
 class IPT(PretrainedModel):
@@ -250,12 +245,17 @@ class IPT(PretrainedModel):
     def _run(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         # Autocast would round values of up to 255 to 8 bits of mantissa, on their way in and out.
         with without_autocast(x):
-            centred = self.sub_mean(x.to(self.sub_mean.weight.dtype))
+            centred = self.sub_mean(in_dtype_of(self.sub_mean, x))
         maps = self.head[index](centred)
         features = self.body(maps, index)
-        colours = self.tail[index](self.body.to_map(features) + maps)
+        colours = self.tail[index](self._to_map(features) + maps)
         with without_autocast(x):
             return self.add_mean(colours), features
+
+    def _to_map(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, C, S, S)."""
+        side = self.config.image_size // self.config.patch_size
+        return pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
 
     @classmethod
     def from_checkpoint(

@@ -54,7 +54,7 @@ def changed(module: nn.Module) -> str | None:
         return f"it is a {cls.__name__}"
     if _STOCK[cls] is not cls.forward:
         return f"the forward of {cls.__name__} is replaced"
-    if "forward" in state:
+    if "forward" in state or cls.__call__ is not nn.Module.__call__:
         return "its forward is replaced"
     if hooks:
         return "it has hooks"
@@ -94,7 +94,11 @@ def depthwise(conv: nn.Module, size: int) -> str | None:
 
 def linear(module: nn.Module) -> str | None:
     """Why ``module`` is no plain linear layer with a bias, or None."""
-    return changed(module) or (None if module.bias is not None else "it has no bias")
+    if reason := changed(module):
+        return reason
+    if type(module) is not Linear:
+        return f"it is a {type(module).__name__}"
+    return None if module.bias is not None else "it has no bias"
 
 
 def token_norm(module: nn.Module) -> str | None:

@@ -195,7 +195,7 @@ class RepLeFFN(Branch):
     @property
     def merged(self) -> bool:
         """Whether all its convolutions are merged, as far as they are ours and not replaced."""
-        return all(module.merged for module in self.children() if isinstance(module, Reparameterized))
+        return all(module.merged for module in self.modules() if isinstance(module, Reparameterized))
 
     def reparameterize(self) -> None:
         """Merge the branches, in place; see :func:`reparameterize`."""

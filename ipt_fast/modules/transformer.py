@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.normalization import LayerNorm
 
 from ..ops._tokens import attend_as_a_grid, grid_core_is_faster, linear_relu, norm_backward, normalise
 from . import _check, _fusion
@@ -119,9 +120,15 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext()
 
 
+def in_dtype_of(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` in the dtype of the first floating-point parameter in ``module``; as it is where there is none."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+    return x.to(dtype)
+
+
 def _norm_parameters(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
     """(weight, bias, eps) of a norm that :func:`_fusion.token_norm` lets pass, (None, None, 0) of none."""
-    return (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
+    return (norm.weight, norm.bias, norm.eps) if isinstance(norm, LayerNorm) else (None, None, 0.0)
 
 
 def norm_projection(

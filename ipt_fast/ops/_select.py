@@ -77,9 +77,14 @@ class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
         _blocks.set(_blocks.get()[:-1])
 
     def __call__(self, function: F) -> F:
+        if isinstance(function, staticmethod | classmethod):
+            return type(function)(self(function.__func__))  # type: ignore[return-value]
         if inspect.isclass(function) or not callable(function):
             raise TypeError(f"use_backend decorates functions and methods; got {function!r}")
-        if inspect.isasyncgenfunction(function):
+        # What is called: objects may have a __call__ of any kind.
+        routine = inspect.isroutine(function) or isinstance(function, functools.partial)
+        kind = function if routine else type(function).__call__
+        if inspect.isasyncgenfunction(kind):
 
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -99,13 +104,13 @@ class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
                     except BaseException as error:
                         step, value = inner.athrow, error
 
-        elif inspect.iscoroutinefunction(function):
+        elif inspect.iscoroutinefunction(kind):
 
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
                 return await self._await_inside(function(*args, **kwargs))
 
-        elif inspect.isgeneratorfunction(function):
+        elif inspect.isgeneratorfunction(kind):
 
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -113,6 +118,7 @@ class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
 
         else:
 
+            @_outside_of_graphs
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 with self:
