@@ -76,6 +76,30 @@ for backend in ("cpu", "triton", "cuda"):
     assert [line.split()[:2] for line in refused] == [["refused", backend] for backend in ("cpu", "triton", "cuda")]
 
 
+def test_kernels_of_another_copy_are_not_taken(source_tree, tmp_path):
+    """As from an editable install of another clone, which serves Python in any folder."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "_C.py").write_text("raise SystemExit('loaded')\n")
+    (other / "kernels").mkdir()
+    (other / "kernels" / "__init__.py").write_text("raise SystemExit('loaded')\n")
+    script = f"""
+import importlib.util, sys, torch
+class Finder:
+    def find_spec(name, path=None, target=None):
+        file = {{"ipt_fast._C": "_C.py", "ipt_fast.kernels": "kernels/__init__.py"}}.get(name)
+        return importlib.util.spec_from_file_location(name, {str(other)!r} + "/" + file) if file else None
+sys.meta_path.append(Finder)
+import ipt_fast
+for backend, reason in ipt_fast.explain("leffn")["leffn"].items():
+    print(backend, reason)
+"""
+    said = dict(line.split(" ", 1) for line in run(script, source_tree).stdout.splitlines())
+    assert str(other / "_C.py") in said["cpu"] and str(source_tree) in said["cpu"]
+    if "Triton is not installed" not in said["triton"]:
+        assert str(other / "kernels") in said["triton"]
+
+
 @pytest.mark.parametrize("options", [(), ("-W", "always")])
 def test_one_warning_at_the_first_use(source_tree, options):
     done = run(CALL + CALL, source_tree, *options)

@@ -197,6 +197,23 @@ def test_checkpointed_parts_are_computed_again(path, wrap):
         assert (value - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_wrapped_branches_leave_the_config_as_it_is(everywhere, tmp_path):
+    model, _ = build("ipt_v2")
+    for path, module in list(model.named_modules()):
+        if path.endswith((".ffn.expand", ".ffn.depthwise", ".ffn.project")) and (everywhere or "0.0.ffn" in path):
+            replace(model, path, checkpoint_wrapper(module))
+    assert model.config.merged is False
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config == model.config
+    ffn = model.encoder[0][1].ffn
+    merged = micro_model(depths=(2, 0, 0, 0), merged=True)
+    merged.encoder[0][0].ffn = checkpoint_wrapper(merged.encoder[0][0].ffn)
+    ipt_fast.load_checkpoint(merged, tmp_path)
+    assert type(ffn) is type(merged.encoder[0][1].ffn)
+
+
 @pytest.mark.parametrize(("name", "path"), CONVOLUTIONS + LINEARS)
 def test_a_layer_of_another_bias_or_kernel_is_called(name, path):
     model, x = build(name)
@@ -274,17 +291,68 @@ def test_norms_that_replace_layer_norm_are_called(monkeypatch):
     patched.load_state_dict(state)
     with torch.no_grad():
         assert_close(patched(x), expected)
+        assert_close(model(x), expected)  # built before
+        monkeypatch.setattr(nn, "LayerNorm", lambda dim: PatchedNorm(dim))
+        assert_close(model(x), expected)
         monkeypatch.undo()
         assert_close(patched(x), expected)
 
 
 class Wrapped(nn.Module):
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
+    """Calls a module, and has none of its attributes."""
 
-    def forward(self, x):
-        return self.norm(x)
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args):
+        return self.inside(*args)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_module_can_be_wrapped(name, autocast):
+    model, x = build(name)
+    # An IPT takes its shape from these two.
+    paths = [path for path, m in model.named_modules() if path and not isinstance(m, CONTAINERS)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model(x)
+        for path in paths:
+            module = model.get_submodule(path)
+            replace(model, path, Wrapped(module))
+            out = model(x)
+            limit = 0.05 if autocast else 2e-5
+            assert (out - expected).abs().max() <= limit * expected.abs().max(), path
+            replace(model, path, module)
+
+
+@pytest.mark.parametrize("part", ["linear1", "linear2"])
+@pytest.mark.parametrize("make", [nn.Identity, lambda: nn.LayerNorm(12)])
+def test_other_layers_in_the_place_of_linear_ones(part, make):
+    layer, x = EncoderLayer(12, 2, ratio=1), torch.rand(2, 9, 12)
+    setattr(layer, part, make())
+    branch = layer.self_attn(*[layer.norm1(x)] * 3) + x
+    expected = branch + layer.linear2(F.relu(layer.linear1(layer.norm2(branch))))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_tail_may_be_longer():
+    model, x = build("ipt")
+    with torch.no_grad():
+        expected = model(x)
+        model.tail[0].append(nn.Identity())
+        assert torch.equal(model(x), expected)
+        model.tail[0].append(nn.Tanh())
+        assert not torch.equal(model(x), expected)
+
+
+def test_a_class_whose_call_is_replaced_is_called(monkeypatch):
+    model, x = build("ipt_v2")
+    seen, call = [], nn.Conv2d.__call__
+    monkeypatch.setattr(nn.Conv2d, "__call__", lambda self, *args: seen.append(self) or call(self, *args))
+    with torch.no_grad():
+        model(x)
+    assert set(seen) == {module for module in model.modules() if isinstance(module, nn.Conv2d)}
 
 
 OTHER_NORMS = [

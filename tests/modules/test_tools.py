@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import ipt_fast
+import ipt_fast.inference
+from ipt_fast import _extension
 from tests.modules.changed import PARTS, assert_close, build
 from tests.oracles.public import public_module
 
@@ -61,6 +63,38 @@ def test_sharded_parts(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_into_a_sharded_model_changes_nothing(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, _ = build("ipt_v2")
+        torch.save({name: value + 1 for name, value in model.state_dict().items()}, tmp_path / "other.pth")
+        fully_shard(model.encoder[0][1].attention, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        with pytest.raises(ValueError, match=r"encoder\.0\.1\.attention.* is a DTensor: load before sharding"):
+            ipt_fast.load_checkpoint(model, tmp_path / "other.pth")
+        assert all((value == before[name]).all() for name, value in model.named_parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_restoring_with_changed_models():
+    image = torch.rand(1, 3, 12, 12)
+    model, _ = build("ipt")
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert ipt_fast.restore(image, quantised).isfinite().all()
+    model.to("meta")
+    with pytest.raises(ValueError, match="model has weights on the meta device"):
+        ipt_fast.restore(image, model)
+    model, _ = build("ipt_v2")
+    assert ipt_fast.inference.Restorer(model)._layers_are_fused() == _extension.load()
+    assert not ipt_fast.inference.Restorer(model.to_reference())._layers_are_fused()
+    model.encoder[0][0].attention.register_forward_hook(lambda *_: None)
+    assert not ipt_fast.inference.Restorer(model)._layers_are_fused()
+
+
 def test_dynamically_quantised_linear_layers():
     model, x = build("ipt")
     with torch.no_grad():

@@ -174,6 +174,29 @@ def test_decorated_functions_keep_their_names_arguments_and_exceptions():
 
     holder = Holder()
     assert holder.method() == (holder, "reference")
+
+    class Async:
+        async def __call__(self):
+            await asyncio.sleep(0)
+            return policy()
+
+    class Steps:
+        @ipt_fast.use_backend("reference")
+        @staticmethod
+        def static():
+            yield policy()
+
+        @ipt_fast.use_backend("reference")
+        @classmethod
+        def of_class(cls):
+            return cls, policy()
+
+        def __call__(self):
+            yield policy()
+
+    assert asyncio.run(ipt_fast.use_backend("reference")(Async())()) == "reference"
+    assert list(ipt_fast.use_backend("reference")(Steps())()) == list(Steps.static()) == ["reference"]
+    assert Steps.of_class() == Steps().of_class() == (Steps, "reference")
     for wrong in (Holder, 3):
         with pytest.raises(TypeError, match="use_backend decorates functions"):
             ipt_fast.use_backend("reference")(wrong)
@@ -230,7 +253,9 @@ def test_inside_a_compiled_function_it_is_refused_by_name():
         with ipt_fast.use_backend("reference"):
             return layer(x)
 
-    with pytest.raises(Exception, match="use_backend belongs around the call of a compiled function"):
-        torch.compile(function, fullgraph=True, backend="eager")(x)
+    decorated = ipt_fast.use_backend("reference")(layer.forward)
+    for each in (function, lambda x: decorated(x)):
+        with pytest.raises(Exception, match="use_backend belongs around the call of a compiled function"):
+            torch.compile(each, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(torch.compile(function, backend="eager")(x), layer(x))
     assert policy() == "auto"
