@@ -115,7 +115,7 @@ def test_two_processes_are_one(make, images, tmp_path):
     both = make("both", log_every=1)
     for one, two in zip(read_log(alone), read_log(both), strict=True):
         assert abs(float(one["loss"]) - float(two["loss"])) < 2e-4 * float(one["loss"])
-    # Means of the gradients; without the other process's half they would differ by about their own size. Adam moves
+    # Means of the gradients; without the other process's half they would differ by a fifth of their size. Adam moves
     # weights almost without a gradient as rounding has it, and what follows differs by up to a thousandth.
     states = [load_checkpoint(config.out / "checkpoint.pth")["optimizer"]["state"] for config in (alone, both)]
     one, two = (torch.cat([entry["exp_avg"].flatten() for entry in state.values()]) for state in states)
