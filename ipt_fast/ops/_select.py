@@ -204,7 +204,8 @@ def choose(operator: Any, args: Any, demanded: str | None = None) -> str:
         return wanted
     device = args[0].device.type
     for backend in ORDER.get(device, ("reference",)):
-        if reason_against(operator, backend, args) is None and operator.kernels[backend].automatic(args):
+        kernel = operator.kernels.get(backend)
+        if kernel is not None and kernel.check(args) is None and kernel.automatic(args):
             if backend == "reference":
                 warn_without_kernels(device)
             return backend
