@@ -217,7 +217,7 @@ class IPT(PretrainedModel):
             if kept:
                 state[kept] = value
         model.load_state_dict(state)
-        return model
+        return model.to_reference() if self.plain else model
 
     def forward(self, x: Tensor, task: str | int | None = None) -> Tensor:
         index = self.task_index(task)

@@ -78,6 +78,14 @@ def test_the_twin_of_a_training_form_can_be_merged_and_loaded(tmp_path):
     assert set(ipt_fast.explain(again).values()) == {None}  # what is saved is the model
 
 
+def test_one_task_of_a_twin_is_a_twin():
+    model = ipt_fast.create_model("ipt_tiny", pretrained=True)
+    twin, x = model.to_reference().only("derain"), torch.rand(1, 3, 48, 48)
+    assert set(ipt_fast.explain(twin).values()) == {"it is a plain twin"}
+    with torch.no_grad():
+        assert_close(twin(x), model(x, "derain"))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("form", ["training", "ipt"])
 def test_exported_graphs_hold_pytorch_operations_only(form, strict):
