@@ -113,10 +113,12 @@ def cuda_error() -> str | None:
     try:
         if emulated := os.environ.get("IPT_FAST_EMULATED_CUDA"):
             torch.ops.load_library(emulated)
-        elif importlib.util.find_spec("ipt_fast._C_cuda") is None:
+        elif (found := importlib.util.find_spec("ipt_fast._C_cuda")) is None:
             return (
                 "the CUDA kernels are not part of this installation (FORCE_CUDA=1 pip install --no-build-isolation .)"
             )
+        elif foreign := _of_another_copy(found, PACKAGE):
+            return f"the CUDA kernels found are those of another copy of ipt_fast: {foreign}"
         else:
             importlib.import_module("ipt_fast._C_cuda")
     except (ImportError, OSError) as exception:

@@ -80,14 +80,16 @@ def test_kernels_of_another_copy_are_not_taken(source_tree, tmp_path):
     """As from an editable install of another clone, which serves Python in any folder."""
     other = tmp_path / "other"
     other.mkdir()
-    (other / "_C.py").write_text("raise SystemExit('loaded')\n")
+    for name in ("_C.py", "_C_cuda.py"):
+        (other / name).write_text("raise SystemExit('loaded')\n")
     (other / "kernels").mkdir()
     (other / "kernels" / "__init__.py").write_text("raise SystemExit('loaded')\n")
     script = f"""
 import importlib.util, sys, torch
 class Finder:
     def find_spec(name, path=None, target=None):
-        file = {{"ipt_fast._C": "_C.py", "ipt_fast.kernels": "kernels/__init__.py"}}.get(name)
+        files = {{"ipt_fast._C": "_C.py", "ipt_fast._C_cuda": "_C_cuda.py", "ipt_fast.kernels": "kernels/__init__.py"}}
+        file = files.get(name)
         return importlib.util.spec_from_file_location(name, {str(other)!r} + "/" + file) if file else None
 sys.meta_path.append(Finder)
 import ipt_fast
@@ -96,6 +98,7 @@ for backend, reason in ipt_fast.explain("leffn")["leffn"].items():
 """
     said = dict(line.split(" ", 1) for line in run(script, source_tree).stdout.splitlines())
     assert str(other / "_C.py") in said["cpu"] and str(source_tree) in said["cpu"]
+    assert str(other / "_C_cuda.py") in said["cuda"]
     if "Triton is not installed" not in said["triton"]:
         assert str(other / "kernels") in said["triton"]
 
