@@ -43,6 +43,7 @@ class Launch:
 
 _recorder = None  # a list while launches are recorded instead of run
 _choice = 0  # of the configurations a kernel has, while they are recorded
+_tuning = None  # a `Tuning` while configurations are compared
 
 
 @contextlib.contextmanager
@@ -58,6 +59,25 @@ def record(choice=0):
         yield _recorder
     finally:
         _recorder, _choice = before
+
+
+@dataclasses.dataclass
+class Tuning:
+    """The configurations that were asked for, {(name, key): candidates}, in order, and those to be taken."""
+
+    asked: dict = dataclasses.field(default_factory=dict)
+    taken: dict = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def tuning(taken):
+    """Kernels take the configurations ``taken``, {(name, key): configuration}; the `Tuning` tells what was asked."""
+    global _tuning
+    before, _tuning = _tuning, Tuning(taken=taken)
+    try:
+        yield _tuning
+    finally:
+        _tuning = before
 
 
 def launch(kernel, grid, *arguments, work, **meta):
@@ -85,12 +105,16 @@ def matmul(a, b):
     return torch.mm(a, b)
 
 
+def path_of(gpu):
+    """The file of what was measured on a GPU of this name."""
+    return CONFIGS / f"{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.json"
+
+
 @functools.cache
-def _tuned(device):
+def tuned_on(device):
     """The configurations measured on this GPU, {kernel: {key: configuration}}; empty where there are none."""
-    name = re.sub(r"[^A-Za-z0-9]+", "_", torch.cuda.get_device_name(device))
-    path = CONFIGS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    path = path_of(torch.cuda.get_device_name(device))
+    return json.loads(path.read_text())["kernels"] if path.exists() else {}
 
 
 def config(name, key, candidates, device):
@@ -102,10 +126,14 @@ def config(name, key, candidates, device):
         candidates: configurations that are correct for ``key``; the first is the safe default.
         device: of the tensors.
     """
+    if _tuning is not None:
+        _tuning.asked[name, key] = candidates
+        if (taken := _tuning.taken.get((name, key))) is not None:
+            return taken
     if _recorder is not None:
         return candidates[min(_choice, len(candidates) - 1)]
     if device.type == "cuda":
-        tuned = _tuned(device.index).get(name, {}).get(key)
+        tuned = tuned_on(device.index).get(name, {}).get(key)
         if tuned in candidates:
             return tuned
     return candidates[0]
