@@ -1,11 +1,15 @@
-"""``make gpu-check``: builds, tests, sanitises and measures on an NVIDIA GPU, offline, in ten minutes.
+"""``make gpu-check``: what an NVIDIA GPU makes of the kernels, in minutes: are they right, and how fast are they?
 
-Everything goes to the folder ``--out``: logs, gpu.csv, gpu.png and summary.txt, which says for every part whether it
-passed, failed or could not run.
+Stages are programs of their own (benchmarks/gpu) with deadlines. What does not time anything runs side by side; what
+does runs alone. A stage that fails or ends at its deadline stops no other. Results go to ``--out``, flushed line by
+line: parity.jsonl, tuned.json, kernels.csv, models.csv, sanitize.log, log and summary.txt.
+
+``--rehearse`` runs all of it where there is no GPU: the CUDA kernels emulated, Triton's interpreted, times invented.
 """
 
 import argparse
-import importlib.util
+import csv
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -15,110 +19,208 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OPERATOR_TESTS = ["tests/ops/test_parity.py", "tests/ops/test_not_finite.py", "tests/modules/test_transformer.py"]
+FIRST, SECOND = 450, 180  # seconds
 
 
-def this_architecture():
-    import torch
+@dataclasses.dataclass
+class Stage:
+    """A program, ``python -m benchmarks.gpu.<module> <options>``.
 
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}a" if major >= 9 else f"{major}.{minor}"
+    ``after``: stages that must have ended before; ``alone``: nothing else may run beside it; ``nice``: it yields to the
+    others; ``tool``: a program that runs it, whose output is a result of its own.
+    """
+
+    name: str
+    module: str
+    seconds: float
+    options: tuple = ()
+    after: tuple = ()
+    alone: bool = False
+    nice: bool = False
+    tool: tuple = ()
+    environment: dict = dataclasses.field(default_factory=dict)
 
 
-class Check:
-    """Runs the parts one after the other and keeps what became of them."""
+def sanitizer(name):
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    return (found or "compute-sanitizer", "--tool", name, "--error-exitcode", "99", "--kernel-name", "kns=ipt_fast")
 
-    def __init__(self, out, seconds, kept):
-        self.out, self.end, self.kept, self.results = out, time.monotonic() + seconds, kept, []
 
-    def run(self, name, command, limit, **environment):
-        """A part: its output goes to <name>.log and its end to the screen."""
-        limit = min(limit, self.end - time.monotonic())
-        if limit < 10:
-            self.note(name, "left out for want of time")
-            return False
-        began = time.monotonic()
-        log = self.out / f"{name}.log"
-        with open(log, "w") as file:
+def first_run(cores):
+    """The stages, the most valuable ones first."""
+    return [
+        Stage("facts", "facts", 40),
+        Stage("compile", "compile", 90, ("--processes", str(max(1, cores - 2))), after=("facts",)),
+        Stage("cuda parity", "parity", 75, ("--backend", "cuda", "--processes", "2"), after=("facts",)),
+        Stage("rivals compiled", "models", 150, ("--part", "compile"), after=("facts",), nice=True),
+        Stage("memcheck", "sanitized", 80, after=("cuda parity",), tool=sanitizer("memcheck")),
+        Stage("racecheck", "sanitized", 80, after=("cuda parity",), tool=sanitizer("racecheck")),
+        Stage("triton parity", "parity", 75, ("--backend", "triton", "--processes", "8"), after=("compile",)),
+        Stage("tune", "tune", 75, alone=True),
+        Stage("models", "models", 90, ("--part", "models"), alone=True),
+        Stage("kernels", "kernels", 80, alone=True),
+        Stage("rivals", "models", 60, ("--part", "rivals"), alone=True),
+        Stage("large maps, cuda", "parity", 30, ("--backend", "cuda", "--large"), alone=True),
+        Stage("large maps, triton", "parity", 30, ("--backend", "triton", "--large"), alone=True),
+        Stage("rest", "models", 60, ("--part", "rest"), alone=True),
+    ]  # fmt: skip
+
+
+def second_run(cores):
+    """Of what matches --only: parity, timing and racecheck; then both models beside their rivals."""
+    kept = {"facts", "compile", "cuda parity", "racecheck", "triton parity", "tune", "models", "kernels"}
+    return [stage for stage in first_run(cores) if stage.name in kept]
+
+
+def rehearsed(stages):
+    """The same stages on a machine without a GPU."""
+    for stage in stages:
+        stage.options += ("--rehearse",)
+        stage.seconds *= 4
+        stage.tool = ()
+        if "processes" in " ".join(stage.options):
+            at = stage.options.index("--processes")
+            stage.options = (*stage.options[: at + 1], "2", *stage.options[at + 2 :])
+        if "triton" in stage.options:
+            stage.environment = {"TRITON_INTERPRET": "1"}
+    return [stage for stage in stages if "--large" not in stage.options]
+
+
+class Run:
+    """Runs stages as soon as they may, each until its deadline, and all until the end of the run."""
+
+    def __init__(self, folder, out, options, environment, seconds):
+        self.folder, self.out, self.options = folder, out, options
+        self.environment, self.end = environment, time.monotonic() + seconds
+        self.began, self.running, self.ended = time.monotonic(), {}, {}
+
+    def say(self, line):
+        text = f"[{time.monotonic() - self.began:5.0f} s] {line}"
+        print(text, flush=True)
+        with open(self.out / "summary.txt", "a") as file:
+            file.write(text + "\n")
+
+    def all(self, stages):
+        waiting = list(stages)
+        while waiting or self.running:
+            self.collect()
+            if time.monotonic() > self.end:
+                for stage in waiting:
+                    self.say(f"{stage.name}: left out for want of time")
+                waiting = []
+            for stage in list(waiting):
+                earlier = waiting[: waiting.index(stage)]
+                if stage.alone and (self.running or earlier):
+                    break
+                if all(name in self.ended for name in stage.after):
+                    waiting.remove(stage)
+                    self.start(stage)
+                    if stage.alone:
+                        break
+            time.sleep(0.05)
+
+    def start(self, stage):
+        command = [*stage.tool, sys.executable, "-m", f"benchmarks.gpu.{stage.module}", *self.options, *stage.options]
+        log = open(self.out / ("sanitize.log" if stage.tool else "log"), "ab")  # noqa: SIM115, the process has it
+        log.write(f"\n== {stage.name}: {' '.join(command)}\n".encode())
+        log.flush()
+        try:
             process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=self.folder, env={**self.environment, **stage.environment}, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=(lambda: os.nice(10)) if stage.nice else None,
             )  # fmt: skip
-            try:
-                code = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                code = "timeout"
-                os.killpg(process.pid, signal.SIGKILL)  # whatever it started must not disturb the next part
-                process.wait()
-        said = log.read_text(errors="replace").strip().splitlines()
-        print("\n".join(said[-15:]), flush=True)
-        last = said[-1] if said else ""
-        self.note(name, f"{'passed' if code == 0 else f'FAILED ({code})'} in {time.monotonic() - began:.0f} s: {last}")
-        return code == 0
-
-    def note(self, name, result):
-        self.results.append((name, result))
-        print(f"== {name}: {result}", flush=True)
-        (self.out / "summary.txt").write_text("".join(f"{part}: {said}\n" for part, said in self.results))
-
-    def share(self, part):
-        """Seconds: this part of what is left before the time that is kept for measuring."""
-        return part * (self.end - self.kept - time.monotonic())
-
-    def build(self):
-        """Installs the package with its CUDA kernels, for this GPU only, or without any where there is no nvcc."""
-        install = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-        kind = (
-            {"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": this_architecture()} if nvcc else {"IPT_FAST_PURE": "1"}
-        )
-        return self.run("build", [sys.executable, "-m", "pip", *install], 300, **kind)
-
-    def tests(self):
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
-            pytest += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
-        cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # else its products refuse to be deterministic
-        self.run("tests_models", [*pytest, "-m", "gpu", "tests/gpu"], self.share(0.5), **cublas)
-        small = {"IPT_FAST_TEST_DEVICE": "cuda", "IPT_FAST_TEST_SIZES": "2"}
-        self.run("tests_operators", [*pytest, *OPERATOR_TESTS], self.share(0.6), **cublas, **small)
-
-    def sanitize(self):
-        sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-        if sanitizer is None:
-            self.note("sanitize", "could not run: there is no compute-sanitizer")
+        except OSError as error:
+            self.ended[stage.name] = f"could not run: {error}"
+            self.say(f"{stage.name}: {self.ended[stage.name]}")
             return
-        for i, tool in enumerate(TOOLS):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "tests.gpu.sanitized"]
-            self.run(f"sanitize_{tool}", command, self.share(1 / (len(TOOLS) - i)), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        self.running[stage.name] = stage, process, time.monotonic()
 
-    def bench(self):
-        left = self.end - time.monotonic() - 20
-        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(self.out), "--seconds", str(0.7 * left)]
-        self.run("bench", command, left)
-        if (self.out / "gpu.csv").exists():
-            if importlib.util.find_spec("matplotlib") is None:
-                self.note("plot", "could not run: there is no matplotlib")
-                return
-            plot = [sys.executable, "-m", "benchmarks.plot", str(self.out / "gpu.csv"), str(self.out / "gpu.png")]
-            self.run("plot", plot, 60)
+    def collect(self):
+        now = time.monotonic()
+        for name, (stage, process, began) in list(self.running.items()):
+            code = process.poll()
+            if code is None and now - began < stage.seconds and now < self.end:
+                continue
+            if code is None:
+                result = "ended at its deadline"
+            else:
+                result = "passed" if code == 0 else f"FAILED ({code})"
+            kill(process)  # and whatever it has left running
+            del self.running[name]
+            self.ended[name] = result
+            self.say(f"{name}: {result} after {now - began:.0f} s")
+
+
+def kill(process):
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def worst(out, count=10):
+    """The launches that are farthest from their bounds, as lines."""
+    path = out / "kernels.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = [row for row in rows if row["share_of_bound"]]
+    rows.sort(key=lambda row: float(row["share_of_bound"]))
+    shown = ("share_of_bound", "median_us", "bound_us", "binds", "name", "shape")
+    return ["  ".join(row[name] for name in shown) for row in rows[:count]]
+
+
+def prepare(rehearse, work):
+    """(the folder with everything in place, the environment of the stages)."""
+    from benchmarks.gpu import bundle
+
+    folder = ROOT
+    if not (ROOT / "COMMIT").exists():  # not in a bundle
+        folder = work / "bundle"
+        bundle.make(folder, with_cuda=not rehearse)
+    elif not rehearse and not list((ROOT / "ipt_fast").glob("_C_cuda*.so")):
+        bundle.build_library(ROOT)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(work / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # else its products refuse to be deterministic
+        "IPT_FAST_PURE": "1",  # there may be no kernels for the CPU, and none is wanted
+    }
+    if rehearse:
+        from tests.cuda import emulated
+
+        environment |= {"IPT_FAST_EMULATED_CUDA": str(emulated.build()), "OMP_NUM_THREADS": "1"}
+    return folder, environment
 
 
 def main():
     parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--part", choices=("all", "tests", "sanitize", "bench"), default="all")
-    parser.add_argument("--seconds", type=float, default=580, help="for everything")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
+    parser.add_argument("--only", default="", help="second run: what matches this regular expression")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU")
+    parser.add_argument("--seconds", type=float, help=f"for everything; default {FIRST}, with --only {SECOND}")
     args = parser.parse_args()
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    check = Check(out, args.seconds, kept=0.45 * args.seconds if args.part == "all" else 0)
-    if check.build():
-        for part in ("tests", "sanitize", "bench"):
-            if args.part in ("all", part):
-                getattr(check, part)()
-    return int(any("FAILED" in result for _, result in check.results))
+    work = out.parent / f"{out.name}-work"
+    for folder in (out, work):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    folder, environment = prepare(args.rehearse, work)
+    seconds = args.seconds or (SECOND if args.only else FIRST) * (4 if args.rehearse else 1)
+    options = ("--out", str(out), "--work", str(work), *(("--only", args.only) if args.only else ()))
+    cores = len(os.sched_getaffinity(0))
+    stages = second_run(cores) if args.only else first_run(cores)
+    run = Run(folder, out, options, environment, seconds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        run.all(rehearsed(stages) if args.rehearse else stages)
+        run.say("farthest from their bounds:\n" + "\n".join(worst(out)))
+    finally:
+        for _, process, _ in run.running.values():
+            kill(process)
+    return int(any(result != "passed" for result in run.ended.values()))
 
 
 if __name__ == "__main__":

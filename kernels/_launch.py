@@ -71,7 +71,8 @@ class Tuning:
 
 @contextlib.contextmanager
 def tuning(taken):
-    """Kernels take the configurations ``taken``, {(name, key): configuration}; the `Tuning` tells what was asked."""
+    """Kernels take the configurations ``taken``, {(name, key): configuration}, and else their default ones, whatever was
+    measured; the `Tuning` tells what was asked."""
     global _tuning
     before, _tuning = _tuning, Tuning(taken=taken)
     try:
@@ -111,10 +112,11 @@ def path_of(gpu):
 
 
 @functools.cache
-def tuned_on(device):
-    """The configurations measured on this GPU, {kernel: {key: configuration}}; empty where there are none."""
+def measured_on(device):
+    """What was measured on this GPU, {} where nothing was: {"kernels": {kernel: {key: configuration}}, "operators":
+    {operator: {key: the faster backend}}}."""
     path = path_of(torch.cuda.get_device_name(device))
-    return json.loads(path.read_text())["kernels"] if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def config(name, key, candidates, device):
@@ -128,12 +130,11 @@ def config(name, key, candidates, device):
     """
     if _tuning is not None:
         _tuning.asked[name, key] = candidates
-        if (taken := _tuning.taken.get((name, key))) is not None:
-            return taken
+        return _tuning.taken.get((name, key), candidates[0])
     if _recorder is not None:
         return candidates[min(_choice, len(candidates) - 1)]
     if device.type == "cuda":
-        tuned = tuned_on(device.index).get(name, {}).get(key)
+        tuned = measured_on(device.index).get("kernels", {}).get(name, {}).get(key)
         if tuned in candidates:
             return tuned
     return candidates[0]

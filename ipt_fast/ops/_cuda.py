@@ -22,8 +22,8 @@ CHANNELS = (32, 48, 64, 96)
 DEPTHS = (32, 48)
 LARGEST_WINDOW = 1 << 14
 
-# {operator: names of GPUs} on which benchmarks/results/gpu.csv has it faster than Triton: there "auto" takes it.
-FASTER_ON: dict[str, tuple[str, ...]] = {}
+# Where no measurement of this GPU says more: operators whose kernels are predicted to be faster than Triton's in 16 bits.
+PREDICTED = ("leffn", "leffn_layer", "focal_attention_layer", "grid_attention_layer")
 
 
 @functools.cache
@@ -49,6 +49,21 @@ def _device_error(type_: str, index: int | None) -> str | None:
             built_for = _extension.build_info().get("cuda_architectures")
             return f"the CUDA kernels, built for {built_for}, do not run on {gpu.name}: {said}"
     return None
+
+
+def key_of(operator: Operator, args: Arguments) -> str:
+    """What the choice between kernels depends on, besides the operator: dtype, channels, heads, window or grid."""
+    first = args[0]
+    widths = first.shape[1:2] if operator.images else first.shape[:2]
+    return "-".join(map(str, [str(first.dtype).removeprefix("torch."), *widths, *(a for a in args if type(a) is int)]))
+
+
+@functools.cache
+def _measured(device: int | None) -> dict[str, dict[str, str]]:
+    """{operator: {key: backend}} as measured on this GPU; empty where that has not been done."""
+    from ipt_fast.kernels import _launch
+
+    return _launch.measured_on(device).get("operators", {})
 
 
 def _machine_error() -> str | None:
@@ -154,8 +169,14 @@ def register(
         return kernel.backward(grad, *args)
 
     def automatic(args: Arguments) -> bool:
-        device = args[0].device
-        return device.type == "cuda" and torch.cuda.get_device_name(device) in FASTER_ON.get(operator.name, ())
+        if args[0].device.type != "cuda":
+            return False
+        if operator.kernels["triton"].check(args) is not None:
+            return True
+        measured = _measured(args[0].device.index).get(operator.name, {}).get(key_of(operator, args))
+        if measured is not None:
+            return measured == "cuda"
+        return operator.name in PREDICTED and args[0].dtype != torch.float32
 
     operator.kernels["cuda"] = Kernel(check, forward, backward, automatic)
 

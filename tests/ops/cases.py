@@ -290,7 +290,16 @@ def assert_all_within_rule(results):
 
 def beyond_rule(results):
     """A sentence for every name whose error is above what the draws so far allow."""
-    sentences = []
+    return [
+        f"{name}: error {found:.2e}, allowed {allowed:.2e}"
+        for name, (found, allowed) in errors_and_limits(results).items()
+        if not found <= allowed
+    ]
+
+
+def errors_and_limits(results):
+    """{name: (its largest error, what the draws so far allow)}."""
+    pairs = {}
     for name, first in results[0][0].items():
         eps, smallest = torch.finfo(first.dtype).eps, torch.finfo(first.dtype).smallest_normal
         found = max(error(got[name], truth[name]) for got, truth, _ in results)
@@ -298,6 +307,5 @@ def beyond_rule(results):
         scale = max(truth[name].abs().max().item() if truth[name].numel() else 1.0 for _, truth, _ in results)
         units = FLOOR[first.dtype] * (1 if name == "out" else 2)
         allowed = max((2 if name == "out" else 3) * of_base, units * (eps + smallest * eps / (scale or 1.0)))
-        if not found <= allowed:
-            sentences.append(f"{name}: error {found:.2e}, allowed {allowed:.2e}")
-    return sentences
+        pairs[name] = found, allowed
+    return pairs

@@ -1,0 +1,114 @@
+"""Compiles the Triton kernels of the models, in every configuration, into Triton's cache, in one process a core.
+
+The launches are recorded, then compiled through the JIT itself, so that its cache holds what it will look for. No GPU
+is touched: a stand-in for Triton's driver tells which one it is for.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import time
+import traceback
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.gpu import calls, stage
+from ipt_fast.kernels import _launch
+
+
+class Driver:
+    """What the JIT asks before it compiles, answered for a card that need not be there."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def key_of(launch):
+    """Equal for launches of one compiled kernel."""
+    parts = [launch.kernel.__name__, sorted(launch.meta.items())]
+    for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
+        if hasattr(value, "dtype"):
+            parts.append(value.dtype)
+        elif type(value) is int:
+            parts.append("int" if parameter.do_not_specialize else (value == 1, value % 16 == 0))
+        else:
+            parts.append(type(value))
+    return repr(parts)
+
+
+def variants(call):
+    """The launches of a call in every configuration of every kernel, the default ones first."""
+    waiting, known = [{}], set()
+    while waiting:
+        taken = waiting.pop(0)
+        with _launch.tuning(taken) as tuning:
+            yield from call.launches()
+        for place, candidates in tuning.asked.items():
+            if place not in known:
+                known.add(place)
+                waiting += [taken | {place: candidate} for candidate in candidates[1:]]
+
+
+def wanted(only, narrow):
+    """One launch of every kernel: forward before backward, larger calls before smaller ones."""
+    found = {}
+    chosen = [call for call in calls.of_models(training=not narrow) if only.search(call.label)]
+    for call in sorted(chosen, key=lambda call: call.is_backward):
+        if narrow and "ipt_v2_small" not in call.counts:
+            continue
+        for launch in call.launches() if narrow else variants(call):
+            if launch.kernel is not None:
+                found.setdefault(key_of(launch), launch)
+    return list(found.values())
+
+
+_launches = []  # in the parent; the children of its fork have them, too
+
+
+def compile_one(with_launcher, index):
+    """{"kernel", "seconds", "error"} of one launch."""
+    launch, began = _launches[index], time.monotonic()
+    line = {"kernel": launch.kernel.__name__, "meta": launch.meta, "error": None}
+    try:
+        compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.meta)
+        if with_launcher:  # compiled C, in the cache, too
+            from triton.backends.nvidia.driver import CudaLauncher
+
+            CudaLauncher(compiled.src, compiled.metadata)
+    except Exception:
+        line["error"] = traceback.format_exc(limit=-4)
+    return line | {"seconds": round(time.monotonic() - began, 2)}
+
+
+def main():
+    args = stage.arguments(__doc__, capability=dict(type=int, default=90), processes=dict(type=int, default=None))
+    began = time.monotonic()
+    triton.runtime.driver.set_active(Driver(args.capability))
+    _launches.extend(wanted(args.only, narrow=args.rehearse))
+    print(f"{len(_launches)} kernels to compile", flush=True)
+    processes = args.processes or max(1, len(os.sched_getaffinity(0)) - 2)
+    failed = []
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        work = functools.partial(compile_one, not args.rehearse)
+        for line in pool.imap_unordered(work, range(len(_launches))):
+            stage.write_json(args.work / "compiled.jsonl", line)
+            if line["error"]:
+                failed.append(line)
+                print(f"FAILED: {line['kernel']} {json.dumps(line['meta'])}\n{line['error']}", flush=True)
+    print(f"compiled in {time.monotonic() - began:.0f} s by {processes} processes; {len(failed)} failed", flush=True)
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

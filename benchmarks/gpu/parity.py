@@ -1,0 +1,187 @@
+"""Parity of one backend with the reference in float64, by the rule of the tests: a JSON line a case in parity.jsonl.
+
+Cases are shared out to processes. A process in which the GPU no longer answers ends, and another goes on.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import time
+import traceback
+
+import torch
+
+import ipt_fast
+from benchmarks.gpu import calls, large, stage
+from tests.cuda import cases as cuda_cases
+from tests.gpu import cases as gpu_cases
+from tests.ops import cases
+
+LOST = 3  # exit status of a process whose GPU is lost
+SIDES, BATCH = (70, 101), 2  # more than two windows of 32, and borders
+FULL = 512
+REHEARSED = {"cuda": ("leffn layer 32 ", "grid layer 32 g8 "), "triton": ("layer_norm_2d", "merge_pointwise")}
+
+
+def judged(backend, gradients, repeats, built):
+    """Errors and limits, {name: (error, allowed)}, of a call that ``built()`` makes; raises if ``repeats`` differ."""
+    operator, tensors, options = built()
+    function = getattr(ipt_fast.ops, operator)
+    with ipt_fast.use_backend("reference"), torch.no_grad():
+        grad = torch.randn_like(function(**tensors, **options))
+
+    def got():
+        with ipt_fast.use_backend(backend):
+            if gradients:
+                return cases.forward_and_gradients(function, tensors, options, grad)
+            with torch.no_grad():
+                return {"out": function(**tensors, **options)}
+
+    first = got()
+    for _ in range(repeats):
+        again = got()
+        different = [name for name, value in again.items() if not torch.equal(value, first[name])]
+        assert not different, f"not the same twice: {different}"
+    truth = cases.exact.__wrapped__(operator, tensors, options, grad)
+    results = [(first, truth, cases.baseline.__wrapped__(operator, tensors, options, grad))]
+    while cases.beyond_rule(results) and results[0][2].draw():
+        pass
+    found = cases.errors_and_limits(results)
+    return {name: [f"{value:.2e}" for value in pair] for name, pair in found.items()}, cases.beyond_rule(results)
+
+
+def of_call(call, sides, batch):
+    """(operator, tensors, options) of one of the models' calls on a map of another size."""
+    arguments = call.forward().real(cases.DEVICE, sides, batch)
+    named = dict(zip(call.operator.arguments, arguments, strict=True))
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    return call.operator.name, tensors, {name: value for name, value in named.items() if name not in tensors}
+
+
+def cuda_cases_by_label():
+    found = {}
+    for dtype, name in itertools.product((torch.bfloat16, torch.float32, torch.float16), cuda_cases.SIZES):
+        merges = name.startswith("merge")
+        build = functools.partial(cuda_cases.build, name, dtype)
+        found[f"{name} {_name(dtype)}"] = functools.partial(judged, "cuda", merges, 3, build)
+    for dtype, size in itertools.product((torch.bfloat16, torch.float32), (3, 5)):
+        found[f"depthwise {size} {_name(dtype)}"] = functools.partial(_depthwise, size, dtype)
+    layers = ("leffn_layer", "focal_attention_layer", "grid_attention_layer")
+    for call in calls.of_models(training=False):
+        if call.name in layers and call.forward_arguments[0].shape[1] in (32, 48, 64, 96):
+            build = functools.partial(of_call, call, None, None)
+            found[f"{call.label} full"] = functools.partial(judged, "cuda", False, 3, build)
+    return found
+
+
+def _depthwise(size, dtype):
+    cuda_cases.check_depthwise(200, size, 77, 130, dtype)
+    return {}, []
+
+
+def triton_cases_by_label():
+    found = {}
+    for call in sorted(calls.of_models(), key=lambda call: call.is_backward):
+        sides = SIDES if call.operator.images else None
+        build = functools.partial(of_call, call, sides, BATCH if sides else None)
+        repeats = 2 if call.is_backward else 1
+        found.setdefault(
+            f"{call.name} {call.key}" if sides else call.label,
+            functools.partial(judged, "triton", call.is_backward, repeats, build),
+        )
+    for dtype, name in itertools.product((torch.float32, torch.float16), gpu_cases.SIZES):
+        build = functools.partial(gpu_cases.build, name, dtype)
+        found[f"{name} {_name(dtype)}"] = functools.partial(judged, "triton", True, 1, build)
+    return found
+
+
+def rehearsed_cases(backend):
+    small = [name for name in cuda_cases.SIZES if f"{name} ".startswith(REHEARSED["cuda"])]
+    if backend == "cuda":
+        return {
+            f"{name} bfloat16": functools.partial(
+                judged, "cuda", False, 1, functools.partial(cuda_cases.build, name, torch.bfloat16)
+            )
+            for name in small
+        }
+    return {
+        f"{name} float32": functools.partial(
+            judged, "triton", True, 1, functools.partial(cases.build, name, (1, 5, 6), torch.float32)
+        )
+        for name in REHEARSED["triton"]
+    }
+
+
+def large_cases(backend):
+    return {f"{name} above 2^31 values": functools.partial(large.check, name, backend) for name in large.CHECKS}
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def work(path, backend, found, counter):
+    """Runs cases until there are none; each process takes the next one."""
+    labels = list(found)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which poisons unwritten memory with NaN
+    while True:
+        with counter.get_lock():
+            index, counter.value = counter.value, counter.value + 1
+        if index >= len(labels):
+            return
+        began = time.monotonic()
+        line = {"backend": backend, "case": labels[index], "passed": False, "errors": {}, "said": ""}
+        lost = False
+        try:
+            torch.manual_seed(0)
+            line["errors"], beyond = found[labels[index]]()
+            line["passed"], line["said"] = not beyond, "; ".join(beyond)
+        except Exception as error:
+            line["said"] = traceback.format_exc(limit=-6)[-3000:]
+            lost = stage.is_lost(error)
+        stage.write_json(path, line | {"seconds": round(time.monotonic() - began, 2)})
+        if torch.cuda.is_initialized() and not lost:
+            torch.cuda.empty_cache()
+        if lost:
+            os._exit(LOST)
+
+
+def main():
+    args = stage.arguments(
+        __doc__, backend=dict(choices=("cuda", "triton"), required=True), processes=dict(type=int, default=1),
+        large=dict(action="store_true"),
+    )  # fmt: skip
+    path = args.out / "parity.jsonl"
+    if args.rehearse:
+        found = rehearsed_cases(args.backend)
+    elif args.large:
+        found = large_cases(args.backend)
+    else:
+        cases.DEVICE = "cuda"
+        found = cuda_cases_by_label() if args.backend == "cuda" else triton_cases_by_label()
+    found = {label: case for label, case in found.items() if args.only.search(label)}
+    before = len(stage.read_json_lines(path))
+    context = multiprocessing.get_context("fork")  # nothing here has touched the GPU
+    counter = context.Value("i", 0)
+    new = functools.partial(context.Process, target=work, args=(path, args.backend, found, counter))
+    running = [new() for _ in range(args.processes)]
+    for process in running:
+        process.start()
+    while running:
+        process = running.pop(0)
+        process.join()
+        if process.exitcode and counter.value < len(found):
+            running.append(new())
+            running[-1].start()
+    lines = [line for line in stage.read_json_lines(path)[before:] if line["backend"] == args.backend]
+    failed = [line for line in lines if not line["passed"]]
+    for line in failed:
+        print(f"FAILED: {line['backend']} {line['case']}: {line['said'][-400:]}", flush=True)
+    print(f"{args.backend}: {len(lines) - len(failed)} of {len(found)} cases passed, {len(failed)} failed", flush=True)
+    raise SystemExit(len(lines) - len(failed) != len(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Chooses the configurations of the Triton kernels and, for every operator and width, the faster of Triton and CUDA.
+
+An operator's call is timed as a graph with each configuration of each of its kernels, one kernel after the other, in
+the order in which they ask. What was found is kept after every call: in tuned.json, and in kernels/configs/<GPU>.json,
+where the kernels of the next process find it.
+"""
+
+import json
+
+import torch
+
+from benchmarks.gpu import calls, device, stage
+from ipt_fast._files import atomic_write
+from ipt_fast.kernels import _launch
+
+LEAST_GAIN = 0.02  # a configuration replaces the one before it only if it is so much faster
+
+
+def kept(args, gpu):
+    """The configurations that this stage has found for this card, {(kernel, key): configuration}."""
+    path = folder_of(args) / _launch.path_of(gpu.name).name
+    kernels = json.loads(path.read_text())["kernels"] if path.exists() else {}
+    return {(name, key): value for name, found in kernels.items() for key, value in found.items()}
+
+
+def folder_of(args):
+    return args.work if args.rehearse else _launch.CONFIGS
+
+
+class Tuned:
+    """What has been measured: {"kernels": {kernel: {key: configuration}}, "operators": {operator: {key: backend}}}."""
+
+    def __init__(self, paths):
+        self.paths = paths
+        self.values = {"kernels": {}, "operators": {}}
+
+    def keep(self, part, name, key, value):
+        self.values[part].setdefault(name, {})[key] = value
+
+    def write(self):
+        for path in self.paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(self.values, indent=1, sort_keys=True) + "\n")
+
+
+def tune(gpu, call, arguments, taken, tuned):
+    """Tries what ``call`` asks and ``taken``, {(kernel, key): configuration}, does not settle yet."""
+    function = gpu.run(call, "triton", arguments)
+    failures = []
+    while True:
+        with _launch.tuning(taken) as tuning:
+            function()
+        place = next((p for p in tuning.asked if p not in taken), None)
+        if place is None:
+            return failures
+        candidates = tuning.asked[place]
+        best, taken[place] = None, candidates[0]
+        for candidate in candidates if len(candidates) > 1 else []:
+            try:
+                seconds = measured(gpu, function, taken | {place: candidate})
+            except Exception as error:
+                if stage.is_lost(error):
+                    raise
+                failures.append(f"{place} {candidate}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            print(f"  {seconds * 1e6:8.1f} µs  {place[0]} {place[1]} {candidate}", flush=True)
+            if best is None or seconds < best * (1 - LEAST_GAIN):
+                best, taken[place] = seconds, candidate
+        tuned.keep("kernels", *place, taken[place])
+
+
+def measured(gpu, function, taken):
+    with _launch.tuning(taken):
+        replay = gpu.graph(function)
+    return gpu.seconds({"": replay}, rounds=7)[""]
+
+
+def main():
+    args = stage.arguments(__doc__)
+    gpu = device.opened(args.rehearse)
+    tuned = Tuned([folder_of(args) / _launch.path_of(gpu.name).name, args.out / "tuned.json"])
+    taken, failures, compared = {}, [], set()
+    chosen = [call for call in calls.of_models() if args.only.search(call.label)]
+    for call in sorted(chosen, key=lambda call: call.is_backward)[: 3 if args.rehearse else None]:
+        with torch.no_grad(), stage.reported(call.label, failures):
+            arguments = gpu.arguments(call)
+            print(call.label, flush=True)
+            failures += tune(gpu, call, arguments, taken, tuned)
+            if not call.is_backward and (call.name, call.key) not in compared:
+                compared.add((call.name, call.key))
+                compare(gpu, call, arguments, taken, tuned)
+        tuned.write()
+        gpu.free()
+    for failure in failures:
+        print(f"FAILED: {failure}", flush=True)
+    raise SystemExit(bool(failures))
+
+
+def compare(gpu, call, arguments, taken, tuned):
+    """Keeps the faster backend, where there are two."""
+    if reason := gpu.reason_against(call, "cuda", arguments):
+        print(f"  Triton: {reason}", flush=True)
+        return
+    with _launch.tuning(taken):
+        found = gpu.seconds({name: gpu.graph(gpu.run(call, name, arguments)) for name in ("triton", "cuda")})
+    fastest = min(found, key=found.get)
+    tuned.keep("operators", call.name, call.key, fastest)
+    shown = ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in found.items())
+    print(f"  {shown} µs: {fastest}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
