@@ -67,6 +67,38 @@ IPT_FAST_DEVICE uint32_t pack<fp16>(float low, float high) {
 IPT_FAST_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 IPT_FAST_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
 
+// Words from or to an address aligned to all of them, in one access: nvcc would split that of a structure of our own.
+template <int N>
+IPT_FAST_DEVICE void load_words(uint32_t (&words)[N], const void* from) {
+    static_assert(N == 2 || N == 4);
+    if constexpr (N == 2) {
+        const uint2 all = *static_cast<const uint2*>(from);
+        words[0] = all.x, words[1] = all.y;
+    } else {
+        const uint4 all = *static_cast<const uint4*>(from);
+        words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+    }
+}
+template <int N>
+IPT_FAST_DEVICE void store_words(void* to, const uint32_t (&words)[N]) {
+    static_assert(N == 2 || N == 4);
+    if constexpr (N == 2) {
+        *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    } else {
+        *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+// Not to shared memory. nvcc splits other stores that it knows less of.
+template <int N>
+IPT_FAST_DEVICE void store_global(void* to, const uint32_t (&words)[N]) {
+    static_assert(N == 2 || N == 4);
+    if constexpr (N == 2) {
+        __stwb(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
+    } else {
+        __stwb(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    }
+}
+
 IPT_FAST_DEVICE int thread_index() { return threadIdx.x; }
 IPT_FAST_DEVICE int64_t block_index() { return blockIdx.x; }
 IPT_FAST_DEVICE int block_threads() { return blockDim.x; }

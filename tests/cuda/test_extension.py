@@ -16,9 +16,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 ARCHITECTURES = ("sm_80", "sm_90a")
-# Kernels whose products are on the tensor cores, and those that read images in pieces of 16 bytes.
+# Kernels whose products are on the tensor cores, and those that read or write images in pieces of 16 bytes.
 PRODUCTS = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel", "merge_kernel")
 IMAGES = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
+OUTPUTS = ("leffn_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
+HALVES = re.compile("grid_attention_layer_kernelINS_4(bf|fp)16ELi48E")  # 8 bytes are what a lane has of neighbours here
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,15 @@ def test_the_expected_instructions(library):
                 assert "HMMA" in text, key
             if kernel in IMAGES:
                 assert re.search(r"LDG(STS)?\.E\S*\.128", text), key
+
+
+@pytest.mark.parametrize("kernel", OUTPUTS)
+def test_no_store_to_an_image_is_split(library, kernel):
+    found = {key: text for key, text in functions(library, "-sass").items() if kernel in key[1]}
+    assert {architecture for architecture, _ in found} == set(ARCHITECTURES)
+    for key, text in found.items():
+        stores, width = re.findall(r"STG\S*", text), ".64" if HALVES.search(key[1]) else ".128"
+        assert stores and all(width in store for store in stores), (key, stores)
 
 
 CODE = """
