@@ -14,8 +14,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #define IPT_FAST_KERNEL __global__ void
 #define IPT_FAST_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
@@ -189,6 +192,24 @@ inline void check_cuda(cudaError_t error, const char* what) {
     }
 }
 
+// Lets a kernel's blocks have their shared memory, and a multiprocessor as many of them as it has room for, where there
+// would be a cache else. Asked for once on each device, as it takes time; a kernel's blocks always need as much.
+inline void allow_shared_memory(const void* kernel, int bytes) {
+    static std::mutex mutex;
+    using Place = std::pair<const void*, int>;
+    static std::set<Place> done;
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "device");
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (done.count({kernel, device}) == 0) {
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared),
+                   "shared memory");
+        done.insert({kernel, device});
+    }
+}
+
 template <class P>
 void launch(void (*kernel)(P), const P& params, const Configuration& c) {
     if (c.blocks == 0) {
@@ -197,10 +218,8 @@ void launch(void (*kernel)(P), const P& params, const Configuration& c) {
     if (c.blocks > INT32_MAX) {
         throw std::runtime_error("ipt_fast: the tensors are too large for one launch");
     }
-    if (c.shared_bytes > 48 << 10) {
-        check_cuda(
-            cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.shared_bytes),
-            "shared memory");
+    if (c.shared_bytes > 0) {
+        allow_shared_memory((const void*)kernel, c.shared_bytes);
     }
     void* arguments[] = {const_cast<P*>(&params)};
     check_cuda(cudaLaunchKernel((const void*)kernel, dim3((unsigned)c.blocks), dim3((unsigned)c.threads), arguments,
