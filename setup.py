@@ -24,12 +24,15 @@ from typing import NamedTuple
 
 import setuptools
 from setuptools import Extension, find_packages, setup
-from setuptools.command.build_ext import build_ext
+from setuptools.command.build_ext import build_ext, get_abi3_suffix
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MODULES = {"cpu": "ipt_fast._C", "cuda": "ipt_fast._C_cuda"}
 BUILD_INFO = "ipt_fast._build_info"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+# Of CUDA's module, which any Python from 3.11 on can load, as any torch from 2.10 on can.
+STABLE_SUFFIX = get_abi3_suffix() or SUFFIX
 DEPENDENCIES = ["numpy", "safetensors", "huggingface-hub", "pillow", "tqdm"]
 CUDA_SHARED_MEMORY = 163 << 10  # bytes a block, as in ipt_fast/ops/_cuda.py
 CUDA_ARCHITECTURES = "8.0+PTX 9.0a"  # unless TORCH_CUDA_ARCH_LIST is set
@@ -304,7 +307,8 @@ class CMakeBuild(build_ext):
             "CMAKE_CXX_COMPILER_LAUNCHER": ";".join(compiler.launcher) or launcher or "",
             "CMAKE_CXX_FLAGS": shlex.join(compiler.options + shlex.split(os.environ.get("CXXFLAGS", ""))),
             "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
-            "PYTHON_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "PYTHON_MODULE_SUFFIX": SUFFIX,
+            "PYTHON_STABLE_SUFFIX": STABLE_SUFFIX,
             "TORCH_DIR": torch_folder(),
             "TORCH_VERSION": torch.__version__,
             "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
@@ -342,14 +346,19 @@ class BuildPython(build_py):
     def run(self) -> None:
         package = ROOT / "ipt_fast" if self.editable_mode else Path(self.build_lib, "ipt_fast")
         if self.editable_mode:
-            for name in {*MODULES.values(), BUILD_INFO} - set(BUILT):
-                stale = package / (name.rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX"))
-                stale.unlink(missing_ok=True)
+            made = {extension.name: suffix_of(extension) for extension in self.distribution.ext_modules}
+            for name in (*MODULES.values(), BUILD_INFO):
+                for suffix in {SUFFIX, STABLE_SUFFIX} - {made.get(name)}:
+                    (package / (name.rpartition(".")[2] + suffix)).unlink(missing_ok=True)
         elif package.resolve() != ROOT / "ipt_fast" and not self.distribution.have_run.get("build_ext"):
             for folder in (package, Path(self.get_finalized_command("bdist").bdist_base, "wheel")):
                 shutil.rmtree(folder, ignore_errors=True)
         super().run()
         note_reason(package)
+
+
+def suffix_of(module: Extension) -> str:
+    return STABLE_SUFFIX if module.py_limited_api else SUFFIX
 
 
 def note_reason(package: Path) -> None:
@@ -395,7 +404,7 @@ setup(
     packages=[*find_packages(include=["ipt_fast*"]), "ipt_fast.kernels"],
     package_dir={"ipt_fast.kernels": "kernels"},
     install_requires=[torch_requirement(), *DEPENDENCIES],
-    ext_modules=[Extension(name, sources=[]) for name in BUILT],
+    ext_modules=[Extension(name, sources=[], py_limited_api=name == MODULES["cuda"]) for name in BUILT],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
     **{LICENSE: "Apache-2.0"},
 )

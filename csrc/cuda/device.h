@@ -14,8 +14,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #define IPT_FAST_KERNEL __global__ void
 #define IPT_FAST_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
@@ -66,6 +69,38 @@ IPT_FAST_DEVICE uint32_t pack<fp16>(float low, float high) {
 
 IPT_FAST_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 IPT_FAST_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
+
+// Words from or to an address aligned to all of them, in one access: nvcc would split that of a structure of our own.
+template <int N>
+IPT_FAST_DEVICE void load_words(uint32_t (&words)[N], const void* from) {
+    static_assert(N == 2 || N == 4);
+    if constexpr (N == 2) {
+        const uint2 all = *static_cast<const uint2*>(from);
+        words[0] = all.x, words[1] = all.y;
+    } else {
+        const uint4 all = *static_cast<const uint4*>(from);
+        words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+    }
+}
+template <int N>
+IPT_FAST_DEVICE void store_words(void* to, const uint32_t (&words)[N]) {
+    static_assert(N == 2 || N == 4);
+    if constexpr (N == 2) {
+        *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    } else {
+        *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+// Not to shared memory. nvcc splits other stores that it knows less of.
+template <int N>
+IPT_FAST_DEVICE void store_global(void* to, const uint32_t (&words)[N]) {
+    static_assert(N == 2 || N == 4);
+    if constexpr (N == 2) {
+        __stwb(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
+    } else {
+        __stwb(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    }
+}
 
 IPT_FAST_DEVICE int thread_index() { return threadIdx.x; }
 IPT_FAST_DEVICE int64_t block_index() { return blockIdx.x; }
@@ -157,6 +192,24 @@ inline void check_cuda(cudaError_t error, const char* what) {
     }
 }
 
+// Lets a kernel's blocks have their shared memory, and a multiprocessor as many of them as it has room for, where there
+// would be a cache else. Asked for once on each device, as it takes time; a kernel's blocks always need as much.
+inline void allow_shared_memory(const void* kernel, int bytes) {
+    static std::mutex mutex;
+    using Place = std::pair<const void*, int>;
+    static std::set<Place> done;
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "device");
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (done.count({kernel, device}) == 0) {
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared),
+                   "shared memory");
+        done.insert({kernel, device});
+    }
+}
+
 template <class P>
 void launch(void (*kernel)(P), const P& params, const Configuration& c) {
     if (c.blocks == 0) {
@@ -165,10 +218,8 @@ void launch(void (*kernel)(P), const P& params, const Configuration& c) {
     if (c.blocks > INT32_MAX) {
         throw std::runtime_error("ipt_fast: the tensors are too large for one launch");
     }
-    if (c.shared_bytes > 48 << 10) {
-        check_cuda(
-            cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.shared_bytes),
-            "shared memory");
+    if (c.shared_bytes > 0) {
+        allow_shared_memory((const void*)kernel, c.shared_bytes);
     }
     void* arguments[] = {const_cast<P*>(&params)};
     check_cuda(cudaLaunchKernel((const void*)kernel, dim3((unsigned)c.blocks), dim3((unsigned)c.threads), arguments,

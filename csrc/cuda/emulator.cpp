@@ -191,16 +191,18 @@ void check_shared(const void* address, int bytes) {
     if (p < first || p + bytes > block->shared.data() + block->shared.size()) {
         fail("an address outside of the shared memory");
     }
+    check_aligned(address, bytes);
+}
+
+void check_aligned(const void* address, int bytes) {
     if ((uintptr_t)address % bytes != 0) {
-        fail("an address in shared memory that is not aligned");
+        fail("an address that is not aligned");
     }
 }
 
 void copy_async(void* to, const void* from, bool there) {
     check_shared(to, 16);
-    if (there && (uintptr_t)from % 16 != 0) {
-        fail("an address in memory that is not aligned");
-    }
+    check_aligned(there ? from : nullptr, 16);
     block->all[block->current].copies.push_back({to, from, there, false});
 }
 

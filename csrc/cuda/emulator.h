@@ -90,6 +90,7 @@ void sync_block();
 // Runs `all` once, when every lane of the warp has come, with what they brought.
 void collective(const Exchange& mine, void (*all)(const Exchange (&lanes)[kWarp]));
 void check_shared(const void* address, int bytes);
+void check_aligned(const void* address, int bytes);
 void copy_async(void* to, const void* from, bool there);
 void copy_commit();
 void copy_wait(int pending);
@@ -155,6 +156,21 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 }  // namespace emulator
+
+template <int N>
+inline void load_words(uint32_t (&words)[N], const void* from) {
+    emulator::check_aligned(from, sizeof(words));
+    memcpy(words, from, sizeof(words));
+}
+template <int N>
+inline void store_words(void* to, const uint32_t (&words)[N]) {
+    emulator::check_aligned(to, sizeof(words));
+    memcpy(to, words, sizeof(words));
+}
+template <int N>
+inline void store_global(void* to, const uint32_t (&words)[N]) {
+    store_words(to, words);
+}
 
 inline int thread_index() { return emulator::thread_index(); }
 inline int64_t block_index() { return emulator::block_index(); }

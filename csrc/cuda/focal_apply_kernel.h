@@ -174,16 +174,14 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
                     const int y = columns.quotient(token), x = token - y * columns.n;
                     const int channel = i % vectors * Vector<T>::kValues;
                     const int64_t at = origin + (int64_t)y * p.width * C + x * C + channel;
-                    Vector<T> result = *reinterpret_cast<const Vector<T>*>(static_cast<const T*>(p.x) + at);
                     float residual[Vector<T>::kValues], added[Vector<T>::kValues];
-                    result.unpack(residual);
-                    reinterpret_cast<const Vector<T>*>(own + row * S::kStride + channel)->unpack(added);
+                    Vector<T>::load(static_cast<const T*>(p.x) + at).unpack(residual);
+                    Vector<T>::load(own + row * S::kStride + channel).unpack(added);
 #pragma unroll
                     for (int v = 0; v < Vector<T>::kValues; ++v) {
                         residual[v] += added[v];
                     }
-                    result.pack_values(residual);
-                    *reinterpret_cast<Vector<T>*>(static_cast<T*>(p.out) + at) = result;
+                    Vector<T>::of(residual).store_global(static_cast<T*>(p.out) + at);
                 }
             }
         }

@@ -232,7 +232,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
     float* slot = p.slots + block_index() * focal_slot(D);
     const float scale = branch == 0 ? most[0] : most[1];
     gram.for_pairs([&](int i, int j, const float* pair) {
-        store_pair(slot + (branch * D + first_q + i) * D + j, pair[0] * scale, pair[1] * scale);
+        store_global(slot + (branch * D + first_q + i) * D + j, {as_bits(pair[0] * scale), as_bits(pair[1] * scale)});
     });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

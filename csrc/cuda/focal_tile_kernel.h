@@ -144,7 +144,7 @@ IPT_FAST_DEVICE void load_normalised(T* to, int stride, const FocalLayerParams& 
             const T* from = x + (int64_t)down * row + right * C;
 #pragma unroll
             for (int v = 0; v < each; ++v) {
-                read[v] = *reinterpret_cast<const Vector<T>*>(from + v * lanes * values);
+                read[v] = Vector<T>::load(from + v * lanes * values);
             }
         }
         float loaded[each][values];
@@ -185,9 +185,9 @@ IPT_FAST_DEVICE void load_normalised(T* to, int stride, const FocalLayerParams& 
                         const float normal = loaded[v][i] * scale + offset;
                         loaded[v][i] = normal * norm.weight[channel + i] + norm.bias[channel + i];
                     }
-                    vector.pack_values(loaded[v]);
+                    vector = Vector<T>::of(loaded[v]);
                 }
-                *reinterpret_cast<Vector<T>*>(to + pixel * stride + channel) = vector;
+                vector.store(to + pixel * stride + channel);
             }
         }
     }

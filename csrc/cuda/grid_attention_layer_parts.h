@@ -147,23 +147,20 @@ IPT_FAST_DEVICE void project(float (&sums)[Down][2][4], const Attention& attenti
 // in the registers.
 template <class T, class Layer>
 struct OutRows {
-    struct alignas(Layer::kHeld * sizeof(T)) Words {
-        uint32_t words[Layer::kHeld / 2];
-    };
+    using Words = uint32_t[Layer::kHeld / 2];
     Words held[Layer::kDown * 2][Layer::kSpans];
 
     // to(row) or from(row) is a row of the warp's tokens; to() nullptr if there is none.
     template <class From>
     IPT_FAST_DEVICE void load(From from) {
-        for_words(
-            [&](int row, int column, Words& words) { words = *reinterpret_cast<const Words*>(from(row) + column); });
+        for_words([&](int row, int column, Words& words) { load_words(words, from(row) + column); });
     }
     template <class To>
     IPT_FAST_DEVICE void store(To to) {
         for_words([&](int row, int column, const Words& words) {
             T* at = to(row);
             if (at != nullptr) {
-                *reinterpret_cast<Words*>(at + column) = words;
+                store_global(at + column, words);
             }
         });
     }
@@ -176,7 +173,7 @@ struct OutRows {
 #pragma unroll
             for (int i = 0; i < Layer::kDown * 4; ++i) {
                 const int column = j * 2 + i / 2 % 2;
-                const uint32_t word = held[i / 4 * 2 + i % 2][column / columns].words[column % columns];
+                const uint32_t word = held[i / 4 * 2 + i % 2][column / columns][column % columns];
                 sums[i / 4][i / 2 % 2][i % 2 * 2] = to_float(T{(uint16_t)word});
                 sums[i / 4][i / 2 % 2][i % 2 * 2 + 1] = to_float(T{(uint16_t)(word >> 16)});
             }
@@ -185,7 +182,7 @@ struct OutRows {
             for (int i = 0; i < Layer::kDown * 4; ++i) {
                 const int column = j * 2 + i / 2 % 2;
                 const float* pair = sums[i / 4][i / 2 % 2] + i % 2 * 2;
-                held[i / 4 * 2 + i % 2][column / columns].words[column % columns] = pack<T>(pair[0], pair[1]);
+                held[i / 4 * 2 + i % 2][column / columns][column % columns] = pack<T>(pair[0], pair[1]);
             }
         }
     }
@@ -209,9 +206,6 @@ struct OutRows {
 template <class Layer, class Offset>
 IPT_FAST_DEVICE void add_projection(float* out, const float* x, Offset offset,
                                     const typename Layer::Attention& attention, const float* weight, bool tf32) {
-    struct alignas(16) Four {
-        float values[4];
-    };
     static_assert(Layer::kDown == 1 && Layer::kSpan == 16);
     const int64_t offsets[2] = {offset(lane_index() / 4), offset(lane_index() / 4 + 8)};
 #pragma unroll 1
@@ -222,12 +216,13 @@ IPT_FAST_DEVICE void add_projection(float* out, const float* x, Offset offset,
         for (int half = 0; half < 2; ++half) {
             const int64_t at = offsets[half] + j * 16 + lane_index() % 4 * 4;
             if (offsets[half] >= 0) {
-                Four four = *reinterpret_cast<const Four*>(x + at);
+                float values[4];
+                Vector<float>::load(x + at).unpack(values);
 #pragma unroll
                 for (int v = 0; v < 4; ++v) {
-                    four.values[v] += sums[0][v / 2][half * 2 + v % 2];
+                    values[v] += sums[0][v / 2][half * 2 + v % 2];
                 }
-                *reinterpret_cast<Four*>(out + at) = four;
+                Vector<float>::of(values).store_global(out + at);
             }
         }
     }

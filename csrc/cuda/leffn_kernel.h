@@ -120,27 +120,30 @@ IPT_FAST_DEVICE void leffn_convolve_small(LeffnTile<T, C>& tile) {
     T* to = tile.convolved + warp_index() * channels * Tile::kConvolved + row * 8 + term * 2;
 #pragma unroll
     for (int channel = 0; channel < channels; ++channel) {
-        LeffnWords t[3];
-        t[0] = *reinterpret_cast<const LeffnWords*>(taps + first * Tile::kTapRow);
-        t[1] = *reinterpret_cast<const LeffnWords*>(taps + (tap_row + 2) * Tile::kTapRow);
-        t[2] = *reinterpret_cast<const LeffnWords*>(taps + last * Tile::kTapRow);
-        t[0] = {t[0].first & first_there, t[0].second & first_there};
-        t[2] = {t[2].first & last_there, t[2].second & last_there};
-        const uint32_t a[4][4] = {{t[0].first, 0, t[0].second, 0},
-                                  {t[1].first, t[0].first, t[1].second, t[0].second},
-                                  {t[2].first, t[1].first, t[2].second, t[1].second},
-                                  {0, t[2].first, 0, t[2].second}};
-        LeffnWords b[6];  // two rows each
+        uint32_t t[3][2];
+        load_words(t[0], taps + first * Tile::kTapRow);
+        load_words(t[1], taps + (tap_row + 2) * Tile::kTapRow);
+        load_words(t[2], taps + last * Tile::kTapRow);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            t[0][i] &= first_there;
+            t[2][i] &= last_there;
+        }
+        const uint32_t a[4][4] = {{t[0][0], 0, t[0][1], 0},
+                                  {t[1][0], t[0][0], t[1][1], t[0][1]},
+                                  {t[2][0], t[1][0], t[2][1], t[1][1]},
+                                  {0, t[2][0], 0, t[2][1]}};
+        uint32_t b[6][2];  // two rows each
 #pragma unroll
         for (int i = 0; i < 6; ++i) {
-            b[i] = *reinterpret_cast<const LeffnWords*>(map + i * 2 * Tile::kInWide);
+            load_words(b[i], map + i * 2 * Tile::kInWide);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float sums[4] = {};
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                multiply_add(sums, a[k], b[half * 2 + k].first, b[half * 2 + k].second, T{});
+                multiply_add(sums, a[k], b[half * 2 + k][0], b[half * 2 + k][1], T{});
             }
             store_pair(to + half * 128, sums[0], sums[1]);
             store_pair(to + half * 128 + 64, sums[2], sums[3]);
@@ -166,8 +169,8 @@ IPT_FAST_DEVICE void leffn_convolve_float(LeffnTile<T, C>& tile) {
     for (int i = 0; i < 6; ++i) {
         const T* from = tile.map + channel * Tile::kMap + (row + i) * Tile::kInWide + column;
         float x[2][4];
-        reinterpret_cast<const Vector<float>*>(from)->unpack(x[0]);
-        reinterpret_cast<const Vector<float>*>(from + 4)->unpack(x[1]);
+        Vector<float>::load(from).unpack(x[0]);
+        Vector<float>::load(from + 4).unpack(x[1]);
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
             if (i >= y && i - y < 5) {
@@ -181,8 +184,7 @@ IPT_FAST_DEVICE void leffn_convolve_float(LeffnTile<T, C>& tile) {
     }
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
-        float* to = tile.convolved + channel * Tile::kConvolved + (row + y) * 16 + column;
-        reinterpret_cast<Vector<float>*>(to)->pack_values(sums[y]);
+        Vector<float>::of(sums[y]).store(tile.convolved + channel * Tile::kConvolved + (row + y) * 16 + column);
     }
 }
 
@@ -297,8 +299,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kLeffnThreads, (LeffnTile<T, C>::kBlocks))
     static_assert(Tile::kPixels * Tile::kStaged * sizeof(float) <= offsetof(Tile, convolved));
     float* staged = reinterpret_cast<float*>(&tile);
     sums.for_pairs([&](int row, int channel, const float* pair) {
-        float* to = staged + (warp_index() * Tile::kRows + row) * Tile::kStaged + channel;
-        *reinterpret_cast<LeffnWords*>(to) = {as_bits(pair[0]), as_bits(pair[1])};
+        store_pair(staged + (warp_index() * Tile::kRows + row) * Tile::kStaged + channel, pair[0], pair[1]);
     });
     sync_block();
     constexpr int values = Vector<T>::kValues;
@@ -308,13 +309,13 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kLeffnThreads, (LeffnTile<T, C>::kBlocks))
             const float* from = staged + leffn_row<T>(row, column) * Tile::kStaged + vector * values;
             float y[values] = {};
             if (p.residual) {
-                reinterpret_cast<const Vector<T>*>(x + at)->unpack(y);
+                Vector<T>::load(x + at).unpack(y);
             }
 #pragma unroll
             for (int v = 0; v < values; ++v) {
                 y[v] += from[v];
             }
-            reinterpret_cast<Vector<T>*>(static_cast<T*>(p.y) + at)->pack_values(y);
+            Vector<T>::of(y).store_global(static_cast<T*>(p.y) + at);
         }
     });
 }

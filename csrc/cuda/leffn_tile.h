@@ -31,10 +31,6 @@ struct LeffnTile {
     alignas(16) float norm_bias[C];
 };
 
-struct alignas(8) LeffnWords {
-    uint32_t first, second;
-};
-
 // x Phi(x). To be rounded to 16 bits: max(x, 0) - t Phi(-t) for t = |x|, with a polynomial for log2 Phi(-t) (minimax in
 // the error of t Phi(-t), which is at most 6e-7, and at most 8e-5 of it for t below 3).
 template <class T>
@@ -119,7 +115,7 @@ IPT_FAST_DEVICE void leffn_normalise(LeffnTile<T, C>& tile, const LeffnParams& p
         float sum = 0, squares = 0;
 #pragma unroll
         for (int i = 0; i < vectors; ++i) {
-            reinterpret_cast<const Vector<T>*>(row + (2 * i + half) * values)->unpack(x[i]);
+            Vector<T>::load(row + (2 * i + half) * values).unpack(x[i]);
 #pragma unroll
             for (int v = 0; v < values; ++v) {
                 sum += x[i][v];
@@ -140,14 +136,14 @@ IPT_FAST_DEVICE void leffn_normalise(LeffnTile<T, C>& tile, const LeffnParams& p
 #pragma unroll
                 for (int v = 0; v < values; v += 4) {
                     float weight[4], bias[4];
-                    reinterpret_cast<const Vector<float>*>(tile.norm_weight + channel + v)->unpack(weight);
-                    reinterpret_cast<const Vector<float>*>(tile.norm_bias + channel + v)->unpack(bias);
+                    Vector<float>::load(tile.norm_weight + channel + v).unpack(weight);
+                    Vector<float>::load(tile.norm_bias + channel + v).unpack(bias);
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
                         x[i][v + j] = fmaf((x[i][v + j] - shift) * scale, weight[j], bias[j]);
                     }
                 }
-                reinterpret_cast<Vector<T>*>(row + channel)->pack_values(x[i]);
+                Vector<T>::of(x[i]).store(row + channel);
             }
         }
     }
@@ -183,7 +179,7 @@ struct LeffnTaps {
                 }
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    *reinterpret_cast<LeffnWords*>(taps + thread_index() * 16 + i * 2) = {pairs[i], pairs[i + 2]};
+                    store_words(taps + thread_index() * 16 + i * 2, {pairs[i], pairs[i + 2]});
                 }
             }
         } else {

@@ -229,8 +229,7 @@ IPT_FAST_DEVICE void store_pair(T* to, float first, float second) {
     if constexpr (sizeof(T) == 2) {
         *reinterpret_cast<uint32_t*>(to) = pack<T>(first, second);
     } else {
-        to[0] = first;
-        to[1] = second;
+        store_words(to, {as_bits(first), as_bits(second)});
     }
 }
 
@@ -241,17 +240,27 @@ IPT_FAST_DEVICE void load_pair(const T* from, float& first, float& second) {
         first = to_float(T{(uint16_t)word});
         second = to_float(T{(uint16_t)(word >> 16)});
     } else {
-        first = from[0];
-        second = from[1];
+        uint32_t words[2];
+        load_words(words, from);
+        first = as_float(words[0]);
+        second = as_float(words[1]);
     }
 }
 
 // ---- 16 bytes of values --------------------------------------------------------------------------------------------
 
 template <class T>
-struct alignas(16) Vector {
+struct Vector {
     static constexpr int kValues = 16 / sizeof(T);
     uint32_t words[4];
+
+    IPT_FAST_DEVICE static Vector load(const T* from) {
+        Vector vector;
+        load_words(vector.words, from);
+        return vector;
+    }
+    IPT_FAST_DEVICE void store(T* to) const { store_words(to, words); }
+    IPT_FAST_DEVICE void store_global(T* to) const { ipt_fast::store_global(to, words); }
 
     IPT_FAST_DEVICE void unpack(float (&values)[kValues]) const {
 #pragma unroll
@@ -264,15 +273,17 @@ struct alignas(16) Vector {
             }
         }
     }
-    IPT_FAST_DEVICE void pack_values(const float (&values)[kValues]) {
+    IPT_FAST_DEVICE static Vector of(const float (&values)[kValues]) {
+        Vector vector;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if constexpr (sizeof(T) == 2) {
-                words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+                vector.words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
             } else {
-                words[i] = as_bits(values[i]);
+                vector.words[i] = as_bits(values[i]);
             }
         }
+        return vector;
     }
 };
 

@@ -107,9 +107,10 @@ def test_nothing_of_an_earlier_build_is_packaged(small):
 def test_an_editable_install_replaces_what_is_in_place(small, tmp_path):
     """Compiled, without compiled modules, and compiled again: always what this install made, and why."""
     package = small / "ipt_fast"
-    stale = package / f"_C_cuda{SUFFIX}"
+    stale = [package / f"_C_cuda{suffix}" for suffix in (SUFFIX, ".abi3.so")]
     for pure in (False, True, False):
-        stale.write_bytes(b"old")
+        for module in stale:
+            module.write_bytes(b"old")
         environment = {"IPT_FAST_PURE": "1"} if pure else {"CMAKE_BUILD_TYPE": "None"}
         process = call_backend(small, "build_editable", tmp_path / str(pure), **environment)
         assert process.returncode == 0, process.stderr
@@ -286,6 +287,6 @@ def test_made_cuda_wheel(tmp_path):
     script = "from ipt_fast import _extension as e; print(e.error(), e.cuda_error())"
     assert environment.succeed("python", "-c", script).splitlines()[-1] == "None None"
     libraries = installed_libraries(environment)
-    assert sorted(libraries) == [LIBRARIES[0], f"ipt_fast/_C_cuda{SUFFIX}", LIBRARIES[1]]
+    assert sorted(libraries) == [LIBRARIES[0], "ipt_fast/_C_cuda.abi3.so", LIBRARIES[1]]
     for path in (checkout, Path(torch.__file__).parent):
         assert not any(str(path).encode() in content for content in libraries.values())

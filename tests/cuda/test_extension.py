@@ -1,6 +1,7 @@
 """The CUDA library, built by nvcc for GPUs that are not here: what is in it, and that it loads without one."""
 
 import collections
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,9 +17,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 ARCHITECTURES = ("sm_80", "sm_90a")
-# Kernels whose products are on the tensor cores, and those that read images in pieces of 16 bytes.
+# Kernels whose products are on the tensor cores, and those that read or write images in pieces of 16 bytes.
 PRODUCTS = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel", "merge_kernel")
 IMAGES = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
+OUTPUTS = ("leffn_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
+HALVES = re.compile("grid_attention_layer_kernelINS_4(bf|fp)16ELi48E")  # 8 bytes are what a lane has of neighbours here
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,8 @@ def library(tmp_path_factory):
     ]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **wanted}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    return folder / "ipt_fast" / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (module,) = (folder / "ipt_fast").glob("_C_cuda*.so")
+    return module
 
 
 def disassembler():
@@ -81,6 +85,28 @@ def test_the_expected_instructions(library):
                 assert "HMMA" in text, key
             if kernel in IMAGES:
                 assert re.search(r"LDG(STS)?\.E\S*\.128", text), key
+
+
+@pytest.mark.parametrize("kernel", OUTPUTS)
+def test_no_store_to_an_image_is_split(library, kernel):
+    found = {key: text for key, text in functions(library, "-sass").items() if kernel in key[1]}
+    assert {architecture for architecture, _ in found} == set(ARCHITECTURES)
+    for key, text in found.items():
+        stores, width = re.findall(r"STG\S*", text), ".64" if HALVES.search(key[1]) else ".128"
+        assert stores and all(width in store for store in stores), (key, stores)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+def test_it_needs_the_stable_interfaces_alone(library):
+    """Python's, and of PyTorch what 2.10 has: one library serves all versions since."""
+    said = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    needed = {line.split()[-1] for line in said.splitlines() if "@" not in line and " w " not in line}
+    torch_dir = pathlib.Path(importlib.util.find_spec("torch").origin).parent
+    headers = [torch_dir / "include/torch/csrc" / name for name in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")]
+    newer = re.compile(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_(?!2_10_).*?#endif", re.DOTALL)
+    stable = {name for header in headers for name in re.findall(r"\w+", newer.sub("", header.read_text()))}
+    assert needed - stable == {"PyModule_Create2"}
+    assert library.name == "_C_cuda.abi3.so" or sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 CODE = """
