@@ -121,6 +121,16 @@ def precision(x):
     return "tf32" if x.dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
+def cdiv(a, b):
+    """a / b rounded up, of integers; Triton's own is slow on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The least power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
 def block_of(width, least=16):
     """The power of two that holds ``width``: a tile's side."""
-    return max(least, triton.next_power_of_2(width))
+    return max(least, power_of_2(width))

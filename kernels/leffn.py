@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._launch import Work, block_of, config, key_of, launch, matmul, precision
+from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
 from .depthwise import (
     convolve_rows,
     depthwise,
@@ -105,7 +105,7 @@ def _project(hidden, depthwise_weight, weight, residual=None):
     y = empty_map(hidden, outputs)
     key = key_of(hidden, channels, outputs, size)
     tiles = config("leffn_project_fwd", key, _project_tiles(hidden, outputs), hidden.device)
-    groups = triton.cdiv(outputs, tiles["BLOCK_N"])
+    groups = cdiv(outputs, tiles["BLOCK_N"])
     values = hidden.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(
         leffn_project_fwd_kernel, (batch * tiles_of(height, width, tiles["BLOCK_W"]) * groups,),
@@ -138,7 +138,7 @@ def _hidden_backward(grad, depthwise_weight, x, weight):
     tiles = config("leffn_hidden_bwd", key_of(x, channels, hidden, size), _hidden_tiles(x, channels, hidden), x.device)
     launch(
         leffn_hidden_bwd_kernel,
-        (batch * tiles_of(height, width, tiles["BLOCK_W"]) * triton.cdiv(hidden, tiles["BLOCK_C"]),),
+        (batch * tiles_of(height, width, tiles["BLOCK_W"]) * cdiv(hidden, tiles["BLOCK_C"]),),
         grad, taps_of(depthwise_weight), x, weight, grad_u, height, width,
         C=channels, M=hidden, K=size, PRECISION=precision(x), **tiles,
         work=Work(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._launch import Work, block_of, config, key_of, launch, matmul, precision
+from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
 
 
 @triton.jit
@@ -94,8 +94,8 @@ def pointwise_fwd_kernel(
 
 def side_of(width, sides=(128, 64, 32)):
     """The largest of the block sides that cover ``width`` with at most an eighth more than the best of them."""
-    least = min(triton.cdiv(width, side) * side for side in sides)
-    return next(side for side in sides if triton.cdiv(width, side) * side * 8 <= least * 9)
+    least = min(cdiv(width, side) * side for side in sides)
+    return next(side for side in sides if cdiv(width, side) * side * 8 <= least * 9)
 
 
 def _tiles(x, channels, outputs):
@@ -109,7 +109,7 @@ def _tiles(x, channels, outputs):
         k, found = block_of(channels), []
         for p, most, warps in [(64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 64, 4)]:
             n = side_of(outputs, [side for side in (128, 64, 32) if side <= most])
-            loop = triton.cdiv(outputs, n)
+            loop = cdiv(outputs, n)
             found.append(dict(BLOCK_P=p, BLOCK_K=k, BLOCK_N=n, LOOP=loop, num_warps=warps, num_stages=2))
         return found
     shapes = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (64, 128, 128, 4, 2)]
@@ -148,10 +148,10 @@ def pointwise(x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=Tru
     pixels = x.numel() // channels
     y = empty_map(x, outputs)
     tiles = config("pointwise_fwd", key_of(x, channels, outputs), _tiles(x, channels, outputs), x.device)
-    groups = triton.cdiv(outputs, tiles["BLOCK_N"] * tiles["LOOP"])
+    groups = cdiv(outputs, tiles["BLOCK_N"] * tiles["LOOP"])
     values = x.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(
-        pointwise_fwd_kernel, (triton.cdiv(pixels, tiles["BLOCK_P"]) * groups,),
+        pointwise_fwd_kernel, (cdiv(pixels, tiles["BLOCK_P"]) * groups,),
         x, weight, norm_weight, norm_bias, residual, y, pixels, eps,
         C=channels, N=outputs, CENTERED=centered, GELU=gelu, PRECISION=precision(x), **tiles,
         work=Work(
