@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
+from ._gelu import gelu_slope
 from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
 from .depthwise import (
     convolve_rows,
@@ -75,7 +76,7 @@ def leffn_hidden_bwd_kernel(
         b_x = tl.load(x + o_p[:, None] * C + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
         b_w = tl.load(weight + o_c[None, :] * C + o_k[:, None], mask=m_k[:, None] & m_c[None, :], other=0.0)
         b_u = dot(b_x, b_w, b_u, PRECISION)
-    b_slope = 0.5 + 0.5 * tl.erf(b_u * 0.7071067811865476) + b_u * tl.exp(-0.5 * b_u * b_u) * 0.3989422804014327
+    b_slope = gelu_slope(b_u, x.dtype.element_ty)
     o_x = i_x + tl.arange(0, BLOCK_W)
     b_rows = convolve_rows(grad, taps, i_image, i_y, o_x, o_c, height, width, M, K, True, BLOCK_W, BLOCK_C)
     b_g = stack_rows(b_rows[0], b_rows[1], b_rows[2], b_rows[3], BLOCK_W, BLOCK_C) * b_slope
