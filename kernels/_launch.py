@@ -82,6 +82,9 @@ def matmul(a, b):
         work = Work(size, matrix=2 * a.shape[0] * a.shape[1] * b.shape[1])
         _recorder.append(Launch(None, (), (a, b), {}, work))
         return a.new_empty(a.shape[0], b.shape[1])
+    if a.element_size() == 2 and a.shape[1] > max(a.shape[0], b.shape[1]) and a.device.type != "cpu":
+        # Long sums, over pixels, are made in parts, which may be added up in 16 bits unless the result is fp32.
+        return torch.mm(a, b, out_dtype=torch.float32).to(a.dtype)
     return torch.mm(a, b)
 
 
