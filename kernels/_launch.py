@@ -116,7 +116,12 @@ def config(name, key, candidates, device):
 
 def key_of(x, *widths):
     """The key of a configuration: the dtype of ``x`` and widths."""
-    return "-".join([str(x.dtype).removeprefix("torch."), *map(str, widths)])
+    return _key(x.dtype, widths)
+
+
+@functools.cache
+def _key(dtype, widths):
+    return "-".join([str(dtype).removeprefix("torch."), *map(str, widths)])
 
 
 def precision(x):

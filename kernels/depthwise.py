@@ -9,6 +9,8 @@ rows of the gradient beside them, so every row is read K times and every gradien
 pixel from memory. How many strips are added up together depends on the channels alone; PyTorch adds up those sums.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -159,10 +161,9 @@ def tiles_of(height, width, block_w):
     return cdiv(height, ROWS) * cdiv(width, block_w)
 
 
-def _forward_tiles(x, channels):
-    sides = (
-        [(32, 32), (32, 64), (64, 32), (16, 32)] if x.element_size() == 4 else [(32, 64), (32, 32), (64, 32), (16, 64)]
-    )
+@functools.cache
+def _forward_tiles(size, channels):
+    sides = [(32, 32), (32, 64), (64, 32), (16, 32)] if size == 4 else [(32, 64), (32, 32), (64, 32), (16, 64)]
     return [
         dict(BLOCK_W=w, BLOCK_C=side_of(channels, [c for c in (64, 32, 16) if c <= most]), num_warps=4)
         for w, most in sides
@@ -174,7 +175,8 @@ def depthwise(x, weight, flip=False):
     batch, channels, height, width = x.shape
     size = weight.shape[-1]
     y = torch.empty_like(x)
-    tiles = config("depthwise_fwd", key_of(x, channels, size), _forward_tiles(x, channels), x.device)
+    key = key_of(x, channels, size)
+    tiles = config("depthwise_fwd", key, _forward_tiles(x.element_size(), channels), x.device)
     blocks = cdiv(channels, tiles["BLOCK_C"])
     launch(
         depthwise_fwd_kernel, (batch * tiles_of(height, width, tiles["BLOCK_W"]) * blocks,),

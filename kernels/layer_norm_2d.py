@@ -5,6 +5,8 @@ adds up the gradients of weight and bias over its own pixels, and PyTorch adds u
 pixels too: `add_layer_norm` adds a branch to the residual stream on its way, 4 C values a token.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -84,6 +86,7 @@ def layer_norm_2d_bwd_kernel(
     tl.store(p_sums + C, b_gb, mask=m_c)
 
 
+@functools.cache
 def _tiles(values, block_c, warps=4):
     """Configurations with about so many values a tile."""
     return [dict(BLOCK_P=max(1, n // block_c), BLOCK_C=block_c, num_warps=warps) for n in values]

@@ -9,6 +9,8 @@ the depthwise weight. The gradient before GELU comes from a convolution with fli
 is made once more from x, a product of matrices. At most two maps of M channels are in memory at a time.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -84,8 +86,9 @@ def leffn_hidden_bwd_kernel(
     tl.store(grad_u + p_u, b_g.to(grad_u.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
 
 
-def _project_tiles(x, outputs):
-    if x.element_size() == 4:
+@functools.cache
+def _project_tiles(size, outputs):
+    if size == 4:
         shapes = [(16, 16, 64, 4), (16, 32, 64, 4), (32, 16, 64, 8), (32, 16, 32, 4)]
     elif outputs <= 64:
         shapes = [(32, 32, 64, 4), (64, 32, 64, 8), (32, 64, 64, 4), (16, 64, 64, 4)]
@@ -105,7 +108,7 @@ def _project(hidden, depthwise_weight, weight, residual=None):
     outputs, size = weight.shape[0], depthwise_weight.shape[-1]
     y = empty_map(hidden, outputs)
     key = key_of(hidden, channels, outputs, size)
-    tiles = config("leffn_project_fwd", key, _project_tiles(hidden, outputs), hidden.device)
+    tiles = config("leffn_project_fwd", key, _project_tiles(hidden.element_size(), outputs), hidden.device)
     groups = cdiv(outputs, tiles["BLOCK_N"])
     values = hidden.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(
@@ -120,8 +123,9 @@ def _project(hidden, depthwise_weight, weight, residual=None):
     return y
 
 
-def _hidden_tiles(x, channels, hidden):
-    if x.element_size() == 4:
+@functools.cache
+def _hidden_tiles(size, channels, hidden):
+    if size == 4:
         shapes = [(16, 32, 16, 4), (16, 32, 32, 4), (32, 32, 16, 8), (16, 64, 16, 4)]
     else:
         shapes = [(32, 32, 64, 4), (32, 64, 64, 8), (32, 64, 64, 4), (64, 32, 64, 8)]
@@ -136,7 +140,8 @@ def _hidden_backward(grad, depthwise_weight, x, weight):
     batch, hidden, height, width = grad.shape
     channels, size = x.shape[1], depthwise_weight.shape[-1]
     grad_u = empty_map(grad, hidden)
-    tiles = config("leffn_hidden_bwd", key_of(x, channels, hidden, size), _hidden_tiles(x, channels, hidden), x.device)
+    key = key_of(x, channels, hidden, size)
+    tiles = config("leffn_hidden_bwd", key, _hidden_tiles(x.element_size(), channels, hidden), x.device)
     launch(
         leffn_hidden_bwd_kernel,
         (batch * tiles_of(height, width, tiles["BLOCK_W"]) * cdiv(hidden, tiles["BLOCK_C"]),),

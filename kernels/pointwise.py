@@ -5,6 +5,7 @@ A map is a matrix of pixels by channels. A program takes BLOCK_P pixels: it read
 block, normalised pixels stay in registers for them all. Memory traffic: C values in, N out, N more for a residual.
 """
 
+import functools
 import math
 
 import torch
@@ -94,8 +95,9 @@ def side_of(width, sides=(128, 64, 32)):
     return next(side for side in sides if cdiv(width, side) * side * 8 <= least * 9)
 
 
-def _tiles(x, channels, outputs):
-    if x.dtype == torch.float32:
+@functools.cache
+def _tiles(size, channels, outputs):
+    if size == 4:
         shapes = [(32, 32, 32, 4), (64, 16, 64, 4), (128, 32, 64, 8), (128, 16, 64, 4)]
         return [
             dict(BLOCK_P=p, BLOCK_K=min(k, block_of(channels)), BLOCK_N=n, LOOP=1, num_warps=w, num_stages=2)
@@ -143,7 +145,7 @@ def pointwise(x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=Tru
         return map_of(matmul(pixels_of(x), weight.view(outputs, channels).t()), x)
     pixels = x.numel() // channels
     y = empty_map(x, outputs)
-    tiles = config("pointwise_fwd", key_of(x, channels, outputs), _tiles(x, channels, outputs), x.device)
+    tiles = config("pointwise_fwd", key_of(x, channels, outputs), _tiles(x.element_size(), channels, outputs), x.device)
     groups = cdiv(outputs, tiles["BLOCK_N"] * tiles["LOOP"])
     values = x.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(

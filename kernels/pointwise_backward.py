@@ -6,6 +6,8 @@ share of the gradients of the norm's parameters, which PyTorch adds up in the en
 residual. In fp32, where nothing is rounded in between and PyTorch's product is faster, and for wide maps: two steps.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -55,6 +57,7 @@ def pointwise_norm_bwd_kernel(
     tl.store(p_sums + C, b_gb, mask=m_c)
 
 
+@functools.cache
 def _tiles(channels):
     block = block_of(channels)
     if block <= 64:
