@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._launch import Work, block_of, config, key_of, launch, precision
+from ._launch import Work, block_of, cdiv, config, key_of, launch, precision
 from ._windows import (
     SIZES,
     block_of_program,
@@ -244,7 +244,7 @@ def join(groups, slots):
     joined = slots.new_empty(blocks, heads, values)
     tiles = dict(BLOCK_S=block_of(splits, 2), BLOCK_V=32, num_warps=8)
     launch(
-        join_kernel, (blocks * heads, triton.cdiv(values, tiles["BLOCK_V"])), slots, joined, splits,
+        join_kernel, (blocks * heads, cdiv(values, tiles["BLOCK_V"])), slots, joined, splits,
         HEADS=heads, DEPTH=groups.depth, BRANCHES=groups.branches, **tiles,
         work=Work((slots.numel() + joined.numel()) * 4, vector=4 * slots.numel()),
     )  # fmt: skip
@@ -362,7 +362,7 @@ def attend(groups, slots, temperature, divides, dtype):
     candidates = [dict(BLOCK_R=rows, BLOCK_D=block_d, num_warps=warps) for rows, warps in ((16, 4), (32, 4), (16, 2))]
     tiles = config("attend_fwd", key_of(slots, depth, groups.branches), candidates, slots.device)
     launch(
-        attend_fwd_kernel, (groups.matrices, triton.cdiv(depth, tiles["BLOCK_R"])), slots, temperature, attention,
+        attend_fwd_kernel, (groups.matrices, cdiv(depth, tiles["BLOCK_R"])), slots, temperature, attention,
         *groups.windows_and_blocks, **groups.constants, DIVIDES=divides, **tiles,
         work=Work(slots.numel() * 4 + attention.numel() * attention.element_size(), vector=12 * attention.numel()),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ._dot import dot
 from ._gram import gram
-from ._launch import Work, block_of, config, key_of, launch, precision
+from ._launch import Work, block_of, cdiv, config, key_of, launch, precision
 from ._windows import (
     SIZES,
     block_begin,
@@ -277,7 +277,7 @@ def weight_gradients(groups, sums):
     found = sums.new_empty(parts, 4, groups.heads, p, p)
     tiles = dict(BLOCK=min(256, block_of(p * p)), num_warps=4)
     launch(
-        weights_kernel, (triton.cdiv(p * p, tiles["BLOCK"]), 4 * groups.heads, parts), sums, found,
+        weights_kernel, (cdiv(p * p, tiles["BLOCK"]), 4 * groups.heads, parts), sums, found,
         groups.images, groups.height, groups.width, windows_y, windows_x, parts,
         HEADS=groups.heads, P=p, SHIFT=groups.shift, **tiles,
         work=Work((sums.numel() + found.numel()) * 4, vector=sums.numel()),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._launch import block_of, key_of, precision
+from ._launch import block_of, cdiv, key_of, power_of_2, precision
 
 # Of the image: kernels are not compiled anew for them.
 SIZES = ["groups", "count", "height", "width", "row_step", "column_step"]
@@ -54,9 +54,9 @@ class Lattice:
 
 def lattice_of(x, channels, heads, grid_size):
     batch, _, height, width = x.shape
-    row_step, column_step = triton.cdiv(height, grid_size), triton.cdiv(width, grid_size)
+    row_step, column_step = cdiv(height, grid_size), cdiv(width, grid_size)
     # A grid finer than the map has one group; then the map's size, rounded so that few kernels are compiled, is enough.
-    lattice = min(grid_size, triton.next_power_of_2(max(height, width)))
+    lattice = min(grid_size, power_of_2(max(height, width)))
     steps = (height, width, row_step, column_step)
     return Lattice(batch * row_step * column_step, steps, 2 * grid_size - 1, lattice, channels, heads)
 

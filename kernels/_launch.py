@@ -103,6 +103,9 @@ def matmul(a, b):
         work = Work(size, matrix=2 * a.shape[0] * a.shape[1] * b.shape[1])
         _recorder.append(Launch(None, (), (a, b), {}, work))
         return a.new_empty(a.shape[0], b.shape[1])
+    if a.element_size() == 2 and a.shape[1] > max(a.shape[0], b.shape[1]) and a.device.type != "cpu":
+        # Long sums, over pixels, are made in parts, which may be added up in 16 bits unless the result is fp32.
+        return torch.mm(a, b, out_dtype=torch.float32).to(a.dtype)
     return torch.mm(a, b)
 
 
@@ -142,7 +145,12 @@ def config(name, key, candidates, device):
 
 def key_of(x, *widths):
     """The key of a configuration: the dtype of ``x`` and widths."""
-    return "-".join([str(x.dtype).removeprefix("torch."), *map(str, widths)])
+    return _key(x.dtype, widths)
+
+
+@functools.cache
+def _key(dtype, widths):
+    return "-".join([str(dtype).removeprefix("torch."), *map(str, widths)])
 
 
 def precision(x):
@@ -150,6 +158,16 @@ def precision(x):
     return "tf32" if x.dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
+def cdiv(a, b):
+    """a / b rounded up, of integers; Triton's own is slow on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The least power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
 def block_of(width, least=16):
     """The power of two that holds ``width``: a tile's side."""
-    return max(least, triton.next_power_of_2(width))
+    return max(least, power_of_2(width))

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import block_of
+from ._launch import block_of, cdiv, power_of_2
 
 SIZES = ["height", "width", "blocks_y", "blocks_x", "windows_y", "windows_x", "splits"]
 SPLIT_TOKENS = 1024  # of a block for each program, while the programs of a block are at most
@@ -51,7 +51,7 @@ class Groups:
         """Windows and blocks along an axis."""
         if self.window == 0:
             return 1, 1
-        windows = triton.cdiv(size, self.window)
+        windows = cdiv(size, self.window)
         rest = size - (windows - 1) * self.window
         return windows, windows if self.shift == 0 else 2 * windows - (rest <= self.shift)
 
@@ -80,13 +80,13 @@ class Groups:
     def splits(self):
         """Programs that share the tokens of one block."""
         tokens = self.width if self.window == 0 else self.side**2
-        return max(1, min(SPLITS, triton.cdiv(tokens, SPLIT_TOKENS)))
+        return max(1, min(SPLITS, cdiv(tokens, SPLIT_TOKENS)))
 
     def tile(self, tokens):
         """Rows and columns of a tile of at most so many tokens, at least 16."""
         if self.window == 0:
             return dict(TILE_Y=1, TILE_X=tokens)
-        side = triton.next_power_of_2(self.side)
+        side = power_of_2(self.side)
         columns = min(16, side)
         return dict(TILE_Y=max(16 // columns, min(tokens // columns, side)), TILE_X=columns)
 

@@ -9,11 +9,13 @@ rows of the gradient beside them, so every row is read K times and every gradien
 pixel from memory. How many strips are added up together depends on the channels alone; PyTorch adds up those sums.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import Work, config, key_of, launch
+from ._launch import Work, cdiv, config, key_of, launch
 from .pointwise import side_of
 
 ROWS = 4  # of output in a tile
@@ -156,13 +158,12 @@ def taps_of(weight):
 
 def tiles_of(height, width, block_w):
     """How many tiles of ROWS x BLOCK_W pixels an image has."""
-    return triton.cdiv(height, ROWS) * triton.cdiv(width, block_w)
+    return cdiv(height, ROWS) * cdiv(width, block_w)
 
 
-def _forward_tiles(x, channels):
-    sides = (
-        [(32, 32), (32, 64), (64, 32), (16, 32)] if x.element_size() == 4 else [(32, 64), (32, 32), (64, 32), (16, 64)]
-    )
+@functools.cache
+def _forward_tiles(size, channels):
+    sides = [(32, 32), (32, 64), (64, 32), (16, 32)] if size == 4 else [(32, 64), (32, 32), (64, 32), (16, 64)]
     return [
         dict(BLOCK_W=w, BLOCK_C=side_of(channels, [c for c in (64, 32, 16) if c <= most]), num_warps=4)
         for w, most in sides
@@ -174,8 +175,9 @@ def depthwise(x, weight, flip=False):
     batch, channels, height, width = x.shape
     size = weight.shape[-1]
     y = torch.empty_like(x)
-    tiles = config("depthwise_fwd", key_of(x, channels, size), _forward_tiles(x, channels), x.device)
-    blocks = triton.cdiv(channels, tiles["BLOCK_C"])
+    key = key_of(x, channels, size)
+    tiles = config("depthwise_fwd", key, _forward_tiles(x.element_size(), channels), x.device)
+    blocks = cdiv(channels, tiles["BLOCK_C"])
     launch(
         depthwise_fwd_kernel, (batch * tiles_of(height, width, tiles["BLOCK_W"]) * blocks,),
         x, taps_of(weight), y, height, width, C=channels, K=size, FLIP=flip, **tiles,
@@ -190,12 +192,12 @@ def depthwise_weight_gradient(grad, x, size):
     shapes = [(16, 4), (8, 4), (16, 8), (8, 2)] if size <= 5 else [(8, 4), (16, 8)]  # registers hold the K^2 sums
     candidates = [dict(BLOCK_W=w, BLOCK_C=32, num_warps=n) for w, n in shapes]
     tiles = config("depthwise_weight_bwd", key_of(x, channels, size), candidates, x.device)
-    strips = batch * triton.cdiv(height, STRIP) * triton.cdiv(width, tiles["BLOCK_W"])
+    strips = batch * cdiv(height, STRIP) * cdiv(width, tiles["BLOCK_W"])
     most = max(8, 16384 // channels)  # about 512 programs, of 32 channels each
     parts = min(most, strips)
     sums = torch.empty(parts, size * size, channels, dtype=torch.float32, device=x.device)
     launch(
-        depthwise_weight_bwd_kernel, (parts * triton.cdiv(channels, tiles["BLOCK_C"]),),
+        depthwise_weight_bwd_kernel, (parts * cdiv(channels, tiles["BLOCK_C"]),),
         grad, x, sums, strips, height, width, C=channels, K=size, PARTS=most, STRIP=STRIP, **tiles,
         work=Work(2 * x.numel() * x.element_size(), vector=2 * size * size * x.numel()),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ._dot import dot
 from ._lattice import SIZES, bias_offsets, biases, finite_shift, group_pixels, is_wide, lattice_of, masked_scores
-from ._launch import Work, block_of, config, launch
+from ._launch import Work, block_of, cdiv, config, launch
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -86,13 +86,13 @@ def grid_attention(qkv, bias_table, num_heads, grid_size):
     batch, _, height, width = qkv.shape
     out = qkv.new_empty(batch, height, width, lattice.channels).permute(0, 3, 1, 2)
     tiles = config("grid_attention_fwd", lattice.key(qkv, bias_table), _tiles(qkv, lattice), qkv.device)
-    blocks = triton.cdiv(lattice.tokens, tiles["BLOCK_Q"])
+    blocks = cdiv(lattice.tokens, tiles["BLOCK_Q"])
     scores = lattice.rows * num_heads * lattice.tokens
     count = 1
     if lattice.tokens <= tiles["BLOCK_K"]:  # with 2048 programs or more, each takes some groups
         count = min(8, max(1, lattice.groups * num_heads * blocks // 2048))
     launch(
-        grid_attention_fwd_kernel, (triton.cdiv(lattice.groups, count) * num_heads * blocks,),
+        grid_attention_fwd_kernel, (cdiv(lattice.groups, count) * num_heads * blocks,),
         qkv, bias_table, out, lattice.groups, count, *lattice.steps, lattice.depth**-0.5,
         **lattice.constants(qkv), **tiles,
         work=Work(

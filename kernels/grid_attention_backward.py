@@ -27,7 +27,7 @@ from ._lattice import (
     lattice_of,
     masked_scores,
 )
-from ._launch import Work, block_of, config, launch
+from ._launch import Work, block_of, cdiv, config, launch
 
 # Shares of the groups: numbers of their own, so that sums are in the same order on every GPU. One program takes a share
 # of a head and a block of keys.
@@ -334,7 +334,7 @@ def grid_attention_backward(grad, qkv, bias_table, num_heads, grid_size):
         passes = 3 if tiles["BLOCK_K"] >= lattice.tokens else 5
         launch(
             grid_attention_bwd_queries_kernel,
-            (lattice.groups * num_heads * triton.cdiv(lattice.tokens, tiles["BLOCK_Q"]),),
+            (lattice.groups * num_heads * cdiv(lattice.tokens, tiles["BLOCK_Q"]),),
             grad, qkv, bias_table, grad_qkv, statistics, *lattice.steps, scale, **constants, **tiles,
             work=Work(
                 (grad.numel() + 4 * grad.numel()) * qkv.element_size() + 4 * statistics.numel(),
@@ -346,7 +346,7 @@ def grid_attention_backward(grad, qkv, bias_table, num_heads, grid_size):
         sums = _sums(lattice, shares, bias_table, tiles["BLOCK_Q"])
         launch(
             grid_attention_bwd_keys_kernel,
-            (min(shares, lattice.groups) * num_heads * triton.cdiv(lattice.tokens, tiles["BLOCK_K"]),),
+            (min(shares, lattice.groups) * num_heads * cdiv(lattice.tokens, tiles["BLOCK_K"]),),
             grad, qkv, bias_table, statistics, grad_qkv, sums, lattice.groups, *lattice.steps, scale,
             SHARES=shares, **constants, **tiles,
             work=Work(

@@ -5,11 +5,13 @@ adds up the gradients of weight and bias over its own pixels, and PyTorch adds u
 pixels too: `add_layer_norm` adds a branch to the residual stream on its way, 4 C values a token.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import Work, block_of, config, key_of, launch
+from ._launch import Work, block_of, cdiv, config, key_of, launch
 
 PROGRAMS = 512  # of the backward: a number of its own, so that sums are in the same order on every GPU
 
@@ -84,6 +86,7 @@ def layer_norm_2d_bwd_kernel(
     tl.store(p_sums + C, b_gb, mask=m_c)
 
 
+@functools.cache
 def _tiles(values, block_c, warps=4):
     """Configurations with about so many values a tile."""
     return [dict(BLOCK_P=max(1, n // block_c), BLOCK_C=block_c, num_warps=warps) for n in values]
@@ -96,7 +99,7 @@ def _forward(x, branch, weight, bias, total, y, eps, centered):
     tiles = config("layer_norm_2d_fwd", key_of(x, channels), _tiles((4096, 2048, 8192), block_of(channels)), x.device)
     maps = [each for each in (x, branch, total, y) if each is not None]
     launch(
-        layer_norm_2d_fwd_kernel, (triton.cdiv(pixels, tiles["BLOCK_P"]),),
+        layer_norm_2d_fwd_kernel, (cdiv(pixels, tiles["BLOCK_P"]),),
         x, branch, weight, bias, total, y, pixels, eps,
         C=channels, CENTERED=centered, **tiles,
         work=Work(sum(each.numel() * each.element_size() for each in maps), vector=8 * x.numel()),
@@ -110,7 +113,7 @@ def _backward(grad, x, weight, bias, eps, centered, residual):
     tiles = config(
         "layer_norm_2d_bwd", key_of(x, channels), _tiles((4096, 2048, 1024), block_of(channels), 8), x.device
     )
-    programs = min(PROGRAMS, triton.cdiv(pixels, tiles["BLOCK_P"]))
+    programs = min(PROGRAMS, cdiv(pixels, tiles["BLOCK_P"]))
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     maps = [each for each in (grad, x, residual, grad_x) if each is not None]
     launch(

@@ -9,11 +9,14 @@ the depthwise weight. The gradient before GELU comes from a convolution with fli
 is made once more from x, a product of matrices. At most two maps of M channels are in memory at a time.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._launch import Work, block_of, config, key_of, launch, matmul, precision
+from ._gelu import gelu_slope
+from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
 from .depthwise import (
     convolve_rows,
     depthwise,
@@ -75,7 +78,7 @@ def leffn_hidden_bwd_kernel(
         b_x = tl.load(x + o_p[:, None] * C + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
         b_w = tl.load(weight + o_c[None, :] * C + o_k[:, None], mask=m_k[:, None] & m_c[None, :], other=0.0)
         b_u = dot(b_x, b_w, b_u, PRECISION)
-    b_slope = 0.5 + 0.5 * tl.erf(b_u * 0.7071067811865476) + b_u * tl.exp(-0.5 * b_u * b_u) * 0.3989422804014327
+    b_slope = gelu_slope(b_u, x.dtype.element_ty)
     o_x = i_x + tl.arange(0, BLOCK_W)
     b_rows = convolve_rows(grad, taps, i_image, i_y, o_x, o_c, height, width, M, K, True, BLOCK_W, BLOCK_C)
     b_g = stack_rows(b_rows[0], b_rows[1], b_rows[2], b_rows[3], BLOCK_W, BLOCK_C) * b_slope
@@ -83,8 +86,9 @@ def leffn_hidden_bwd_kernel(
     tl.store(grad_u + p_u, b_g.to(grad_u.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
 
 
-def _project_tiles(x, outputs):
-    if x.element_size() == 4:
+@functools.cache
+def _project_tiles(size, outputs):
+    if size == 4:
         shapes = [(16, 16, 64, 4), (16, 32, 64, 4), (32, 16, 64, 8), (32, 16, 32, 4)]
     elif outputs <= 64:
         shapes = [(32, 32, 64, 4), (64, 32, 64, 8), (32, 64, 64, 4), (16, 64, 64, 4)]
@@ -104,8 +108,8 @@ def _project(hidden, depthwise_weight, weight, residual=None):
     outputs, size = weight.shape[0], depthwise_weight.shape[-1]
     y = empty_map(hidden, outputs)
     key = key_of(hidden, channels, outputs, size)
-    tiles = config("leffn_project_fwd", key, _project_tiles(hidden, outputs), hidden.device)
-    groups = triton.cdiv(outputs, tiles["BLOCK_N"])
+    tiles = config("leffn_project_fwd", key, _project_tiles(hidden.element_size(), outputs), hidden.device)
+    groups = cdiv(outputs, tiles["BLOCK_N"])
     values = hidden.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(
         leffn_project_fwd_kernel, (batch * tiles_of(height, width, tiles["BLOCK_W"]) * groups,),
@@ -119,8 +123,9 @@ def _project(hidden, depthwise_weight, weight, residual=None):
     return y
 
 
-def _hidden_tiles(x, channels, hidden):
-    if x.element_size() == 4:
+@functools.cache
+def _hidden_tiles(size, channels, hidden):
+    if size == 4:
         shapes = [(16, 32, 16, 4), (16, 32, 32, 4), (32, 32, 16, 8), (16, 64, 16, 4)]
     else:
         shapes = [(32, 32, 64, 4), (32, 64, 64, 8), (32, 64, 64, 4), (64, 32, 64, 8)]
@@ -135,10 +140,11 @@ def _hidden_backward(grad, depthwise_weight, x, weight):
     batch, hidden, height, width = grad.shape
     channels, size = x.shape[1], depthwise_weight.shape[-1]
     grad_u = empty_map(grad, hidden)
-    tiles = config("leffn_hidden_bwd", key_of(x, channels, hidden, size), _hidden_tiles(x, channels, hidden), x.device)
+    key = key_of(x, channels, hidden, size)
+    tiles = config("leffn_hidden_bwd", key, _hidden_tiles(x.element_size(), channels, hidden), x.device)
     launch(
         leffn_hidden_bwd_kernel,
-        (batch * tiles_of(height, width, tiles["BLOCK_W"]) * triton.cdiv(hidden, tiles["BLOCK_C"]),),
+        (batch * tiles_of(height, width, tiles["BLOCK_W"]) * cdiv(hidden, tiles["BLOCK_C"]),),
         grad, taps_of(depthwise_weight), x, weight, grad_u, height, width,
         C=channels, M=hidden, K=size, PRECISION=precision(x), **tiles,
         work=Work(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._launch import Work, config, key_of, launch, precision
+from ._launch import Work, cdiv, config, key_of, launch, precision
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _product(a, b):
     ]
     tiles = config("merge_pointwise", key_of(a), candidates, a.device)
     launch(
-        merge_pointwise_kernel, (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(columns, tiles["BLOCK_N"]),),
+        merge_pointwise_kernel, (cdiv(rows, tiles["BLOCK_M"]) * cdiv(columns, tiles["BLOCK_N"]),),
         a, b, y, rows, columns, inner, *a.stride(), *b.stride(), PRECISION=precision(a), **tiles,
         work=Work((a.numel() + b.numel() + y.numel()) * a.element_size(), matrix=2 * inner * y.numel()),
     )  # fmt: skip
@@ -95,7 +95,7 @@ def merge_pointwise_backward(grad, first, second):
 def merge_depthwise(k5, k3, k1, identity):
     y = torch.empty_like(k5)
     launch(
-        merge_depthwise_fwd_kernel, (triton.cdiv(y.numel(), 512),),
+        merge_depthwise_fwd_kernel, (cdiv(y.numel(), 512),),
         k5, k3, k1, y, y.numel(), IDENTITY=identity, BLOCK=512, num_warps=4,
         work=Work((2 * y.numel() + k3.numel() + k1.numel()) * y.element_size()),
     )  # fmt: skip
@@ -105,7 +105,7 @@ def merge_depthwise(k5, k3, k1, identity):
 def merge_depthwise_backward(grad, k5, k3, k1, identity):
     grads = torch.empty_like(k5), torch.empty_like(k3), torch.empty_like(k1)
     launch(
-        merge_depthwise_bwd_kernel, (triton.cdiv(grad.numel(), 512),),
+        merge_depthwise_bwd_kernel, (cdiv(grad.numel(), 512),),
         grad, *grads, grad.numel(), BLOCK=512, num_warps=4,
         work=Work((2 * grad.numel() + k3.numel() + k1.numel()) * grad.element_size()),
     )  # fmt: skip

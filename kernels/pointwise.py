@@ -5,6 +5,7 @@ A map is a matrix of pixels by channels. A program takes BLOCK_P pixels: it read
 block, normalised pixels stay in registers for them all. Memory traffic: C values in, N out, N more for a residual.
 """
 
+import functools
 import math
 
 import torch
@@ -12,12 +13,8 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._launch import Work, block_of, config, key_of, launch, matmul, precision
-
-
-@triton.jit
-def gelu(b_x):
-    return 0.5 * b_x * (1.0 + tl.erf(b_x * 0.7071067811865476))
+from ._gelu import gelu
+from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
 
 
 @triton.jit
@@ -84,7 +81,7 @@ def pointwise_fwd_kernel(
                 b_a = normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C, CENTERED)
             b_y = dot(b_a, b_w, b_y, PRECISION)
         if GELU:
-            b_y = gelu(b_y)
+            b_y = gelu(b_y, y.dtype.element_ty)
         p_y = o_p[:, None] * N + o_n[None, :]
         m_y = m_p[:, None] & m_n[None, :]
         if residual is not None:
@@ -94,12 +91,13 @@ def pointwise_fwd_kernel(
 
 def side_of(width, sides=(128, 64, 32)):
     """The largest of the block sides that cover ``width`` with at most an eighth more than the best of them."""
-    least = min(triton.cdiv(width, side) * side for side in sides)
-    return next(side for side in sides if triton.cdiv(width, side) * side * 8 <= least * 9)
+    least = min(cdiv(width, side) * side for side in sides)
+    return next(side for side in sides if cdiv(width, side) * side * 8 <= least * 9)
 
 
-def _tiles(x, channels, outputs):
-    if x.dtype == torch.float32:
+@functools.cache
+def _tiles(size, channels, outputs):
+    if size == 4:
         shapes = [(32, 32, 32, 4), (64, 16, 64, 4), (128, 32, 64, 8), (128, 16, 64, 4)]
         return [
             dict(BLOCK_P=p, BLOCK_K=min(k, block_of(channels)), BLOCK_N=n, LOOP=1, num_warps=w, num_stages=2)
@@ -109,7 +107,7 @@ def _tiles(x, channels, outputs):
         k, found = block_of(channels), []
         for p, most, warps in [(64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 64, 4)]:
             n = side_of(outputs, [side for side in (128, 64, 32) if side <= most])
-            loop = triton.cdiv(outputs, n)
+            loop = cdiv(outputs, n)
             found.append(dict(BLOCK_P=p, BLOCK_K=k, BLOCK_N=n, LOOP=loop, num_warps=warps, num_stages=2))
         return found
     shapes = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (64, 128, 128, 4, 2)]
@@ -147,16 +145,16 @@ def pointwise(x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=Tru
         return map_of(matmul(pixels_of(x), weight.view(outputs, channels).t()), x)
     pixels = x.numel() // channels
     y = empty_map(x, outputs)
-    tiles = config("pointwise_fwd", key_of(x, channels, outputs), _tiles(x, channels, outputs), x.device)
-    groups = triton.cdiv(outputs, tiles["BLOCK_N"] * tiles["LOOP"])
+    tiles = config("pointwise_fwd", key_of(x, channels, outputs), _tiles(x.element_size(), channels, outputs), x.device)
+    groups = cdiv(outputs, tiles["BLOCK_N"] * tiles["LOOP"])
     values = x.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(
-        pointwise_fwd_kernel, (triton.cdiv(pixels, tiles["BLOCK_P"]) * groups,),
+        pointwise_fwd_kernel, (cdiv(pixels, tiles["BLOCK_P"]) * groups,),
         x, weight, norm_weight, norm_bias, residual, y, pixels, eps,
         C=channels, N=outputs, CENTERED=centered, GELU=gelu, PRECISION=precision(x), **tiles,
         work=Work(
             values * x.element_size(), matrix=2 * math.prod((pixels, channels, outputs)),
-            vector=(0 if norm_weight is None else 8 * x.numel()) + (24 * y.numel() if gelu else 0),
+            vector=(0 if norm_weight is None else 8 * x.numel()) + (16 * y.numel() if gelu else 0),
         ),
     )  # fmt: skip
     return y

@@ -6,12 +6,14 @@ share of the gradients of the norm's parameters, which PyTorch adds up in the en
 residual. In fp32, where nothing is rounded in between and PyTorch's product is faster, and for wide maps: two steps.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ._dot import dot
-from ._launch import Work, block_of, config, key_of, launch, matmul, precision
+from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
 from .layer_norm_2d import PROGRAMS, layer_norm_2d_backward, norm_gradient
 from .pointwise import map_of, pixels_of
 
@@ -55,6 +57,7 @@ def pointwise_norm_bwd_kernel(
     tl.store(p_sums + C, b_gb, mask=m_c)
 
 
+@functools.cache
 def _tiles(channels):
     block = block_of(channels)
     if block <= 64:
@@ -84,7 +87,7 @@ def pointwise_norm_backward(grad, weight, x, norm_weight, norm_bias, eps, center
     grad_x = torch.empty_like(x)
     pixels = grad.shape[0]
     tiles = config("pointwise_norm_bwd", key_of(x, channels, outputs), _tiles(channels), x.device)
-    programs = min(PROGRAMS, triton.cdiv(pixels, tiles["BLOCK_P"]))
+    programs = min(PROGRAMS, cdiv(pixels, tiles["BLOCK_P"]))
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     values = grad.numel() + weight.numel() + (2 if residual is None else 3) * x.numel()
     launch(
