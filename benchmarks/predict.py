@@ -1,88 +1,141 @@
-"""The time a call should take on a GPU, counted from the launches it makes, before anything is run.
+"""The least time a call should take on a GPU, counted from the launches it makes; nothing is run, no GPU is needed.
 
-``python -m benchmarks.predict`` prints the models of the targets; with TRITON_INTERPRET=1 it needs no GPU.
+``python -m benchmarks.predict`` prints the models of the targets, kernel by kernel. PyTorch's own small operations
+(copies, additions, shuffles of pixels) are not counted; its products and convolutions are, by bytes and FLOP.
 """
 
 import argparse
-import dataclasses
+import contextlib
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipt_fast
+from benchmarks.bound import GPUS, H100, H200, Bound, Ceilings, bound_of_kernel, bounds
+from ipt_fast.ops._operator import OPERATORS
+
+__all__ = ["H100", "H200", "Bound", "Ceilings", "bound_of_kernel", "bounds", "predict", "recorded", "work_of"]
 
 CONVOLUTIONS = {torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default}
 
 
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What a GPU does at most: bytes/s of a copy (read and written), FLOP/s on the matrix and on the vector units."""
+class _OnTriton(TorchDispatchMode):
+    """Runs the package's operators by the host code of their Triton kernels, on tensors of any device, also "meta".
 
-    bytes: float
-    matrix: float
-    vector: float
+    ``launches``: gets a `Launch` for every convolution that stays PyTorch's.
+    """
 
-    def seconds(self, work):
-        """Of one launch: memory or arithmetic, whichever takes longer; the two units do not overlap."""
-        return max(work.bytes / self.bytes, work.matrix / self.matrix + work.vector / self.vector)
-
-
-# Measured with large bf16 products and copies; the vector units by the data sheet.
-H200 = Ceilings(bytes=4.3e12, matrix=790e12, vector=60e12)
-
-
-class _Convolutions(TorchDispatchMode):
-    """Counts the convolutions that stay PyTorch's."""
-
-    def __init__(self):
+    def __init__(self, launches):
         super().__init__()
-        self.work = []
+        self.launches = launches
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._opname
+        if function.namespace == "ipt_fast":
+            operator = OPERATORS[name.removesuffix("_backward")]
+            if name in OPERATORS:
+                return operator.kernels["triton"].forward(*args)
+            grad, *inputs, _ = args
+            grads = operator.kernels["triton"].backward(grad, *inputs)
+            values = dict(zip(operator.arguments, inputs, strict=True))
+            named = zip(operator.tensors, grads, strict=True)
+            return tuple(operator._gradient_like(grad, name, values[name], value) for name, value in named)
         out = function(*args, **(kwargs or {}))
         if function in CONVOLUTIONS:
-            from ipt_fast.kernels._launch import Work
-
-            x, weight = args[:2]
-            size = sum(t.numel() * t.element_size() for t in (x, weight, out))
-            self.work.append(Work(size, matrix=2 * out.numel() * weight[0].numel()))
+            self._convolution(*args[:2], out, 1)
+        elif function is torch.ops.aten.convolution_backward.default:
+            self._convolution(args[1], args[2], args[0], sum(args[-1][:2]))
         return out
+
+    def _convolution(self, x, weight, out, products):
+        from ipt_fast.kernels._launch import Launch, Work
+
+        size = sum(t.numel() * t.element_size() for t in (x, weight, out))
+        work = Work(size * products, matrix=2 * products * out.numel() * weight[0].numel())
+        self.launches.append(Launch(None, (), (x, weight), {"name": "convolution"}, work))
+
+
+def recorded(call):
+    """[Launch] that ``call()`` makes on the Triton backend; its kernels do not run, its tensors may be on "meta"."""
+    from ipt_fast.kernels import _launch
+
+    with _launch.record() as launches, _OnTriton(launches):
+        call()
+    return launches
 
 
 def work_of(call):
     """[(name, Work)] of the launches ``call()`` makes on the Triton backend; its kernels do not run."""
-    from ipt_fast.kernels import _launch
-
-    with _launch.record() as launches, _Convolutions() as convolutions, ipt_fast.use_backend("triton"):
-        call()
-    named = [(launch.kernel.__name__ if launch.kernel else "matmul", launch.work) for launch in launches]
-    return named + [("convolution", work) for work in convolutions.work]
+    return [(_name(launch), launch.work) for launch in recorded(call)]
 
 
-def predict(call, ceilings=H200):
-    """{kernel: seconds} for ``call()``, which must end in the sum if every launch reached its ceiling."""
+def _name(launch):
+    return launch.kernel.__name__ if launch.kernel else launch.meta.get("name", "matmul")
+
+
+def predict(call, ceilings=H100):
+    """{kernel: seconds} for ``call()``, which must end in the sum if every launch reached its bound."""
     seconds = {}
-    for name, work in work_of(call):
-        seconds[name] = seconds.get(name, 0.0) + ceilings.seconds(work)
+    for bound in bounds(recorded(call), ceilings):
+        seconds[bound.name] = seconds.get(bound.name, 0.0) + bound.seconds
     return seconds
+
+
+# ---- the models of the targets ------------------------------------------------------------------------------------
+
+
+def forward_of(name, batch, size, dtype=torch.bfloat16):
+    """A call that runs a merged model on an image without memory."""
+    with torch.device("meta"):
+        model = ipt_fast.create_model(name, merged=True).to(dtype).to(memory_format=torch.channels_last).eval()
+        x = torch.empty(batch, 3, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    return torch.inference_mode()(lambda: model(x))
+
+
+def training_of(name, batch, size, dtype=torch.bfloat16):
+    """A call that runs a model forward and backward; its weights have ``dtype`` already, as autocast makes them."""
+    with torch.device("meta"):
+        model = ipt_fast.create_model(name, merged=False).to(dtype).to(memory_format=torch.channels_last).train()
+        x = torch.empty(batch, 3, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    return lambda: model(x).square().mean().backward()
+
+
+def table(launches, found):
+    """Lines, one for each kernel of `Launch` es and their `Bound` s: the most expensive first."""
+    groups = {}
+    for launch, bound in zip(launches, found, strict=True):
+        shape = "x".join(str(side) for side in launch.arguments[0].shape)
+        groups.setdefault((bound, shape), []).append(launch)
+    lines = [f"{'ms':>8} {'calls':>5} {'us each':>8}  {'binds':20} {'slots':>6} {'regs':>4} {'KiB':>4} {'waves':>6}  kernel"]
+    for (bound, shape), calls in sorted(groups.items(), key=lambda item: -item[0][0].seconds * len(item[1])):
+        values = calls[0].work.bytes / calls[0].arguments[0].element_size()
+        binds = f"{bound.binds} ({bound.pipe})" if bound.binds == "issue" and bound.pipe != "issue" else bound.binds
+        lines.append(
+            f"{1e3 * bound.seconds * len(calls):8.3f} {len(calls):5} {1e6 * bound.seconds:8.1f}  {binds:20} "
+            f"{32 * bound.slots / values:6.1f} {bound.registers:4} {bound.shared / 1024:4.0f} {bound.waves:6.2f}  "
+            f"{bound.name} {shape}{f' ({bound.assumed} branches assumed)' if bound.assumed else ''}"
+        )
+    return lines
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__)
-    parser.add_argument("--size", type=int, default=512, help="side of the image")
+    parser.add_argument("--size", type=int, help="side of the image (default 512, 128 with --train)")
+    parser.add_argument("--gpu", choices=GPUS, default="H100", help="whose ceilings (default: %(default)s)")
+    parser.add_argument("--model", action="append", help="default: ipt_v2_small and ipt_v2_base")
+    parser.add_argument("--train", action="store_true", help="forward and backward of 16 images by ipt_v2_base")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in ("ipt_v2_small", "ipt_v2_base"):
-        model = (
-            ipt_fast.create_model(name, merged=True).to(device, torch.bfloat16).to(memory_format=torch.channels_last)
-        )
-        x = torch.rand(1, 3, args.size, args.size, device=device, dtype=torch.bfloat16)
-        with torch.inference_mode():
-            found = predict(lambda: model(x))  # noqa: B023, called at once
-        print(f"{name} 1x3x{args.size}x{args.size} bfloat16: {1e3 * sum(found.values()):.2f} ms on an H200")
-        for kernel, seconds in sorted(found.items(), key=lambda item: -item[1]):
-            print(f"  {1e3 * seconds:7.3f} ms  {kernel}")
+    batch, size = (16, args.size or 128) if args.train else (1, args.size or 512)
+    names = args.model or (["ipt_v2_base"] if args.train else ["ipt_v2_small", "ipt_v2_base"])
+    for name in names:
+        launches = recorded((training_of if args.train else forward_of)(name, batch, size))
+        found = bounds(launches, GPUS[args.gpu])
+        total = 1e3 * sum(bound.seconds for bound in found)
+        what = "forward and backward" if args.train else "forward"
+        print(f"{name} {batch}x3x{size}x{size} bfloat16, {what}: {total:.2f} ms on an {args.gpu} at the least")
+        print("\n".join(table(launches, found)))
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError):
+        main()

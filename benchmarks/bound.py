@@ -1,0 +1,232 @@
+"""The least time of a launch, counted from its machine code: issue slots, bytes, matrix work and a warp's own time.
+
+Each kernel is followed through its code (see benchmarks.warp) for some of its blocks. An instruction costs one cycle of
+a scheduler and some of a pipe (see benchmarks.sass); what is longest of all schedulers' and pipes' cycles, traffic
+at the rate of a large copy, matrix work at the rate of a large product, and the time that warps take even when they
+are alone, is the bound. All of it would overlap perfectly; measured times are longer.
+"""
+
+import collections
+import dataclasses
+import math
+import multiprocessing
+import os
+import re
+import struct
+
+import torch
+
+from . import ahead_of_time, sass
+from .warp import Warp
+
+SCHEDULERS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What a GPU does at most: bytes/s of a copy (read and written), FLOP/s on the matrix and on the vector units.
+
+    ``clock``: Hz under load; the rest by the data sheet.
+    """
+
+    bytes: float
+    matrix: float
+    vector: float = 60e12
+    clock: float = 1.755e9
+    multiprocessors: int = 132
+
+    def seconds(self, work):
+        """Of work that is not ours: memory or arithmetic, whichever takes longer; the two units do not overlap."""
+        return max(work.bytes / self.bytes, work.matrix / self.matrix + work.vector / self.vector)
+
+
+# Bytes and products as measured with large bf16 products and copies; clocks by the data sheet, under load.
+H100 = Ceilings(bytes=3.0e12, matrix=798e12)
+H200 = Ceilings(bytes=4.3e12, matrix=790e12, clock=1.98e9)
+GPUS = {"H100": H100, "H200": H200}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Of a launch's average block: scheduler cycles of each pipe, summed over its warps, and its resources.
+
+    ``issue``: instructions of warps; ``matrix``: of the matrix units; ``alone``: cycles a block takes at least.
+    ``assumed``: branches that hang on loaded values, where the shorter way was taken.
+    """
+
+    pipes: dict
+    issue: float
+    matrix: float
+    products: float
+    alone: float
+    sectors: float
+    assumed: int
+    registers: int
+    shared: int
+    threads: int
+
+    @property
+    def blocks_per_multiprocessor(self):
+        warps = self.threads // 32
+        by_registers = 65536 // (warps * 256 * math.ceil(self.registers * 32 / 256)) if self.registers else 32
+        return min(32, 2048 // self.threads, by_registers, (228 << 10) // (self.shared + 1024))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The least time of a launch. ``binds``: "issue", "bytes", "matrix" or "latency"; ``pipe``: which of the issue.
+
+    ``issue_s`` counts the busiest multiprocessor, ``latency_s`` waves of blocks that each take their own time;
+    ``slots``: instructions of warps in the launch; ``assumed``: see `Counted`.
+    """
+
+    name: str
+    seconds: float
+    binds: str
+    pipe: str
+    issue_s: float
+    bytes_s: float
+    matrix_s: float
+    latency_s: float
+    registers: int = 0
+    shared: int = 0
+    blocks_per_sm: int = 0
+    waves: float = 0.0
+    slots: float = 0.0
+    assumed: int = 0
+
+
+def parameters_of(ptx, arguments):
+    """{offset in the constant bank: (value, bytes)} of a kernel's arguments; tensors lie far apart."""
+    entry = ptx[ptx.index(".entry") :]
+    kinds = re.findall(r"\.param \.[a-z](\d+)[^\n]*_param_\d+", entry[: entry.index("{")])
+    found, offset = {}, 0x210
+    for index, bits in enumerate(kinds):
+        value = arguments[index] if index < len(arguments) else 0  # Triton adds some of its own
+        if isinstance(value, torch.Tensor):
+            value = (index + 1) << 40
+        elif isinstance(value, float):
+            value = struct.unpack("<I", struct.pack("<f", value))[0]
+        size = int(bits) // 8
+        offset = -(-offset // size) * size
+        found[offset] = (value, size)
+        offset += size
+    return found
+
+
+def count(cubin, ptx, shared, grid, arguments):
+    """`Counted` of a launch of a kernel for compute capability 9.0."""
+    code = sass.disassemble(cubin)
+    registers, _ = ahead_of_time.registers_and_stack(cubin)
+    threads = math.prod(int(side) for side in re.search(r"\.reqntid (\d+)(?:, (\d+), (\d+))?", ptx).groups("1"))
+    traces = traces_of(code, parameters_of(ptx, arguments), tuple(grid), threads)
+    pipes = collections.Counter()
+    issue = matrix = products = 0.0
+    for trace in traces:
+        for index, times in trace.counts.items():
+            each = code[index]
+            pipe, cycles = sass.pipe_of(each, trace.wavefronts[index] / times if index in trace.wavefronts else 1.0)
+            pipes[pipe] += times * cycles
+            issue += times
+            matrix += times * sass.matrix_cycles(each)
+            products += times * sass.products_of(each)
+    del pipes["issue"]
+    share = threads / 32 / len(traces)
+    return Counted(
+        {pipe: cycles * share for pipe, cycles in pipes.items()}, issue * share, matrix * share, products * share,
+        sum(trace.cycles for trace in traces) / len(traces), share * sum(sum(t.sectors.values()) for t in traces),
+        len(set().union(*(trace.assumed for trace in traces))), registers, shared, threads,
+    )  # fmt: skip
+
+
+def traces_of(code, parameters, grid, threads, most=5):
+    """Of the first and the last warp of some blocks; of one block where the next does the same."""
+    grid = (*grid, 1, 1)[:3]
+    found, total = [], math.prod(grid)
+    for index in range(min(most, total)):
+        place = int((0.5 + 0.618034 * index) % 1 * total)
+        block = place % grid[0], place // grid[0] % grid[1], place // grid[0] // grid[1]
+        pair = [Warp(code, parameters, block, warp, threads, grid).follow() for warp in {0, threads // 32 - 1}]
+        found += pair
+        if index == 1 and all(a.counts == b.counts for a, b in zip(found, pair, strict=False)):
+            break
+    return found
+
+
+def bound_of(counted, launch, ceilings):
+    """`Bound` of a launch that was counted."""
+    blocks, work = math.prod(launch.grid), launch.work
+    cycles = {"issue": counted.issue, **counted.pipes}
+    pipe = max(cycles, key=cycles.get)
+    busiest = math.ceil(blocks / ceilings.multiprocessors) / SCHEDULERS / ceilings.clock
+    together = counted.blocks_per_multiprocessor
+    waves = blocks / ceilings.multiprocessors / together
+    # The matrix units do not keep their clock under load: the rate of a large product counts where it is lower.
+    rate = 2 * 512 * SCHEDULERS * ceilings.multiprocessors * ceilings.clock
+    slower = max(1.0, rate / ceilings.matrix)
+    times = {
+        "issue": cycles[pipe] * busiest,
+        "bytes": work.bytes / ceilings.bytes,
+        "matrix": counted.matrix * busiest * slower,
+        "latency": math.ceil(waves) * counted.alone / ceilings.clock,
+    }
+    binds = max(times, key=times.get)
+    return Bound(
+        launch.kernel.__name__, times[binds], binds, pipe, times["issue"], times["bytes"], times["matrix"],
+        times["latency"], counted.registers, counted.shared, together, waves, counted.issue * blocks, counted.assumed,
+    )  # fmt: skip
+
+
+def bound_of_kernel(kernel, launch, ceilings):
+    """`Bound` of a launch from the kernel that Triton compiled for it (it has ``asm`` and ``metadata``)."""
+    arguments = ahead_of_time.arguments_of(launch)
+    counted = count(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared, launch.grid, arguments)
+    return bound_of(counted, launch, ceilings)
+
+
+def _bound_of_product(launch, ceilings):
+    bytes_s, matrix_s = launch.work.bytes / ceilings.bytes, launch.work.matrix / ceilings.matrix
+    binds = "bytes" if bytes_s >= matrix_s else "matrix"
+    name = launch.meta.get("name", "matmul")
+    return Bound(name, max(bytes_s, matrix_s), binds, "", 0.0, bytes_s, matrix_s, 0.0)
+
+
+_counted = {}  # by kernel and launch
+_waiting = []  # launches for the processes that are forked to count them
+
+
+def _count_waiting(index):
+    launch = _waiting[index]
+    kernel = ahead_of_time.compiled(launch)
+    arguments = ahead_of_time.arguments_of(launch)
+    return count(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared, launch.grid, arguments)
+
+
+def bounds(launches, ceilings=H100, processes=None):
+    """[Bound] of recorded launches, compiled for compute capability 9.0 in parallel, each kernel once.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so that nothing can be compiled.
+    """
+    keys = [_launch_key(launch) for launch in launches]
+    new = {key: launch for key, launch in zip(keys, launches, strict=True) if key and key not in _counted}
+    if new:
+        from ipt_fast.kernels._launch import INTERPRETED
+
+        if INTERPRETED:
+            raise RuntimeError("TRITON_INTERPRET=1: the interpreter compiles nothing; start without it")
+        _waiting[:] = new.values()
+        processes = min(len(new), processes or len(os.sched_getaffinity(0)))
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            _counted.update(zip(new, pool.map(_count_waiting, range(len(new)), chunksize=1), strict=True))
+    return [
+        bound_of(_counted[key], launch, ceilings) if key else _bound_of_product(launch, ceilings)
+        for key, launch in zip(keys, launches, strict=True)
+    ]
+
+
+def _launch_key(launch):
+    if launch.kernel is None:
+        return None
+    numbers = [a for a in ahead_of_time.arguments_of(launch) if not isinstance(a, torch.Tensor)]
+    return *ahead_of_time.key_of(launch), tuple(launch.grid), tuple(numbers)
