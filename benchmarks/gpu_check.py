@@ -60,8 +60,9 @@ def first_run(cores):
         Stage("models", "models", 90, ("--part", "models"), alone=True),
         Stage("kernels", "kernels", 80, alone=True),
         Stage("rivals", "models", 60, ("--part", "rivals"), alone=True),
-        Stage("large maps, cuda", "parity", 30, ("--backend", "cuda", "--large"), alone=True),
-        Stage("large maps, triton", "parity", 30, ("--backend", "triton", "--large"), alone=True),
+        Stage("bounds", "bounds", 60, after=("rivals",)),
+        Stage("large maps, cuda", "parity", 40, ("--backend", "cuda", "--large"), after=("rivals",)),
+        Stage("large maps, triton", "parity", 40, ("--backend", "triton", "--large"), after=("large maps, cuda",)),
         Stage("rest", "models", 60, ("--part", "rest"), alone=True),
     ]  # fmt: skip
 
@@ -69,7 +70,8 @@ def first_run(cores):
 def second_run(cores):
     """Of what matches --only: parity, timing and racecheck; then both models beside their rivals."""
     kept = {"facts", "compile", "cuda parity", "racecheck", "triton parity", "tune", "models", "kernels"}
-    return [stage for stage in first_run(cores) if stage.name in kept]
+    stages = [stage for stage in first_run(cores) if stage.name in kept]
+    return [*stages, Stage("bounds", "bounds", 60, after=("kernels",))]
 
 
 def rehearsed(stages):

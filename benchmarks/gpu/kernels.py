@@ -1,7 +1,6 @@
 """kernels.csv: every distinct launch of the models and every distinct call of an operator, beside bounds and rivals.
 
-A launch is one Triton kernel in its tuned configuration; its row has the bound that `benchmarks.predict` counted for
-it. A call is an operator as a graph, on Triton, on CUDA, and as plain PyTorch, eager and with SDPA.
+A launch is one Triton kernel in its tuned configuration; the stage "bounds" adds what it should take at least. A call is an operator as a graph, on Triton, on CUDA, and as plain PyTorch, eager and with SDPA.
 """
 
 import torch
@@ -19,18 +18,7 @@ COLUMNS = (
 CUDA_BACKWARDS = ("merge_pointwise_backward", "merge_depthwise_backward")
 
 
-class Bounds:
-    """What the stage "compile" counted, by kernel and grid."""
-
-    def __init__(self, work):
-        lines = stage.read_json_lines(work / "bounds.jsonl")
-        self.found = {line["launch"]: line for line in lines}
-
-    def of(self, launch):
-        return self.found.get(f"{compile.key_of(launch)} {launch.grid}", {})
-
-
-def launches(gpu, table, bounds, call, arguments, seen):
+def launches(gpu, table, call, arguments, seen):
     """Rows of the launches that were not timed yet."""
     with _launch.record() as recorded:
         call.on("triton", arguments)()
@@ -39,16 +27,9 @@ def launches(gpu, table, bounds, call, arguments, seen):
             continue
         seen.add(identity)
         seconds = gpu.seconds({"": gpu.launch(launch)})[""]
-        bound = bounds.of(launch)
-        share = bound and {
-            "bound_us": bound["us"],
-            "binds": bound["binds"],
-            "share_of_bound": bound["us"] / seconds / 1e6,
-            "registers": bound["registers"],
-        }
         table.add(
-            kind="launch", name=launch.kernel.__name__, shape=call.label, contender="triton", key=_shown(launch.meta),
-            calls=_shown(call.counts), median_us=seconds * 1e6, gb_per_s=launch.work.bytes / seconds / 1e9, **share,
+            kind="launch", name=launch.kernel.__name__, shape=call.label, contender="triton", key=shown(launch.meta),
+            calls=shown(call.counts), median_us=seconds * 1e6, gb_per_s=launch.work.bytes / seconds / 1e9,
         )  # fmt: skip
 
 
@@ -64,11 +45,11 @@ def operators(gpu, table, call, arguments):
     for name, seconds in gpu.seconds(graphs).items():
         table.add(
             kind="operator", name=call.name, shape=call.shape, key=call.key, contender=name,
-            calls=_shown(call.counts), median_us=seconds * 1e6,
+            calls=shown(call.counts), median_us=seconds * 1e6,
         )  # fmt: skip
 
 
-def _shown(values):
+def shown(values):
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
@@ -76,13 +57,13 @@ def main():
     args = stage.arguments(__doc__)
     gpu = device.opened(args.rehearse)
     table = stage.Table(args.out / "kernels.csv", COLUMNS, stage.environment(gpu.name))
-    bounds, failures, seen, taken = Bounds(args.work), [], set(), tune.kept(args, gpu)
+    failures, seen, taken = [], set(), tune.kept(args, gpu)
     chosen = [call for call in calls.of_models() if args.only.search(call.label)]
     for call in sorted(chosen, key=lambda call: call.is_backward)[: 4 if args.rehearse else None]:
         with torch.no_grad(), _launch.tuning(taken), stage.reported(call.label, failures):
             arguments = gpu.arguments(call)
             operators(gpu, table, call, arguments)
-            launches(gpu, table, bounds, call, arguments, seen)
+            launches(gpu, table, call, arguments, seen)
             del arguments
         gpu.free()
     raise SystemExit(bool(failures))
