@@ -35,18 +35,35 @@ class Conv2d(nn.Conv2d):
             return super()._conv_forward(x.float(), weight.float(), bias).to(dtype)
 
 
+def _loses_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch's shuffles of pixels would return a channels-last map in the other layout: only CPUs keep it."""
+    return x.device.type != "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
-    """``F.pixel_shuffle``, which returns an empty batch in its old shape, for any batch."""
-    if x.shape[0] > 0:  # not len(x), which would tie a compiled graph to one batch
+    """``F.pixel_shuffle`` for any batch, where PyTorch's returns an empty one in its old shape; channels-last maps stay
+    so on every device."""
+    batch, channels, height, width = x.shape
+    if batch == 0:  # not by len(x), which would tie a compiled graph to one batch
+        return x.flatten()[:0].view(0, channels // factor**2, height * factor, width * factor)
+    if channels % factor**2 or not _loses_channels_last(x):
         return F.pixel_shuffle(x, factor)
-    return x.flatten()[:0].view(0, x.shape[1] // factor**2, x.shape[2] * factor, x.shape[3] * factor)
+    parts = x.permute(0, 2, 3, 1).reshape(batch, height, width, channels // factor**2, factor, factor)
+    rows = parts.permute(0, 1, 4, 2, 5, 3)
+    return rows.reshape(batch, height * factor, width * factor, channels // factor**2).permute(0, 3, 1, 2)
 
 
 def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
-    """``F.pixel_unshuffle``, which returns an empty batch in its old shape, for any batch."""
-    if x.shape[0] > 0:
+    """``F.pixel_unshuffle`` for any batch, where PyTorch's returns an empty one in its old shape; channels-last maps
+    stay so on every device."""
+    batch, channels, height, width = x.shape
+    if batch == 0:
+        return x.flatten()[:0].view(0, channels * factor**2, height // factor, width // factor)
+    if height % factor or width % factor or not _loses_channels_last(x):
         return F.pixel_unshuffle(x, factor)
-    return x.flatten()[:0].view(0, x.shape[1] * factor**2, x.shape[2] // factor, x.shape[3] // factor)
+    parts = x.permute(0, 2, 3, 1).reshape(batch, height // factor, factor, width // factor, factor, channels)
+    rows = parts.permute(0, 1, 3, 5, 2, 4)
+    return rows.reshape(batch, height // factor, width // factor, channels * factor**2).permute(0, 3, 1, 2)
 
 
 class PixelShuffle(nn.PixelShuffle):

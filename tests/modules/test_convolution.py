@@ -66,3 +66,21 @@ def test_float64_is_not_cast_by_autocast(emulated):
     x = torch.randn(1, 5, 4, 4, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(x).dtype == plain(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["pixel_shuffle", "pixel_unshuffle"])
+def test_shuffles_keep_channels_last(name, monkeypatch):
+    """On every device; where PyTorch's own do not, the values are theirs."""
+    ours, plain = getattr(convolution, name), getattr(torch.nn.functional, name)
+    x = torch.randn(2, 12, 6, 10).to(memory_format=torch.channels_last)
+    shuffled = ours(x.to("meta"), 2)
+    for kept in (shuffled, torch.cat([shuffled, torch.empty_like(shuffled)], dim=1)):
+        assert kept.is_contiguous(memory_format=torch.channels_last)
+    assert not ours(x.contiguous().to("meta"), 2).is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(convolution, "_loses_channels_last", lambda x: True)
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, expected = ours(leaf, 2), plain(other, 2)
+    assert torch.equal(got, expected)
+    got.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.equal(leaf.grad, other.grad)
