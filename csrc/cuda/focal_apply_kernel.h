@@ -149,7 +149,8 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
                         p.horizontal.position(0, block.across) + tile.left + x;
             }
             attend_tokens<T, C, D>(own, shared.attention, p.tf32, [&](int head, int branch, int i) {
-                return (branch == 0 ? p.top_weight : p.bottom_weight)[(int64_t)head * window * window + at[i]];
+                const void* weight = branch == 0 ? p.top_weight : p.bottom_weight;
+                return small_value<T>(weight, (int64_t)head * window * window + at[i], p.narrow);
             });
         }
         copy_wait<0>();

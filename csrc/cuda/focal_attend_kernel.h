@@ -50,7 +50,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kAttendThreads, 6) focal_attend_kernel(IPT_FAST_
         first[i] = there ? block * p.splits * step + (int64_t)head * focal_slot(d) : -1;
     }
     const int norms = 2 * d * (d + branch), lane = lane_index();
-    const float temperature = p.temperature[head];
+    const float temperature = small_value<T>(p.temperature, head, p.narrow);
     float k_norm[2] = {};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {

@@ -34,17 +34,17 @@ Tensor focal_attention_layer_forward(Tensor x, Tensor norm_weight, OptionalTenso
     STD_TORCH_CHECK(focal_layer_takes(channels, depth), "heads have ", depth, " channels, the kernel takes 32 or 48");
     STD_TORCH_CHECK(window_size > 0 && window_size <= 1 << 14, "window_size must be from 1 to ", 1 << 14);
     STD_TORCH_CHECK(height <= 1 << 24 && width <= 1 << 24 && x.size(0) <= 1 << 24, "x is too large");
-    check_tensor(norm_weight, "norm_weight", {channels}, x, true);
+    check_small(norm_weight, "norm_weight", {channels}, x, norm_weight);
     if (norm_bias.has_value()) {
-        check_tensor(*norm_bias, "norm_bias", {channels}, x, true);
+        check_small(*norm_bias, "norm_bias", {channels}, x, norm_weight);
     }
     check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x);
     check_tensor(depthwise_weight, "depthwise_weight", {3 * channels, 1, 3, 3}, x);
     check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x);
-    check_tensor(temperature, "temperature", {num_heads}, x, true);
-    check_tensor(token_weight, "token_weight", {num_heads, window_size, window_size}, x, true);
-    check_tensor(top_weight, "top_weight", {num_heads, window_size, window_size}, x, true);
-    check_tensor(bottom_weight, "bottom_weight", {num_heads, window_size, window_size}, x, true);
+    check_small(temperature, "temperature", {num_heads}, x, norm_weight);
+    check_small(token_weight, "token_weight", {num_heads, window_size, window_size}, x, norm_weight);
+    check_small(top_weight, "top_weight", {num_heads, window_size, window_size}, x, norm_weight);
+    check_small(bottom_weight, "bottom_weight", {num_heads, window_size, window_size}, x, norm_weight);
     check_device({&x, &norm_weight, norm_bias.has_value() ? &*norm_bias : &x, &qkv_weight, &depthwise_weight,
                   &project_weight, &temperature, &token_weight, &top_weight, &bottom_weight});
 
@@ -55,12 +55,13 @@ Tensor focal_attention_layer_forward(Tensor x, Tensor norm_weight, OptionalTenso
     p.qkv_weight = qkv_weight.data_ptr();
     p.depthwise_weight = depthwise_weight.data_ptr();
     p.project_weight = project_weight.data_ptr();
-    p.norm_weight = values<float>(norm_weight);
-    p.norm_bias = values<float>(norm_bias);
-    p.temperature = values<float>(temperature);
-    p.token_weight = values<float>(token_weight);
-    p.top_weight = values<float>(top_weight);
-    p.bottom_weight = values<float>(bottom_weight);
+    p.norm_weight = norm_weight.data_ptr();
+    p.norm_bias = values(norm_bias);
+    p.temperature = temperature.data_ptr();
+    p.token_weight = token_weight.data_ptr();
+    p.top_weight = top_weight.data_ptr();
+    p.bottom_weight = bottom_weight.data_ptr();
+    p.narrow = norm_weight.scalar_type() != ScalarType::Float;
     p.images = (int)x.size(0);
     p.height = (int)height;
     p.width = (int)width;

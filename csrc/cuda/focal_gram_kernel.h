@@ -40,18 +40,19 @@ struct GramShared {
 };
 
 // The largest squared token weight of each branch in a block, 1 if that is 0. By the whole block.
-template <int Warps>
+template <class T, int Warps>
 IPT_FAST_DEVICE void most_weight(float (&most)[2], float (&shared)[2][Warps], const FocalLayerParams& p,
-                                 const FocalBlock& block, const float* weight) {
+                                 const FocalBlock& block, int64_t head_weight) {
     const int window = p.vertical.window;
 #pragma unroll
     for (int branch = 0; branch < 2; ++branch) {
-        const float* first = weight + (int64_t)p.vertical.position(branch, block.down) * window +
-                             p.horizontal.position(branch, block.across);
+        const int64_t first = head_weight + (int64_t)p.vertical.position(branch, block.down) * window +
+                              p.horizontal.position(branch, block.across);
         float largest = 0;
         for (int y = warp_index(); y < block.rows; y += Warps) {
             for (int x = lane_index(); x < block.columns; x += kWarp) {
-                const float w = first[(int64_t)y * window + x], square = w * w;
+                const float w = small_value<T>(p.token_weight, first + (int64_t)y * window + x, p.narrow);
+                const float square = w * w;
                 largest = square > largest ? square : largest;
             }
         }
@@ -168,10 +169,10 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
     copy_commit();
     load_small<T, C, 2 * D>(p, shared.norm, shared.taps, channel);
     const int window = p.vertical.window;
-    const float* token_weight = p.token_weight + (int64_t)head * window * window;
+    const int64_t head_weight = (int64_t)head * window * window;
     float most[2] = {1, 1};                   // by selection: memory would be needed to index registers
     if constexpr (std::is_same_v<T, fp16>) {  // q times a weight above 1 could overflow
-        most_weight(most, shared.most, p, block, token_weight);
+        most_weight<T>(most, shared.most, p, block, head_weight);
     }
     copy_wait<0>();
     sync_block();
@@ -195,7 +196,8 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
             float value = 0;
             if (token < tokens) {
                 const int64_t at_y = p.vertical.position(of, block.down) + tile.top + y;
-                value = token_weight[at_y * window + p.horizontal.position(of, block.across) + tile.left + x];
+                const int64_t at = at_y * window + p.horizontal.position(of, block.across) + tile.left + x;
+                value = small_value<T>(p.token_weight, head_weight + at, p.narrow);
             }
             shared.token_weight[token].of[of] = value * value / (of == 0 ? most[0] : most[1]);
         }

@@ -109,8 +109,8 @@ template <class T, int C, int Channels, class Channel>
 IPT_FAST_DEVICE void load_small(const FocalLayerParams& p, FocalNorm<C>& norm, T* taps, Channel channel) {
 #pragma unroll 1
     for (int i = thread_index(); i < C; i += block_threads()) {
-        norm.weight[i] = p.norm_weight[i];
-        norm.bias[i] = p.norm_bias == nullptr ? 0.0f : p.norm_bias[i];
+        norm.weight[i] = small_value<T>(p.norm_weight, i, p.narrow);
+        norm.bias[i] = p.norm_bias == nullptr ? 0.0f : small_value<T>(p.norm_bias, i, p.narrow);
     }
     const T* weight = static_cast<const T*>(p.depthwise_weight);
 #pragma unroll 1

@@ -15,15 +15,15 @@ Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor nor
     STD_TORCH_CHECK(num_heads > 0 && (num_heads * 32 == channels || num_heads * 48 == channels), "x has ", channels,
                     " channels in ", num_heads, " heads, the kernel takes heads of 32 or 48");
     STD_TORCH_CHECK(grid_size > 0, "grid_size must be positive");
-    check_tensor(norm_weight, "norm_weight", {channels}, x, true);
+    check_small(norm_weight, "norm_weight", {channels}, x, norm_weight);
     check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x);
     check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x);
     if (norm_bias.has_value()) {
-        check_tensor(*norm_bias, "norm_bias", {channels}, x, true);
+        check_small(*norm_bias, "norm_bias", {channels}, x, norm_weight);
     }
     if (bias_table.has_value()) {
         const int64_t side = 2 * grid_size - 1;
-        check_tensor(*bias_table, "bias_table", {side * side, num_heads}, x, true);
+        check_small(*bias_table, "bias_table", {side * side, num_heads}, x, norm_weight);
     }
     const Lattice lattice = {height, width, grid_size};
     const int64_t groups = x.size(0) * group_count(lattice);
@@ -41,9 +41,10 @@ Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor nor
     params.x = x.data_ptr();
     params.qkv_weight = qkv_weight.data_ptr();
     params.project_weight = project_weight.data_ptr();
-    params.norm_weight = values<float>(norm_weight);
-    params.norm_bias = values<float>(norm_bias);
-    params.table = values<float>(bias_table);
+    params.norm_weight = norm_weight.data_ptr();
+    params.norm_bias = values(norm_bias);
+    params.table = values(bias_table);
+    params.narrow = norm_weight.scalar_type() != ScalarType::Float;
     params.out = out.data_ptr();
     params.lattices = lattices;
     params.grid = grid_size;

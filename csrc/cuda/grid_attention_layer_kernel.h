@@ -37,12 +37,13 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(Layer::kThreads, Layer::kBlocks)
         copy_commit();
     };
     auto normalise_own = [&](const Points& points, int first) {
-        normalise<T, Layer>(own_y, p, points, (first + warp * own) % tokens);
+        normalise<T, Layer>(own_y, shared.y, p, points, (first + warp * own) % tokens);
     };
 
     for (int head = 0; head < Layer::kHeads; ++head) {
-        load_biases<T, Side>(shared.biases + head * kBiasCount<Side>, p.table, p.grid, Layer::kHeads, head);
+        load_biases<T, Side>(shared.biases + head * kBiasCount<Side>, p, Layer::kHeads, head);
     }
+    load_norm<T, Layer>(shared.y, p);
     int item = (int)block_index();
     copy_qkv_weight<T, Layer>(shared.qkv_weight, p, 0);
     copy_project_weight<T, Layer>(shared.project_weight, p, 0);

@@ -93,24 +93,41 @@ IPT_FAST_DEVICE void gather(T* to, const T* x, const Points& points, int first) 
     }
 }
 
-// norm(x) in place of x, zeros where the group has no point; by the warp, four lanes a row.
+// The norm's parameters to the padding of y's rows: weights of channels 2 i and 2 i + 1, then biases, in row i. By the
+// whole block.
 template <class T, class Layer>
-IPT_FAST_DEVICE void normalise(T* rows, const GridAttentionLayerParams& p, const Points& points, int first) {
+IPT_FAST_DEVICE void load_norm(T* y, const GridAttentionLayerParams& p) {
+    static_assert(Layer::kChannels / 2 <= Layer::kStage && Layer::kPixel - Layer::kChannels == Vector<T>::kValues);
+    for (int i = thread_index(); i < Layer::kChannels / 2; i += Layer::kThreads) {
+        uint32_t words[4];
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+            words[v] = as_bits(small_value<T>(p.norm_weight, 2 * i + v, p.narrow));
+            words[2 + v] = as_bits(p.norm_bias == nullptr ? 0.0f : small_value<T>(p.norm_bias, 2 * i + v, p.narrow));
+        }
+        store_words(y + i * Layer::kPixel + Layer::kChannels, words);
+    }
+}
+
+// norm(x) in place of x, zeros where the group has no point; by the warp, four lanes a row. `y` has the parameters.
+template <class T, class Layer>
+IPT_FAST_DEVICE void normalise(T* rows, const T* y, const GridAttentionLayerParams& p, const Points& points,
+                               int first) {
     constexpr int pairs = Layer::kChannels / 8;
     const int lane = lane_index(), column = lane % 4 * 2;
 #pragma unroll 1
     for (int start = 0; start < Layer::kOwn; start += 8) {
         T* row = rows + (start + lane / 4) * Layer::kPixel + column;
-        float y[pairs][2], sum = 0, squares = 0;
+        float x[pairs][2], sum = 0, squares = 0;
 #pragma unroll
         for (int i = 0; i < pairs; ++i) {
-            load_pair(row + i * 8, y[i][0], y[i][1]);
-            sum += y[i][0] + y[i][1];
+            load_pair(row + i * 8, x[i][0], x[i][1]);
+            sum += x[i][0] + x[i][1];
         }
         const float mean = sum_of_row(sum) * (1.0f / Layer::kChannels);
 #pragma unroll
         for (int i = 0; i < pairs; ++i) {
-            const float left = y[i][0] - mean, right = y[i][1] - mean;
+            const float left = x[i][0] - mean, right = x[i][1] - mean;
             squares += left * left + right * right;
         }
         const float scale = 1.0f / sqrtf(sum_of_row(squares) * (1.0f / Layer::kChannels) + p.eps);
@@ -119,11 +136,11 @@ IPT_FAST_DEVICE void normalise(T* rows, const GridAttentionLayerParams& p, const
 #pragma unroll
         for (int i = 0; i < pairs; ++i) {
             float pair[2];
+            uint32_t norm[4];
+            load_words(norm, y + (i * 4 + lane % 4) * Layer::kPixel + Layer::kChannels);
 #pragma unroll
             for (int v = 0; v < 2; ++v) {
-                const int channel = i * 8 + column + v;
-                pair[v] = (y[i][v] - shift) * scale * p.norm_weight[channel];
-                pair[v] += p.norm_bias == nullptr ? 0.0f : p.norm_bias[channel];
+                pair[v] = (x[i][v] - shift) * scale * as_float(norm[v]) + as_float(norm[2 + v]);
             }
             store_pair(row + i * 8, there ? pair[0] : 0.0f, there ? pair[1] : 0.0f);
         }

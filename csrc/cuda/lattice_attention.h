@@ -71,11 +71,11 @@ constexpr int kBiasCount = kBiasRow<Side> * kBiasRow<Side>;
 
 // Those of a head, by row and column of the query less those of the first key, from 1 - Side on; by the whole block.
 template <class T, int Side>
-IPT_FAST_DEVICE void load_biases(BiasPair* to, const float* table, int64_t grid, int heads, int head) {
+IPT_FAST_DEVICE void load_biases(BiasPair* to, const GridAttentionLayerParams& p, int heads, int head) {
     auto bias = [&](int row, int column) {
-        const bool there = table != nullptr && row > -grid && row < grid && column > -grid && column < grid;
-        return there ? table[((row + grid - 1) * (2 * grid - 1) + column + grid - 1) * heads + head] * kScoreUnit<T>
-                     : 0.0f;
+        const int64_t grid = p.grid, at = ((row + grid - 1) * (2 * grid - 1) + column + grid - 1) * heads + head;
+        const bool there = p.table != nullptr && row > -grid && row < grid && column > -grid && column < grid;
+        return there ? small_value<T>(p.table, at, p.narrow) * kScoreUnit<T> : 0.0f;
     };
     for (int i = thread_index(); i < kBiasCount<Side>; i += block_threads()) {
         const int row = i / kBiasRow<Side> + 1 - Side, column = i % kBiasRow<Side> + 1 - Side;

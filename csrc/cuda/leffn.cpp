@@ -22,10 +22,10 @@ Tensor leffn_layer(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bia
     check_tensor(project_weight, "project_weight", {channels, hidden, 1, 1}, x);
     STD_TORCH_CHECK(norm_weight.has_value() || !norm_bias.has_value(), "norm_bias needs norm_weight");
     if (norm_weight.has_value()) {
-        check_tensor(*norm_weight, "norm_weight", {channels}, x, true);
+        check_small(*norm_weight, "norm_weight", {channels}, x, *norm_weight);
     }
     if (norm_bias.has_value()) {
-        check_tensor(*norm_bias, "norm_bias", {channels}, x, true);
+        check_small(*norm_bias, "norm_bias", {channels}, x, *norm_weight);
     }
     check_device({&x, &expand_weight, &depthwise_weight, &project_weight});
     for (const OptionalTensor* small : {&norm_weight, &norm_bias}) {
@@ -37,8 +37,9 @@ Tensor leffn_layer(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bia
     Tensor y = new_image(x, channels);
     LeffnParams params = {};
     params.x = x.data_ptr();
-    params.norm_weight = values<float>(norm_weight);
-    params.norm_bias = values<float>(norm_bias);
+    params.norm_weight = values(norm_weight);
+    params.norm_bias = values(norm_bias);
+    params.narrow = norm_weight.has_value() && norm_weight->scalar_type() != ScalarType::Float;
     params.expand = expand_weight.data_ptr();
     params.depthwise = depthwise_weight.data_ptr();
     params.project = project_weight.data_ptr();

@@ -96,8 +96,9 @@ IPT_FAST_DEVICE void leffn_load_input(LeffnTile<T, C>& tile, const T* x, const L
 template <class T, int C>
 IPT_FAST_DEVICE void leffn_load_norm(LeffnTile<T, C>& tile, const LeffnParams& p) {
     if (p.norm_weight != nullptr && thread_index() < C) {
-        tile.norm_weight[thread_index()] = p.norm_weight[thread_index()];
-        tile.norm_bias[thread_index()] = p.norm_bias != nullptr ? p.norm_bias[thread_index()] : 0.0f;
+        const int i = thread_index();
+        tile.norm_weight[i] = small_value<T>(p.norm_weight, i, p.narrow);
+        tile.norm_bias[i] = p.norm_bias != nullptr ? small_value<T>(p.norm_bias, i, p.narrow) : 0.0f;
     }
 }
 

@@ -22,6 +22,14 @@ void check_aligned(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes");
 }
 
+void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+    const torch::headeronly::IntHeaderOnlyArrayRef expected(shape.begin(), shape.size());
+    STD_TORCH_CHECK(t.sizes() == expected, name, " has shape ", shape_text(t.sizes()), ", expected ",
+                    shape_text(expected));
+    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+    check_aligned(t, name);
+}
+
 #ifndef IPT_FAST_EMULATED
 // Not linked: the CPU build of PyTorch has no such function, and this library loads there, too.
 void* current_stream(int32_t device) {
@@ -68,15 +76,17 @@ void check_image(const Tensor& x, const char* name) {
     check_aligned(x, name);
 }
 
-void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like,
-                  bool small) {
-    const torch::headeronly::IntHeaderOnlyArrayRef expected(shape.begin(), shape.size());
-    STD_TORCH_CHECK(t.sizes() == expected, name, " has shape ", shape_text(t.sizes()), ", expected ",
-                    shape_text(expected));
-    STD_TORCH_CHECK(t.scalar_type() == (small ? ScalarType::Float : like.scalar_type()), name,
-                    small ? " must be float32" : " must have the dtype of the first tensor");
-    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-    check_aligned(t, name);
+void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like) {
+    check_shape(t, name, shape);
+    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the first tensor");
+}
+
+void check_small(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like,
+                 const Tensor& first) {
+    check_shape(t, name, shape);
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == like.scalar_type(), name,
+                    " must be float32 or have the dtype of the first tensor");
+    STD_TORCH_CHECK(t.scalar_type() == first.scalar_type(), name, " must have the dtype of the other small parameters");
 }
 
 void check_device(std::initializer_list<const Tensor*> tensors) {

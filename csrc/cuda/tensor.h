@@ -38,9 +38,11 @@ class Device {
 void check_float(const Tensor& x, const char* name);
 // A channels-last (B, C, H, W) tensor of float32, bfloat16 or float16.
 void check_image(const Tensor& x, const char* name);
-// A contiguous tensor of this shape in the dtype of `like` or, where `small`, in float32.
-void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like,
-                  bool small = false);
+// A contiguous tensor of this shape in the dtype of `like`.
+void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like);
+// A small parameter: contiguous, of this shape, in float32 or the dtype of `like`, and in that of `first`, another one.
+void check_small(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like,
+                 const Tensor& first);
 // The last of all checks, so that all others can be tried anywhere.
 void check_device(std::initializer_list<const Tensor*> tensors);
 
@@ -65,10 +67,7 @@ template <class T>
 const T* values(const Tensor& x) {
     return static_cast<const T*>(x.data_ptr());
 }
-template <class T>
-const T* values(const OptionalTensor& x) {
-    return x.has_value() ? values<T>(*x) : nullptr;
-}
+inline const void* values(const OptionalTensor& x) { return x.has_value() ? x->data_ptr() : nullptr; }
 template <class T>
 T* values(Tensor& x) {
     return static_cast<T*>(x.data_ptr());

@@ -247,6 +247,17 @@ IPT_FAST_DEVICE void load_pair(const T* from, float& first, float& second) {
     }
 }
 
+// Value i of a small parameter, which is of T where `narrow`, else float.
+template <class T>
+IPT_FAST_DEVICE float small_value(const void* from, int64_t i, bool narrow) {
+    if constexpr (sizeof(T) == 2) {
+        if (narrow) {
+            return to_float(static_cast<const T*>(from)[i]);
+        }
+    }
+    return static_cast<const float*>(from)[i];
+}
+
 // ---- 16 bytes of values --------------------------------------------------------------------------------------------
 
 template <class T>

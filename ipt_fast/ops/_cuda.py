@@ -129,7 +129,8 @@ def register(
     Args:
         operator: the `Operator`.
         call: function of the operator's arguments and, by name, ``tf32``, that calls `_private` operators. It gets
-            images channels-last, weights contiguous, and all other tensors contiguous in float32.
+            images channels-last, and weights and small parameters contiguous, the latter all in one dtype: the image's
+            or float32.
         limits: function of the arguments, answers None or why the kernels do not take them.
         call_backward: as ``call``, of the gradient and the arguments, where the gradients have kernels, too.
     """
@@ -146,17 +147,21 @@ def register(
             return f"the CUDA kernels take float32, bfloat16 and float16; the tensors are {x.dtype}"
         return limits(*args) if limits else None
 
-    def prepared(name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        if name in operator.images:
-            value = as_channels_last(value)
-        else:
-            value = value.contiguous() if name in operator.weights else value.float().contiguous()
-        return _aligned(value)
+    def is_small(name: str, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and name not in operator.images and name not in operator.weights
 
     def all_prepared(args: Arguments) -> list[Any]:
-        return [prepared(name, value) for name, value in zip(operator.arguments, args, strict=True)]
+        named = list(zip(operator.arguments, args, strict=True))
+        mixed = any(is_small(name, value) and value.dtype != args[0].dtype for name, value in named)
+
+        def prepared(name: str, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if name in operator.images:
+                return _aligned(as_channels_last(value))
+            return _aligned((value.float() if mixed and is_small(name, value) else value).contiguous())
+
+        return [prepared(name, value) for name, value in named]
 
     def forward(*args: Any) -> Tensor:
         return call(*all_prepared(args), tf32=tf32_allowed())

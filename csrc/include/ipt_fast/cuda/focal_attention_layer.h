@@ -44,8 +44,8 @@ struct FocalAxis {
 
 struct FocalLayerParams {
     const void *x, *qkv_weight, *depthwise_weight, *project_weight;
-    const float *norm_weight, *norm_bias;  // the bias may be null
-    const float *temperature, *token_weight, *top_weight, *bottom_weight;
+    const void *norm_weight, *norm_bias;  // the bias may be null
+    const void *temperature, *token_weight, *top_weight, *bottom_weight;
     void* out;
     float* slots;     // (images, blocks, splits, heads, focal_slot)
     void* attention;  // (images, windows, heads, branches, head channels, head channels)
@@ -53,6 +53,7 @@ struct FocalLayerParams {
     FocalAxis vertical, horizontal;
     int splits;  // thread blocks that share a block of the map
     float eps;
+    bool narrow;  // the parameters from norm_weight to bottom_weight are of T, else float
     bool centered, tf32;
 };
 

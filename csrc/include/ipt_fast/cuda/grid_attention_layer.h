@@ -21,14 +21,15 @@ inline Lattices lattices_of(const Lattice& l) {
 }
 
 struct GridAttentionLayerParams {
-    const void *x, *qkv_weight, *project_weight;   // channels-last; (3C, C); (C, C)
-    const float *norm_weight, *norm_bias, *table;  // the last two may be absent
+    const void *x, *qkv_weight, *project_weight;  // channels-last; (3C, C); (C, C)
+    const void *norm_weight, *norm_bias, *table;  // the last two may be absent
     void* out;
     Lattices lattices;
     int64_t grid;
     int groups;  // of all images
     int blocks;  // set by the launcher
     float eps;
+    bool narrow;  // the norm's parameters and the table are of T, else float
     bool centered, tf32;
 };
 

@@ -8,12 +8,13 @@ namespace ipt_fast {
 // y = [x +] project(depthwise 5x5(GELU(expand([norm](x))))); images (batch, height, width, channels).
 struct LeffnParams {
     const void* x;
-    const float *norm_weight, *norm_bias;  // no norm without norm_weight
+    const void *norm_weight, *norm_bias;  // no norm without norm_weight
     const void *expand, *depthwise, *project;
     void* y;
     int64_t batch;
     int height, width, hidden;
     float eps;
+    bool narrow;  // the norm's parameters are of T, else float
     bool centered, residual, tf32;
 };
 
