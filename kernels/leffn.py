@@ -3,6 +3,7 @@
 Forward, two kernels: the pointwise expansion with GELU (and the layer's norm before it), then the projection, whose
 program convolves blocks of hidden channels for its 4 x BLOCK_W pixels and multiplies them on the spot, so that the
 convolved map never reaches memory. Traffic a pixel, for C channels and M hidden ones: C + M and M + C (+ C) values.
+Where maps are wide and therefore small, that leaves much of a GPU idle: there the convolution is a kernel of its own.
 
 Backward: the hidden map is made again, then the convolved one, the gradient of which lies in memory for the gradient of
 the depthwise weight. The gradient before GELU comes from a convolution with flipped taps, beside which GELU's argument
@@ -86,29 +87,38 @@ def leffn_hidden_bwd_kernel(
     tl.store(grad_u + p_u, b_g.to(grad_u.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
 
 
+APART = dict(FUSED=False)  # the convolution and the projection each in a kernel of its own
+
+
 @functools.cache
 def _project_tiles(size, outputs):
     if size == 4:
         shapes = [(16, 16, 64, 4), (16, 32, 64, 4), (32, 16, 64, 8), (32, 16, 32, 4)]
     elif outputs <= 64:
-        shapes = [(32, 32, 64, 4), (64, 32, 64, 8), (32, 64, 64, 4), (16, 64, 64, 4)]
+        shapes = [(32, 32, 64, 4), (64, 32, 64, 8), (32, 64, 64, 8), (16, 64, 64, 4), (16, 64, 64, 8)]
+    elif outputs <= 128:
+        shapes = [(32, 64, 128, 8), (16, 64, 128, 4), (16, 64, 128, 8), (32, 32, 128, 4), (64, 32, 128, 8)]
     elif outputs <= 256:
-        shapes = [(16, 64, 256, 8), (32, 32, 256, 8), (32, 64, 256, 8), (32, 64, 128, 8)]
+        shapes = [(16, 64, 256, 4), (16, 64, 256, 8), (32, 64, 256, 8), (32, 64, 128, 8)]
     else:
-        shapes = [(8, 64, 512, 8), (16, 32, 512, 8), (32, 64, 256, 8), (32, 64, 128, 8)]
-    return [
+        shapes = [(8, 64, 512, 8), (16, 32, 512, 8), (32, 64, 256, 8)]
+    fused = [
         dict(BLOCK_W=w, BLOCK_C=c, BLOCK_N=min(n, block_of(outputs)), num_warps=warps, num_stages=1)
         for w, c, n, warps in shapes
     ]
+    apart_first = outputs > (64 if size == 4 else 128)
+    return [APART, *fused] if apart_first else [*fused, APART]
 
 
 def _project(hidden, depthwise_weight, weight, residual=None):
     """PW(DW(hidden)) + residual."""
     batch, channels, height, width = hidden.shape
     outputs, size = weight.shape[0], depthwise_weight.shape[-1]
-    y = empty_map(hidden, outputs)
     key = key_of(hidden, channels, outputs, size)
     tiles = config("leffn_project_fwd", key, _project_tiles(hidden.element_size(), outputs), hidden.device)
+    if tiles == APART:
+        return pointwise(depthwise(hidden, depthwise_weight), weight, residual=residual)
+    y = empty_map(hidden, outputs)
     groups = cdiv(outputs, tiles["BLOCK_N"])
     values = hidden.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(

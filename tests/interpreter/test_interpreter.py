@@ -39,6 +39,10 @@ def test_gelu_of_every_number():
     assert run("tests/ops/test_gelu.py") == 2
 
 
+def test_every_schedule():
+    assert run("tests/ops/test_schedules.py") >= 2
+
+
 def test_layers_of_ipt():
     assert run("tests/modules/test_transformer.py") >= 10
 
