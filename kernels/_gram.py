@@ -25,8 +25,9 @@ from ._windows import (
     load_weights,
     matrix_of,
     piece_of_window,
+    tile_of,
     tile_range,
-    tile_tokens,
+    token_offsets,
 )
 
 MOST = tl.constexpr(2.0**127)  # the largest factor
@@ -50,12 +51,18 @@ def weighted_product(b_q, b_k, b_w, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def partial_sums(b_x, ROWS: tl.constexpr):
+    # (tile, channels) summed to (ROWS, channels): over tokens of one thread, so that no thread waits for another
+    return tl.sum(tl.reshape(b_x, (b_x.shape[0] // ROWS, ROWS, b_x.shape[1])), axis=0)
+
+
+@triton.jit
 def sum_tokens(
     q, k, weight_0, weight_1, depthwise, b_fq, b_fk, i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
     height, width, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
     Q_PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_PIXEL: tl.constexpr, K_FIRST: tl.constexpr,
     NORMS: tl.constexpr, DEPTHWISE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # products of q and k, and for both branches their squared norms; b_fq, b_fk: factors of q and k, if SCALED
     o_d = tl.arange(0, BLOCK_D)
@@ -64,14 +71,14 @@ def sum_tokens(
     o_k = K_FIRST + i_head * DEPTH + o_d
     b_g0 = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     b_g1 = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-    b_q0 = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    b_k0 = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    b_q1 = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    b_k1 = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    b_q0 = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+    b_k0 = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+    b_q1 = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+    b_k1 = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     for i_tile in range(first, last):
-        o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
-        b_q = load_tokens(q, depthwise, i_image, o_y, o_x, m_t, o_q, m_d, height, width, Q_PIXEL, DEPTHWISE)
-        b_k = load_tokens(k, depthwise, i_image, o_y, o_x, m_t, o_k, m_d, height, width, K_PIXEL, DEPTHWISE)
+        i_ty, i_tx, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
+        b_q = load_tokens(q, depthwise, i_ty, i_tx, i_pixel, o_y, o_x, m_t, o_q, m_d, height, width, Q_PIXEL, DEPTHWISE)
+        b_k = load_tokens(k, depthwise, i_ty, i_tx, i_pixel, o_y, o_x, m_t, o_k, m_d, height, width, K_PIXEL, DEPTHWISE)
         if SCALED:
             b_q = (b_q.to(tl.float32) * b_fq[None, :]).to(b_q.dtype)
             b_k = (b_k.to(tl.float32) * b_fk[None, :]).to(b_k.dtype)
@@ -79,25 +86,27 @@ def sum_tokens(
         b_kk = b_k.to(tl.float32) * b_k.to(tl.float32)
         if BRANCHES == 1:
             b_g0 += dot(tl.trans(b_q), b_k, None, PRECISION)
-            b_q0 += tl.sum(b_qq, axis=0)
-            b_k0 += tl.sum(b_kk, axis=0)
+            b_q0 += partial_sums(b_qq, ROWS)
+            b_k0 += partial_sums(b_kk, ROWS)
         else:
-            o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + o_y - y0, block_position(i_x, 0, P, SHIFT) + o_x - x0
+            i_ty, i_tx = i_ty - y0, i_tx - x0
+            o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + i_ty + o_y, block_position(i_x, 0, P, SHIFT) + i_tx + o_x
             b_w0 = load_weights(weight_0, i_head, o_wy, o_wx, m_t, P)
             if NORMS:
-                o_wy, o_wx = block_position(i_y, 1, P, SHIFT) + o_y - y0, block_position(i_x, 1, P, SHIFT) + o_x - x0
+                o_wy = block_position(i_y, 1, P, SHIFT) + i_ty + o_y
+                o_wx = block_position(i_x, 1, P, SHIFT) + i_tx + o_x
                 b_w1 = load_weights(weight_0, i_head, o_wy, o_wx, m_t, P)
                 b_w0 *= b_w0
                 b_w1 *= b_w1
-                b_q0 += tl.sum(b_qq * b_w0[:, None], axis=0)
-                b_k0 += tl.sum(b_kk * b_w0[:, None], axis=0)
-                b_q1 += tl.sum(b_qq * b_w1[:, None], axis=0)
-                b_k1 += tl.sum(b_kk * b_w1[:, None], axis=0)
+                b_q0 += partial_sums(b_qq * b_w0[:, None], ROWS)
+                b_k0 += partial_sums(b_kk * b_w0[:, None], ROWS)
+                b_q1 += partial_sums(b_qq * b_w1[:, None], ROWS)
+                b_k1 += partial_sums(b_kk * b_w1[:, None], ROWS)
             else:
                 b_w1 = load_weights(weight_1, i_head, o_wy, o_wx, m_t, P)
             b_g0 += weighted_product(b_q, b_k, b_w0, PRECISION)
             b_g1 += weighted_product(b_q, b_k, b_w1, PRECISION)
-    return b_g0, b_g1, b_q0, b_k0, b_q1, b_k1
+    return b_g0, b_g1, tl.sum(b_q0, axis=0), tl.sum(b_k0, axis=0), tl.sum(b_q1, axis=0), tl.sum(b_k1, axis=0)
 
 
 @triton.jit
@@ -107,8 +116,8 @@ def largest_of_tokens(
 ):  # fmt: skip
     b_most = tl.zeros((o_c.shape[0],), dtype=tl.float32)
     for i_tile in range(first, last):
-        o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
-        b_x = load_tokens(x, depthwise, i_image, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL, DEPTHWISE)
+        i_y, i_x, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
+        b_x = load_tokens(x, depthwise, i_y, i_x, i_pixel, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL, DEPTHWISE)
         b_most = tl.maximum(b_most, tl.max(tl.abs(b_x.to(tl.float32)), axis=0))
     return b_most
 
@@ -152,25 +161,25 @@ def gram_kernel(
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
     Q_PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_PIXEL: tl.constexpr, K_FIRST: tl.constexpr,
     NORMS: tl.constexpr, DEPTHWISE: tl.constexpr, PRECISION: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_q, b_k: (tile, BLOCK_D); b_g: (BLOCK_D of q, BLOCK_D of k); slots: (blocks, splits, HEADS, SLOT)
     # NORMS: weight_0 is w of both branches, by the position in the branch's window, and multiplies q and k, of which
     # the slot gets the squared norms and the factors, too. Else weight_0, weight_1 belong to the branches, by the
     # unshifted windows.
     SLOT: tl.constexpr = DEPTH * (BRANCHES * (DEPTH + 2) + 2) if NORMS else BRANCHES * DEPTH * DEPTH
-    i_program = tl.program_id(0).to(tl.int64)
+    i_program = tl.program_id(0)
     i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
         i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
     )
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < DEPTH
     first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
-    p_slot = slots + i_program * SLOT
+    p_slot = slots + i_program.to(tl.int64) * SLOT
     b_g0, b_g1, b_q0, b_k0, b_q1, b_k1 = sum_tokens(
         q, k, weight_0, weight_1, depthwise, None, None, i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
         height, width, DEPTH, P, SHIFT, BRANCHES, Q_PIXEL, Q_FIRST, K_PIXEL, K_FIRST,
-        NORMS, DEPTHWISE, False, PRECISION, TILE_Y, TILE_X, BLOCK_D,
+        NORMS, DEPTHWISE, False, PRECISION, TILE_Y, TILE_X, ROWS, BLOCK_D,
     )  # fmt: skip
     store_slot(p_slot, b_g0, b_g1, b_q0, b_k0, b_q1, b_k1, o_d, DEPTH, BRANCHES, NORMS)
     if NORMS:
@@ -195,7 +204,7 @@ def gram_kernel(
                     q, k, weight_0, weight_1, depthwise, b_fq, b_fk,
                     i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
                     height, width, DEPTH, P, SHIFT, BRANCHES, Q_PIXEL, Q_FIRST, K_PIXEL, K_FIRST,
-                    NORMS, DEPTHWISE, True, PRECISION, TILE_Y, TILE_X, BLOCK_D,
+                    NORMS, DEPTHWISE, True, PRECISION, TILE_Y, TILE_X, ROWS, BLOCK_D,
                 )  # fmt: skip
                 store_slot(p_slot, b_g0, b_g1, b_q0, b_k0, b_q1, b_k1, o_d, DEPTH, BRANCHES, NORMS)
         p_f = p_slot + BRANCHES * DEPTH * (DEPTH + 2) + o_d
@@ -251,6 +260,12 @@ def join(groups, slots):
     return joined
 
 
+def rows_of(tiles, x):
+    """Tokens of a tile that are in different threads where each reads 16 bytes at once."""
+    rows = 32 * tiles["num_warps"] * (16 // x.element_size()) // tiles["BLOCK_D"]
+    return min(rows, tiles["TILE_Y"] * tiles["TILE_X"])
+
+
 def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     """Slots (blocks, heads, values) of the products of `Channels` ``q`` and ``k``, and of their norms.
 
@@ -267,8 +282,9 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     elif groups.depth > 64:
         candidates = [groups.tiles(32, 8), groups.tiles(32, 4)]
     else:
-        tokens = 64 if groups.branches == 1 else 32 if groups.depth <= 32 else 16
-        candidates = [groups.tiles(tokens, 4), groups.tiles(64, 8), groups.tiles(32, 4, 1)]
+        first = groups.tiles(64, 8 if q.of.dtype == torch.float16 and groups.depth > 32 else 4)
+        shapes = [(64, 8), (32, 4, 1), (128, 8, 1), (32, 4), (16, 4)]
+        candidates = [first, *(groups.tiles(*shape) for shape in shapes)]
     key = key_of(q.of, groups.depth, groups.window, groups.branches, *(["depthwise"] if depthwise is not None else []))
     tiles = config("gram", key, candidates, q.of.device)
     map_values = groups.pixels * groups.channels
@@ -276,7 +292,7 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
         gram_kernel, (groups.blocks * splits * groups.heads,), q.of, k.of, *weights, depthwise, slots,
         groups.height, groups.width, blocks_y, blocks_x, splits, **groups.constants,
         Q_PIXEL=q.pixel, Q_FIRST=q.first, K_PIXEL=k.pixel, K_FIRST=k.first,
-        NORMS=norms, DEPTHWISE=depthwise is not None, PRECISION=precision(q.of), **tiles,
+        NORMS=norms, DEPTHWISE=depthwise is not None, PRECISION=precision(q.of), **tiles, ROWS=rows_of(tiles, q.of),
         work=Work(
             2 * map_values * q.of.element_size() + slots.numel() * 4,
             matrix=2 * groups.branches * map_values * groups.depth,
@@ -380,7 +396,7 @@ def apply_kernel(
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_v, b_o: (tile, BLOCK_D); b_a: (BLOCK_D of out, BLOCK_D of v)
-    i_program = tl.program_id(0).to(tl.int64)
+    i_program = tl.program_id(0)
     i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
         i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
     )
@@ -396,15 +412,18 @@ def apply_kernel(
         b_a1 = tl.trans(tl.load(p_a + i_matrix * DEPTH * DEPTH, mask=m_a, other=0.0))
     first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
     for i_tile in range(first, last):
-        o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
-        b_v = load_tokens(v, depthwise, i_image, o_y, o_x, m_t, V_FIRST + o_c, m_d, height, width, V_PIXEL, DEPTHWISE)
+        i_ty, i_tx, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
+        b_v = load_tokens(
+            v, depthwise, i_ty, i_tx, i_pixel, o_y, o_x, m_t, V_FIRST + o_c, m_d, height, width, V_PIXEL, DEPTHWISE
+        )
         b_o = dot(b_v, b_a0, None, PRECISION)
         if BRANCHES == 2:
-            o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + o_y - y0, block_position(i_x, 0, P, SHIFT) + o_x - x0
+            o_wy = block_position(i_y, 0, P, SHIFT) + i_ty - y0 + o_y
+            o_wx = block_position(i_x, 0, P, SHIFT) + i_tx - x0 + o_x
             b_w0 = load_weights(weight_0, i_head, o_wy, o_wx, m_t, P)
             b_w1 = load_weights(weight_1, i_head, o_wy, o_wx, m_t, P)
             b_o = b_o * b_w0[:, None] + dot(b_v, b_a1, None, PRECISION) * b_w1[:, None]
-        p_o = out + ((i_image * height + o_y) * width + o_x)[:, None] * (HEADS * DEPTH) + o_c[None, :]
+        p_o = out + i_pixel * (HEADS * DEPTH) + token_offsets(o_y, o_x, o_c, width, HEADS * DEPTH)
         tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
 
 

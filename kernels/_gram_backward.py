@@ -24,8 +24,9 @@ from ._windows import (
     load_weights,
     matrix_of,
     piece_of_window,
+    tile_of,
     tile_range,
-    tile_tokens,
+    token_offsets,
 )
 
 PARTS = 32  # in which the windows' gradients of weights are summed: a number of its own, for the same order everywhere
@@ -151,7 +152,7 @@ def attend_backward(groups, slots, grad_slots, temperature, divides, dtype):
 
 @triton.jit
 def store_sums(sums, b_sum, i_map, i_head, p_t, m_t, pixels, HEADS: tl.constexpr):
-    tl.store(sums + (i_map * HEADS + i_head) * pixels + p_t, b_sum, mask=m_t)
+    tl.store(sums + (i_map * HEADS + i_head).to(tl.int64) * pixels + p_t, b_sum, mask=m_t)
 
 
 @triton.jit
@@ -187,7 +188,7 @@ def gradients_kernel(
 ):  # fmt: skip
     # tiles of maps: (tile, BLOCK_D); sums: (4, HEADS, pixels), of both branches' token weights, then merge weights
     CHANNELS: tl.constexpr = HEADS * DEPTH
-    i_program = tl.program_id(0).to(tl.int64)
+    i_program = tl.program_id(0)
     i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
         i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
     )
@@ -200,14 +201,15 @@ def gradients_kernel(
     p_a = matrices + DEPTH * DEPTH + o_d[:, None] * DEPTH + o_d[None, :]
     first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
     for i_tile in range(first, last):
-        o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
-        p_t = (i_image * height + o_y) * width + o_x
+        i_ty, i_tx, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
+        tile = i_ty, i_tx, i_pixel, o_y, o_x, m_t
+        p_t = i_pixel + o_y * width + o_x
         m_x = m_t[:, None] & m_d[None, :]
-        p_x = p_t[:, None] * PIXEL + o_c[None, :]
-        b_g = load_tokens(grad, None, i_image, o_y, o_x, m_t, o_c, m_d, height, width, CHANNELS, False)
-        b_v = load_tokens(v, None, i_image, o_y, o_x, m_t, V_FIRST + o_c, m_d, height, width, PIXEL, False)
-        b_q = load_tokens(q, None, i_image, o_y, o_x, m_t, Q_FIRST + o_c, m_d, height, width, PIXEL, False)
-        b_k = load_tokens(k, None, i_image, o_y, o_x, m_t, K_FIRST + o_c, m_d, height, width, PIXEL, False)
+        p_x = i_pixel * PIXEL + token_offsets(o_y, o_x, o_c, width, PIXEL)
+        b_g = load_tokens(grad, None, *tile, o_c, m_d, height, width, CHANNELS, False)
+        b_v = load_tokens(v, None, *tile, V_FIRST + o_c, m_d, height, width, PIXEL, False)
+        b_q = load_tokens(q, None, *tile, Q_FIRST + o_c, m_d, height, width, PIXEL, False)
+        b_k = load_tokens(k, None, *tile, K_FIRST + o_c, m_d, height, width, PIXEL, False)
         if BRANCHES == 1:
             p_m, p_v = matrices + i_0 * 2 * DEPTH * DEPTH, vectors + i_0 * 5 * DEPTH
             b_w = tl.where(m_t, 1.0, 0.0)
@@ -218,7 +220,8 @@ def gradients_kernel(
             b_gv = tl.zeros((TILE_Y * TILE_X, BLOCK_D), dtype=tl.float32)
             b_gq = tl.zeros((TILE_Y * TILE_X, BLOCK_D), dtype=tl.float32)
             b_gk = tl.zeros((TILE_Y * TILE_X, BLOCK_D), dtype=tl.float32)
-            o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + o_y - y0, block_position(i_x, 0, P, SHIFT) + o_x - x0
+            o_wy = block_position(i_y, 0, P, SHIFT) + i_ty - y0 + o_y
+            o_wx = block_position(i_x, 0, P, SHIFT) + i_tx - x0 + o_x
             for i_branch in tl.range(
                 0, BRANCHES, disable_licm=True
             ):  # a loop, so that one branch's values are in registers at a time
@@ -229,17 +232,9 @@ def gradients_kernel(
                 store_sums(sums, b_sum, 2 + i_branch, i_head, p_t, m_t, pixels, HEADS)
                 p_w = tl.where(i_branch == 0, weight_0, weight_1)
                 b_gv += b_gb * load_weights(p_w, i_head, o_wy, o_wx, m_t, P)[:, None]
-                o_ty = (
-                    o_y
-                    - y0
-                    + tl.where(i_branch == 0, block_position(i_y, 0, P, SHIFT), block_position(i_y, 1, P, SHIFT))
-                )
-                o_tx = (
-                    o_x
-                    - x0
-                    + tl.where(i_branch == 0, block_position(i_x, 0, P, SHIFT), block_position(i_x, 1, P, SHIFT))
-                )
-                b_w = load_weights(token_weight, i_head, o_ty, o_tx, m_t, P)
+                i_wy = tl.where(i_branch == 0, block_position(i_y, 0, P, SHIFT), block_position(i_y, 1, P, SHIFT))
+                i_wx = tl.where(i_branch == 0, block_position(i_x, 0, P, SHIFT), block_position(i_x, 1, P, SHIFT))
+                b_w = load_weights(token_weight, i_head, i_wy + i_ty - y0 + o_y, i_wx + i_tx - x0 + o_x, m_t, P)
                 b_gb, b_sum = gradient_of_branch(b_q, b_k, b_w, p_m, p_v, o_d, False, DEPTH, PRECISION)
                 b_gq += b_gb * b_w[:, None]
                 b_gb, b_of_k = gradient_of_branch(b_k, b_q, b_w, p_m, p_v, o_d, True, DEPTH, PRECISION)

@@ -170,13 +170,15 @@ def block_of_program(i_program, height, width, blocks_y, blocks_x, splits, HEADS
 
 
 @triton.jit
-def tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
-    # rows, columns and mask of the tokens of a tile of the block [y0, y1) x [x0, x1)
+def tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    # a tile of the block [y0, y1) x [x0, x1): its first pixel's row, column and index in the map, and of its tokens the
+    # rows and columns counted from there and the mask. Offsets within a tile fit 32 bits, its first pixel needs 64.
     tiles_x = tl.cdiv(x1 - x0, TILE_X)
+    i_y, i_x = y0 + i_tile // tiles_x * TILE_Y, x0 + i_tile % tiles_x * TILE_X
     o_t = tl.arange(0, TILE_Y * TILE_X)
-    o_y = y0 + i_tile // tiles_x * TILE_Y + o_t // TILE_X
-    o_x = x0 + i_tile % tiles_x * TILE_X + o_t % TILE_X
-    return o_y, o_x, (o_y < y1) & (o_x < x1)
+    o_y, o_x = o_t // TILE_X, o_t % TILE_X
+    i_pixel = (i_image.to(tl.int64) * height + i_y) * width + i_x
+    return i_y, i_x, i_pixel, o_y, o_x, (o_y < y1 - i_y) & (o_x < x1 - i_x)
 
 
 @triton.jit
@@ -187,23 +189,31 @@ def tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y: tl.constexpr, TILE_X: tl
 
 
 @triton.jit
+def token_offsets(o_y, o_x, o_c, width, PIXEL: tl.constexpr):
+    # of channels o_c of a tile's tokens, counted from channel 0 of its first pixel
+    return (o_y * width + o_x).to(tl.int64)[:, None] * PIXEL + o_c[None, :]
+
+
+@triton.jit
 def load_tokens(
-    x, depthwise, i_image, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL: tl.constexpr, DEPTHWISE: tl.constexpr
-):
-    # channels o_c of tokens, (tokens, channels); after a depthwise 3 x 3 convolution by weights (9, PIXEL)
+    x, depthwise, i_y, i_x, i_pixel, o_y, o_x, m_t, o_c, m_c, height, width,
+    PIXEL: tl.constexpr, DEPTHWISE: tl.constexpr,
+):  # fmt: skip
+    # channels o_c of a tile's tokens, (tokens, channels); after a depthwise 3 x 3 convolution by weights (9, PIXEL)
+    p_x = x + i_pixel * PIXEL + token_offsets(o_y, o_x, o_c, width, PIXEL)
     if DEPTHWISE:
         b_x = tl.zeros((o_y.shape[0], o_c.shape[0]), dtype=tl.float32)
         for i_tap in range(9):
-            o_sy, o_sx = o_y + (i_tap // 3 - 1), o_x + (i_tap % 3 - 1)
+            i_sy, i_sx = i_tap // 3 - 1, i_tap % 3 - 1
+            o_sy, o_sx = i_y + i_sy + o_y, i_x + i_sx + o_x
             m_s = m_t & (o_sy >= 0) & (o_sy < height) & (o_sx >= 0) & (o_sx < width)
-            p_x = ((i_image * height + o_sy) * width + o_sx)[:, None] * PIXEL + o_c[None, :]
-            b_s = tl.load(x + p_x, mask=m_s[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+            p_s = p_x + (i_sy * width + i_sx).to(tl.int64) * PIXEL
+            b_s = tl.load(p_s, mask=m_s[:, None] & m_c[None, :], other=0.0).to(tl.float32)
             b_w = tl.load(depthwise + i_tap * PIXEL + o_c, mask=m_c, other=0.0).to(tl.float32)
             b_x += b_s * b_w[None, :]
         b_out = b_x.to(x.dtype.element_ty)
     else:
-        p_x = ((i_image * height + o_y) * width + o_x)[:, None] * PIXEL + o_c[None, :]
-        b_out = tl.load(x + p_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
+        b_out = tl.load(p_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
     return b_out
 
 
@@ -234,4 +244,4 @@ def matrix_of(i_image, i_y, i_x, i_head, windows_y, windows_x, BRANCH: tl.conste
               HEADS: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     # the index of the matrix of the block (i_y, i_x) of an image
     i_wy, i_wx = block_window(i_y, windows_y, BRANCH, SHIFT), block_window(i_x, windows_x, BRANCH, SHIFT)
-    return (((i_image * windows_y + i_wy) * windows_x + i_wx) * HEADS + i_head) * BRANCHES + BRANCH
+    return (((i_image.to(tl.int64) * windows_y + i_wy) * windows_x + i_wx) * HEADS + i_head) * BRANCHES + BRANCH

@@ -1,9 +1,10 @@
 """x + project(attention(depthwise(qkv(norm(x))))); see ipt_fast.ops.focal_attention_layer.
 
-The norm is part of the first projection. The depthwise convolution is computed where q, k and v are read: in the pass
-that makes Gram matrices, and in the one that applies the attention to v. Up to MOST bytes a pixel this one takes all
-heads of its tokens, the projection and the residual, too: 11 C values a pixel (read x, write and read 3 C, read v's
-neighbours from the cache, read x, write). Above, the result is written and the projection adds the residual: 13 C.
+The norm is part of the first projection. The depthwise convolution is a pass of its own, or FUSED, computed where q, k
+and v are read: in the pass that makes Gram matrices, and in the one that applies the attention to v. Up to MOST bytes a
+pixel this one takes all heads of its tokens, the projection and the residual, too. FUSED this makes 9 C values a pixel
+(read x, write and read 3 C, read x, write), else 15 C. Above, the result is written, and the projection adds the
+residual: 2 C more.
 
 Backward: everything is made again, then each part's own backward runs.
 """
@@ -22,8 +23,9 @@ from ._windows import (
     load_tokens,
     load_weights,
     matrix_of,
+    tile_of,
     tile_range,
-    tile_tokens,
+    token_offsets,
 )
 from .depthwise import depthwise, depthwise_weight_gradient, taps_of
 from .focal_channel_attention import attention_and_slots, focal_channel_attention_backward, groups_of, parts_of
@@ -36,14 +38,15 @@ MOST = 256  # bytes of a pixel of x
 
 @triton.jit(do_not_specialize=SIZES)
 def focal_attention_layer_fwd_kernel(
-    projected, taps, attention, top_weight, bottom_weight, project_weight, x, out,
+    qkv, taps, attention, top_weight, bottom_weight, project_weight, x, out,
     height, width, windows_y, windows_x, blocks_y, blocks_x, splits,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    PRECISION: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    DEPTHWISE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # b_v, b_y: (tile, BLOCK_D); b_a: (BLOCK_D of y, BLOCK_D of v); b_w: (BLOCK_C, BLOCK_D); b_o: (tile, BLOCK_C)
     C: tl.constexpr = HEADS * DEPTH
-    i_program = tl.program_id(0).to(tl.int64)
+    i_program = tl.program_id(0)
     _, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
         i_program, height, width, blocks_y, blocks_x, splits, 1, P, SHIFT
     )
@@ -56,12 +59,13 @@ def focal_attention_layer_fwd_kernel(
     p_a = attention + o_d[:, None] * DEPTH + o_d[None, :]
     first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
     for i_tile in range(first, last):
-        o_y, o_x, m_t = tile_tokens(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
-        o_wy, o_wx = block_position(i_y, 0, P, SHIFT) + o_y - y0, block_position(i_x, 0, P, SHIFT) + o_x - x0
+        i_ty, i_tx, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
+        o_wy = block_position(i_y, 0, P, SHIFT) + i_ty - y0 + o_y
+        o_wx = block_position(i_x, 0, P, SHIFT) + i_tx - x0 + o_x
         b_o = tl.zeros((TILE_Y * TILE_X, BLOCK_C), dtype=tl.float32)
         for i_head in range(HEADS):
             o_v = 2 * C + i_head * DEPTH + o_d
-            b_v = load_tokens(projected, taps, i_image, o_y, o_x, m_t, o_v, m_d, height, width, 3 * C, True)
+            b_v = load_tokens(qkv, taps, i_ty, i_tx, i_pixel, o_y, o_x, m_t, o_v, m_d, height, width, 3 * C, DEPTHWISE)
             b_a = tl.load(p_a + (i_top + i_head * BRANCHES) * DEPTH * DEPTH, mask=m_a, other=0.0)
             b_y = dot(b_v, tl.trans(b_a), None, PRECISION)
             b_y *= load_weights(top_weight, i_head, o_wy, o_wx, m_t, P)[:, None]
@@ -71,32 +75,34 @@ def focal_attention_layer_fwd_kernel(
             p_w = project_weight + o_c[:, None] * C + i_head * DEPTH + o_d[None, :]
             b_w = tl.load(p_w, mask=m_c[:, None] & m_d[None, :], other=0.0)
             b_o = dot(b_y.to(x.dtype.element_ty), tl.trans(b_w), b_o, PRECISION)
-        p_x = ((i_image * height + o_y) * width + o_x)[:, None] * C + o_c[None, :]
+        p_x = i_pixel * C + token_offsets(o_y, o_x, o_c, width, C)
         m_x = m_t[:, None] & m_c[None, :]
         b_o += tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
         tl.store(out + p_x, b_o.to(out.dtype.element_ty), mask=m_x)
 
 
-def _apply_and_project(groups, projected, taps, attention, weights, project_weight, x):
+def _apply_and_project(groups, qkv, taps, attention, weights, project_weight, x):
     out = torch.empty_like(x)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
     if x.element_size() == 4:
         shapes = [(16, 8, 2), (32, 8, 1), (16, 4, 1)]
+    elif taps is None:
+        shapes = [(64, 4, 2), (64, 8, 2), (128, 8, 2), (64, 4, 1), (32, 4, 2), (16, 8, 2)]
     elif groups.heads == 1:
         shapes = [(64, 4, 1) if groups.depth <= 32 else (32, 8, 2), (32, 2, 1), (64, 4, 2)]
     else:  # the sums of all heads' channels are in registers
         shapes = [(32, 8, 1) if groups.depth <= 32 else (16, 8, 2), (64, 8, 1), (16, 4, 1)]
     candidates = [groups.tiles(*shape) | dict(BLOCK_C=block_of(groups.channels)) for shape in shapes]
-    key = key_of(x, groups.channels, groups.depth, groups.window)
+    key = key_of(x, groups.channels, groups.depth, groups.window, *(["depthwise"] if taps is not None else []))
     tiles = config("focal_attention_layer_fwd", key, candidates, x.device)
     launch(
         focal_attention_layer_fwd_kernel, (groups.blocks * groups.splits,),
-        projected, taps, attention, *weights, project_weight, x, out,
+        qkv, taps, attention, *weights, project_weight, x, out,
         groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, groups.splits,
-        **groups.constants, PRECISION=precision(x), **tiles,
+        **groups.constants, DEPTHWISE=taps is not None, PRECISION=precision(x), **tiles,
         work=Work(
             (3 * x.numel() + attention.numel() + project_weight.numel()) * x.element_size(),
-            matrix=2 * x.numel() * (2 * groups.depth + groups.channels), vector=18 * x.numel(),
+            matrix=2 * x.numel() * (2 * groups.depth + groups.channels), vector=0 if taps is None else 18 * x.numel(),
         ),
     )  # fmt: skip
     return out
@@ -106,15 +112,21 @@ def focal_attention_layer(
     x, norm_weight, norm_bias, qkv_weight, depthwise_weight, project_weight, temperature, token_weight, top_weight,
     bottom_weight, num_heads, window_size, eps, centered,
 ):  # fmt: skip
-    projected = pointwise(x, qkv_weight, norm_weight, norm_bias, eps, centered)
-    taps = taps_of(depthwise_weight)
-    groups = groups_of(projected, num_heads, window_size)
-    q, k, v = parts_of(projected)
+    qkv = pointwise(x, qkv_weight, norm_weight, norm_bias, eps, centered)
+    groups = groups_of(qkv, num_heads, window_size)
+    key = key_of(x, groups.channels, groups.depth, groups.window)
+    schedule = config("focal_attention_layer", key, [dict(FUSED=False), dict(FUSED=True)], x.device)
+    taps = None
+    if schedule["FUSED"]:
+        taps = taps_of(depthwise_weight)
+    else:
+        qkv = depthwise(qkv, depthwise_weight)
+    q, k, v = parts_of(qkv)
     slots = gram(groups, q, k, (token_weight, None), depthwise=taps)
     attention = attend(groups, slots, temperature, True, x.dtype)
     merge = top_weight, bottom_weight
     if groups.channels * x.element_size() <= MOST:
-        return _apply_and_project(groups, projected, taps, attention, merge, project_weight, x)
+        return _apply_and_project(groups, qkv, taps, attention, merge, project_weight, x)
     attended = torch.empty_like(x)
     apply(groups, v, attention, merge, attended, taps)
     return pointwise(attended, project_weight, residual=x)
