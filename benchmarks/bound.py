@@ -1,9 +1,9 @@
 """The least time of a launch, counted from its machine code: issue slots, bytes, matrix work and a warp's own time.
 
 Each kernel is followed through its code (see benchmarks.warp) for some of its blocks. An instruction costs one cycle of
-a scheduler and some of a pipe (see benchmarks.sass); what is longest of all schedulers' and pipes' cycles, traffic
-at the rate of a large copy, matrix work at the rate of a large product, and the time that warps take even when they
-are alone, is the bound. All of it would overlap perfectly; measured times are longer.
+a scheduler and some of a pipe (see benchmarks.sass). The bound is what is longest of these cycles, of the traffic at
+the rate of a large copy, and of matrix work at the rate of a large product: all of it would overlap perfectly. Too few
+warps cannot do that; the estimate is also no shorter than what waves of blocks take by the latencies of a warp alone.
 """
 
 import collections
@@ -74,10 +74,11 @@ class Counted:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time of a launch. ``binds``: "issue", "bytes", "matrix" or "latency"; ``pipe``: which of the issue.
+    """The least time of a launch, ``seconds``, the longest of issue_s, bytes_s and matrix_s; ``binds`` tells which.
 
-    ``issue_s`` counts the busiest multiprocessor, ``latency_s`` waves of blocks that each take their own time;
-    ``slots``: instructions of warps in the launch; ``assumed``: see `Counted`.
+    ``pipe``: which part of the schedulers' work takes issue_s, of the busiest multiprocessor: "issue" itself, "memory"
+    (loads, stores and shuffles), "integer", ... ``latency_s``: whole waves of blocks, each as slow as its warps are
+    alone; ``slots``: instructions of warps in the launch; ``assumed``: see `Counted`.
     """
 
     name: str
@@ -94,6 +95,11 @@ class Bound:
     waves: float = 0.0
     slots: float = 0.0
     assumed: int = 0
+
+    @property
+    def estimate(self):
+        """Seconds, with the latencies that too few warps cannot hide."""
+        return max(self.seconds, self.latency_s)
 
 
 def parameters_of(ptx, arguments):
@@ -168,12 +174,11 @@ def bound_of(counted, launch, ceilings):
         "issue": cycles[pipe] * busiest,
         "bytes": work.bytes / ceilings.bytes,
         "matrix": counted.matrix * busiest * slower,
-        "latency": math.ceil(waves) * counted.alone / ceilings.clock,
     }
     binds = max(times, key=times.get)
     return Bound(
         launch.kernel.__name__, times[binds], binds, pipe, times["issue"], times["bytes"], times["matrix"],
-        times["latency"], counted.registers, counted.shared, together, waves, counted.issue * blocks, counted.assumed,
+        math.ceil(waves) * counted.alone / ceilings.clock, counted.registers, counted.shared, together, waves, counted.issue * blocks, counted.assumed,
     )  # fmt: skip
 
 
