@@ -140,7 +140,9 @@ def main():
         found = bounds(launches, GPUS[args.gpu])
         total, estimate = (1e3 * sum(getattr(bound, part) for bound in found) for part in ("seconds", "estimate"))
         what = "forward and backward" if args.train else "forward"
-        print(f"{name} {batch}x3x{size}x{size} bfloat16, {what}: at least {total:.2f} ms on an {args.gpu}, with latencies {estimate:.2f}")
+        print(
+            f"{name} {batch}x3x{size}x{size} bfloat16, {what}: at least {total:.2f} ms on an {args.gpu}, with latencies {estimate:.2f}"
+        )
         print("\n".join(table(launches, found)))
 
 
