@@ -1,9 +1,9 @@
 """The least time of a launch, counted from its machine code: issue slots, bytes, matrix work and a warp's own time.
 
 Each kernel is followed through its code (see benchmarks.warp) for some of its blocks. An instruction costs one cycle of
-a scheduler and some of a pipe (see benchmarks.sass); what is longest of all schedulers' and pipes' cycles, traffic
-at the rate of a large copy, matrix work at the rate of a large product, and the time that warps take even when they
-are alone, is the bound. All of it would overlap perfectly; measured times are longer.
+a scheduler and some of a pipe (see benchmarks.sass). The bound is what is longest of these cycles, of the traffic at
+the rate of a large copy, and of matrix work at the rate of a large product: all of it would overlap perfectly. Too few
+warps cannot do that; the estimate is also no shorter than what waves of blocks take by the latencies of a warp alone.
 """
 
 import collections
@@ -50,12 +50,14 @@ GPUS = {"H100": H100, "H200": H200}
 class Counted:
     """Of a launch's average block: scheduler cycles of each pipe, summed over its warps, and its resources.
 
-    ``issue``: instructions of warps; ``matrix``: of the matrix units; ``alone``: cycles a block takes at least.
-    ``assumed``: branches that hang on loaded values, where the shorter way was taken.
+    "issue" of them: instructions of warps. ``matrix``: cycles of the matrix units, for ``products`` multiply-adds; ``alone``: a
+    warp's cycles where there is no other. ``sectors``: of 32 bytes that loads and stores ask the caches for.
+    ``assumed``: branches that hang on loaded values, where the shorter way was taken. ``by_name``: {instruction:
+    (pipe, times, cycles)} of ``pipes`` and ``issue``.
     """
 
     pipes: dict
-    issue: float
+    by_name: dict
     matrix: float
     products: float
     alone: float
@@ -74,10 +76,11 @@ class Counted:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time of a launch. ``binds``: "issue", "bytes", "matrix" or "latency"; ``pipe``: which of the issue.
+    """The least time of a launch, ``seconds``, the longest of issue_s, bytes_s and matrix_s; ``binds`` tells which.
 
-    ``issue_s`` counts the busiest multiprocessor, ``latency_s`` waves of blocks that each take their own time;
-    ``slots``: instructions of warps in the launch; ``assumed``: see `Counted`.
+    ``pipe``: which part of the schedulers' work takes issue_s, of the busiest multiprocessor: "issue" itself, "memory"
+    (loads, stores and shuffles), "integer", ... ``latency_s``: whole waves of blocks, each as slow as its warps are
+    alone; ``slots``: instructions of warps in the launch; ``assumed``: see `Counted`.
     """
 
     name: str
@@ -94,6 +97,11 @@ class Bound:
     waves: float = 0.0
     slots: float = 0.0
     assumed: int = 0
+
+    @property
+    def estimate(self):
+        """Seconds, with the latencies that too few warps cannot hide."""
+        return max(self.seconds, self.latency_s)
 
 
 def parameters_of(ptx, arguments):
@@ -120,21 +128,25 @@ def count(cubin, ptx, shared, grid, arguments):
     registers, _ = ahead_of_time.registers_and_stack(cubin)
     threads = math.prod(int(side) for side in re.search(r"\.reqntid (\d+)(?:, (\d+), (\d+))?", ptx).groups("1"))
     traces = traces_of(code, parameters_of(ptx, arguments), tuple(grid), threads)
-    pipes = collections.Counter()
-    issue = matrix = products = 0.0
+    by_name = {}
+    matrix = products = 0.0
+    share = threads / 32 / len(traces)
     for trace in traces:
         for index, times in trace.counts.items():
             each = code[index]
             pipe, cycles = sass.pipe_of(each, trace.wavefronts[index] / times if index in trace.wavefronts else 1.0)
-            pipes[pipe] += times * cycles
-            issue += times
-            matrix += times * sass.matrix_cycles(each)
-            products += times * sass.products_of(each)
-    del pipes["issue"]
-    share = threads / 32 / len(traces)
+            name = ".".join((each.name, *each.modifiers))
+            _, before, spent = by_name.get(name, (pipe, 0.0, 0.0))
+            by_name[name] = pipe, before + times * share, spent + times * cycles * share
+            matrix += times * share * sass.matrix_cycles(each)
+            products += times * share * sass.products_of(each)
+    pipes = collections.Counter()
+    for pipe, _, cycles in by_name.values():
+        pipes[pipe] += cycles
+    pipes["issue"] = sum(times for _, times, _ in by_name.values())
     return Counted(
-        {pipe: cycles * share for pipe, cycles in pipes.items()}, issue * share, matrix * share, products * share,
-        sum(trace.cycles for trace in traces) / len(traces), share * sum(sum(t.sectors.values()) for t in traces),
+        dict(pipes), by_name, matrix, products, sum(trace.cycles for trace in traces) / len(traces),
+        share * sum(sum(trace.sectors.values()) for trace in traces),
         len(set().union(*(trace.assumed for trace in traces))), registers, shared, threads,
     )  # fmt: skip
 
@@ -156,8 +168,7 @@ def traces_of(code, parameters, grid, threads, most=5):
 def bound_of(counted, launch, ceilings):
     """`Bound` of a launch that was counted."""
     blocks, work = math.prod(launch.grid), launch.work
-    cycles = {"issue": counted.issue, **counted.pipes}
-    pipe = max(cycles, key=cycles.get)
+    pipe = max(counted.pipes, key=counted.pipes.get)
     busiest = math.ceil(blocks / ceilings.multiprocessors) / SCHEDULERS / ceilings.clock
     together = counted.blocks_per_multiprocessor
     waves = blocks / ceilings.multiprocessors / together
@@ -165,15 +176,14 @@ def bound_of(counted, launch, ceilings):
     rate = 2 * 512 * SCHEDULERS * ceilings.multiprocessors * ceilings.clock
     slower = max(1.0, rate / ceilings.matrix)
     times = {
-        "issue": cycles[pipe] * busiest,
+        "issue": counted.pipes[pipe] * busiest,
         "bytes": work.bytes / ceilings.bytes,
         "matrix": counted.matrix * busiest * slower,
-        "latency": math.ceil(waves) * counted.alone / ceilings.clock,
     }
     binds = max(times, key=times.get)
     return Bound(
         launch.kernel.__name__, times[binds], binds, pipe, times["issue"], times["bytes"], times["matrix"],
-        times["latency"], counted.registers, counted.shared, together, waves, counted.issue * blocks, counted.assumed,
+        math.ceil(waves) * counted.alone / ceilings.clock, counted.registers, counted.shared, together, waves, counted.pipes["issue"] * blocks, counted.assumed,
     )  # fmt: skip
 
 

@@ -101,19 +101,27 @@ def training_of(name, batch, size, dtype=torch.bfloat16):
 
 
 def table(launches, found):
-    """Lines, one for each kernel of `Launch` es and their `Bound` s: the most expensive first."""
+    """Lines, one for each kernel of `Launch` es and their `Bound` s: the most expensive first.
+
+    Microseconds a call: the bound, its three parts, and blocks by latency ("alone"). "slots": instructions of a lane
+    for each value of the memory traffic.
+    """
     groups = {}
     for launch, bound in zip(launches, found, strict=True):
         shape = "x".join(str(side) for side in launch.arguments[0].shape)
         groups.setdefault((bound, shape), []).append(launch)
-    lines = [f"{'ms':>8} {'calls':>5} {'us each':>8}  {'binds':20} {'slots':>6} {'regs':>4} {'KiB':>4} {'waves':>6}  kernel"]
+    lines = [
+        f"{'ms':>7} {'calls':>5} {'us':>6} {'issue':>6} {'bytes':>6} {'matrix':>6} {'alone':>6}  {'binds':17} "
+        f"{'slots':>5} {'regs':>4} {'KiB':>4} {'waves':>6}  kernel"
+    ]
     for (bound, shape), calls in sorted(groups.items(), key=lambda item: -item[0][0].seconds * len(item[1])):
         values = calls[0].work.bytes / calls[0].arguments[0].element_size()
-        binds = f"{bound.binds} ({bound.pipe})" if bound.binds == "issue" and bound.pipe != "issue" else bound.binds
+        parts = (bound.seconds, bound.issue_s, bound.bytes_s, bound.matrix_s, bound.latency_s)
+        binds = f"issue ({bound.pipe})" if bound.binds == "issue" and bound.pipe != "issue" else bound.binds
         lines.append(
-            f"{1e3 * bound.seconds * len(calls):8.3f} {len(calls):5} {1e6 * bound.seconds:8.1f}  {binds:20} "
-            f"{32 * bound.slots / values:6.1f} {bound.registers:4} {bound.shared / 1024:4.0f} {bound.waves:6.2f}  "
-            f"{bound.name} {shape}{f' ({bound.assumed} branches assumed)' if bound.assumed else ''}"
+            f"{1e3 * bound.seconds * len(calls):7.3f} {len(calls):5} {' '.join(f'{1e6 * part:6.1f}' for part in parts)}"
+            f"  {binds:17} {32 * bound.slots / values:5.1f} {bound.registers:4} {bound.shared / 1024:4.0f} "
+            f"{bound.waves:6.2f}  {bound.name} {shape}"
         )
     return lines
 
@@ -130,9 +138,11 @@ def main():
     for name in names:
         launches = recorded((training_of if args.train else forward_of)(name, batch, size))
         found = bounds(launches, GPUS[args.gpu])
-        total = 1e3 * sum(bound.seconds for bound in found)
+        total, estimate = (1e3 * sum(getattr(bound, part) for bound in found) for part in ("seconds", "estimate"))
         what = "forward and backward" if args.train else "forward"
-        print(f"{name} {batch}x3x{size}x{size} bfloat16, {what}: {total:.2f} ms on an {args.gpu} at the least")
+        print(
+            f"{name} {batch}x3x{size}x{size} bfloat16, {what}: at least {total:.2f} ms on an {args.gpu}, with latencies {estimate:.2f}"
+        )
         print("\n".join(table(launches, found)))
 
 

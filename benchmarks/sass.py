@@ -168,4 +168,5 @@ LATENCY = {
     "LDG": 400, "LD": 400, "ATOM": 400, "ATOMG": 400, "LDGSTS": 400, "LDGDEPBAR": 400, "LDS": 23, "LDSM": 29,
     "SHFL": 23, "HMMA": 33, "MUFU": 18, "LDL": 35, "ATOMS": 50,
 }  # fmt: skip
+CACHED_LATENCY = 33  # of a load from memory that finds its values in the first-level cache
 OTHER_LATENCY = 14

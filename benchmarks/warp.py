@@ -176,10 +176,12 @@ class Warp:
         for _ in range(MOST_STEPS):
             each, (guard, run) = self.code[at], self.steps[at]
             counts[at] += 1
-            clock.issue(each)
             mask = True if guard is None else guard()
             if mask is not None and not isinstance(mask, bool):
                 mask = known_bool(mask)
+            if at in accesses and mask is not False:
+                self._access(at, each, accesses[at](), mask, trace, clock)
+            clock.issue(each)
             if each.name == "EXIT":
                 if mask is True:
                     break
@@ -194,8 +196,6 @@ class Warp:
                     break
                 at = calls.pop()
             else:
-                if at in accesses and mask is not False:
-                    self._access(at, each, accesses[at](), mask, trace)
                 if mask is not False and run is not None:
                     self._write(run(), mask)
                 at += 1
@@ -234,7 +234,7 @@ class Warp:
             return self.distance[each.target] < self.distance[at + 1]
         return each.target <= at  # lanes part: a loop goes on for some, a guarded part is executed for some
 
-    def _access(self, at, each, address, mask, trace):
+    def _access(self, at, each, address, mask, trace, clock):
         lanes = LANES if isinstance(mask, bool) or mask is None else np.flatnonzero(mask)
         width = each.width
         if each.name in ("LDSM", "STSM"):
@@ -249,7 +249,10 @@ class Warp:
             if address is None:
                 sectors = width * len(lanes) / 32
             else:
-                sectors = len(np.unique(address[lanes] // 32 if width <= 32 else address[lanes]))
+                touched = set((address[lanes] // 32).tolist())
+                clock.cached = each.name == "LDG" and touched <= clock.seen
+                clock.seen |= touched
+                sectors = len(touched)
                 if trace.stores is not None and each.name == "STG":
                     trace.stores.append((at, address[lanes], width))
             trace.sectors[at] += sectors
@@ -274,10 +277,13 @@ def bank_conflicts(addresses, width):
 
 
 class Clock:
-    """Cycles of a warp that is alone: instructions in order, each after its stall and what it waits for."""
+    """Cycles of a warp that is alone: instructions in order, each after its stall and what it waits for.
+
+    ``seen``: the sectors it has loaded or stored; ``cached``: whether the next load finds all of its in the cache.
+    """
 
     def __init__(self):
-        self.now = 0
+        self.now, self.seen, self.cached = 0, set(), False
         self.ready = [0] * 6
         self.copies, self.products = [], 0
 
@@ -292,7 +298,8 @@ class Clock:
                 self.now = max(self.now, done[-1])
         elif each.name == "WARPGROUP" and "DEPBAR" in each.modifiers:
             self.now = max(self.now, self.products)
-        latency = sass.LATENCY.get(each.name, sass.OTHER_LATENCY)
+        latency = sass.CACHED_LATENCY if self.cached else sass.LATENCY.get(each.name, sass.OTHER_LATENCY)
+        self.cached = False
         if each.name == "HGMMA":
             self.products = max(self.products, self.now + 32) + sass.matrix_cycles(each)
         elif each.name == "LDGDEPBAR":
