@@ -20,6 +20,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FIRST, SECOND = 450, 180  # seconds
+RESULTS = ("parity.jsonl", "tuned.json", "kernels.csv", "models.csv", "sanitize.log", "log", "summary.txt")
 
 
 @dataclasses.dataclass
@@ -49,7 +50,7 @@ def sanitizer(name):
 def first_run(cores):
     """The stages, the most valuable ones first."""
     return [
-        Stage("facts", "facts", 40),
+        Stage("facts", "facts", 100),
         Stage("compile", "compile", 90, ("--processes", str(max(1, cores - 2))), after=("facts",)),
         Stage("cuda parity", "parity", 75, ("--backend", "cuda", "--processes", "2"), after=("facts",)),
         Stage("rivals compiled", "models", 150, ("--part", "compile"), after=("facts",), nice=True),
@@ -173,14 +174,15 @@ def worst(out, count=10):
 
 def prepare(rehearse, work):
     """(the folder with everything in place, the environment of the stages)."""
-    from benchmarks.gpu import bundle
+    folder, is_bundle = ROOT, (ROOT / "COMMIT").exists()
+    if not is_bundle or not (rehearse or list((ROOT / "ipt_fast").glob("_C_cuda*.so"))):
+        from benchmarks.gpu import bundle  # it imports torch, which takes its time on a fresh machine
 
-    folder = ROOT
-    if not (ROOT / "COMMIT").exists():  # not in a bundle
-        folder = work / "bundle"
-        bundle.make(folder, with_cuda=not rehearse)
-    elif not rehearse and not list((ROOT / "ipt_fast").glob("_C_cuda*.so")):
-        bundle.build_library(ROOT)
+        if is_bundle:
+            bundle.build_library(ROOT)
+        else:
+            folder = work / "bundle"
+            bundle.make(folder, with_cuda=not rehearse)
     environment = {
         **os.environ,
         "PYTHONPATH": str(folder),
@@ -204,11 +206,12 @@ def main():
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
     parser.add_argument("--seconds", type=float, help=f"for everything; default {FIRST}, with --only {SECOND}")
     args = parser.parse_args()
-    out = args.out.resolve()
-    work = out.parent / f"{out.name}-work"
+    out, work = args.out.resolve(), ROOT / "build" / "gpu-check-work"
+    shutil.rmtree(work, ignore_errors=True)
     for folder in (out, work):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
     folder, environment = prepare(args.rehearse, work)
     seconds = args.seconds or (SECOND if args.only else FIRST) * (4 if args.rehearse else 1)
     options = ("--out", str(out), "--work", str(work), *(("--only", args.only) if args.only else ()))
