@@ -49,14 +49,16 @@ def sanitizer(name):
 
 def first_run(cores):
     """The stages, the most valuable ones first."""
+    processes = ("--processes", str(max(1, cores - 2)))
     return [
         Stage("facts", "facts", 100),
-        Stage("compile", "compile", 90, ("--processes", str(max(1, cores - 2))), after=("facts",)),
+        Stage("compile", "compile", 60, processes, after=("facts",)),
         Stage("cuda parity", "parity", 75, ("--backend", "cuda", "--processes", "2"), after=("facts",)),
         Stage("rivals compiled", "models", 150, ("--part", "compile"), after=("facts",), nice=True),
         Stage("memcheck", "sanitized", 80, after=("cuda parity",), tool=sanitizer("memcheck")),
         Stage("racecheck", "sanitized", 80, after=("cuda parity",), tool=sanitizer("racecheck")),
-        Stage("triton parity", "parity", 75, ("--backend", "triton", "--processes", "8"), after=("compile",)),
+        Stage("triton parity", "parity", 90, ("--backend", "triton", "--processes", "8"), after=("compile",)),
+        Stage("variants", "compile", 120, ("--variants", *processes), after=("compile",), nice=True),
         Stage("tune", "tune", 75, alone=True),
         Stage("models", "models", 90, ("--part", "models"), alone=True),
         Stage("kernels", "kernels", 80, alone=True),
@@ -70,7 +72,7 @@ def first_run(cores):
 
 def second_run(cores):
     """Of what matches --only: parity, timing and racecheck; then both models beside their rivals."""
-    kept = {"facts", "compile", "cuda parity", "racecheck", "triton parity", "tune", "models", "kernels"}
+    kept = {"facts", "compile", "variants", "cuda parity", "racecheck", "triton parity", "tune", "models", "kernels"}
     stages = [stage for stage in first_run(cores) if stage.name in kept]
     return [*stages, Stage("bounds", "bounds", 60, after=("kernels",))]
 

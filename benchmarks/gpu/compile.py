@@ -1,4 +1,5 @@
-"""Compiles the Triton kernels of the models, in every configuration, into Triton's cache, in one process a core.
+"""Compiles the Triton kernels of the models into Triton's cache, in several processes: those of the default
+configurations or, with ``--variants``, those of all others.
 
 The launches are recorded, then compiled through the JIT itself, so that its cache holds what it will look for. No GPU
 is touched: a stand-in for Triton's driver tells which one it is for.
@@ -7,7 +8,6 @@ is touched: a stand-in for Triton's driver tells which one it is for.
 import functools
 import json
 import multiprocessing
-import os
 import time
 import traceback
 
@@ -60,16 +60,19 @@ def variants(call):
                 waiting += [taken | {place: candidate} for candidate in candidates[1:]]
 
 
-def wanted(only, narrow):
+def wanted(only, narrow, others):
     """One launch of every kernel: forward before backward, larger calls before smaller ones."""
-    found = {}
     chosen = [call for call in calls.of_models(training=not narrow) if only.search(call.label)]
-    for call in sorted(chosen, key=lambda call: call.is_backward):
-        if narrow and "ipt_v2_small" not in call.counts:
-            continue
-        for launch in call.launches() if narrow else variants(call):
-            if launch.kernel is not None:
-                found.setdefault(key_of(launch), launch)
+    chosen.sort(key=lambda call: call.is_backward)
+    if narrow:
+        chosen = [call for call in chosen if "ipt_v2_small" in call.counts]
+
+    def distinct(launches):
+        return {key_of(launch): launch for call in chosen for launch in launches(call) if launch.kernel is not None}
+
+    found = distinct(calls.Call.launches)
+    if others:
+        found = {key: launch for key, launch in distinct(variants).items() if key not in found}
     return list(found.values())
 
 
@@ -92,21 +95,23 @@ def compile_one(with_launcher, index):
 
 
 def main():
-    args = stage.arguments(__doc__, capability=dict(type=int, default=90), processes=dict(type=int, default=None))
+    args = stage.arguments(
+        __doc__, capability=dict(type=int, default=90), processes=dict(type=int, default=2),
+        variants=dict(action="store_true"),
+    )  # fmt: skip
     began = time.monotonic()
     triton.runtime.driver.set_active(Driver(args.capability))
-    _launches.extend(wanted(args.only, narrow=args.rehearse))
+    _launches.extend(wanted(args.only, args.rehearse, args.variants)[: 8 if args.rehearse and args.variants else None])
     print(f"{len(_launches)} kernels to compile", flush=True)
-    processes = args.processes or max(1, len(os.sched_getaffinity(0)) - 2)
     failed = []
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(args.processes) as pool:
         work = functools.partial(compile_one, not args.rehearse)
         for line in pool.imap_unordered(work, range(len(_launches))):
             stage.write_json(args.work / "compiled.jsonl", line)
             if line["error"]:
                 failed.append(line)
                 print(f"FAILED: {line['kernel']} {json.dumps(line['meta'])}\n{line['error']}", flush=True)
-    print(f"compiled in {time.monotonic() - began:.0f} s by {processes} processes; {len(failed)} failed", flush=True)
+    print(f"compiled in {time.monotonic() - began:.0f} s by {args.processes} processes; {len(failed)} failed", flush=True)
     raise SystemExit(bool(failed))
 
 
