@@ -10,20 +10,28 @@ namespace ipt_fast {
 constexpr int kAttendThreads = 128;
 constexpr int kAttendDepth = 2 * kWarp;  // most channels of a head: two columns of a row to a lane
 
-// The sum of value(slot) over the blocks of a window, in their order.
-template <class Value>
-IPT_FAST_DEVICE float sum_of_slots(const FocalLayerParams& p, const int64_t (&first)[4], int64_t step, Value value) {
-    float sum = 0;
+// The sums of value(slot, n), n < N, over the blocks of a window, in their order. A thread asks for four blocks' values
+// before it adds them.
+template <int N, class Value>
+IPT_FAST_DEVICE void sum_slots(float (&sums)[N], const FocalLayerParams& p, const int64_t (&first)[4], int64_t step,
+                               Value value) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (first[i] >= 0) {
+    for (int n = 0; n < N; ++n) {
+        sums[n] = 0;
+    }
 #pragma unroll 1
-            for (int split = 0; split < p.splits; ++split) {
-                sum += value(p.slots + first[i] + split * step);
-            }
+    for (int split = 0; split < p.splits; ++split) {
+        float values[4][N];
+#pragma unroll
+        for (int i = 0; i < 4 * N; ++i) {
+            const int64_t at = first[i / N] + split * step;
+            values[i / N][i % N] = first[i / N] >= 0 ? value(p.slots + at, i % N) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * N; ++i) {
+            sums[i % N] += values[i / N][i % N];
         }
     }
-    return sum;
 }
 
 // 0 where the square overflows: the normalised values are then zeros, as in PyTorch.
@@ -51,28 +59,26 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kAttendThreads, 6) focal_attend_kernel(IPT_FAST_
     }
     const int norms = 2 * d * (d + branch), lane = lane_index();
     const float temperature = small_value<T>(p.temperature, head, p.narrow);
-    float k_norm[2] = {};
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        const int column = lane + j * kWarp;
-        if (column < d) {
-            k_norm[j] =
-                inverse_norm(sum_of_slots(p, first, step, [&](const float* slot) { return slot[norms + d + column]; }));
-        }
-    }
+    const auto value = [&](const float* row, int j) { return lane + j * kWarp < d ? row[lane + j * kWarp] : 0.0f; };
+    float k_norm[2];
+    sum_slots(k_norm, p, first, step, [&](const float* slot, int j) { return value(slot + norms + d, j); });
+    k_norm[0] = inverse_norm(k_norm[0]);
+    k_norm[1] = inverse_norm(k_norm[1]);
     T* to = static_cast<T*>(p.attention) + block_index() * d * d;
 #pragma unroll 1
     for (int row = warp_index(); row < d; row += kAttendThreads / kWarp) {
-        const float q_norm =
-            inverse_norm(sum_of_slots(p, first, step, [&](const float* slot) { return slot[norms + row]; }));
+        float sums[3];  // of the lane's products, and q's squared norm
+        sum_slots(sums, p, first, step, [&](const float* slot, int n) {
+            return n == 2 ? slot[norms + row] : value(slot + (branch * d + row) * d, n);
+        });
+        const float q_norm = inverse_norm(sums[2]);
         float values[2], most = -INFINITY;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int column = lane + j * kWarp;
             values[j] = -INFINITY;
             if (column < d) {
-                const float product = sum_of_slots(
-                    p, first, step, [&](const float* slot) { return slot[(branch * d + row) * d + column]; });
+                const float product = sums[j];
                 // By rounding, the product may overflow where the norms do not.
                 const float most_product = 3.4e38f, bounded = product > most_product    ? most_product
                                                               : product < -most_product ? -most_product

@@ -10,8 +10,8 @@
 //
 // Shared memory: the input, normalised (zeros outside of the image, which GELU and a product without bias leave zeros,
 // whatever the norm's bias is), the hidden and the convolved chunk, two buffers of weights for the products: for 32,
-// 48, 64 and 96 channels 96, 113, 131 and 166 thousand bytes in 16 bits, 70, 91, 111 and 151 of float. Two blocks a
-// multiprocessor up to 48 channels (up to 32 on compute capability 8.0).
+// 48, 64 and 96 channels 96, 114, 131 and 166 thousand bytes in 16 bits, 70, 91, 111 and 151 of float. Two blocks a
+// multiprocessor up to 48 channels (on compute capability 8.0 of float with 32 alone).
 //
 // Memory a pixel: 1.56 C values in (the halo's from the cache), C out, and C more from the cache with a residual.
 // Work a pixel for M hidden channels in 16 bits: 2 (1.56 + 1) C M FLOPs of products, 128 M of products for the
@@ -103,52 +103,45 @@ IPT_FAST_DEVICE void leffn_expand(LeffnTile<T, C>& tile, const T* weights, bool 
     }
 }
 
-// Step 2 in 16 bits. Lane i holds of matrix `taps` the pixels r = i / 4 and r + 8 of a patch (row r / 4, column r % 4)
-// and the terms with row i % 4 / 2 (+ 2, 4, 6) and columns i % 4 % 2 * 4 and the next three; of a map the latter for
-// patch i / 4, in row i / 16 * 2 (+ 1, the second product), column i / 4 % 4 of the tile's 4 x 4 patches.
+// Step 2 in 16 bits. Matrices of taps have a row for every pixel of a patch and as columns two rows of its input, which
+// are rows of shifted taps; those of a map have a column for every patch. Lane i has patch i / 4, in row i / 16 * 2 (+
+// 1, the second product), column i / 4 % 4 of the tile's 4 x 4 patches.
 template <class T, int C>
 IPT_FAST_DEVICE void leffn_convolve_small(LeffnTile<T, C>& tile) {
     using Tile = LeffnTile<T, C>;
     constexpr int channels = Tile::kChunk / Tile::kWarps;
-    const int lane = lane_index(), row = lane / 4, term = lane % 4;
-    const int tap_row = term / 2 - row / 4, tap_column = term % 2 * 4 - row % 4;  // of the first term
-    const uint32_t first_there = tap_row < 0 ? 0 : ~0u, last_there = tap_row > 0 ? 0 : ~0u;
-    const int first = tap_row < 0 ? 0 : tap_row, last = tap_row > 0 ? 4 : tap_row + 4;
-    const uint32_t* taps = tile.taps + warp_index() * channels * 5 * Tile::kTapRow + (tap_column + 3) * 2;
-    const T* map = tile.map + warp_index() * channels * Tile::kMap + (row / 4 * 8 + term / 2) * Tile::kInWide +
-                   row % 4 * 4 + term % 2 * 4;
-    T* to = tile.convolved + warp_index() * channels * Tile::kConvolved + row * 8 + term * 2;
+    const int lane = lane_index(), patch = lane / 4, pair = lane % 4 * 2;
+    int rows[4];  // for load_matrices(): of the lane's pixel and input row, where its taps begin
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const int row = 2 * k + lane / 16 - lane / 4 % 2 - lane / 8 % 2 * 2;
+        rows[k] = row >= 0 && row < 5 ? (row * 4 + lane % 4) * 4 : Tile::kTapChannel - 4;
+    }
+    const uint32_t* taps = tile.taps + warp_index() * channels * Tile::kTapChannel;
+    const T* map =
+        tile.map + warp_index() * channels * Tile::kMap + patch / 4 * 8 * Tile::kInWide + patch % 4 * 4 + pair;
+    T* to = tile.convolved + warp_index() * channels * Tile::kConvolved + patch * 8 + pair;
 #pragma unroll
     for (int channel = 0; channel < channels; ++channel) {
-        uint32_t t[3][2];
-        load_words(t[0], taps + first * Tile::kTapRow);
-        load_words(t[1], taps + (tap_row + 2) * Tile::kTapRow);
-        load_words(t[2], taps + last * Tile::kTapRow);
+        uint32_t input[12];  // rows of the patch, and of the one below it
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            t[0][i] &= first_there;
-            t[2][i] &= last_there;
+        for (int i = 0; i < 12; ++i) {
+            input[i] = *reinterpret_cast<const uint32_t*>(map + i * Tile::kInWide);
         }
-        const uint32_t a[4][4] = {{t[0][0], 0, t[0][1], 0},
-                                  {t[1][0], t[0][0], t[1][1], t[0][1]},
-                                  {t[2][0], t[1][0], t[2][1], t[1][1]},
-                                  {0, t[2][0], 0, t[2][1]}};
-        uint32_t b[6][2];  // two rows each
+        float sums[2][4] = {};
 #pragma unroll
-        for (int i = 0; i < 6; ++i) {
-            load_words(b[i], map + i * 2 * Tile::kInWide);
+        for (int k = 0; k < 4; ++k) {
+            uint32_t a[4];
+            load_matrices(a, taps + rows[k]);
+            multiply_add(sums[0], a, input[2 * k], input[2 * k + 1], T{});
+            multiply_add(sums[1], a, input[2 * k + 4], input[2 * k + 5], T{});
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float sums[4] = {};
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                multiply_add(sums, a[k], b[half * 2 + k][0], b[half * 2 + k][1], T{});
-            }
-            store_pair(to + half * 128, sums[0], sums[1]);
-            store_pair(to + half * 128 + 64, sums[2], sums[3]);
+            store_pair(to + half * 128, sums[half][0], sums[half][1]);
+            store_pair(to + half * 128 + 64, sums[half][2], sums[half][3]);
         }
-        taps += 5 * Tile::kTapRow;
+        taps += Tile::kTapChannel;
         map += Tile::kMap;
         to += Tile::kConvolved;
     }
@@ -250,6 +243,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kLeffnThreads, (LeffnTile<T, C>::kBlocks))
     LeffnTaps<T, C> taps;
     taps.load(depthwise);
     taps.store(tile.taps);
+    taps.store_zeros(tile.taps);
     copy_wait<1>();
     sync_block();
     if (p.norm_weight != nullptr) {

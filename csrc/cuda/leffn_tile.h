@@ -18,8 +18,8 @@ struct LeffnTile {
     // twice.
     static constexpr int kInput = padded_row<T>(C), kMap = kInPixels + (kSmall ? 8 : 4), kConvolved = kPixels + 8;
     static constexpr int kExpand = padded_row<T>(C), kProject = padded_row<T>(kChunk), kStaged = C + 8;
-    // In 16 bits of every row of taps four neighbours from all eight places that begin in sight of them, as words.
-    static constexpr int kTapRow = kSmall ? 16 : 5, kTaps = kChunk * 5 * kTapRow;
+    // In 16 bits, of a channel its five rows of taps among eight values in all four places, and then zeros, as words.
+    static constexpr int kTapChannel = kSmall ? (5 * 4 + 1) * 4 : 25, kTaps = kChunk * kTapChannel;
 
     alignas(16) T input[kInPixels * kInput];
     alignas(16) T map[kChunk * kMap];
@@ -166,6 +166,12 @@ struct LeffnTaps {
             values[i] = index(i) < Tile::kChunk * 25 ? from[index(i)] : from_float<T>(0);
         }
     }
+    // Those beside the rows of taps, once.
+    static IPT_FAST_DEVICE void store_zeros(uint32_t* taps) {
+        if (Tile::kSmall && thread_index() < Tile::kChunk) {
+            store_words(taps + (thread_index() + 1) * Tile::kTapChannel - 4, {0u, 0u, 0u, 0u});
+        }
+    }
     IPT_FAST_DEVICE void store(uint32_t* taps) const {
         if constexpr (Tile::kSmall) {
             if (thread_index() < Tile::kChunk * 5) {
@@ -178,9 +184,10 @@ struct LeffnTaps {
                 for (int i = 0; i < 10; ++i) {
                     pairs[i] = bits[i] | bits[i + 1] << 16;
                 }
+                uint32_t* to = taps + thread_index() / 5 * Tile::kTapChannel + thread_index() % 5 * 16;
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    store_words(taps + thread_index() * 16 + i * 2, {pairs[i], pairs[i + 2]});
+                for (int i = 0; i < 4; ++i) {
+                    store_words(to + i * 4, {pairs[3 - i], pairs[5 - i], pairs[7 - i], pairs[9 - i]});
                 }
             }
         } else {

@@ -60,10 +60,16 @@ def test_range(name, dtype, part, scale):
         assert_within_rule({"out": got}, {"out": truth}, baseline(operator, tensors, options, grad))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", SIZES)
-def test_small_parameters_in_the_dtype_of_the_image(name):
-    operator, tensors, options = build(name, torch.bfloat16, torch.bfloat16)
-    forward_errors(operator, tensors, options, on_cuda(operator, tensors, options))
+def test_small_parameters_in_the_dtype_of_the_image(name, dtype):
+    operator, tensors, options = build(name, dtype, dtype)
+    got = on_cuda(operator, tensors, options)
+    forward_errors(operator, tensors, options, got)
+    small = [key for key in tensors if tensors[key].dim() < 4]
+    for wide in (small, small[:1]):  # all in float32, and one of them
+        same = {key: value.float() if key in wide else value for key, value in tensors.items()}
+        assert torch.equal(on_cuda(operator, same, options), got)
 
 
 @pytest.fixture

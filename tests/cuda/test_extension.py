@@ -123,6 +123,10 @@ calls = {
     "layout": lambda: operators.leffn_layer(x.contiguous(), None, None, *weights, *rest),
     "dtype": lambda: operators.leffn_layer(x.double(), None, None, *weights, *rest),
     "mixed": lambda: operators.leffn_layer(x.bfloat16(), None, None, *weights, *rest),
+    "small": lambda: operators.leffn_layer(x, torch.ones(32).half(), None, *weights, *rest),
+    "alike": lambda: operators.leffn_layer(
+        x.half(), torch.ones(32).half(), torch.ones(32), *(weight.half() for weight in weights), *rest
+    ),
     "shape": lambda: operators.leffn_layer(x, None, None, weights[0], weights[1][:32], weights[2], *rest),
     "pairs": lambda: operators.merge_branches([weights[0]], [], [], [], [], True, False),
     "doubles": lambda: operators.merge_branches([weights[0].double()], [weights[2].double()], [], [], [], True, False),
@@ -148,6 +152,8 @@ def test_it_loads_without_a_gpu_and_refuses_bad_arguments(library):
         "layout": "x must be channels-last",
         "dtype": "x must be float32, bfloat16 or float16",
         "mixed": "must have the dtype of the first tensor",
+        "small": "norm_weight must be float32 or have the dtype of the first tensor",
+        "alike": "norm_bias must have the dtype of the other small parameters",
         "shape": "has shape (32, 1, 5, 5), expected (64, 1, 5, 5)",
         "pairs": "pairs",
         "doubles": "first must be float32, bfloat16 or float16",
