@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._dot import widened
 from ._launch import Work, cdiv, config, key_of, launch
 from .pointwise import side_of
 
@@ -63,7 +64,7 @@ def convolve_rows(
             i_in = i_y + (i - K // 2)
             p_x = x + (i_image * height + i_in).to(tl.int64) * width * C
             m_s = ((o_s >= 0) & (o_s < columns_of(i_in, height, width)))[:, None] & m_c[None, :]
-            b_x = tl.load(p_x + p_s, mask=m_s, other=0.0).to(tl.float32)
+            b_x = widened(tl.load(p_x + p_s, mask=m_s, other=0.0))
             for i_row in tl.static_range(4):
                 if i >= i_row and i - i_row < K:
                     i_tap = (i - i_row) * K + i_k
@@ -130,7 +131,7 @@ def depthwise_weight_bwd_kernel(
         for i_new in range(i_y, i_end + K - 1):
             p_row = (i_image * height + i_new).to(tl.int64) * width * C
             m_g = (o_x < columns_of(i_new, i_end, width))[:, None] & m_c[None, :]
-            b_new = tl.load(grad + p_row + p_g, mask=m_g, other=0.0).to(tl.float32)
+            b_new = widened(tl.load(grad + p_row + p_g, mask=m_g, other=0.0))
             b_g = (b_new,) + b_g[: K - 1]
             i_in = i_new - K // 2
             i_columns = columns_of(i_in, height, width)
@@ -139,7 +140,7 @@ def depthwise_weight_bwd_kernel(
             for i_k in tl.static_range(K):
                 o_s = o_x + (i_k - K // 2)
                 m_s = ((o_s >= 0) & (o_s < i_columns))[:, None] & m_c[None, :]
-                b_x = tl.load(x + p_row + o_s[:, None] * C + o_c[None, :], mask=m_s, other=0.0).to(tl.float32)
+                b_x = widened(tl.load(x + p_row + o_s[:, None] * C + o_c[None, :], mask=m_s, other=0.0))
                 for i_row in tl.static_range(K):
                     b_next = b_next + (tl.fma(b_g[i_row], b_x, b_sums[i_k * K + i_row]),)
             b_sums = b_next

@@ -1,8 +1,9 @@
 """Pointwise convolution of a map: norm(x) W^T, with layer norm before it and GELU or a residual after it.
 
-A map is a matrix of pixels by channels. A program takes BLOCK_P pixels: it reads their mean and variance from the map
-(the second and third read of it come from the cache), then makes LOOP blocks of outputs; where all channels fit one
-block, normalised pixels stay in registers for them all. Memory traffic: C values in, N out, N more for a residual.
+A map is a matrix of pixels by channels. A program takes BLOCK_P pixels and makes LOOP blocks of outputs. Where all
+channels fit one block, pixels are read and normalised once, in registers. Else mean and variance are read from the map
+first, which comes from the cache, and every program normalises anew what it multiplies, or the norm is a kernel of its
+own. Memory traffic: C values in, N out, N more for a residual.
 """
 
 import functools
@@ -12,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._dot import dot
+from ._dot import dot, widened
 from ._gelu import gelu
 from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
+from .layer_norm_2d import layer_norm_2d
 
 
 @triton.jit
@@ -37,7 +39,15 @@ def row_statistics(x, o_p, m_p, eps, C: tl.constexpr, BLOCK_P: tl.constexpr, BLO
 
 
 @triton.jit
-def normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C: tl.constexpr, CENTERED: tl.constexpr):
+def affine(b_n, norm_weight, norm_bias, o_k, m_k):
+    b_n *= tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+    if norm_bias is not None:
+        b_n += tl.load(norm_bias + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+    return b_n
+
+
+@triton.jit
+def normalised_part(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C: tl.constexpr, CENTERED: tl.constexpr):
     # (BLOCK_P, BLOCK_K) of norm(x), or of x where there is no norm; zero beyond the channels
     m_k = o_k < C
     b_x = tl.load(x + o_p[:, None] * C + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
@@ -45,10 +55,24 @@ def normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C:
         b_n = b_x.to(tl.float32)
         if CENTERED:
             b_n -= b_mean[:, None]
-        b_n *= b_rstd[:, None] * tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-        if norm_bias is not None:
-            b_n += tl.load(norm_bias + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-        b_x = b_n.to(x.dtype.element_ty)
+        b_x = affine(b_n * b_rstd[:, None], norm_weight, norm_bias, o_k, m_k).to(x.dtype.element_ty)
+    return b_x
+
+
+@triton.jit
+def normalised_rows(x, norm_weight, norm_bias, eps, o_p, m_p, C: tl.constexpr, CENTERED: tl.constexpr,
+                    BLOCK_K: tl.constexpr):  # fmt: skip
+    # the same of whole rows, which are read once
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = o_k < C
+    b_x = tl.load(x + o_p[:, None] * C + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
+    if norm_weight is not None:
+        b_n = widened(b_x)
+        b_s = tl.where(m_k[None, :], b_n - (tl.sum(b_n, axis=1) / C)[:, None], 0.0)
+        b_rstd = 1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps)
+        if CENTERED:
+            b_n = b_s
+        b_x = affine(b_n * b_rstd[:, None], norm_weight, norm_bias, o_k, m_k).to(x.dtype.element_ty)
     return b_x
 
 
@@ -64,11 +88,10 @@ def pointwise_fwd_kernel(
     o_p = (tl.program_id(0) // GROUPS).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = o_p < pixels
     b_mean, b_rstd = 0.0, 0.0
-    if norm_weight is not None:
-        b_mean, b_rstd = row_statistics(x, o_p, m_p, eps, C, BLOCK_P, BLOCK_K)
     if BLOCK_K >= C:
-        o_k = tl.arange(0, BLOCK_K)
-        b_a = normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C, CENTERED)
+        b_a = normalised_rows(x, norm_weight, norm_bias, eps, o_p, m_p, C, CENTERED, BLOCK_K)
+    elif norm_weight is not None:
+        b_mean, b_rstd = row_statistics(x, o_p, m_p, eps, C, BLOCK_P, BLOCK_K)
     for i_loop in range(LOOP):
         o_n = (i_group * LOOP + i_loop) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
@@ -78,7 +101,7 @@ def pointwise_fwd_kernel(
             p_w = weight + o_n[None, :] * C + o_k[:, None]
             b_w = tl.load(p_w, mask=m_n[None, :] & (o_k < C)[:, None], other=0.0)
             if BLOCK_K < C:
-                b_a = normalised_rows(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C, CENTERED)
+                b_a = normalised_part(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C, CENTERED)
             b_y = dot(b_a, b_w, b_y, PRECISION)
         if GELU:
             b_y = gelu(b_y, y.dtype.element_ty)
@@ -95,23 +118,32 @@ def side_of(width, sides=(128, 64, 32)):
     return next(side for side in sides if cdiv(width, side) * side * 8 <= least * 9)
 
 
+APART = dict(FUSED=False)  # the norm in a kernel of its own
+
+
 @functools.cache
-def _tiles(size, channels, outputs):
-    if size == 4:
-        shapes = [(32, 32, 32, 4), (64, 16, 64, 4), (128, 32, 64, 8), (128, 16, 64, 4)]
-        return [
-            dict(BLOCK_P=p, BLOCK_K=min(k, block_of(channels)), BLOCK_N=n, LOOP=1, num_warps=w, num_stages=2)
-            for p, k, n, w in shapes
-        ]
-    if channels <= 128:
-        k, found = block_of(channels), []
-        for p, most, warps in [(64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 64, 4)]:
+def _tiles(size, channels, outputs, norm):
+    whole = size == 2 and channels <= 128
+    if whole:
+        shapes = [(128, 64, 8, 2), (64, 128, 4, 2), (128, 64, 4, 2), (64, 64, 4, 1), (128, 128, 8, 2), (64, 64, 4, 3)]
+        found = []
+        for p, most, warps, stages in shapes:
             n = side_of(outputs, [side for side in (128, 64, 32) if side <= most])
             loop = cdiv(outputs, n)
-            found.append(dict(BLOCK_P=p, BLOCK_K=k, BLOCK_N=n, LOOP=loop, num_warps=warps, num_stages=2))
-        return found
-    shapes = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (64, 128, 128, 4, 2)]
-    return [dict(BLOCK_P=p, BLOCK_K=k, BLOCK_N=n, LOOP=1, num_warps=w, num_stages=s) for p, k, n, w, s in shapes]
+            tiles = dict(BLOCK_P=p, BLOCK_K=block_of(channels), BLOCK_N=n, LOOP=loop, num_warps=warps)
+            found.append(tiles | dict(num_stages=stages))
+    else:
+        if size == 4:
+            shapes = [(64, 16, 64, 4, 2), (128, 16, 64, 4, 2), (128, 32, 64, 8, 2), (32, 32, 32, 4, 2)]
+        else:
+            shapes = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4)]
+            shapes += [(128, 64, 64, 4, 3), (64, 128, 128, 4, 2)]
+        found = [
+            dict(BLOCK_P=p, BLOCK_K=min(k, block_of(channels)), BLOCK_N=n, LOOP=1, num_warps=w, num_stages=s)
+            for p, k, n, w, s in shapes
+        ]
+    found = [tiles for i, tiles in enumerate(found) if tiles not in found[:i]]
+    return found if whole or not norm else [APART, *found]
 
 
 def empty_map(x, channels):
@@ -143,9 +175,14 @@ def pointwise(x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=Tru
     outputs, channels = weight.shape[:2]
     if norm_weight is None and not gelu and residual is None:
         return map_of(matmul(pixels_of(x), weight.view(outputs, channels).t()), x)
+    norm = norm_weight is not None
+    key = key_of(x, channels, outputs, *(["norm"] if norm else []), *(["gelu"] if gelu else []))
+    tiles = config("pointwise_fwd", key, _tiles(x.element_size(), channels, outputs, norm), x.device)
+    if tiles == APART:
+        normal = layer_norm_2d(x, norm_weight, norm_bias, eps, centered)
+        return pointwise(normal, weight, gelu=gelu, residual=residual)
     pixels = x.numel() // channels
     y = empty_map(x, outputs)
-    tiles = config("pointwise_fwd", key_of(x, channels, outputs), _tiles(x.element_size(), channels, outputs), x.device)
     groups = cdiv(outputs, tiles["BLOCK_N"] * tiles["LOOP"])
     values = x.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(
@@ -154,7 +191,7 @@ def pointwise(x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=Tru
         C=channels, N=outputs, CENTERED=centered, GELU=gelu, PRECISION=precision(x), **tiles,
         work=Work(
             values * x.element_size(), matrix=2 * math.prod((pixels, channels, outputs)),
-            vector=(0 if norm_weight is None else 8 * x.numel()) + (16 * y.numel() if gelu else 0),
+            vector=(8 * x.numel() if norm else 0) + (16 * y.numel() if gelu else 0),
         ),
     )  # fmt: skip
     return y

@@ -31,3 +31,30 @@ def test_schedules_of_the_projection_of_leffn(outputs, monkeypatch):
         monkeypatch.setattr(leffn, "config", lambda name, key, candidates, device, chosen=chosen: chosen)
         found = leffn._project(hidden, depthwise, weight, residual)
         torch.testing.assert_close(found.cpu(), plain, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [20, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("centered", [False, True])
+def test_schedules_of_pointwise(channels, dtype, centered, monkeypatch):
+    x, residual = torch.randn(2, channels, 5, 7) + 1, torch.randn(2, 40, 5, 7)
+    weight, norm_weight, norm_bias = torch.randn(40, channels, 1, 1) / 8, torch.rand(channels), torch.randn(channels)
+    x, residual, weight = x.to(dtype), residual.to(dtype), weight.to(dtype)
+    usable("layer_norm_2d", x.to(DEVICE), norm_weight.to(DEVICE))
+    norm = norm_weight.double(), norm_bias.double()
+    normal = ipt_fast.reference.layer_norm_2d(x.double(), *norm, eps=1e-5, centered=centered)
+    plain = torch.nn.functional.gelu(torch.nn.functional.conv2d(normal, weight.double())) + residual.double()
+    x, residual = (each.to(DEVICE, memory_format=torch.channels_last) for each in (x, residual))
+    weight, norm_weight, norm_bias = (each.to(DEVICE) for each in (weight, norm_weight, norm_bias))
+    pointwise = importlib.import_module("ipt_fast.kernels.pointwise")
+    schedules = pointwise._tiles(x.element_size(), channels, 40, True)
+    assert (pointwise.APART in schedules) == (dtype == torch.float32 or channels > 128)
+    for chosen in schedules:
+        monkeypatch.setattr(
+            pointwise,
+            "config",
+            lambda name, key, candidates, device, chosen=chosen: chosen if chosen in candidates else candidates[0],
+        )
+        found = pointwise.pointwise(x, weight, norm_weight, norm_bias, 1e-5, centered, True, residual)
+        allowed = 1e-4 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(found.double().cpu(), plain, rtol=allowed, atol=allowed)
