@@ -50,10 +50,10 @@ GPUS = {"H100": H100, "H200": H200}
 class Counted:
     """Of a launch's average block: scheduler cycles of each pipe, summed over its warps, and its resources.
 
-    "issue" of them: instructions of warps. ``matrix``: cycles of the matrix units, for ``products`` multiply-adds; ``alone``: a
-    warp's cycles where there is no other. ``sectors``: of 32 bytes that loads and stores ask the caches for.
-    ``assumed``: branches that hang on loaded values, where the shorter way was taken. ``by_name``: {instruction:
-    (pipe, times, cycles)} of ``pipes`` and ``issue``.
+    Of ``pipes``, "issue" is the number of warps' instructions. ``by_name``: {instruction: (pipe, times, cycles)}.
+    ``matrix``: cycles of the matrix units, for ``products`` multiply-adds; ``alone``: a warp's cycles where there is no
+    other. ``sectors``: of 32 bytes that loads and stores ask the caches for. ``assumed``: branches that hang on loaded
+    values, where the shorter way was taken.
     """
 
     pipes: dict
@@ -123,7 +123,13 @@ def parameters_of(ptx, arguments):
 
 
 def count(cubin, ptx, shared, grid, arguments):
-    """`Counted` of a launch of a kernel for compute capability 9.0."""
+    """`Counted` of a launch of a kernel.
+
+    Raises:
+        ValueError: it is not compiled for compute capability 9.0, whose costs are known.
+    """
+    if (target := re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]) not in ("sm_90", "sm_90a"):
+        raise ValueError(f"ptx: must be for sm_90 or sm_90a; got {target}")
     code = sass.disassemble(cubin)
     registers, _ = ahead_of_time.registers_and_stack(cubin)
     threads = math.prod(int(side) for side in re.search(r"\.reqntid (\d+)(?:, (\d+), (\d+))?", ptx).groups("1"))
@@ -183,7 +189,8 @@ def bound_of(counted, launch, ceilings):
     binds = max(times, key=times.get)
     return Bound(
         launch.kernel.__name__, times[binds], binds, pipe, times["issue"], times["bytes"], times["matrix"],
-        math.ceil(waves) * counted.alone / ceilings.clock, counted.registers, counted.shared, together, waves, counted.pipes["issue"] * blocks, counted.assumed,
+        math.ceil(waves) * counted.alone / ceilings.clock, counted.registers, counted.shared, together, waves,
+        counted.pipes["issue"] * blocks, counted.assumed,
     )  # fmt: skip
 
 
@@ -233,6 +240,11 @@ def bounds(launches, ceilings=H100, processes=None):
         bound_of(_counted[key], launch, ceilings) if key else _bound_of_product(launch, ceilings)
         for key, launch in zip(keys, launches, strict=True)
     ]
+
+
+def counted_of(launch):
+    """`Counted` of a launch that `bounds` has seen."""
+    return _counted[_launch_key(launch)]
 
 
 def _launch_key(launch):

@@ -293,7 +293,7 @@ def _shuffle(each, values, targets):
     raise Unknown
 
 
-# ---- the divisions, by way of floating-point numbers ------------------------------------------------------------------
+# ---- divisions, by way of floating-point numbers --------------------------------------------------------------------
 
 
 def _bits(value):

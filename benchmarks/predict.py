@@ -6,12 +6,13 @@
 
 import argparse
 import contextlib
+import re
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipt_fast
-from benchmarks.bound import GPUS, H100, H200, Bound, Ceilings, bound_of_kernel, bounds
+from benchmarks.bound import GPUS, H100, H200, Bound, Ceilings, bound_of_kernel, bounds, counted_of
 from ipt_fast.ops._operator import OPERATORS
 
 __all__ = ["H100", "H200", "Bound", "Ceilings", "bound_of_kernel", "bounds", "predict", "recorded", "work_of"]
@@ -100,11 +101,11 @@ def training_of(name, batch, size, dtype=torch.bfloat16):
     return lambda: model(x).square().mean().backward()
 
 
-def table(launches, found):
+def table(launches, found, instructions=0):
     """Lines, one for each kernel of `Launch` es and their `Bound` s: the most expensive first.
 
     Microseconds a call: the bound, its three parts, and blocks by latency ("alone"). "slots": instructions of a lane
-    for each value of the memory traffic.
+    for each value of the memory traffic. ``instructions``: so many of a kernel's are listed, of all warps of a block.
     """
     groups = {}
     for launch, bound in zip(launches, found, strict=True):
@@ -123,6 +124,9 @@ def table(launches, found):
             f"  {binds:17} {32 * bound.slots / values:5.1f} {bound.registers:4} {bound.shared / 1024:4.0f} "
             f"{bound.waves:6.2f}  {bound.name} {shape}"
         )
+        by_name = counted_of(calls[0]).by_name if instructions and calls[0].kernel else {}
+        for name, (pipe, times, cycles) in sorted(by_name.items(), key=lambda item: -item[1][2])[:instructions]:
+            lines.append(f"{cycles:16.0f} cycles of {pipe}, {times:.0f} times: {name}")
     return lines
 
 
@@ -132,18 +136,19 @@ def main():
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="whose ceilings (default: %(default)s)")
     parser.add_argument("--model", action="append", help="default: ipt_v2_small and ipt_v2_base")
     parser.add_argument("--train", action="store_true", help="forward and backward of 16 images by ipt_v2_base")
+    parser.add_argument("--kernel", help="regular expression: only these, with the instructions that cost most")
     args = parser.parse_args()
     batch, size = (16, args.size or 128) if args.train else (1, args.size or 512)
     names = args.model or (["ipt_v2_base"] if args.train else ["ipt_v2_small", "ipt_v2_base"])
     for name in names:
         launches = recorded((training_of if args.train else forward_of)(name, batch, size))
+        if args.kernel:
+            launches = [each for each in launches if re.search(args.kernel, _name(each))]
         found = bounds(launches, GPUS[args.gpu])
-        total, estimate = (1e3 * sum(getattr(bound, part) for bound in found) for part in ("seconds", "estimate"))
-        what = "forward and backward" if args.train else "forward"
-        print(
-            f"{name} {batch}x3x{size}x{size} bfloat16, {what}: at least {total:.2f} ms on an {args.gpu}, with latencies {estimate:.2f}"
-        )
-        print("\n".join(table(launches, found)))
+        total, estimate = (1e3 * sum(getattr(each, part) for each in found) for part in ("seconds", "estimate"))
+        what = f"{name} {batch}x3x{size}x{size} bfloat16, {'forward and backward' if args.train else 'forward'}"
+        print(f"{what}: at least {total:.2f} ms on an {args.gpu}, with latencies {estimate:.2f}")
+        print("\n".join(table(launches, found, instructions=12 if args.kernel else 0)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import triton
 
 LINE = re.compile(
     r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?U?P[0-7T])\s+)?(?P<name>[A-Z][A-Z0-9_]*)"
-    r"(?P<modifiers>(?:\.\w+)*)\s*(?P<operands>[^;]*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x(?P<control>[0-9a-f]{16}) \*/"
+    r"(?P<modifiers>(?:\.\w+)*)\s*(?P<operands>[^;]*?)\s*;"
+    r"\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x(?P<control>[0-9a-f]{16}) \*/"
     r"|^(?P<label>[.$\w]+):",
     re.MULTILINE,
 )

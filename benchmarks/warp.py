@@ -212,10 +212,8 @@ class Warp:
             registers = self.registers[bank]
             if mask is not True:
                 before = registers[index]
-                if value is None or before is None or mask is None:
-                    value = None
-                else:
-                    value = np.where(mask, value, before)
+                known = value is not None and before is not None and mask is not None
+                value = np.where(mask, value, before) if known else None
             registers[index] = value
 
     def _taken(self, at, each, mask, conditions, trace):
