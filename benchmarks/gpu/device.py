@@ -15,7 +15,12 @@ class Gpu:
     def __init__(self):
         self.name = torch.cuda.get_device_name()
         self._cache = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
-        self._pool = torch.cuda.graph_pool_handle()  # of all graphs: one is replayed after the other, results are not used
+        # All graphs share their memory: one is replayed after the other, and results are not used. The first graph lives
+        # as long as this object, and keeps the pool.
+        self._first = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._first):
+            self._cache.zero_()
+        self._pool = self._first.pool()
 
     def seconds(self, calls, rounds=12):
         """Medians of {name: call}, taken in turns, each on a cold second-level cache."""

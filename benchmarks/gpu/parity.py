@@ -121,8 +121,23 @@ def _name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def work(path, backend, found, counter):
+def cases_of(args):
+    """{label: function} of the cases that were asked for."""
+    if args.rehearse:
+        found = rehearsed_cases(args.backend)
+    elif args.large:
+        found = large_cases(args.backend)
+    else:
+        found = cuda_cases_by_label() if args.backend == "cuda" else triton_cases_by_label()
+    return {label: case for label, case in found.items() if args.only.search(label)}
+
+
+def work(args, counter):
     """Runs cases until there are none; each process takes the next one."""
+    path, backend = args.out / "parity.jsonl", args.backend
+    if not args.rehearse:
+        cases.DEVICE = "cuda"
+    found = cases_of(args)
     labels = list(found)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # which poisons unwritten memory with NaN
@@ -154,33 +169,25 @@ def main():
         large=dict(action="store_true"),
     )  # fmt: skip
     path = args.out / "parity.jsonl"
-    if args.rehearse:
-        found = rehearsed_cases(args.backend)
-    elif args.large:
-        found = large_cases(args.backend)
-    else:
-        cases.DEVICE = "cuda"
-        found = cuda_cases_by_label() if args.backend == "cuda" else triton_cases_by_label()
-    found = {label: case for label, case in found.items() if args.only.search(label)}
-    before = len(stage.read_json_lines(path))
-    context = multiprocessing.get_context("fork")  # nothing here has touched the GPU
+    before, total = len(stage.read_json_lines(path)), len(cases_of(args))
+    context = multiprocessing.get_context("spawn")  # a fork would inherit a CUDA that it cannot use
     counter = context.Value("i", 0)
-    new = functools.partial(context.Process, target=work, args=(path, args.backend, found, counter))
+    new = functools.partial(context.Process, target=work, args=(args, counter))
     running = [new() for _ in range(args.processes)]
     for process in running:
         process.start()
     while running:
         process = running.pop(0)
         process.join()
-        if process.exitcode and counter.value < len(found):
+        if process.exitcode and counter.value < total:
             running.append(new())
             running[-1].start()
     lines = [line for line in stage.read_json_lines(path)[before:] if line["backend"] == args.backend]
     failed = [line for line in lines if not line["passed"]]
     for line in failed:
         print(f"FAILED: {line['backend']} {line['case']}: {line['said'][-400:]}", flush=True)
-    print(f"{args.backend}: {len(lines) - len(failed)} of {len(found)} cases passed, {len(failed)} failed", flush=True)
-    raise SystemExit(len(lines) - len(failed) != len(found))
+    print(f"{args.backend}: {len(lines) - len(failed)} of {total} cases passed, {len(failed)} failed", flush=True)
+    raise SystemExit(len(lines) - len(failed) != total)
 
 
 if __name__ == "__main__":

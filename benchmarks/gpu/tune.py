@@ -2,10 +2,14 @@
 
 An operator's call is timed as a graph with each configuration of each of its kernels, one kernel after the other, in
 the order in which they ask. What was found is kept after every call: in tuned.json, and in kernels/configs/<GPU>.json,
-where the kernels of the next process find it.
+where the kernels of the next process find it. A configuration that takes the GPU down ends the process; another one
+goes on after it.
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import torch
 
@@ -13,14 +17,13 @@ from benchmarks.gpu import calls, device, stage
 from ipt_fast._files import atomic_write
 from ipt_fast.kernels import _launch
 
+LOST = 3  # exit status of a process whose GPU is lost
 LEAST_GAIN = 0.02  # a configuration replaces the one before it only if it is so much faster
 
 
 def kept(args, gpu):
     """The configurations that this stage has found for this card, {(kernel, key): configuration}."""
-    path = folder_of(args) / _launch.path_of(gpu.name).name
-    kernels = json.loads(path.read_text())["kernels"] if path.exists() else {}
-    return {(name, key): value for name, found in kernels.items() for key, value in found.items()}
+    return Tuned([folder_of(args) / _launch.path_of(gpu.name).name]).read()
 
 
 def folder_of(args):
@@ -34,6 +37,12 @@ class Tuned:
         self.paths = paths
         self.values = {"kernels": {}, "operators": {}}
 
+    def read(self):
+        """The configurations that are kept already, {(kernel, key): configuration}."""
+        if self.paths[0].exists():
+            self.values = json.loads(self.paths[0].read_text())
+        return {(name, key): value for name, found in self.values["kernels"].items() for key, value in found.items()}
+
     def keep(self, part, name, key, value):
         self.values[part].setdefault(name, {})[key] = value
 
@@ -44,8 +53,12 @@ class Tuned:
                 temporary.write_text(json.dumps(self.values, indent=1, sort_keys=True) + "\n")
 
 
-def tune(gpu, call, arguments, taken, tuned):
-    """Tries what ``call`` asks and ``taken``, {(kernel, key): configuration}, does not settle yet."""
+def tune(gpu, call, arguments, taken, tuned, tried):
+    """Tries what ``call`` asks and ``taken``, {(kernel, key): configuration}, does not settle yet.
+
+    ``tried``: the file that keeps the configurations that failed.
+    """
+    broken = stage.read_json_lines(tried)
     function = gpu.run(call, "triton", arguments)
     failures = []
     while True:
@@ -57,17 +70,23 @@ def tune(gpu, call, arguments, taken, tuned):
         candidates = tuning.asked[place]
         best, taken[place] = None, candidates[0]
         for candidate in candidates if len(candidates) > 1 else []:
+            line = {"place": list(place), "candidate": candidate}
+            if line in broken:
+                continue
             try:
                 seconds = measured(gpu, function, taken | {place: candidate})
             except Exception as error:
+                stage.write_json(tried, line)
                 if stage.is_lost(error):
-                    raise
+                    print(f"FAILED: the GPU is lost: {call.label} {place} {candidate}: {str(error)[:100]}", flush=True)
+                    os._exit(LOST)  # the ordinary end would wait for the GPU
                 failures.append(f"{place} {candidate}: {type(error).__name__}: {str(error)[:200]}")
                 continue
             print(f"  {seconds * 1e6:8.1f} µs  {place[0]} {place[1]} {candidate}", flush=True)
             if best is None or seconds < best * (1 - LEAST_GAIN):
                 best, taken[place] = seconds, candidate
         tuned.keep("kernels", *place, taken[place])
+        tuned.write()
 
 
 def measured(gpu, function, taken):
@@ -77,16 +96,25 @@ def measured(gpu, function, taken):
 
 
 def main():
-    args = stage.arguments(__doc__)
+    args = stage.arguments(__doc__, worker=dict(action="store_true"))
+    if args.worker:
+        return work(args)
+    command, code = [sys.executable, "-m", __spec__.name, "--worker", *sys.argv[1:]], LOST
+    while code == LOST:
+        code = subprocess.run(command).returncode
+    raise SystemExit(code or (args.work / "broken.jsonl").exists())
+
+
+def work(args):
     gpu = device.opened(args.rehearse)
     tuned = Tuned([folder_of(args) / _launch.path_of(gpu.name).name, args.out / "tuned.json"])
-    taken, failures, compared = {}, [], set()
+    taken, failures, compared = tuned.read(), [], set()
     chosen = [call for call in calls.of_models() if args.only.search(call.label)]
     for call in sorted(chosen, key=lambda call: call.is_backward)[: 3 if args.rehearse else None]:
         with torch.no_grad(), stage.reported(call.label, failures):
             arguments = gpu.arguments(call)
             print(call.label, flush=True)
-            failures += tune(gpu, call, arguments, taken, tuned)
+            failures += tune(gpu, call, arguments, taken, tuned, args.work / "broken.jsonl")
             if not call.is_backward and (call.name, call.key) not in compared:
                 compared.add((call.name, call.key))
                 compare(gpu, call, arguments, taken, tuned)
