@@ -15,8 +15,9 @@ Tensor leffn_layer(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bia
     STD_TORCH_CHECK(x.size(2) <= INT32_MAX && x.size(3) <= INT32_MAX, "x is too high or too wide");
     STD_TORCH_CHECK(expand_weight.dim() == 4, "expand_weight must be a pointwise weight");
     const int64_t hidden = expand_weight.size(0);
-    STD_TORCH_CHECK(hidden > 0 && hidden % kLeffnHiddenStep == 0 && hidden <= INT32_MAX, "expand_weight makes ", hidden,
-                    " channels, the kernel takes multiples of ", kLeffnHiddenStep);
+    STD_TORCH_CHECK(hidden > 0 && hidden % kLeffnHiddenStep == 0 && hidden <= INT32_MAX / channels,
+                    "expand_weight makes ", hidden, " channels, the kernel takes multiples of ", kLeffnHiddenStep,
+                    " up to ", INT32_MAX / channels);
     check_tensor(expand_weight, "expand_weight", {hidden, channels, 1, 1}, x);
     check_tensor(depthwise_weight, "depthwise_weight", {hidden, 1, 5, 5}, x);
     check_tensor(project_weight, "project_weight", {channels, hidden, 1, 1}, x);

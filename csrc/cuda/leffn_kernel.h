@@ -226,12 +226,12 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kLeffnThreads, (LeffnTile<T, C>::kBlocks))
     // Buffer n % 2 gets chunk n of the projection and n + 1 of the expansion.
     auto copy_weights = [&](int chunk) {
         if (chunk >= 0 && chunk < chunks) {
-            copy_rows(tile.project[chunk & 1], Tile::kProject, C, Tile::kChunk,
-                      [&](int row) { return project + (int64_t)row * p.hidden + chunk * Tile::kChunk; });
+            leffn_copy_rows<Tile::kProject, C, Tile::kChunk>(tile.project[chunk & 1], project + chunk * Tile::kChunk,
+                                                             p.hidden);
         }
         if (chunk + 1 < chunks) {
-            copy_rows(tile.expand[chunk & 1], Tile::kExpand, Tile::kChunk, C,
-                      [&](int row) { return expand + (int64_t)((chunk + 1) * Tile::kChunk + row) * C; });
+            leffn_copy_rows<Tile::kExpand, Tile::kChunk, C>(tile.expand[chunk & 1],
+                                                            expand + (int64_t)(chunk + 1) * (Tile::kChunk * C), C);
         }
     };
     leffn_load_input<T, C>(tile, x, place);
