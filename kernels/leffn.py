@@ -93,7 +93,7 @@ APART = dict(FUSED=False)  # the convolution and the projection each in a kernel
 @functools.cache
 def _project_tiles(size, outputs):
     if size == 4:
-        shapes = [(16, 16, 64, 4), (16, 32, 64, 4), (32, 16, 64, 8), (32, 16, 32, 4)]
+        shapes = [(16, 32, 64, 4), (16, 16, 64, 4), (32, 16, 64, 8), (32, 16, 32, 4)]
     elif outputs <= 64:
         shapes = [(32, 32, 64, 4), (64, 32, 64, 8), (32, 64, 64, 8), (16, 64, 64, 4), (16, 64, 64, 8)]
     elif outputs <= 128:
@@ -136,12 +136,16 @@ def _project(hidden, depthwise_weight, weight, residual=None):
 @functools.cache
 def _hidden_tiles(size, channels, hidden):
     if size == 4:
-        shapes = [(16, 32, 16, 4), (16, 32, 32, 4), (32, 32, 16, 8), (16, 64, 16, 4)]
+        shapes = [(16, 32, 16, 4, 96), (16, 32, 32, 4, 128), (32, 32, 16, 8, 160), (16, 64, 16, 4, 168)]
     else:
-        shapes = [(32, 32, 64, 4), (32, 64, 64, 8), (32, 64, 64, 4), (64, 32, 64, 8)]
+        shapes = [(32, 32, 64, 4, 255), (32, 64, 64, 8, 255), (16, 64, 64, 4, 255), (64, 32, 64, 8, 255)]
+        shapes += [(16, 32, 64, 4, 168), (32, 32, 64, 8, 168)]
     return [
-        dict(BLOCK_W=w, BLOCK_C=side_of(hidden, (c, c // 2)), BLOCK_K=min(k, block_of(channels)), num_warps=n)
-        for w, c, k, n in shapes
+        # Without a limit of its own the compiler may spill a few values to fit one more block on a multiprocessor.
+        dict(
+            BLOCK_W=w, BLOCK_C=side_of(hidden, (c, c // 2)), BLOCK_K=min(k, block_of(channels)), num_warps=n, maxnreg=r
+        )
+        for w, c, k, n, r in shapes
     ]
 
 

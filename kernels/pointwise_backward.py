@@ -66,7 +66,9 @@ def _tiles(channels):
         shapes = [(64, 64, 8, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 3)]
     else:
         shapes = [(16 if block > 256 else 32, 32, 8, 3), (32, 64, 8, 2), (16, 64, 4, 2), (64, 32, 8, 2)]
-    return [dict(BLOCK_P=p, BLOCK_C=block, BLOCK_K=k, num_warps=w, num_stages=s) for p, k, w, s in shapes]
+    # Without a limit of its own the compiler may spill a few values to fit one more block on a multiprocessor.
+    limit = dict(maxnreg=255) if block >= 128 else {}
+    return [dict(BLOCK_P=p, BLOCK_C=block, BLOCK_K=k, num_warps=w, num_stages=s) | limit for p, k, w, s in shapes]
 
 
 def pointwise_norm_backward(grad, weight, x, norm_weight, norm_bias, eps, centered, residual=None):
