@@ -76,9 +76,9 @@ def sum_tokens(
     b_q1 = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     b_k1 = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     for i_tile in range(first, last):
-        i_ty, i_tx, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
-        b_q = load_tokens(q, depthwise, i_ty, i_tx, i_pixel, o_y, o_x, m_t, o_q, m_d, height, width, Q_PIXEL, DEPTHWISE)
-        b_k = load_tokens(k, depthwise, i_ty, i_tx, i_pixel, o_y, o_x, m_t, o_k, m_d, height, width, K_PIXEL, DEPTHWISE)
+        i_ty, i_tx, o_y, o_x, m_t = tile_of(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
+        b_q = load_tokens(q, depthwise, i_image, i_ty, i_tx, o_y, o_x, m_t, o_q, m_d, height, width, Q_PIXEL, DEPTHWISE)
+        b_k = load_tokens(k, depthwise, i_image, i_ty, i_tx, o_y, o_x, m_t, o_k, m_d, height, width, K_PIXEL, DEPTHWISE)
         if SCALED:
             b_q = (b_q.to(tl.float32) * b_fq[None, :]).to(b_q.dtype)
             b_k = (b_k.to(tl.float32) * b_fk[None, :]).to(b_k.dtype)
@@ -116,8 +116,8 @@ def largest_of_tokens(
 ):  # fmt: skip
     b_most = tl.zeros((o_c.shape[0],), dtype=tl.float32)
     for i_tile in range(first, last):
-        i_y, i_x, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
-        b_x = load_tokens(x, depthwise, i_y, i_x, i_pixel, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL, DEPTHWISE)
+        i_y, i_x, o_y, o_x, m_t = tile_of(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
+        b_x = load_tokens(x, depthwise, i_image, i_y, i_x, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL, DEPTHWISE)
         b_most = tl.maximum(b_most, tl.max(tl.abs(b_x.to(tl.float32)), axis=0))
     return b_most
 
@@ -168,6 +168,7 @@ def gram_kernel(
     # the slot gets the squared norms and the factors, too. Else weight_0, weight_1 belong to the branches, by the
     # unshifted windows.
     SLOT: tl.constexpr = DEPTH * (BRANCHES * (DEPTH + 2) + 2) if NORMS else BRANCHES * DEPTH * DEPTH
+    tl.static_assert(TILE_Y == 4 or not DEPTHWISE, "rows are convolved by fours")
     i_program = tl.program_id(0)
     i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
         i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
@@ -276,7 +277,11 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     slots = q.of.new_empty(groups.blocks, splits, groups.heads, values, dtype=torch.float32)
     _, _, blocks_y, blocks_x = groups.windows_and_blocks
     if depthwise is not None:  # nine neighbours of every token, of q and of k
-        candidates = [groups.tiles(32 if groups.depth <= 32 else 16, 8, 1), groups.tiles(16, 8), groups.tiles(16, 4)]
+        if q.of.dtype == torch.float32:
+            shapes = [(32, 8), (16, 4), (16, 8)] if groups.depth <= 32 else [(16, 8)]
+        else:
+            shapes = [(64, 4), (64, 8), (32, 4), (32, 8)] if groups.depth <= 32 else [(64, 8), (32, 8), (16, 4)]
+        candidates = [groups.tiles(*shape, 1, rows=4) for shape in shapes]
     elif q.of.dtype == torch.float32:
         candidates = [groups.tiles(32 if groups.depth <= 32 else 16, 8, 1), groups.tiles(16, 4)]
     elif groups.depth > 64:
@@ -396,6 +401,7 @@ def apply_kernel(
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_v, b_o: (tile, BLOCK_D); b_a: (BLOCK_D of out, BLOCK_D of v)
+    tl.static_assert(TILE_Y == 4 or not DEPTHWISE, "rows are convolved by fours")
     i_program = tl.program_id(0)
     i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
         i_program, height, width, blocks_y, blocks_x, splits, HEADS, P, SHIFT
@@ -412,9 +418,9 @@ def apply_kernel(
         b_a1 = tl.trans(tl.load(p_a + i_matrix * DEPTH * DEPTH, mask=m_a, other=0.0))
     first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
     for i_tile in range(first, last):
-        i_ty, i_tx, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
+        i_ty, i_tx, o_y, o_x, m_t = tile_of(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
         b_v = load_tokens(
-            v, depthwise, i_ty, i_tx, i_pixel, o_y, o_x, m_t, V_FIRST + o_c, m_d, height, width, V_PIXEL, DEPTHWISE
+            v, depthwise, i_image, i_ty, i_tx, o_y, o_x, m_t, V_FIRST + o_c, m_d, height, width, V_PIXEL, DEPTHWISE
         )
         b_o = dot(b_v, b_a0, None, PRECISION)
         if BRANCHES == 2:
@@ -423,7 +429,7 @@ def apply_kernel(
             b_w0 = load_weights(weight_0, i_head, o_wy, o_wx, m_t, P)
             b_w1 = load_weights(weight_1, i_head, o_wy, o_wx, m_t, P)
             b_o = b_o * b_w0[:, None] + dot(b_v, b_a1, None, PRECISION) * b_w1[:, None]
-        p_o = out + i_pixel * (HEADS * DEPTH) + token_offsets(o_y, o_x, o_c, width, HEADS * DEPTH)
+        p_o = out + token_offsets(i_image, i_ty, i_tx, o_y, o_x, o_c, height, width, HEADS * DEPTH)
         tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
 
 
@@ -432,20 +438,20 @@ def apply(groups, v, attention, weights, out, depthwise=None):
 
     ``depthwise``: taps (9, channels of the map) of a convolution of ``v`` before it, in fp32.
     """
-    if v.of.dtype == torch.float32:
-        stages = 2 if groups.depth <= 32 else 1
-        candidates = [
-            groups.tiles(32, 8, stages) if depthwise is None else groups.tiles(16, 8, 1),
-            groups.tiles(16, 8, 1),
-        ]
-    elif groups.depth > 64 or depthwise is not None:
-        candidates = [groups.tiles(32, 8 if groups.depth > 64 else 4), groups.tiles(32, 4, 1)]
+    if depthwise is not None:
+        shapes = [(16, 8), (32, 8), (16, 4)] if v.of.dtype == torch.float32 else [(64, 4), (64, 8), (32, 4), (32, 8)]
+        candidates = [groups.tiles(*shape, 1, rows=4) for shape in shapes]
+    elif v.of.dtype == torch.float32:
+        candidates = [groups.tiles(32, 8, 2 if groups.depth <= 32 else 1), groups.tiles(16, 8, 1)]
+    elif groups.depth > 64:
+        candidates = [groups.tiles(32, 8), groups.tiles(32, 4, 1)]
     else:
-        candidates = [groups.tiles(64, 4), groups.tiles(128, 8), groups.tiles(32, 4)]
+        shapes = [(64, 4), (64, 8), (128, 8), (32, 4), (128, 4), (64, 4, 1)]
+        candidates = [groups.tiles(*shape) for shape in shapes]
     key = key_of(v.of, groups.depth, groups.window, groups.branches, *(["depthwise"] if depthwise is not None else []))
     tiles = config("apply", key, candidates, v.of.device)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
-    splits = groups.splits
+    splits = groups.splits_for(tiles, groups.blocks * groups.heads)
     launch(
         apply_kernel, (groups.blocks * splits * groups.heads,), v.of, attention, *weights, depthwise, out,
         groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits, **groups.constants,

@@ -201,11 +201,11 @@ def gradients_kernel(
     p_a = matrices + DEPTH * DEPTH + o_d[:, None] * DEPTH + o_d[None, :]
     first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
     for i_tile in range(first, last):
-        i_ty, i_tx, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
-        tile = i_ty, i_tx, i_pixel, o_y, o_x, m_t
-        p_t = i_pixel + o_y * width + o_x
+        i_ty, i_tx, o_y, o_x, m_t = tile_of(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
+        tile = i_image, i_ty, i_tx, o_y, o_x, m_t
+        p_t = (i_image.to(tl.int64) * height + i_ty) * width + i_tx + (o_y * width + o_x)
         m_x = m_t[:, None] & m_d[None, :]
-        p_x = i_pixel * PIXEL + token_offsets(o_y, o_x, o_c, width, PIXEL)
+        p_x = token_offsets(i_image, i_ty, i_tx, o_y, o_x, o_c, height, width, PIXEL)
         b_g = load_tokens(grad, None, *tile, o_c, m_d, height, width, CHANNELS, False)
         b_v = load_tokens(v, None, *tile, V_FIRST + o_c, m_d, height, width, PIXEL, False)
         b_q = load_tokens(q, None, *tile, Q_FIRST + o_c, m_d, height, width, PIXEL, False)

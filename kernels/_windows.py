@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 from ._launch import block_of, cdiv, power_of_2
+from .depthwise import convolve_rows, stack_rows
 
 SIZES = ["height", "width", "blocks_y", "blocks_x", "windows_y", "windows_x", "splits"]
 SPLIT_TOKENS = 1024  # of a block for each program, while the programs of a block are at most
 SPLITS = 128
+PROGRAMS = 1024  # of a kernel, where a block has enough tiles for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +84,25 @@ class Groups:
         tokens = self.width if self.window == 0 else self.side**2
         return max(1, min(SPLITS, cdiv(tokens, SPLIT_TOKENS)))
 
-    def tile(self, tokens):
+    def splits_for(self, tiles, programs):
+        """`splits` or more, that fill a GPU: of kernels with ``programs`` a split whose results do not depend on it."""
+        tokens = self.width if self.window == 0 else self.side**2
+        most = cdiv(tokens, tiles["TILE_Y"] * tiles["TILE_X"])
+        return max(1, min(most, max(self.splits, PROGRAMS // max(1, programs))))
+
+    def tile(self, tokens, rows=None):
         """Rows and columns of a tile of at most so many tokens, at least 16."""
         if self.window == 0:
             return dict(TILE_Y=1, TILE_X=tokens)
         side = power_of_2(self.side)
+        if rows is not None:
+            return dict(TILE_Y=rows, TILE_X=max(16 // rows, min(tokens // rows, side)))
         columns = min(16, side)
         return dict(TILE_Y=max(16 // columns, min(tokens // columns, side)), TILE_X=columns)
 
-    def tiles(self, tokens, warps, stages=2):
-        """A configuration."""
-        return dict(**self.tile(tokens), BLOCK_D=block_of(self.depth), num_warps=warps, num_stages=stages)
+    def tiles(self, tokens, warps, stages=2, rows=None):
+        """A configuration; ``rows``: of its tiles, where they must be so many."""
+        return dict(**self.tile(tokens, rows), BLOCK_D=block_of(self.depth), num_warps=warps, num_stages=stages)
 
     @property
     def constants(self):
@@ -170,15 +180,20 @@ def block_of_program(i_program, height, width, blocks_y, blocks_x, splits, HEADS
 
 
 @triton.jit
-def tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
-    # a tile of the block [y0, y1) x [x0, x1): its first pixel's row, column and index in the map, and of its tokens the
-    # rows and columns counted from there and the mask. Offsets within a tile fit 32 bits, its first pixel needs 64.
+def tile_of(i_tile, y0, x0, y1, x1, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    # of the block [y0, y1) x [x0, x1): the tile's first row and column, its tokens' counted from there, and their mask
     tiles_x = tl.cdiv(x1 - x0, TILE_X)
     i_y, i_x = y0 + i_tile // tiles_x * TILE_Y, x0 + i_tile % tiles_x * TILE_X
     o_t = tl.arange(0, TILE_Y * TILE_X)
     o_y, o_x = o_t // TILE_X, o_t % TILE_X
+    return i_y, i_x, o_y, o_x, (o_y < y1 - i_y) & (o_x < x1 - i_x)
+
+
+@triton.jit
+def token_offsets(i_image, i_y, i_x, o_y, o_x, o_c, height, width, PIXEL: tl.constexpr):
+    # of channels o_c of a tile's tokens: 64 bits for the tile, 32 for a token in it
     i_pixel = (i_image.to(tl.int64) * height + i_y) * width + i_x
-    return i_y, i_x, i_pixel, o_y, o_x, (o_y < y1 - i_y) & (o_x < x1 - i_x)
+    return i_pixel * PIXEL + (o_y * width + o_x).to(tl.int64)[:, None] * PIXEL + o_c[None, :]
 
 
 @triton.jit
@@ -189,31 +204,24 @@ def tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y: tl.constexpr, TILE_X: tl
 
 
 @triton.jit
-def token_offsets(o_y, o_x, o_c, width, PIXEL: tl.constexpr):
-    # of channels o_c of a tile's tokens, counted from channel 0 of its first pixel
-    return (o_y * width + o_x).to(tl.int64)[:, None] * PIXEL + o_c[None, :]
-
-
-@triton.jit
 def load_tokens(
-    x, depthwise, i_y, i_x, i_pixel, o_y, o_x, m_t, o_c, m_c, height, width,
-    PIXEL: tl.constexpr, DEPTHWISE: tl.constexpr,
-):  # fmt: skip
-    # channels o_c of a tile's tokens, (tokens, channels); after a depthwise 3 x 3 convolution by weights (9, PIXEL)
-    p_x = x + i_pixel * PIXEL + token_offsets(o_y, o_x, o_c, width, PIXEL)
+    x, taps, i_image, i_y, i_x, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL: tl.constexpr, DEPTHWISE: tl.constexpr
+):
+    # channels o_c of a tile's tokens, (tokens, channels); after a depthwise 3 x 3 convolution by taps (9, PIXEL), then
+    # a tile has four rows
+    m_x = m_t[:, None] & m_c[None, :]
     if DEPTHWISE:
-        b_x = tl.zeros((o_y.shape[0], o_c.shape[0]), dtype=tl.float32)
-        for i_tap in range(9):
-            i_sy, i_sx = i_tap // 3 - 1, i_tap % 3 - 1
-            o_sy, o_sx = i_y + i_sy + o_y, i_x + i_sx + o_x
-            m_s = m_t & (o_sy >= 0) & (o_sy < height) & (o_sx >= 0) & (o_sx < width)
-            p_s = p_x + (i_sy * width + i_sx).to(tl.int64) * PIXEL
-            b_s = tl.load(p_s, mask=m_s[:, None] & m_c[None, :], other=0.0).to(tl.float32)
-            b_w = tl.load(depthwise + i_tap * PIXEL + o_c, mask=m_c, other=0.0).to(tl.float32)
-            b_x += b_s * b_w[None, :]
-        b_out = b_x.to(x.dtype.element_ty)
+        TILE_X: tl.constexpr = o_y.shape[0] // 4
+        BLOCK_C: tl.constexpr = o_c.shape[0]
+        o_column = i_x + tl.arange(0, TILE_X)
+        b_rows = convolve_rows(
+            x, taps, i_image, i_y, o_column, o_c, height, width, PIXEL, 3, False, TILE_X, BLOCK_C
+        )  # fmt: skip
+        b_x = stack_rows(b_rows[0], b_rows[1], b_rows[2], b_rows[3], TILE_X, BLOCK_C)
+        b_out = tl.where(m_x, b_x, 0.0).to(x.dtype.element_ty)
     else:
-        b_out = tl.load(p_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
+        p_x = x + token_offsets(i_image, i_y, i_x, o_y, o_x, o_c, height, width, PIXEL)
+        b_out = tl.load(p_x, mask=m_x, other=0.0)
     return b_out
 
 

@@ -46,6 +46,7 @@ def focal_attention_layer_fwd_kernel(
 ):  # fmt: skip
     # b_v, b_y: (tile, BLOCK_D); b_a: (BLOCK_D of y, BLOCK_D of v); b_w: (BLOCK_C, BLOCK_D); b_o: (tile, BLOCK_C)
     C: tl.constexpr = HEADS * DEPTH
+    tl.static_assert(TILE_Y == 4 or not DEPTHWISE, "rows are convolved by fours")
     i_program = tl.program_id(0)
     _, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
         i_program, height, width, blocks_y, blocks_x, splits, 1, P, SHIFT
@@ -59,13 +60,13 @@ def focal_attention_layer_fwd_kernel(
     p_a = attention + o_d[:, None] * DEPTH + o_d[None, :]
     first, last = tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y, TILE_X)
     for i_tile in range(first, last):
-        i_ty, i_tx, i_pixel, o_y, o_x, m_t = tile_of(i_tile, i_image, y0, x0, y1, x1, height, width, TILE_Y, TILE_X)
+        i_ty, i_tx, o_y, o_x, m_t = tile_of(i_tile, y0, x0, y1, x1, TILE_Y, TILE_X)
         o_wy = block_position(i_y, 0, P, SHIFT) + i_ty - y0 + o_y
         o_wx = block_position(i_x, 0, P, SHIFT) + i_tx - x0 + o_x
         b_o = tl.zeros((TILE_Y * TILE_X, BLOCK_C), dtype=tl.float32)
         for i_head in range(HEADS):
             o_v = 2 * C + i_head * DEPTH + o_d
-            b_v = load_tokens(qkv, taps, i_ty, i_tx, i_pixel, o_y, o_x, m_t, o_v, m_d, height, width, 3 * C, DEPTHWISE)
+            b_v = load_tokens(qkv, taps, i_image, i_ty, i_tx, o_y, o_x, m_t, o_v, m_d, height, width, 3 * C, DEPTHWISE)
             b_a = tl.load(p_a + (i_top + i_head * BRANCHES) * DEPTH * DEPTH, mask=m_a, other=0.0)
             b_y = dot(b_v, tl.trans(b_a), None, PRECISION)
             b_y *= load_weights(top_weight, i_head, o_wy, o_wx, m_t, P)[:, None]
@@ -75,7 +76,7 @@ def focal_attention_layer_fwd_kernel(
             p_w = project_weight + o_c[:, None] * C + i_head * DEPTH + o_d[None, :]
             b_w = tl.load(p_w, mask=m_c[:, None] & m_d[None, :], other=0.0)
             b_o = dot(b_y.to(x.dtype.element_ty), tl.trans(b_w), b_o, PRECISION)
-        p_x = i_pixel * C + token_offsets(o_y, o_x, o_c, width, C)
+        p_x = token_offsets(i_image, i_ty, i_tx, o_y, o_x, o_c, height, width, C)
         m_x = m_t[:, None] & m_c[None, :]
         b_o += tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
         tl.store(out + p_x, b_o.to(out.dtype.element_ty), mask=m_x)
@@ -85,20 +86,20 @@ def _apply_and_project(groups, qkv, taps, attention, weights, project_weight, x)
     out = torch.empty_like(x)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
     if x.element_size() == 4:
-        shapes = [(16, 8, 2), (32, 8, 1), (16, 4, 1)]
+        shapes = [(16, 8, 2 if taps is None else 1), (32, 8, 1), (16, 4, 1)]
     elif taps is None:
         shapes = [(64, 4, 2), (64, 8, 2), (128, 8, 2), (64, 4, 1), (32, 4, 2), (16, 8, 2)]
-    elif groups.heads == 1:
-        shapes = [(64, 4, 1) if groups.depth <= 32 else (32, 8, 2), (32, 2, 1), (64, 4, 2)]
-    else:  # the sums of all heads' channels are in registers
-        shapes = [(32, 8, 1) if groups.depth <= 32 else (16, 8, 2), (64, 8, 1), (16, 4, 1)]
-    candidates = [groups.tiles(*shape) | dict(BLOCK_C=block_of(groups.channels)) for shape in shapes]
+    else:
+        shapes = [(64, 8, 1), (64, 4, 1), (32, 8, 1), (32, 4, 1)]
+    rows = None if taps is None else 4
+    candidates = [groups.tiles(*shape, rows) | dict(BLOCK_C=block_of(groups.channels)) for shape in shapes]
     key = key_of(x, groups.channels, groups.depth, groups.window, *(["depthwise"] if taps is not None else []))
     tiles = config("focal_attention_layer_fwd", key, candidates, x.device)
+    splits = groups.splits_for(tiles, groups.blocks)
     launch(
-        focal_attention_layer_fwd_kernel, (groups.blocks * groups.splits,),
+        focal_attention_layer_fwd_kernel, (groups.blocks * splits,),
         qkv, taps, attention, *weights, project_weight, x, out,
-        groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, groups.splits,
+        groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits,
         **groups.constants, DEPTHWISE=taps is not None, PRECISION=precision(x), **tiles,
         work=Work(
             (3 * x.numel() + attention.numel() + project_weight.numel()) * x.element_size(),

@@ -343,6 +343,8 @@ def grid_attention_backward(grad, qkv, bias_table, num_heads, grid_size):
         )  # fmt: skip
         shares = max(1, PROGRAMS_OF_BLOCKS // num_heads)
         tiles = config("grid_attention_bwd_keys", key, _key_tiles(qkv, lattice, bias_table), qkv.device)
+        if tiles["BLOCK_Q"] * tiles["BLOCK_K"] < 32 * tiles["num_warps"]:  # then several threads would hold a value
+            raise ValueError(f"grid_attention_bwd_keys adds to its sums: a tile needs a value a thread; got {tiles}")
         sums = _sums(lattice, shares, bias_table, tiles["BLOCK_Q"])
         launch(
             grid_attention_bwd_keys_kernel,
