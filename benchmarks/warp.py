@@ -12,7 +12,8 @@ import re
 import numpy as np
 
 from . import sass
-from .integers import EVALUATE, known_bool, negated
+from .integers import EVALUATE, both, known_bool, negated
+from .lanes import Clock, Lanes, bank_conflicts
 
 MOST_STEPS = 3_000_000
 LANES = np.arange(32, dtype=np.int64)
@@ -22,13 +23,15 @@ LANES = np.arange(32, dtype=np.int64)
 class Trace:
     """Of one warp: times that every instruction was issued, wavefronts and sectors of its memory accesses.
 
+    ``skipped``: how often of these its guard was false for all lanes: it took its slot and nothing else.
     ``assumed``: indices of branches that hang on loaded values. ``cycles``: of the warp alone on a machine, with the
     stalls that its instructions ask for. ``stores``: (index, addresses, bytes a lane) of global stores, if kept.
     """
 
     counts: collections.Counter
-    wavefronts: dict
-    sectors: dict
+    skipped: collections.Counter
+    wavefronts: collections.Counter
+    sectors: collections.Counter
     assumed: set
     cycles: int = 0
     stores: list | None = None
@@ -72,8 +75,10 @@ class Warp:
             if sign == "~":
                 return lambda: None if bank[index] is None else 0xFFFFFFFF - bank[index]
             return lambda: bank[index]
-        if text.startswith("c[0x0][0x"):
-            value = self.constants.get(int(text[7:-1], 16))
+        if text.startswith("c[0x0]["):
+            offset = 0 if text.endswith("RZ]") else int(text[7:-1], 16) if text[7:9] == "0x" else -1
+            value = self.constants.get(offset & ~3)
+            value = value if value is None else value >> 8 * (offset & 3)
             if sign and value is not None:
                 value = 0x100000000 - value if sign == "-" else 0xFFFFFFFF - value
         elif text in self.special:
@@ -168,26 +173,31 @@ class Warp:
         Raises:
             RuntimeError: it does not end.
         """
-        trace = Trace(collections.Counter(), collections.Counter(), collections.Counter(), set())
+        trace = Trace(*(collections.Counter() for _ in range(4)), set())
         trace.stores = [] if keep_stores else None
         counts, clock = [0] * len(self.code), Clock()
         accesses = {i: self.address_of(each) for i, each in enumerate(self.code) if each.name in _ADDRESSED}
-        at, calls = 0, []
+        at, calls, lanes = 0, [], Lanes()
         for _ in range(MOST_STEPS):
+            lanes.arrive(at)
             each, (guard, run) = self.code[at], self.steps[at]
             counts[at] += 1
-            mask = True if guard is None else guard()
-            if mask is not None and not isinstance(mask, bool):
-                mask = known_bool(mask)
+            mask = True if guard is None else known_bool(guard())
+            if lanes.active is not True:
+                mask = known_bool(both(mask, lanes.active))
             if at in accesses and mask is not False:
                 self._access(at, each, accesses[at](), mask, trace, clock)
             clock.issue(each)
-            if each.name == "EXIT":
+            if each.name == "EXIT" and guard is None:
+                at = lanes.leave(at)
+                if at is None:
+                    break
+            elif each.name == "EXIT":
                 if mask is True:
                     break
                 at += 1
             elif each.name == "BRA":
-                at = each.target if self._taken(at, each, mask, run, trace) else at + 1
+                at = lanes.branch(at, each.target, self._taken(at, each, mask, run, trace))
             elif each.name == "CALL" and mask is not False:
                 calls.append(at + 1)
                 at = each.target
@@ -196,11 +206,13 @@ class Warp:
                     break
                 at = calls.pop()
             else:
-                if mask is not False and run is not None:
+                if mask is False:
+                    trace.skipped[at] += 1
+                else:
                     self._write(run(), mask)
                 at += 1
         else:
-            raise RuntimeError(f"the kernel does not end within {MOST_STEPS} instructions")
+            raise RuntimeError(f"the kernel does not end within {MOST_STEPS} instructions; it is at {at}")
         trace.counts.update({index: count for index, count in enumerate(counts) if count})
         trace.cycles = clock.now
         return trace
@@ -218,19 +230,11 @@ class Warp:
 
     def _taken(self, at, each, mask, conditions, trace):
         for condition in conditions:
-            value = condition()
-            if value is False or mask is False:
-                mask = False
-            elif value is None or mask is None:
-                mask = None
-            else:
-                mask = known_bool(value & mask)
-        if isinstance(mask, bool):
-            return mask
+            mask = known_bool(both(mask, condition()))
         if mask is None:
             trace.assumed.add(at)
             return self.distance[each.target] < self.distance[at + 1]
-        return each.target <= at  # lanes part: a loop goes on for some, a guarded part is executed for some
+        return mask
 
     def _access(self, at, each, address, mask, trace, clock):
         lanes = LANES if isinstance(mask, bool) or mask is None else np.flatnonzero(mask)
@@ -258,55 +262,6 @@ class Warp:
 
 
 _ADDRESSED = sass.MEMORY - {"SHFL", "LDL", "STL"}
-
-
-def bank_conflicts(addresses, width):
-    """Wavefronts of shared memory, which serves 32 banks of 4 bytes at once: 8 or 16 bytes by halves or quarters."""
-    if width <= 4:
-        words = np.unique(addresses // 4)
-        return int(np.bincount(words % 32).max())
-    together = 128 // width
-    total = 0
-    for first in range(0, len(addresses), together):
-        words = np.unique(addresses[first : first + together] // 4)
-        words = np.unique((words[:, None] + np.arange(width // 4)).ravel())
-        total += int(np.bincount(words % 32).max())
-    return total
-
-
-class Clock:
-    """Cycles of a warp that is alone: instructions in order, each after its stall and what it waits for.
-
-    ``seen``: the sectors it has loaded or stored; ``cached``: whether the next load finds all of its in the cache.
-    """
-
-    def __init__(self):
-        self.now, self.seen, self.cached = 0, set(), False
-        self.ready = [0] * 6
-        self.copies, self.products = [], 0
-
-    def issue(self, each):
-        for barrier in range(6):
-            if each.waits >> barrier & 1:
-                self.now = max(self.now, self.ready[barrier])
-        if each.name == "DEPBAR" and self.copies:  # of asynchronous copies all but the last so many
-            left = int(each.operands[-1], 16)
-            done = self.copies[: len(self.copies) - left]
-            if done:
-                self.now = max(self.now, done[-1])
-        elif each.name == "WARPGROUP" and "DEPBAR" in each.modifiers:
-            self.now = max(self.now, self.products)
-        latency = sass.CACHED_LATENCY if self.cached else sass.LATENCY.get(each.name, sass.OTHER_LATENCY)
-        self.cached = False
-        if each.name == "HGMMA":
-            self.products = max(self.products, self.now + 32) + sass.matrix_cycles(each)
-        elif each.name == "LDGDEPBAR":
-            self.copies.append(self.now + latency)
-        elif each.sets < 6:
-            self.ready[each.sets] = max(self.ready[each.sets], self.now + latency)
-        if each.releases < 6:
-            self.ready[each.releases] = max(self.ready[each.releases], self.now + sass.OTHER_LATENCY)
-        self.now += each.stall
 
 
 def _register(text):
