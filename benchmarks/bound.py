@@ -17,7 +17,7 @@ import struct
 import torch
 
 from . import ahead_of_time, sass
-from .warp import Warp
+from .warp import Warp, together
 
 SCHEDULERS = 4
 
@@ -157,15 +157,19 @@ def traces_of(code, parameters, grid, threads, most=5):
     for index in range(min(most, total)):
         place = int((0.5 + 0.618034 * index) % 1 * total)
         block = place % grid[0], place // grid[0] % grid[1], place // grid[0] // grid[1]
-        traces = [Warp(code, parameters, block, warp, threads, grid).follow() for warp in warps]
+        traces = _traces_of_block(code, parameters, block, warps, threads, grid)
         if index == 0 and traces[0].counts != traces[-1].counts:
             warps = list(range(last + 1))
-            middle = [Warp(code, parameters, block, warp, threads, grid).follow() for warp in warps[1:-1]]
-            traces[1:1] = middle
+            traces = _traces_of_block(code, parameters, block, warps, threads, grid)
         found += traces
         if index == 1 and all(a.counts == b.counts for a, b in zip(found, traces, strict=False)):
             break
     return found
+
+
+def _traces_of_block(code, parameters, block, warps, threads, grid):
+    shared = {}
+    return together([Warp(code, parameters, block, warp, threads, grid, shared) for warp in warps])
 
 
 def count_launch(kernel, launch):

@@ -1,8 +1,9 @@
 """Follows a warp through its machine code: which instructions it executes how often, and which memory they touch.
 
-Integers and addresses are computed for all 32 lanes from the launch's arguments; what is loaded from memory, and
-floating-point numbers, are not known. A branch that hangs on those takes the shorter way to the end of the kernel:
-what they guard in these kernels is rare (numbers out of range, slow paths of divisions). `Trace.assumed` tells where.
+Integers and addresses are computed for all 32 lanes from the launch's arguments, also by way of shared memory; what is
+loaded from memory, and floating-point numbers, are not known. A branch that hangs on those takes the shorter way to the
+end of the kernel: what they guard in these kernels is rare (numbers out of range, slow paths of divisions).
+`Trace.assumed` tells where.
 """
 
 import collections
@@ -15,7 +16,7 @@ from . import sass
 from .integers import EVALUATE, both, known_bool, negated
 from .lanes import Clock, Lanes, bank_conflicts
 
-MOST_STEPS = 3_000_000
+MOST_STEPS = 1_000_000
 LANES = np.arange(32, dtype=np.int64)
 
 
@@ -40,9 +41,13 @@ class Trace:
 class Warp:
     """The state of a warp. Values: an int, an array of 32 lanes, or None (not known); 32 bits without a sign."""
 
-    def __init__(self, code, parameters, block, warp, threads, grid=(1, 1, 1)):
-        """``parameters``: {offset in the constant bank: (value, bytes)}; ``block``: its index in ``grid``."""
+    def __init__(self, code, parameters, block, warp, threads, grid=(1, 1, 1), shared=None):
+        """``parameters``: {offset in the constant bank: (value, bytes)}; ``block``: its index in ``grid``.
+
+        ``shared``: {address: integer} of the words of shared memory that are known, one for the warps of a block.
+        """
         self.code = code
+        self.shared = {} if shared is None else shared
         self.registers = {"R": [None] * 256, "UR": [None] * 64, "P": [None] * 8, "UP": [None] * 8}
         self.registers["R"][255] = self.registers["UR"][63] = 0
         self.registers["P"][7] = self.registers["UP"][7] = True
@@ -168,11 +173,15 @@ class Warp:
         return pack
 
     def follow(self, keep_stores=False):
-        """`Trace` from the entry to the end of the kernel.
+        """`Trace` from the entry to the end of the kernel, of a warp alone.
 
         Raises:
             RuntimeError: it does not end.
         """
+        return together([self], keep_stores)[0]
+
+    def steps_to_barriers(self, keep_stores):
+        """A generator that follows the warp, waits at every barrier, and returns its `Trace`."""
         trace = Trace(*(collections.Counter() for _ in range(4)), set())
         trace.stores = [] if keep_stores else None
         counts, clock = [0] * len(self.code), Clock()
@@ -208,6 +217,10 @@ class Warp:
             else:
                 if mask is False:
                     trace.skipped[at] += 1
+                elif each.name == "BAR":
+                    yield
+                elif each.name in ("LDS", "STS"):
+                    self._through_shared(each, accesses[at](), mask)
                 else:
                     self._write(run(), mask)
                 at += 1
@@ -227,6 +240,35 @@ class Warp:
                 known = value is not None and before is not None and mask is not None
                 value = np.where(mask, value, before) if known else None
             registers[index] = value
+
+    def _through_shared(self, each, address, mask):
+        """Integers that are stored to shared memory, and loaded from it."""
+        words, lanes = max(1, each.width // 4), range(32) if not isinstance(mask, np.ndarray) else np.flatnonzero(mask)
+        if each.name == "STS":
+            bank, first = _register(each.operands[1])
+            values = [0 if _is_constant(bank, first) else self.registers[bank][first + word] for word in range(words)]
+            if address is None or each.width < 4 or (not self.shared and all(value is None for value in values)):
+                return
+            for word, value in enumerate(values):
+                for lane in lanes:
+                    place = int(address[lane]) + 4 * word
+                    if value is None or mask is None:
+                        self.shared.pop(place, None)
+                    else:
+                        self.shared[place] = value if isinstance(value, int) else int(value[lane])
+            return
+        bank, first = _register(each.operands[0])
+        if bank is None or _is_constant(bank, first):
+            return
+        found = {(bank, first + word): None for word in range(words)}
+        if self.shared and address is not None and each.width >= 4:
+            for word in range(words):
+                values = [self.shared.get(int(address[lane]) + 4 * word) for lane in lanes]
+                if all(value is not None for value in values):
+                    loaded = np.zeros(32, dtype=np.int64)
+                    loaded[list(lanes)] = values
+                    found[bank, first + word] = loaded
+        self._write(found, mask)
 
     def _taken(self, at, each, mask, conditions, trace):
         for condition in conditions:
@@ -259,6 +301,20 @@ class Warp:
                     trace.stores.append((at, address[lanes], width))
             trace.sectors[at] += sectors
             trace.wavefronts[at] += max(1, sectors / 4)
+
+
+def together(warps, keep_stores=False):
+    """[Trace] of warps of one block, which go from barrier to barrier together, in turns."""
+    running = {index: warp.steps_to_barriers(keep_stores) for index, warp in enumerate(warps)}
+    found = {}
+    while running:
+        for index, steps in list(running.items()):
+            try:
+                next(steps)
+            except StopIteration as end:
+                found[index] = end.value
+                del running[index]
+    return [found[index] for index in range(len(warps))]
 
 
 _ADDRESSED = sass.MEMORY - {"SHFL", "LDL", "STL"}

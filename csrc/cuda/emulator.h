@@ -94,6 +94,8 @@ void copy_async(void* to, const void* from, bool there);
 void copy_commit();
 void copy_wait(int pending);
 [[noreturn]] void fail(const char* message);
+// 1; of the GPU that launches are recorded for, an H100 or H200, 132.
+int multiprocessors();
 // Instead of running it, writes a launch to the file that IPT_FAST_EMULATED_RECORD names, if it does: a line of the
 // kernel's place in this library, blocks, threads, bytes of shared memory, and the parameters, all but the numbers hex.
 bool recorded(const void* kernel, const void* params, size_t params_bytes, int64_t blocks, int threads,
