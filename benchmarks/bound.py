@@ -17,7 +17,7 @@ import struct
 import torch
 
 from . import ahead_of_time, sass
-from .warp import Warp
+from .warp import Warp, together
 
 SCHEDULERS = 4
 
@@ -122,30 +122,22 @@ def parameters_of(ptx, arguments):
     return found
 
 
-def count(cubin, ptx, shared, grid, arguments):
-    """`Counted` of a launch of a kernel.
-
-    Raises:
-        ValueError: it is not compiled for compute capability 9.0, whose costs are known.
-    """
-    if (target := re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]) not in ("sm_90", "sm_90a"):
-        raise ValueError(f"ptx: must be for sm_90 or sm_90a; got {target}")
-    code = sass.disassemble(cubin)
-    registers, _ = ahead_of_time.registers_and_stack(cubin)
-    threads = math.prod(int(side) for side in re.search(r"\.reqntid (\d+)(?:, (\d+), (\d+))?", ptx).groups("1"))
-    traces = traces_of(code, parameters_of(ptx, arguments), tuple(grid), threads)
+def count(code, registers, shared, threads, grid, parameters):
+    """`Counted` of a launch of a kernel, given as [Instruction]; ``parameters``: see `parameters_of`."""
+    traces = traces_of(code, parameters, tuple(grid), threads)
     by_name = {}
     matrix = products = 0.0
     share = threads / 32 / len(traces)
     for trace in traces:
         for index, times in trace.counts.items():
             each = code[index]
-            pipe, cycles = sass.pipe_of(each, trace.wavefronts[index] / times if index in trace.wavefronts else 1.0)
+            active = times - trace.skipped[index]
+            pipe, cycles = sass.pipe_of(each, trace.wavefronts[index] / active if index in trace.wavefronts else 1.0)
             name = ".".join((each.name, *each.modifiers))
             _, before, spent = by_name.get(name, (pipe, 0.0, 0.0))
-            by_name[name] = pipe, before + times * share, spent + times * cycles * share
-            matrix += times * share * sass.matrix_cycles(each)
-            products += times * share * sass.products_of(each)
+            by_name[name] = pipe, before + times * share, spent + active * cycles * share
+            matrix += active * share * sass.matrix_cycles(each)
+            products += active * share * sass.products_of(each)
     pipes = collections.Counter()
     for pipe, _, cycles in by_name.values():
         pipes[pipe] += cycles
@@ -158,22 +150,45 @@ def count(cubin, ptx, shared, grid, arguments):
 
 
 def traces_of(code, parameters, grid, threads, most=5):
-    """Of the first and the last warp of some blocks; of one block where the next does the same."""
+    """Of warps of some blocks: the first and the last one, or all where those two differ; until two blocks agree."""
     grid = (*grid, 1, 1)[:3]
-    found, total = [], math.prod(grid)
+    total, last = math.prod(grid), threads // 32 - 1
+    found, warps = [], sorted({0, last})
     for index in range(min(most, total)):
         place = int((0.5 + 0.618034 * index) % 1 * total)
         block = place % grid[0], place // grid[0] % grid[1], place // grid[0] // grid[1]
-        pair = [Warp(code, parameters, block, warp, threads, grid).follow() for warp in {0, threads // 32 - 1}]
-        found += pair
-        if index == 1 and all(a.counts == b.counts for a, b in zip(found, pair, strict=False)):
+        traces = _traces_of_block(code, parameters, block, warps, threads, grid)
+        if index == 0 and traces[0].counts != traces[-1].counts:
+            warps = list(range(last + 1))
+            traces = _traces_of_block(code, parameters, block, warps, threads, grid)
+        found += traces
+        if index == 1 and all(a.counts == b.counts for a, b in zip(found, traces, strict=False)):
             break
     return found
 
 
-def bound_of(counted, launch, ceilings):
-    """`Bound` of a launch that was counted."""
-    blocks, work = math.prod(launch.grid), launch.work
+def _traces_of_block(code, parameters, block, warps, threads, grid):
+    shared = {}
+    return together([Warp(code, parameters, block, warp, threads, grid, shared) for warp in warps])
+
+
+def count_launch(kernel, launch):
+    """`Counted` of a launch of a kernel that Triton compiled.
+
+    Raises:
+        ValueError: it is not compiled for compute capability 9.0, whose costs are known.
+    """
+    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
+    if (target := re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]) not in ("sm_90", "sm_90a"):
+        raise ValueError(f"kernel: must be compiled for sm_90 or sm_90a; got {target}")
+    threads = math.prod(int(side) for side in re.search(r"\.reqntid (\d+)(?:, (\d+), (\d+))?", ptx).groups("1"))
+    registers, _ = ahead_of_time.registers_and_stack(cubin)
+    parameters = parameters_of(ptx, ahead_of_time.arguments_of(launch))
+    return count(sass.disassemble(cubin), registers, kernel.metadata.shared, threads, launch.grid, parameters)
+
+
+def bound_of(counted, name, blocks, work, ceilings):
+    """`Bound` of a launch that was counted; of ``work`` the bytes are used."""
     pipe = max(counted.pipes, key=counted.pipes.get)
     busiest = math.ceil(blocks / ceilings.multiprocessors) / SCHEDULERS / ceilings.clock
     together = counted.blocks_per_multiprocessor
@@ -188,7 +203,7 @@ def bound_of(counted, launch, ceilings):
     }
     binds = max(times, key=times.get)
     return Bound(
-        launch.kernel.__name__, times[binds], binds, pipe, times["issue"], times["bytes"], times["matrix"],
+        name, times[binds], binds, pipe, times["issue"], times["bytes"], times["matrix"],
         math.ceil(waves) * counted.alone / ceilings.clock, counted.registers, counted.shared, together, waves,
         counted.pipes["issue"] * blocks, counted.assumed,
     )  # fmt: skip
@@ -196,9 +211,11 @@ def bound_of(counted, launch, ceilings):
 
 def bound_of_kernel(kernel, launch, ceilings):
     """`Bound` of a launch from the kernel that Triton compiled for it (it has ``asm`` and ``metadata``)."""
-    arguments = ahead_of_time.arguments_of(launch)
-    counted = count(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared, launch.grid, arguments)
-    return bound_of(counted, launch, ceilings)
+    return _bound_of_launch(count_launch(kernel, launch), launch, ceilings)
+
+
+def _bound_of_launch(counted, launch, ceilings):
+    return bound_of(counted, launch.kernel.__name__, math.prod(launch.grid), launch.work, ceilings)
 
 
 def _bound_of_product(launch, ceilings):
@@ -213,10 +230,7 @@ _waiting = []  # launches for the processes that are forked to count them
 
 
 def _count_waiting(index):
-    launch = _waiting[index]
-    kernel = ahead_of_time.compiled(launch)
-    arguments = ahead_of_time.arguments_of(launch)
-    return count(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared, launch.grid, arguments)
+    return count_launch(ahead_of_time.compiled(_waiting[index]), _waiting[index])
 
 
 def bounds(launches, ceilings=H100, processes=None):
@@ -237,7 +251,7 @@ def bounds(launches, ceilings=H100, processes=None):
         with multiprocessing.get_context("fork").Pool(processes) as pool:
             _counted.update(zip(new, pool.map(_count_waiting, range(len(new)), chunksize=1), strict=True))
     return [
-        bound_of(_counted[key], launch, ceilings) if key else _bound_of_product(launch, ceilings)
+        _bound_of_launch(_counted[key], launch, ceilings) if key else _bound_of_product(launch, ceilings)
         for key, launch in zip(keys, launches, strict=True)
     ]
 

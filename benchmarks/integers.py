@@ -352,7 +352,9 @@ def _move(each, values, targets):
 
 def _constant(each, values, targets):
     low = values[0]
-    return low if isinstance(low, tuple) else (low,)
+    if isinstance(low, tuple):
+        return low
+    return (low & (0xFF if "U8" in each.modifiers else 0xFFFF if "U16" in each.modifiers else MASK),)
 
 
 def _pair_of_loads(each):

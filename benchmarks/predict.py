@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipt_fast
+from benchmarks import cuda_kernels
 from benchmarks.bound import GPUS, H100, H200, Bound, Ceilings, bound_of_kernel, bounds, counted_of
 from ipt_fast.ops._operator import OPERATORS
 
@@ -23,30 +24,36 @@ CONVOLUTIONS = {torch.ops.aten.convolution.default, torch.ops.aten.conv2d.defaul
 class _OnTriton(TorchDispatchMode):
     """Runs the package's operators by the host code of their Triton kernels, on tensors of any device, also "meta".
 
-    ``launches``: gets a `Launch` for every convolution that stays PyTorch's.
+    ``launches``: gets a `Launch` for every convolution that stays PyTorch's. ``forwards``: [(operator, its arguments,
+    its launches)] in the end.
     """
 
     def __init__(self, launches):
         super().__init__()
-        self.launches = launches
+        self.launches, self.forwards = launches, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._opname
         if function.namespace == "ipt_fast":
-            operator = OPERATORS[name.removesuffix("_backward")]
-            if name in OPERATORS:
-                return operator.kernels["triton"].forward(*args)
-            grad, *inputs, _ = args
-            grads = operator.kernels["triton"].backward(grad, *inputs)
-            values = dict(zip(operator.arguments, inputs, strict=True))
-            named = zip(operator.tensors, grads, strict=True)
-            return tuple(operator._gradient_like(grad, name, values[name], value) for name, value in named)
+            return self._operator(function._opname, args)
         out = function(*args, **(kwargs or {}))
         if function in CONVOLUTIONS:
             self._convolution(*args[:2], out, 1)
         elif function is torch.ops.aten.convolution_backward.default:
             self._convolution(args[1], args[2], args[0], sum(args[-1][:2]))
         return out
+
+    def _operator(self, name, args):
+        if name in OPERATORS:
+            first = len(self.launches)
+            out = OPERATORS[name].kernels["triton"].forward(*args)
+            self.forwards.append((OPERATORS[name], args, self.launches[first:]))
+            return out
+        operator = OPERATORS[name.removesuffix("_backward")]
+        grad, *inputs, _ = args
+        grads = operator.kernels["triton"].backward(grad, *inputs)
+        values = dict(zip(operator.arguments, inputs, strict=True))
+        named = zip(operator.tensors, grads, strict=True)
+        return tuple(operator._gradient_like(grad, tensor, values[tensor], value) for tensor, value in named)
 
     def _convolution(self, x, weight, out, products):
         from ipt_fast.kernels._launch import Launch, Work
@@ -63,6 +70,15 @@ def recorded(call):
     with _launch.record() as launches, _OnTriton(launches):
         call()
     return launches
+
+
+def forwards_of(call):
+    """[(operator, its arguments, its launches on the Triton backend)] of ``call()``; see `recorded`."""
+    from ipt_fast.kernels import _launch
+
+    with _launch.record() as launches, _OnTriton(launches) as mode:
+        call()
+    return mode.forwards
 
 
 def work_of(call):
@@ -137,6 +153,7 @@ def main():
     parser.add_argument("--model", action="append", help="default: ipt_v2_small and ipt_v2_base")
     parser.add_argument("--train", action="store_true", help="forward and backward of 16 images by ipt_v2_base")
     parser.add_argument("--kernel", help="regular expression: only these, with the instructions that cost most")
+    parser.add_argument("--cuda", metavar="LIBRARY", help="the built CUDA kernels: tells where they beat Triton's")
     args = parser.parse_args()
     batch, size = (16, args.size or 128) if args.train else (1, args.size or 512)
     names = args.model or (["ipt_v2_base"] if args.train else ["ipt_v2_small", "ipt_v2_base"])
@@ -149,6 +166,8 @@ def main():
         what = f"{name} {batch}x3x{size}x{size} bfloat16, {'forward and backward' if args.train else 'forward'}"
         print(f"{what}: at least {total:.2f} ms on an {args.gpu}, with latencies {estimate:.2f}")
         print("\n".join(table(launches, found, instructions=12 if args.kernel else 0)))
+        if args.cuda:
+            print("\n".join(cuda_kernels.table(forwards_of(forward_of(name, batch, size)), args.cuda, GPUS[args.gpu])))
 
 
 if __name__ == "__main__":

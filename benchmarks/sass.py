@@ -62,9 +62,9 @@ def disassemble(cubin):
 
 
 def parse(text):
-    """[Instruction] of what ``nvdisasm -c -hex`` prints."""
-    if text.count("STO_CUDA_ENTRY") != 1:
-        raise ValueError(f"text: must be the code of one kernel; got {text.count('STO_CUDA_ENTRY')}")
+    """[Instruction] of what ``nvdisasm -c -hex`` or ``cuobjdump -sass`` prints."""
+    if (count := text.count("STO_CUDA_ENTRY") + len(re.findall(r"^\s*Function : ", text, re.MULTILINE))) != 1:
+        raise ValueError(f"text: must be the code of one kernel; got {count}")
     labels, found = {}, []
     for match in LINE.finditer(text):
         if match["label"]:

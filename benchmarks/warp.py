@@ -1,8 +1,9 @@
 """Follows a warp through its machine code: which instructions it executes how often, and which memory they touch.
 
-Integers and addresses are computed for all 32 lanes from the launch's arguments; what is loaded from memory, and
-floating-point numbers, are not known. A branch that hangs on those takes the shorter way to the end of the kernel:
-what they guard in these kernels is rare (numbers out of range, slow paths of divisions). `Trace.assumed` tells where.
+Integers and addresses are computed for all 32 lanes from the launch's arguments, also by way of shared memory; what is
+loaded from memory, and floating-point numbers, are not known. A branch that hangs on those takes the shorter way to the
+end of the kernel: what they guard in these kernels is rare (numbers out of range, slow paths of divisions).
+`Trace.assumed` tells where.
 """
 
 import collections
@@ -12,9 +13,10 @@ import re
 import numpy as np
 
 from . import sass
-from .integers import EVALUATE, known_bool, negated
+from .integers import EVALUATE, both, known_bool, negated
+from .lanes import Clock, Lanes, bank_conflicts
 
-MOST_STEPS = 3_000_000
+MOST_STEPS = 1_000_000
 LANES = np.arange(32, dtype=np.int64)
 
 
@@ -22,13 +24,15 @@ LANES = np.arange(32, dtype=np.int64)
 class Trace:
     """Of one warp: times that every instruction was issued, wavefronts and sectors of its memory accesses.
 
+    ``skipped``: how often of these its guard was false for all lanes: it took its slot and nothing else.
     ``assumed``: indices of branches that hang on loaded values. ``cycles``: of the warp alone on a machine, with the
     stalls that its instructions ask for. ``stores``: (index, addresses, bytes a lane) of global stores, if kept.
     """
 
     counts: collections.Counter
-    wavefronts: dict
-    sectors: dict
+    skipped: collections.Counter
+    wavefronts: collections.Counter
+    sectors: collections.Counter
     assumed: set
     cycles: int = 0
     stores: list | None = None
@@ -37,9 +41,13 @@ class Trace:
 class Warp:
     """The state of a warp. Values: an int, an array of 32 lanes, or None (not known); 32 bits without a sign."""
 
-    def __init__(self, code, parameters, block, warp, threads, grid=(1, 1, 1)):
-        """``parameters``: {offset in the constant bank: (value, bytes)}; ``block``: its index in ``grid``."""
+    def __init__(self, code, parameters, block, warp, threads, grid=(1, 1, 1), shared=None):
+        """``parameters``: {offset in the constant bank: (value, bytes)}; ``block``: its index in ``grid``.
+
+        ``shared``: {address: integer} of the words of shared memory that are known, one for the warps of a block.
+        """
         self.code = code
+        self.shared = {} if shared is None else shared
         self.registers = {"R": [None] * 256, "UR": [None] * 64, "P": [None] * 8, "UP": [None] * 8}
         self.registers["R"][255] = self.registers["UR"][63] = 0
         self.registers["P"][7] = self.registers["UP"][7] = True
@@ -72,8 +80,10 @@ class Warp:
             if sign == "~":
                 return lambda: None if bank[index] is None else 0xFFFFFFFF - bank[index]
             return lambda: bank[index]
-        if text.startswith("c[0x0][0x"):
-            value = self.constants.get(int(text[7:-1], 16))
+        if text.startswith("c[0x0]["):
+            offset = 0 if text.endswith("RZ]") else int(text[7:-1], 16) if text[7:9] == "0x" else -1
+            value = self.constants.get(offset & ~3)
+            value = value if value is None else value >> 8 * (offset & 3)
             if sign and value is not None:
                 value = 0x100000000 - value if sign == "-" else 0xFFFFFFFF - value
         elif text in self.special:
@@ -163,31 +173,40 @@ class Warp:
         return pack
 
     def follow(self, keep_stores=False):
-        """`Trace` from the entry to the end of the kernel.
+        """`Trace` from the entry to the end of the kernel, of a warp alone.
 
         Raises:
             RuntimeError: it does not end.
         """
-        trace = Trace(collections.Counter(), collections.Counter(), collections.Counter(), set())
+        return together([self], keep_stores)[0]
+
+    def steps_to_barriers(self, keep_stores):
+        """A generator that follows the warp, waits at every barrier, and returns its `Trace`."""
+        trace = Trace(*(collections.Counter() for _ in range(4)), set())
         trace.stores = [] if keep_stores else None
         counts, clock = [0] * len(self.code), Clock()
         accesses = {i: self.address_of(each) for i, each in enumerate(self.code) if each.name in _ADDRESSED}
-        at, calls = 0, []
+        at, calls, lanes = 0, [], Lanes()
         for _ in range(MOST_STEPS):
+            lanes.arrive(at)
             each, (guard, run) = self.code[at], self.steps[at]
             counts[at] += 1
-            mask = True if guard is None else guard()
-            if mask is not None and not isinstance(mask, bool):
-                mask = known_bool(mask)
+            mask = True if guard is None else known_bool(guard())
+            if lanes.active is not True:
+                mask = known_bool(both(mask, lanes.active))
             if at in accesses and mask is not False:
                 self._access(at, each, accesses[at](), mask, trace, clock)
             clock.issue(each)
-            if each.name == "EXIT":
+            if each.name == "EXIT" and guard is None:
+                at = lanes.leave(at)
+                if at is None:
+                    break
+            elif each.name == "EXIT":
                 if mask is True:
                     break
                 at += 1
             elif each.name == "BRA":
-                at = each.target if self._taken(at, each, mask, run, trace) else at + 1
+                at = lanes.branch(at, each.target, self._taken(at, each, mask, run, trace))
             elif each.name == "CALL" and mask is not False:
                 calls.append(at + 1)
                 at = each.target
@@ -196,11 +215,17 @@ class Warp:
                     break
                 at = calls.pop()
             else:
-                if mask is not False and run is not None:
+                if mask is False:
+                    trace.skipped[at] += 1
+                elif each.name == "BAR":
+                    yield
+                elif each.name in ("LDS", "STS"):
+                    self._through_shared(each, accesses[at](), mask)
+                else:
                     self._write(run(), mask)
                 at += 1
         else:
-            raise RuntimeError(f"the kernel does not end within {MOST_STEPS} instructions")
+            raise RuntimeError(f"the kernel does not end within {MOST_STEPS} instructions; it is at {at}")
         trace.counts.update({index: count for index, count in enumerate(counts) if count})
         trace.cycles = clock.now
         return trace
@@ -216,21 +241,42 @@ class Warp:
                 value = np.where(mask, value, before) if known else None
             registers[index] = value
 
+    def _through_shared(self, each, address, mask):
+        """Integers that are stored to shared memory, and loaded from it."""
+        words, lanes = max(1, each.width // 4), range(32) if not isinstance(mask, np.ndarray) else np.flatnonzero(mask)
+        if each.name == "STS":
+            bank, first = _register(each.operands[1])
+            values = [0 if _is_constant(bank, first) else self.registers[bank][first + word] for word in range(words)]
+            if address is None or each.width < 4 or (not self.shared and all(value is None for value in values)):
+                return
+            for word, value in enumerate(values):
+                for lane in lanes:
+                    place = int(address[lane]) + 4 * word
+                    if value is None or mask is None:
+                        self.shared.pop(place, None)
+                    else:
+                        self.shared[place] = value if isinstance(value, int) else int(value[lane])
+            return
+        bank, first = _register(each.operands[0])
+        if bank is None or _is_constant(bank, first):
+            return
+        found = {(bank, first + word): None for word in range(words)}
+        if self.shared and address is not None and each.width >= 4:
+            for word in range(words):
+                values = [self.shared.get(int(address[lane]) + 4 * word) for lane in lanes]
+                if all(value is not None for value in values):
+                    loaded = np.zeros(32, dtype=np.int64)
+                    loaded[list(lanes)] = values
+                    found[bank, first + word] = loaded
+        self._write(found, mask)
+
     def _taken(self, at, each, mask, conditions, trace):
         for condition in conditions:
-            value = condition()
-            if value is False or mask is False:
-                mask = False
-            elif value is None or mask is None:
-                mask = None
-            else:
-                mask = known_bool(value & mask)
-        if isinstance(mask, bool):
-            return mask
+            mask = known_bool(both(mask, condition()))
         if mask is None:
             trace.assumed.add(at)
             return self.distance[each.target] < self.distance[at + 1]
-        return each.target <= at  # lanes part: a loop goes on for some, a guarded part is executed for some
+        return mask
 
     def _access(self, at, each, address, mask, trace, clock):
         lanes = LANES if isinstance(mask, bool) or mask is None else np.flatnonzero(mask)
@@ -257,56 +303,21 @@ class Warp:
             trace.wavefronts[at] += max(1, sectors / 4)
 
 
+def together(warps, keep_stores=False):
+    """[Trace] of warps of one block, which go from barrier to barrier together, in turns."""
+    running = {index: warp.steps_to_barriers(keep_stores) for index, warp in enumerate(warps)}
+    found = {}
+    while running:
+        for index, steps in list(running.items()):
+            try:
+                next(steps)
+            except StopIteration as end:
+                found[index] = end.value
+                del running[index]
+    return [found[index] for index in range(len(warps))]
+
+
 _ADDRESSED = sass.MEMORY - {"SHFL", "LDL", "STL"}
-
-
-def bank_conflicts(addresses, width):
-    """Wavefronts of shared memory, which serves 32 banks of 4 bytes at once: 8 or 16 bytes by halves or quarters."""
-    if width <= 4:
-        words = np.unique(addresses // 4)
-        return int(np.bincount(words % 32).max())
-    together = 128 // width
-    total = 0
-    for first in range(0, len(addresses), together):
-        words = np.unique(addresses[first : first + together] // 4)
-        words = np.unique((words[:, None] + np.arange(width // 4)).ravel())
-        total += int(np.bincount(words % 32).max())
-    return total
-
-
-class Clock:
-    """Cycles of a warp that is alone: instructions in order, each after its stall and what it waits for.
-
-    ``seen``: the sectors it has loaded or stored; ``cached``: whether the next load finds all of its in the cache.
-    """
-
-    def __init__(self):
-        self.now, self.seen, self.cached = 0, set(), False
-        self.ready = [0] * 6
-        self.copies, self.products = [], 0
-
-    def issue(self, each):
-        for barrier in range(6):
-            if each.waits >> barrier & 1:
-                self.now = max(self.now, self.ready[barrier])
-        if each.name == "DEPBAR" and self.copies:  # of asynchronous copies all but the last so many
-            left = int(each.operands[-1], 16)
-            done = self.copies[: len(self.copies) - left]
-            if done:
-                self.now = max(self.now, done[-1])
-        elif each.name == "WARPGROUP" and "DEPBAR" in each.modifiers:
-            self.now = max(self.now, self.products)
-        latency = sass.CACHED_LATENCY if self.cached else sass.LATENCY.get(each.name, sass.OTHER_LATENCY)
-        self.cached = False
-        if each.name == "HGMMA":
-            self.products = max(self.products, self.now + 32) + sass.matrix_cycles(each)
-        elif each.name == "LDGDEPBAR":
-            self.copies.append(self.now + latency)
-        elif each.sets < 6:
-            self.ready[each.sets] = max(self.ready[each.sets], self.now + latency)
-        if each.releases < 6:
-            self.ready[each.releases] = max(self.ready[each.releases], self.now + sass.OTHER_LATENCY)
-        self.now += each.stall
 
 
 def _register(text):

@@ -95,6 +95,12 @@ void copy_async(void* to, const void* from, bool there);
 void copy_commit();
 void copy_wait(int pending);
 [[noreturn]] void fail(const char* message);
+// 1; of the GPU that launches are recorded for, an H100 or H200, 132.
+int multiprocessors();
+// Instead of running it, writes a launch to the file that IPT_FAST_EMULATED_RECORD names, if it does: a line of the
+// kernel's place in this library, blocks, threads, bytes of shared memory, and the parameters, all but the numbers hex.
+bool recorded(const void* kernel, const void* params, size_t params_bytes, int64_t blocks, int threads,
+              int shared_bytes);
 void run(void (*body)(const void* kernel, const void* params), const void* kernel, const void* params, int64_t blocks,
          int threads, int shared_bytes);
 void set_reversed(bool reversed);
@@ -234,7 +240,9 @@ void launch(void (*kernel)(P), const P& params, const Configuration& c) {
     auto body = [](const void* kernel, const void* params) {
         reinterpret_cast<void (*)(P)>(const_cast<void*>(kernel))(*static_cast<const P*>(params));
     };
-    emulator::run(body, (const void*)kernel, &params, c.blocks, c.threads, c.shared_bytes);
+    if (!emulator::recorded((const void*)kernel, &params, sizeof(P), c.blocks, c.threads, c.shared_bytes)) {
+        emulator::run(body, (const void*)kernel, &params, c.blocks, c.threads, c.shared_bytes);
+    }
 }
 
 }  // namespace ipt_fast

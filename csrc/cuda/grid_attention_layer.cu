@@ -11,7 +11,7 @@ int multiprocessors() {
     check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
     return count;
 #else
-    return 1;
+    return emulator::multiprocessors();
 #endif
 }
 

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (pip inst
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks import ahead_of_time, bound, predict, sass, warp  # noqa: E402
+from benchmarks import ahead_of_time, bound, lanes, predict, sass, warp  # noqa: E402
 from ipt_fast.kernels._launch import INTERPRETED, Launch, Work  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
@@ -69,9 +69,7 @@ def on_meta(*shape, dtype=torch.float32):
 
 def counted(kernel, grid, *arguments, **meta):
     launch = Launch(kernel, grid, arguments, meta, Work(1))
-    compiled = ahead_of_time.compiled(launch)
-    asm, shared = compiled.asm, compiled.metadata.shared
-    return bound.count(asm["cubin"], asm["ptx"], shared, grid, ahead_of_time.arguments_of(launch))
+    return bound.count_launch(ahead_of_time.compiled(launch), launch)
 
 
 def bound_of(kernel, grid, *arguments, work, **meta):
@@ -165,7 +163,7 @@ def test_the_machine_code_stores_every_value_once(kernel):
      (range(0, 32 * 128, 128), 16, 32), (range(0, 256, 8), 8, 2), (range(0, 64, 2), 2, 1)],
 )  # fmt: skip
 def test_bank_conflicts(addresses, width, wavefronts):
-    assert warp.bank_conflicts(torch.tensor(list(addresses)).numpy(), width) == wavefronts
+    assert lanes.bank_conflicts(torch.tensor(list(addresses)).numpy(), width) == wavefronts
 
 
 def test_launches_are_recorded_without_memory_and_without_running():
