@@ -114,18 +114,20 @@ class Run:
                     self.say(f"{stage.name}: left out for want of time")
                 waiting = []
             for stage in list(waiting):
-                earlier = waiting[: waiting.index(stage)]
-                if stage.alone and (self.running or earlier):
+                if any(running.alone for running, *_ in self.running.values()):
+                    break
+                if stage.alone and (self.running or stage is not waiting[0]):
                     break
                 if all(name in self.ended for name in stage.after):
                     waiting.remove(stage)
                     self.start(stage)
-                    if stage.alone:
-                        break
             time.sleep(0.05)
 
+    def command(self, stage):
+        return [*stage.tool, sys.executable, "-m", f"benchmarks.gpu.{stage.module}", *self.options, *stage.options]
+
     def start(self, stage):
-        command = [*stage.tool, sys.executable, "-m", f"benchmarks.gpu.{stage.module}", *self.options, *stage.options]
+        command = self.command(stage)
         log = open(self.out / ("sanitize.log" if stage.tool else "log"), "ab")  # noqa: SIM115, the process has it
         log.write(f"\n== {stage.name}: {' '.join(command)}\n".encode())
         log.flush()

@@ -7,6 +7,8 @@ a photo without tiles.
 
 import contextlib
 import copy
+import cProfile
+import pstats
 
 import torch
 
@@ -124,9 +126,13 @@ def inference(run, name, batch, size, dtype):
 
 
 def profile(gpu, call):
-    """Prints where a call's time goes, by kernel."""
+    """Prints where a call's time goes, by kernel on the GPU and by function in Python."""
     if gpu.device == "meta":
         return
+    in_python = cProfile.Profile()
+    in_python.runcall(lambda: [call() for _ in range(3)])
+    pstats.Stats(in_python).sort_stats("tottime").print_stats(20)
+    torch.cuda.synchronize()
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 

@@ -1,0 +1,114 @@
+"""The GPU check without a GPU: all of its stages are rehearsed, and a kill at any of them leaves whole files."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import gpu_check
+from tests.cuda import emulated
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install ipt-fast[triton])")
+pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
+STAGES = [stage.name for stage in gpu_check.rehearsed(gpu_check.first_run(2))]
+
+
+def command(folder, *options):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(folder), "--rehearse", *options],
+        env=environment, cwd=gpu_check.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    return process
+
+
+def check_files(folder):
+    """Every line is whole."""
+    assert {path.name for path in folder.iterdir()} <= set(gpu_check.RESULTS)
+    for path in folder.iterdir():
+        assert path.stat().st_size < 16 << 20
+        text = path.read_text()
+        if path.suffix == ".jsonl":
+            assert all(json.loads(line)["case"] for line in text.splitlines())
+        elif path.suffix == ".json":
+            assert set(json.loads(text)) == {"kernels", "operators"}
+        elif path.suffix == ".csv":
+            header, *rows = csv.reader(text.splitlines())
+            assert all(len(row) == len(header) for row in rows) and text.endswith("\n")
+
+
+@pytest.mark.slow
+def test_a_whole_rehearsal(tmp_path):
+    process = command(tmp_path / "out")
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    check_files(tmp_path / "out")
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert sorted(re.findall(r"\] ([^:]+): passed", summary)) == sorted(STAGES)
+    for name in ("parity.jsonl", "kernels.csv", "models.csv"):
+        assert (tmp_path / "out" / name).read_text().count("\n") > 2
+    assert all(json.loads(line)["passed"] for line in (tmp_path / "out" / "parity.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("wanted", ["log", "parity.jsonl"])
+def test_a_kill_leaves_whole_files_and_no_process(tmp_path, wanted):
+    """As soon as the check has written to a file."""
+    out = tmp_path / "out"
+    process = command(out, "--only", "leffn layer 32|layer_norm")
+    end = time.monotonic() + 300
+    while not (out / wanted).exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode
+    check_files(out)
+    left = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout
+    assert not left
+
+
+def test_deadlines_and_order(tmp_path):
+    """A stage ends at its deadline and stops no other; what runs alone does; nothing begins after the end."""
+    for folder in ("out", "bin"):
+        (tmp_path / folder).mkdir()
+    stages = [
+        gpu_check.Stage("slow", "", 0.5, ("sleep 60",)),
+        gpu_check.Stage("fails", "", 10, ("exit 3",), after=("slow",)),
+        gpu_check.Stage("alone", "", 10, ("date +%s.%N; sleep 0.3",), alone=True),
+        gpu_check.Stage("beside", "", 10, ("date +%s.%N",)),
+        gpu_check.Stage("missing", "", 10, tool=("/nowhere/tool",)),
+        gpu_check.Stage("endless", "", 60, ("sleep 60",), alone=True),
+        gpu_check.Stage("late", "", 60, ("true",), alone=True),
+    ]
+    shell = tmp_path / "shell.py"
+    shell.write_text("import subprocess, sys; sys.exit(subprocess.call(sys.argv[1], shell=True))")
+    run = gpu_check.Run(tmp_path, tmp_path / "out", (), dict(os.environ), seconds=4)
+    run.command = lambda stage: [*stage.tool, sys.executable, str(shell), *stage.options]
+    run.all(stages)
+    assert run.ended["slow"] == "ended at its deadline" and run.ended["fails"] == "FAILED (3)"
+    assert run.ended["alone"] == run.ended["beside"] == "passed"
+    assert run.ended["missing"].startswith("could not run") and run.ended["endless"] == "ended at its deadline"
+    assert "late" not in run.ended and "late: left out" in (tmp_path / "out" / "summary.txt").read_text()
+    began = [float(line) for line in re.findall(r"^\d{9,}\.\d+$", (tmp_path / "out" / "log").read_text(), re.M)]
+    assert began[1] - began[0] > 0.3
+
+
+def test_rows_of_a_table_are_whole_and_unknown_columns_are_refused(tmp_path):
+    from benchmarks.gpu import stage
+
+    table = stage.Table(tmp_path / "rows.csv", ("gpu", "name", "value"), {"gpu": 'A "B", C'})
+    table.add(name="x", value=0.123456)
+    with pytest.raises(AssertionError, match="unknown"):
+        table.add(other=1)
+    assert list(csv.reader(pathlib.Path(tmp_path / "rows.csv").open())) == [
+        ["gpu", "name", "value"],
+        ['A "B", C', "x", "0.1235"],
+    ]
