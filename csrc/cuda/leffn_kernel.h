@@ -226,12 +226,12 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kLeffnThreads, (LeffnTile<T, C>::kBlocks))
     // Buffer n % 2 gets chunk n of the projection and n + 1 of the expansion.
     auto copy_weights = [&](int chunk) {
         if (chunk >= 0 && chunk < chunks) {
-            leffn_copy_rows<Tile::kProject, C, Tile::kChunk>(tile.project[chunk & 1], project + chunk * Tile::kChunk,
-                                                             p.hidden);
+            leffn_copy_rows<Tile, Tile::kProject, C, Tile::kChunk>(tile.project[chunk & 1],
+                                                                   project + chunk * Tile::kChunk, p.hidden);
         }
         if (chunk + 1 < chunks) {
-            leffn_copy_rows<Tile::kExpand, Tile::kChunk, C>(tile.expand[chunk & 1],
-                                                            expand + (int64_t)(chunk + 1) * (Tile::kChunk * C), C);
+            leffn_copy_rows<Tile, Tile::kExpand, Tile::kChunk, C>(
+                tile.expand[chunk & 1], expand + (int64_t)(chunk + 1) * (Tile::kChunk * C), C);
         }
     };
     leffn_load_input<T, C>(tile, x, place);

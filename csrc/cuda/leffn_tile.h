@@ -81,15 +81,19 @@ IPT_FAST_DEVICE void for_vectors(F f) {
     }
 }
 
-// copy_rows() of tiles.h with all that the compiler can know: this is done for every chunk.
-template <int Stride, int Rows, int Width, class T>
+// copy_rows() of tiles.h, without a loop where there are registers for that, as this is done for every chunk.
+template <class Tile, int Stride, int Rows, int Width, class T>
 IPT_FAST_DEVICE void leffn_copy_rows(T* to, const T* from, int from_stride) {
-    constexpr int values = Vector<T>::kValues, vectors = Width / values;
+    constexpr int values = Vector<T>::kValues, vectors = Width / values, all = Rows * vectors;
+    if constexpr (Tile::kBlocks > 1) {
+        copy_rows(to, Stride, Rows, Width, [&](int row) { return from + row * from_stride; });
+    } else {
 #pragma unroll
-    for (int first = 0; first < Rows * vectors; first += kLeffnThreads) {
-        const int i = first + thread_index(), row = i / vectors, column = i % vectors * values;
-        if (first + kLeffnThreads <= Rows * vectors || i < Rows * vectors) {
-            copy_async(to + row * Stride + column, from + (row * from_stride + column), true);
+        for (int first = 0; first < all; first += kLeffnThreads) {
+            const int i = first + thread_index(), row = i / vectors, column = i % vectors * values;
+            if (first + kLeffnThreads <= all || i < all) {
+                copy_async(to + row * Stride + column, from + (row * from_stride + column), true);
+            }
         }
     }
 }
