@@ -3,7 +3,7 @@
 A program takes BLOCK_P pixels with all their channels: it multiplies the output's gradient by the weight, and takes the
 product through the norm in fp32, so that the input's gradient is rounded once; then the next ones, while it adds up its
 share of the gradients of the norm's parameters, which PyTorch adds up in the end. N + 2 C values a pixel, C more for a
-residual. In fp32, where nothing is rounded in between and PyTorch's product is faster, and for wide maps: two steps.
+residual. In two steps in fp32, where nothing is rounded in between, and where programs of all channels hold few pixels.
 """
 
 import functools
@@ -18,6 +18,7 @@ from .layer_norm_2d import PROGRAMS, layer_norm_2d_backward, norm_gradient
 from .pointwise import map_of, pixels_of
 
 WIDEST = 512  # channels that a program can hold
+APART = dict(FUSED=False)  # the product is PyTorch's, and the norm's gradient a kernel of its own
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -65,10 +66,11 @@ def _tiles(channels):
     elif block == 128:
         shapes = [(64, 64, 8, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 3)]
     else:
-        shapes = [(16 if block > 256 else 32, 32, 8, 3), (32, 64, 8, 2), (16, 64, 4, 2), (64, 32, 8, 2)]
+        shapes = [(16, 32, 8, 3), (16, 64, 4, 2)][: 2 if block == 256 else 1]
     # Without a limit of its own the compiler may spill a few values to fit one more block on a multiprocessor.
     limit = dict(maxnreg=255) if block >= 128 else {}
-    return [dict(BLOCK_P=p, BLOCK_C=block, BLOCK_K=k, num_warps=w, num_stages=s) | limit for p, k, w, s in shapes]
+    fused = [dict(BLOCK_P=p, BLOCK_C=block, BLOCK_K=k, num_warps=w, num_stages=s) | limit for p, k, w, s in shapes]
+    return fused if block <= 128 else [APART, *fused]
 
 
 def pointwise_norm_backward(grad, weight, x, norm_weight, norm_bias, eps, centered, residual=None):
@@ -84,11 +86,13 @@ def pointwise_norm_backward(grad, weight, x, norm_weight, norm_bias, eps, center
     outputs, channels = weight.shape[:2]
     grad = pixels_of(grad)
     norm = norm_weight, norm_bias, eps, centered
-    if x.dtype == torch.float32 or channels > WIDEST:
+    tiles = APART
+    if x.dtype != torch.float32 and channels <= WIDEST:
+        tiles = config("pointwise_norm_bwd", key_of(x, channels, outputs), _tiles(channels), x.device)
+    if tiles == APART:
         return layer_norm_2d_backward(map_of(matmul(grad, weight.flatten(1)), x), x, *norm, residual=residual)
     grad_x = torch.empty_like(x)
     pixels = grad.shape[0]
-    tiles = config("pointwise_norm_bwd", key_of(x, channels, outputs), _tiles(channels), x.device)
     programs = min(PROGRAMS, cdiv(pixels, tiles["BLOCK_P"]))
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     values = grad.numel() + weight.numel() + (2 if residual is None else 3) * x.numel()

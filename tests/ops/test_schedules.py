@@ -58,3 +58,26 @@ def test_schedules_of_pointwise(channels, dtype, centered, monkeypatch):
         found = pointwise.pointwise(x, weight, norm_weight, norm_bias, 1e-5, centered, True, residual)
         allowed = 1e-4 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(found.double().cpu(), plain, rtol=allowed, atol=allowed)
+
+
+@pytest.mark.parametrize("channels", [20, 130])
+def test_schedules_of_the_gradient_through_norm_and_pointwise(channels, monkeypatch):
+    x, grad, residual = torch.randn(2, channels, 5, 7), torch.randn(2, 40, 5, 7), torch.randn(2, channels, 5, 7)
+    weight, norm_weight = torch.randn(40, channels, 1, 1) / 8, torch.rand(channels)
+    x, grad, residual, weight = (each.half() for each in (x, grad, residual, weight))
+    usable("layer_norm_2d", x.to(DEVICE), norm_weight.to(DEVICE))
+    exact = [each.double().requires_grad_() for each in (x, norm_weight)]
+    normal = ipt_fast.reference.layer_norm_2d(*exact, None, eps=1e-5, centered=False)
+    torch.nn.functional.conv2d(normal, weight.double()).backward(grad.double())
+    exact = exact[0].grad + residual.double(), exact[1].grad
+    x, grad, residual = (each.to(DEVICE, memory_format=torch.channels_last) for each in (x, grad, residual))
+    weight, norm_weight = weight.to(DEVICE), norm_weight.to(DEVICE)
+    backward = importlib.import_module("ipt_fast.kernels.pointwise_backward")
+    schedules = backward._tiles(channels)
+    assert (backward.APART in schedules) == (channels > 128)
+    for chosen in schedules:
+        monkeypatch.setattr(backward, "config", lambda name, key, candidates, device, chosen=chosen: chosen)
+        found = backward.pointwise_norm_backward(grad, weight, x, norm_weight, None, 1e-5, False, residual)
+        for ours, plain in zip(found, exact, strict=False):
+            error = (ours.double().cpu() - plain).abs().max() / plain.abs().max()
+            assert error < 2e-3
