@@ -35,6 +35,10 @@ def test_the_range_of_channel_attention():
     assert run("tests/ops/test_range.py", "-k", selected) >= 4
 
 
+def test_schedules():
+    assert run("tests/ops/test_schedules.py") == 2
+
+
 def test_layers_of_ipt():
     assert run("tests/modules/test_transformer.py") >= 10
 
