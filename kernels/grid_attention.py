@@ -71,10 +71,8 @@ def _tiles(x, lattice):
         shapes = [(32, 32, 8, 1), (64, 32, 8, 1), (16, 64, 4, 1)]
     elif block <= 64:
         shapes = [(64, 64, 4, 1), (64, 64, 4, 2), (32, 64, 2, 1), (64, 64, 8, 1)]
-    elif lattice.depth > 32:
-        shapes = [(64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 128, 4, 1), (64, 256, 8, 1)]
-    else:
-        shapes = [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2), (64, 128, 4, 1), (64, 256, 8, 1)]
+    else:  # more keys a block need more registers than there are
+        shapes = [(64, 64, 4, 1), (128, 64, 8, 1), (64, 32, 4, 2), (128, 64, 8, 2), (64, 128, 4, 1)]
     return [
         dict(BLOCK_Q=min(q, block), BLOCK_K=min(k, block), num_warps=warps, num_stages=stages)
         for q, k, warps, stages in shapes

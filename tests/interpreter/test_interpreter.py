@@ -40,7 +40,7 @@ def test_gelu_of_every_number():
 
 
 def test_every_schedule():
-    assert run("tests/ops/test_schedules.py") >= 2
+    assert run("tests/ops/test_schedules.py", "tests/ops/test_schedules_of_layers.py") >= 4
 
 
 def test_layers_of_ipt():
