@@ -320,7 +320,7 @@ def _to_float(each, values, targets):
 def _to_integer(each, values, targets):
     if "F32" in each.modifiers[1:] or "TRUNC" not in each.modifiers:
         raise Unknown
-    value = np.trunc(_float(values[0]))
+    value = np.nan_to_num(np.trunc(_float(values[0])))
     if len(targets) == 2:
         high = np.floor(value / 2.0**32)
         return (value - high * 2.0**32).astype(np.int64) & MASK, high.astype(np.int64) & MASK

@@ -192,6 +192,7 @@ class Warp:
             each, (guard, run) = self.code[at], self.steps[at]
             counts[at] += 1
             mask = True if guard is None else known_bool(guard())
+            whole = mask is True  # nothing but lanes that wait keeps what it has
             if lanes.active is not True:
                 mask = known_bool(both(mask, lanes.active))
             if at in accesses and mask is not False:
@@ -220,9 +221,9 @@ class Warp:
                 elif each.name == "BAR":
                     yield
                 elif each.name in ("LDS", "STS"):
-                    self._through_shared(each, accesses[at](), mask)
+                    self._through_shared(each, accesses[at](), mask, whole)
                 else:
-                    self._write(run(), mask)
+                    self._write(run(), mask, whole)
                 at += 1
         else:
             raise RuntimeError(f"the kernel does not end within {MOST_STEPS} instructions; it is at {at}")
@@ -230,18 +231,18 @@ class Warp:
         trace.cycles = clock.now
         return trace
 
-    def _write(self, results, mask):
+    def _write(self, results, mask, whole):
         for (bank, index), value in results.items():
             if _is_constant(bank, index):
                 continue
             registers = self.registers[bank]
             if mask is not True:
-                before = registers[index]
+                before = value if whole and registers[index] is None else registers[index]
                 known = value is not None and before is not None and mask is not None
                 value = np.where(mask, value, before) if known else None
             registers[index] = value
 
-    def _through_shared(self, each, address, mask):
+    def _through_shared(self, each, address, mask, whole):
         """Integers that are stored to shared memory, and loaded from it."""
         words, lanes = max(1, each.width // 4), range(32) if not isinstance(mask, np.ndarray) else np.flatnonzero(mask)
         if each.name == "STS":
@@ -268,7 +269,7 @@ class Warp:
                     loaded = np.zeros(32, dtype=np.int64)
                     loaded[list(lanes)] = values
                     found[bank, first + word] = loaded
-        self._write(found, mask)
+        self._write(found, mask, whole)
 
     def _taken(self, at, each, mask, conditions, trace):
         for condition in conditions:

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (pip inst
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks import ahead_of_time, bound, lanes, predict, sass, warp  # noqa: E402
+from benchmarks import ahead_of_time, bound, predict, sass, warp  # noqa: E402
 from ipt_fast.kernels._launch import INTERPRETED, Launch, Work  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
@@ -155,15 +155,6 @@ def test_the_machine_code_stores_every_value_once(kernel):
     found = stored_by(launch)
     assert len(found) == outputs.numel() * outputs.element_size()
     assert found == list(range(found[0], found[0] + len(found)))
-
-
-@pytest.mark.parametrize(
-    ("addresses", "width", "wavefronts"),
-    [(range(0, 128, 4), 4, 1), (range(0, 32 * 128, 128), 4, 32), ([0] * 32, 4, 1), (range(0, 512, 16), 16, 4),
-     (range(0, 32 * 128, 128), 16, 32), (range(0, 256, 8), 8, 2), (range(0, 64, 2), 2, 1)],
-)  # fmt: skip
-def test_bank_conflicts(addresses, width, wavefronts):
-    assert lanes.bank_conflicts(torch.tensor(list(addresses)).numpy(), width) == wavefronts
 
 
 def test_launches_are_recorded_without_memory_and_without_running():
