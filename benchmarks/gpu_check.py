@@ -8,6 +8,7 @@ line: parity.jsonl, tuned.json, kernels.csv, models.csv, sanitize.log, log and s
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import os
@@ -124,7 +125,9 @@ class Run:
             time.sleep(0.05)
 
     def command(self, stage):
-        return [*stage.tool, sys.executable, "-m", f"benchmarks.gpu.{stage.module}", *self.options, *stage.options]
+        nice = ("nice", "-n", "10") if stage.nice else ()
+        program = (sys.executable, "-m", f"benchmarks.gpu.{stage.module}")
+        return [*nice, *stage.tool, *program, *self.options, *stage.options]
 
     def start(self, stage):
         command = self.command(stage)
@@ -134,7 +137,7 @@ class Run:
         try:
             process = subprocess.Popen(
                 command, cwd=self.folder, env={**self.environment, **stage.environment}, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=(lambda: os.nice(10)) if stage.nice else None,
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             self.ended[stage.name] = f"could not run: {error}"
@@ -148,10 +151,7 @@ class Run:
             code = process.poll()
             if code is None and now - began < stage.seconds and now < self.end:
                 continue
-            if code is None:
-                result = "ended at its deadline"
-            else:
-                result = "passed" if code == 0 else f"FAILED ({code})"
+            result = {None: "ended at its deadline", 0: "passed"}.get(code, f"FAILED ({code})")
             kill(process)  # and whatever it has left running
             del self.running[name]
             self.ended[name] = result
@@ -159,10 +159,8 @@ class Run:
 
 
 def kill(process):
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -71,8 +71,8 @@ class Tuning:
 
 @contextlib.contextmanager
 def tuning(taken):
-    """Kernels take the configurations ``taken``, {(name, key): configuration}, and else their default ones, whatever was
-    measured; the `Tuning` tells what was asked."""
+    """Kernels take the configurations ``taken``, {(name, key): configuration}, and else their default ones, whatever
+    was measured; the `Tuning` tells what was asked."""
     global _tuning
     before, _tuning = _tuning, Tuning(taken=taken)
     try:

@@ -15,7 +15,17 @@ from benchmarks.gpu import stage
 
 ROOT = stage.ROOT
 FOLDER = ROOT / "build" / "gpu-bundle"
-PARTS = ("benchmarks", "tests", "csrc", "setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+PARTS = (
+    "benchmarks",
+    "tests",
+    "csrc",
+    "setup.py",
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 ARCHITECTURES = "9.0a"  # of H100 and H200
 
 

@@ -111,7 +111,9 @@ def main():
             if line["error"]:
                 failed.append(line)
                 print(f"FAILED: {line['kernel']} {json.dumps(line['meta'])}\n{line['error']}", flush=True)
-    print(f"compiled in {time.monotonic() - began:.0f} s by {args.processes} processes; {len(failed)} failed", flush=True)
+    print(
+        f"compiled in {time.monotonic() - began:.0f} s by {args.processes} processes; {len(failed)} failed", flush=True
+    )
     raise SystemExit(bool(failed))
 
 

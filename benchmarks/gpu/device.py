@@ -1,4 +1,4 @@
-"""The GPU that is measured: times by events, calls as graphs. In a rehearsal nothing runs, and every time is invented."""
+"""The GPU that is measured: times by events, calls as graphs. In a rehearsal nothing runs, all times are invented."""
 
 import statistics
 
@@ -15,8 +15,8 @@ class Gpu:
     def __init__(self):
         self.name = torch.cuda.get_device_name()
         self._cache = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
-        # All graphs share their memory: one is replayed after the other, and results are not used. The first graph lives
-        # as long as this object, and keeps the pool.
+        # All graphs share their memory: one is replayed after the other, and results are not used. The first one lives
+        # as long as this object, and keeps the memory.
         self._first = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._first):
             self._cache.zero_()

@@ -1,6 +1,7 @@
 """kernels.csv: every distinct launch of the models and every distinct call of an operator, beside bounds and rivals.
 
-A launch is one Triton kernel in its tuned configuration; the stage "bounds" adds what it should take at least. A call is an operator as a graph, on Triton, on CUDA, and as plain PyTorch, eager and with SDPA.
+A launch is one Triton kernel in its tuned configuration; the stage "bounds" adds what it should take at least. A call
+is an operator as a graph, on Triton, on CUDA, and as plain PyTorch, eager and with SDPA.
 """
 
 import torch

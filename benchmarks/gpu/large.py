@@ -56,7 +56,11 @@ def _grid():
     """The last lattice is a map of GRID x GRID pixels with one lattice."""
     tensors = _tensors("grid_attention_layer/bias_free", heads=1, depth=CHANNELS, grid=GRID)
     step = SIDE // GRID
-    return *tensors, lambda x: x[..., step - 1 :: step, step - 1 :: step], lambda y: y[..., step - 1 :: step, step - 1 :: step]
+    return (
+        *tensors,
+        lambda x: x[..., step - 1 :: step, step - 1 :: step],
+        lambda y: y[..., step - 1 :: step, step - 1 :: step],
+    )
 
 
 CHECKS = {"leffn_layer": _leffn, "focal_attention_layer": _focal, "grid_attention_layer": _grid}

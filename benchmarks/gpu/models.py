@@ -1,8 +1,8 @@
 """models.csv: whole models and training steps, as CUDA graphs and without, beside PyTorch in its forms.
 
-Parts: ``models`` times ipt_fast beside eager PyTorch and prints where the time goes; ``compile`` compiles the rivals into
-Inductor's cache, so that it can run beside other stages; ``rivals`` times them; ``rest`` is what is left: float32, IPT,
-a photo without tiles.
+Parts: ``models`` times ipt_fast beside eager PyTorch and prints where the time goes; ``compile`` compiles the rivals
+into Inductor's cache, so that it can run beside other stages; ``rivals`` times them; ``rest`` is what is left: float32,
+IPT, a photo without tiles.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def check(gpu, model, x, functions):
         truth = exact(x.double())
     del exact
     errors = {name: ((f().double() - truth).abs().max() / truth.abs().max()).item() for name, f in functions.items()}
-    print(f"errors: {({name: f'{error:.2e}' for name, error in errors.items()})}", flush=True)
+    print(f"errors: { ({name: f'{error:.2e}' for name, error in errors.items()}) }", flush=True)
     limit = max(2 * errors["eager"], 4 * torch.finfo(x.dtype).eps)
     wrong = [name for name in OURS if name in errors and not errors[name] <= limit]
     assert not wrong, f"{wrong}: error above {limit:.1e}; no speed is reported"
@@ -139,7 +139,9 @@ def profile(gpu, call):
     with profiler(activities=[ProfilerActivity.CUDA]) as found:
         call()
         torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=60), flush=True)
+    print(
+        found.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=60), flush=True
+    )
 
 
 def training_step(model, run, x):
@@ -160,7 +162,10 @@ def training(run, compiled=False):
     step = training_step(model, model, x)
     functions = ours(run.gpu, step, run.tuned)
     if compiled:
-        functions = {"mixed": functions["mixed"], "compiled": plain(training_step(model, compiled_form(model), x), **calls.SDPA)}
+        functions = {
+            "mixed": functions["mixed"],
+            "compiled": plain(training_step(model, compiled_form(model), x), **calls.SDPA),
+        }
     else:
         functions |= {"eager": plain(step), "sdpa": plain(step, **calls.SDPA)}
     shape = "x".join(map(str, x.shape))
@@ -206,13 +211,18 @@ def models(run):
         training(run)
 
 
-def rest(run):
-    with stage.reported("photo", run.failures), torch.inference_mode():
-        name, batch, size = PHOTO
+def photo(run):
+    """A whole photo at once, and the memory it takes."""
+    name, batch, size = PHOTO
+    with torch.inference_mode():
         model, x = run.model(name, torch.bfloat16, merged=True).eval(), run.image(batch, size, torch.bfloat16)
-        functions = {"mixed": ours(run.gpu, lambda: model(x), run.tuned)["mixed"]}
-        run.timed(name, "x".join(map(str, x.shape)), x.dtype, "forward", functions, graphs=False)
-        del model, x, functions
+        mixed = ours(run.gpu, lambda: model(x), run.tuned)["mixed"]
+        run.timed(name, "x".join(map(str, x.shape)), x.dtype, "forward", {"mixed": mixed}, graphs=False)
+
+
+def rest(run):
+    with stage.reported("photo", run.failures):
+        photo(run)
     run.gpu.free()
     for name, batch, size in run.sizes:
         with stage.reported(f"{name} float32", run.failures):

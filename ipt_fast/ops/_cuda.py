@@ -22,7 +22,7 @@ CHANNELS = (32, 48, 64, 96)
 DEPTHS = (32, 48)
 LARGEST_WINDOW = 1 << 14
 
-# Where no measurement of this GPU says more: operators whose kernels are predicted to be faster than Triton's in 16 bits.
+# Where no measurement of this GPU says more: those predicted to be faster than Triton's in 16 bits.
 PREDICTED = ("leffn", "leffn_layer", "focal_attention_layer", "grid_attention_layer")
 
 

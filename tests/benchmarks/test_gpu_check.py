@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -108,7 +107,7 @@ def test_rows_of_a_table_are_whole_and_unknown_columns_are_refused(tmp_path):
     table.add(name="x", value=0.123456)
     with pytest.raises(AssertionError, match="unknown"):
         table.add(other=1)
-    assert list(csv.reader(pathlib.Path(tmp_path / "rows.csv").open())) == [
+    assert list(csv.reader((tmp_path / "rows.csv").read_text().splitlines())) == [
         ["gpu", "name", "value"],
         ['A "B", C', "x", "0.1235"],
     ]
