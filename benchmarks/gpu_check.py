@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -205,6 +206,7 @@ def main():
     parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--only", default="", help="second run: what matches this regular expression")
+    parser.add_argument("--stages", default="", help="only stages whose names match this regular expression")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
     parser.add_argument("--seconds", type=float, help=f"for everything; default {FIRST}, with --only {SECOND}")
     args = parser.parse_args()
@@ -219,6 +221,10 @@ def main():
     options = ("--out", str(out), "--work", str(work), *(("--only", args.only) if args.only else ()))
     cores = len(os.sched_getaffinity(0))
     stages = second_run(cores) if args.only else first_run(cores)
+    stages = [stage for stage in stages if re.search(args.stages, stage.name)]
+    names = [stage.name for stage in stages]
+    for stage in stages:
+        stage.after = tuple(name for name in stage.after if name in names)
     run = Run(folder, out, options, environment, seconds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:

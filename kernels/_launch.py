@@ -133,7 +133,8 @@ def config(name, key, candidates, device):
     """
     if _tuning is not None:
         _tuning.asked[name, key] = candidates
-        return _tuning.taken.get((name, key), candidates[0])
+        taken = _tuning.taken.get((name, key))
+        return taken if taken in candidates else candidates[0]
     if _recorder is not None:
         return candidates[min(_choice, len(candidates) - 1)]
     if device.type == "cuda":
