@@ -133,14 +133,20 @@ def _tiles(size, channels, outputs, norm):
             tiles = dict(BLOCK_P=p, BLOCK_K=block_of(channels), BLOCK_N=n, LOOP=loop, num_warps=warps)
             found.append(tiles | dict(num_stages=stages))
     else:
-        if size == 4:
-            shapes = [(64, 16, 64, 4, 2), (128, 16, 64, 4, 2), (128, 32, 64, 8, 2), (32, 32, 32, 4, 2)]
+        if size == 4:  # where a limit keeps the compiler from spilling a few values to fit one more block
+            shapes = [
+                (64, 16, 64, 4, 2, 128),
+                (128, 16, 64, 4, 2, 168),
+                (128, 32, 64, 8, 2, 168),
+                (32, 32, 32, 4, 2, 80),
+            ]
         else:
             shapes = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4)]
             shapes += [(128, 64, 64, 4, 3), (64, 128, 128, 4, 2)]
         found = [
             dict(BLOCK_P=p, BLOCK_K=min(k, block_of(channels)), BLOCK_N=n, LOOP=1, num_warps=w, num_stages=s)
-            for p, k, n, w, s in shapes
+            | ({"maxnreg": limit[0]} if limit else {})
+            for p, k, n, w, s, *limit in shapes
         ]
     found = [tiles for i, tiles in enumerate(found) if tiles not in found[:i]]
     return found if whole or not norm else [APART, *found]
