@@ -133,7 +133,7 @@ def attend_backward(groups, slots, grad_slots, temperature, divides, dtype):
     vectors = slots.new_empty(groups.matrices, 5, depth)
     grad_scales = slots.new_empty(groups.images * windows_y * windows_x, groups.heads, groups.branches)
     candidates = [
-        dict(BLOCK_R=16, BLOCK_D=block_of(depth), num_warps=warps) for warps in ((4, 8) if depth <= 32 else (8, 16))
+        dict(BLOCK_R=16, BLOCK_D=block_of(depth), num_warps=warps) for warps in ((4, 8) if depth <= 32 else (8,))
     ]
     tiles = config("attend_bwd", key_of(slots, depth, groups.branches), candidates, slots.device)
     launch(
