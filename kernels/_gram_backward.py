@@ -133,7 +133,7 @@ def attend_backward(groups, slots, grad_slots, temperature, divides, dtype):
     vectors = slots.new_empty(groups.matrices, 5, depth)
     grad_scales = slots.new_empty(groups.images * windows_y * windows_x, groups.heads, groups.branches)
     candidates = [
-        dict(BLOCK_R=16, BLOCK_D=block_of(depth), num_warps=warps) for warps in ((4, 8) if depth <= 32 else (8, 4))
+        dict(BLOCK_R=16, BLOCK_D=block_of(depth), num_warps=warps) for warps in ((4, 8) if depth <= 32 else (8,))
     ]
     tiles = config("attend_bwd", key_of(slots, depth, groups.branches), candidates, slots.device)
     launch(
@@ -297,8 +297,13 @@ def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None,
     sums = None
     if groups.branches == 2:
         sums = vectors.new_empty(4, groups.heads, groups.pixels)
-    first = groups.tiles(32 if groups.depth <= 32 and q.of.element_size() == 4 else 16, 8, 1)
-    candidates = [first, groups.tiles(64, 8, 1), groups.tiles(16, 4, 1)]
+    if q.of.element_size() == 4 or groups.depth > 64:
+        shapes = [(32 if groups.depth <= 32 else 16, 8, 1), (16, 4, 1)]
+    elif groups.depth <= 32:
+        shapes = [(64, 8, 1), (16, 4, 1), (16, 8, 1)]
+    else:
+        shapes = [(32, 8, 2), (16, 4, 1), (16, 8, 1)]
+    candidates = [groups.tiles(*shape) for shape in shapes]
     tiles = config("gradients", key_of(q.of, groups.depth, groups.window, groups.branches), candidates, q.of.device)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
     splits = groups.splits
