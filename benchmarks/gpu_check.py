@@ -27,7 +27,7 @@ RESULTS = ("parity.jsonl", "tuned.json", "kernels.csv", "models.csv", "sanitize.
 
 @dataclasses.dataclass
 class Stage:
-    """A program, ``python -m benchmarks.gpu.<module> <options>``.
+    """A program, ``python -m benchmarks.gpu.<module> <options>``, or another module with its options alone.
 
     ``after``: stages that must have ended before; ``alone``: nothing else may run beside it; ``nice``: it yields to the
     others; ``tool``: a program that runs it, whose output is a result of its own.
@@ -68,6 +68,7 @@ def first_run(cores):
         Stage("bounds", "bounds", 60, after=("rivals",)),
         Stage("large maps, cuda", "parity", 40, ("--backend", "cuda", "--large"), after=("rivals",)),
         Stage("large maps, triton", "parity", 40, ("--backend", "triton", "--large"), after=("large maps, cuda",)),
+        Stage("tests", "pytest", 60, ("-q", "-m", "gpu", "tests/gpu/test_models.py"), alone=True),
         Stage("rest", "models", 60, ("--part", "rest"), alone=True),
     ]  # fmt: skip
 
@@ -81,6 +82,7 @@ def second_run(cores):
 
 def rehearsed(stages):
     """The same stages on a machine without a GPU."""
+    stages = [stage for stage in stages if stage.module != "pytest"]
     for stage in stages:
         stage.options += ("--rehearse",)
         stage.seconds *= 4
@@ -127,8 +129,8 @@ class Run:
 
     def command(self, stage):
         nice = ("nice", "-n", "10") if stage.nice else ()
-        program = (sys.executable, "-m", f"benchmarks.gpu.{stage.module}")
-        return [*nice, *stage.tool, *program, *self.options, *stage.options]
+        module = (stage.module,) if stage.module == "pytest" else (f"benchmarks.gpu.{stage.module}", *self.options)
+        return [*nice, *stage.tool, sys.executable, "-m", *module, *stage.options]
 
     def start(self, stage):
         command = self.command(stage)

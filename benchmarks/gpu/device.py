@@ -40,15 +40,18 @@ class Gpu:
 
     def graph(self, call):
         """``call`` as the replay of a CUDA graph; another graph's replay may overwrite its result."""
-        side = torch.cuda.Stream()
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             call()
-            call()
+            torch.cuda.synchronize()
+            # torch.cuda.graph() would collect garbage first, which takes longer than most calls.
+            graph.capture_begin(pool=self._pool)
+            try:
+                result = call()
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = call()
 
         def replay():
             graph.replay()
