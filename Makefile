@@ -15,7 +15,7 @@ PIP    := $(PY) -m pip
 CSRC   := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp,$(CSRC))
 
-.PHONY: demo test bench gpu-check sanitize wheel lint clean
+.PHONY: demo test bench gpu-check gpu-bundle sanitize wheel lint clean
 
 demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo
@@ -26,12 +26,16 @@ test: $(VENV)/.installed $(VENV)/.oracles
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks
 
-# On a machine with an NVIDIA GPU, with the Python, torch and triton that are there; nothing is downloaded.
-# PART=tests, sanitize or bench runs one part; logs, gpu.csv, gpu.png and summary.txt go to OUT.
-PART ?= all
+# On a machine with an NVIDIA GPU, with the Python, torch and triton that are there; nothing is downloaded. Results go to
+# OUT; ONLY is a regular expression of operators, for a second, shorter run (docs/gpu.md).
 OUT  ?= build/gpu-check
+ONLY ?=
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check --part $(PART) --out "$(OUT)"
+	$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(if $(ONLY),--only "$(ONLY)")
+
+# One folder with all that the check needs, the CUDA library included, to be taken to such a machine.
+gpu-bundle: $(VENV)/.installed
+	$(PY) -m benchmarks.gpu.bundle build/gpu-bundle
 
 # The kernels' tests with every access and every undefined operation checked, on a build of its own.
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
