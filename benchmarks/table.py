@@ -71,5 +71,53 @@ def ipt_restoration(path=results.FOLDER / "ipt_tiny.csv"):
     return "\n".join(lines)
 
 
+def gpu_models(path=results.FOLDER / "gpu_models.csv"):
+    """Milliseconds of whole models on GPUs, one column for each contender; peak memory of ipt_fast and of eager."""
+    names = ("mixed", "mixed, no graph", "tuned", "triton", "compiled", "sdpa", "eager")
+    lines = [f"| GPU | model | dtype | direction | {' | '.join(names)} | GiB, mixed / eager |"]
+    lines.append("|" + "---|" * (len(names) + 5))
+    rows = newest(results.read(path), "gpu", "model", "shape", "dtype", "direction", "contender", "note")
+    for case in dict.fromkeys(key[:5] for key in rows):
+        found = {
+            f"{name}, {note}" if note else name: row for (*of, name, note), row in rows.items() if tuple(of) == case
+        }
+        times = [f"{float(found[name]['median_ms']):.2f}" if name in found else "-" for name in names]
+        peaks = [
+            next((r["peak_gib"] for n, r in found.items() if n.startswith(name) and r["peak_gib"]), "-")
+            for name in ("mixed", "eager")
+        ]
+        gpu, model, shape, dtype, direction = case
+        cells = [gpu.removeprefix("NVIDIA "), f"{model} {shape}", dtype, direction, *times, " / ".join(peaks)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_operators(path=results.FOLDER / "gpu_kernels.csv"):
+    """Microseconds of the largest calls of every operator on GPUs, cold second-level cache."""
+    names = ("cuda", "triton", "eager", "sdpa")
+    rows = [row for row in results.read(path) if row["kind"] == "operator"]
+    rows = newest(rows, "gpu", "name", "shape", "key", "contender")
+    lines = [f"| GPU | operator | shape | {' | '.join(names)} |", "|" + "---|" * (len(names) + 3)]
+    for case in dict.fromkeys(key[:4] for key in rows):
+        gpu, name, shape, _ = case
+        times = [f"{float(rows[*case, n]['median_us']):.0f}" if (*case, n) in rows else "-" for n in names]
+        lines.append(f"| {gpu.removeprefix('NVIDIA ')} | {name} | {shape} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def gpu_launches(path=results.FOLDER / "gpu_kernels.csv", least=20):
+    """Of every kernel the launches of at least so many µs: measured, counted, and what binds."""
+    names = ("GPU", "kernel", "within", "measured, µs", "counted, µs", "binds", "share")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    rows = [row for row in results.read(path) if row["kind"] == "launch" and row["bound_us"]]
+    for row in newest(rows, "gpu", "name", "shape", "key").values():
+        if float(row["median_us"]) >= least:
+            cells = [row["gpu"].removeprefix("NVIDIA "), row["name"].removesuffix("_kernel"), row["shape"]]
+            cells += [f"{float(row[name]):.0f}" for name in ("median_us", "bound_us")]
+            lines.append(f"| {' | '.join([*cells, row['binds'], row['share_of_bound']])} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print("\n\n".join(table() for table in (denoising, speed, footprint, ipt, ipt_restoration)))
+    tables = (denoising, speed, footprint, ipt, ipt_restoration, gpu_models, gpu_operators, gpu_launches)
+    print("\n\n".join(table() for table in tables))

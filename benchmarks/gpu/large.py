@@ -11,7 +11,7 @@ WINDOW, GRID = 32, 16
 
 
 def check(name, backend):
-    """({"out": (error, allowed)}, sentences) of a layer on a bf16 map; the last pixels have the largest addresses."""
+    """(what was compared, error, allowed) of a layer on a bf16 map; the last pixels have the largest addresses."""
     tensors, options, whole, cut = CHECKS[name]()
     x = torch.empty(1, SIDE, SIDE, CHANNELS, dtype=torch.bfloat16, device="cuda").normal_().permute(0, 3, 1, 2)
     assert x.numel() > 2**31
@@ -27,9 +27,7 @@ def check(name, backend):
         if name != "grid_attention_layer":
             truth, plain = cut(truth), cut(plain)
     error, of_plain = cases.error(out, truth), cases.error(plain, truth)
-    allowed = max(2 * of_plain, 4 * torch.finfo(torch.bfloat16).eps)
-    beyond = [] if error <= allowed else [f"out: error {error:.2e}, allowed {allowed:.2e}"]
-    return {"out": [f"{error:.2e}", f"{allowed:.2e}"]}, beyond
+    return out, error, max(2 * of_plain, 2 * torch.finfo(torch.bfloat16).eps)
 
 
 def _tensors(call, **fields):

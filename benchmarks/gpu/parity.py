@@ -1,5 +1,9 @@
 """Parity of one backend with the reference in float64, by the rule of the tests: a JSON line a case in parity.jsonl.
 
+A line has ``operator``, ``backend``, ``dtype``, ``shape``, ``case``, ``passed``, ``seconds``, and ``errors``: {name of the
+output or of a gradient: [error, allowed]}; ``error`` and ``allowed`` are those nearest to failing, ``traceback`` tells
+what else went wrong.
+
 Cases are shared out to processes. A process in which the GPU no longer answers ends, and another goes on.
 """
 
@@ -25,7 +29,7 @@ REHEARSED = {"cuda": ("leffn layer 32 ", "grid layer 32 g8 "), "triton": ("layer
 
 
 def judged(backend, gradients, repeats, built):
-    """Errors and limits, {name: (error, allowed)}, of a call that ``built()`` makes; raises if ``repeats`` differ."""
+    """What is found of a call that ``built()`` makes, for its line; raises if ``repeats`` of it differ."""
     operator, tensors, options = built()
     function = getattr(ipt_fast.ops, operator)
     with ipt_fast.use_backend("reference"), torch.no_grad():
@@ -47,8 +51,22 @@ def judged(backend, gradients, repeats, built):
     results = [(first, truth, cases.baseline.__wrapped__(operator, tensors, options, grad))]
     while cases.beyond_rule(results) and results[0][2].draw():
         pass
-    found = cases.errors_and_limits(results)
-    return {name: [f"{value:.2e}" for value in pair] for name, pair in found.items()}, cases.beyond_rule(results)
+    return described(operator, tensors, cases.errors_and_limits(results))
+
+
+def described(operator, tensors, found):
+    """The line's fields that tell of ``found``, {name: (error, allowed)}."""
+    first = next(iter(tensors.values()))
+    error, allowed = max(found.values(), key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else float("inf"))
+    return {
+        "operator": operator,
+        "dtype": _name(first.dtype),
+        "shape": list(first.shape),
+        "passed": all(error <= allowed for error, allowed in found.values()),
+        "error": float(f"{error:.3g}"),
+        "allowed": float(f"{allowed:.3g}"),
+        "errors": {name: [float(f"{value:.3g}") for value in pair] for name, pair in found.items()},
+    }
 
 
 def of_call(call, sides, batch):
@@ -77,7 +95,7 @@ def cuda_cases_by_label():
 
 def _depthwise(size, dtype):
     cuda_cases.check_depthwise(200, size, 77, 130, dtype)
-    return {}, []
+    return {"operator": "depthwise", "dtype": _name(dtype), "shape": [2, 200, 77, 130], "passed": True}
 
 
 def triton_cases_by_label():
@@ -114,7 +132,12 @@ def rehearsed_cases(backend):
 
 
 def large_cases(backend):
-    return {f"{name} above 2^31 values": functools.partial(large.check, name, backend) for name in large.CHECKS}
+    return {f"{name} above 2^31 values": functools.partial(_large, name, backend) for name in large.CHECKS}
+
+
+def _large(name, backend):
+    compared, error, allowed = large.check(name, backend)
+    return described(name, {"compared": compared}, {"out": (error, allowed)})
 
 
 def _name(dtype):
@@ -147,14 +170,13 @@ def work(args, counter):
         if index >= len(labels):
             return
         began = time.monotonic()
-        line = {"backend": backend, "case": labels[index], "passed": False, "errors": {}, "said": ""}
+        line = {"backend": backend, "case": labels[index], "passed": False, "traceback": None}
         lost = False
         try:
             torch.manual_seed(0)
-            line["errors"], beyond = found[labels[index]]()
-            line["passed"], line["said"] = not beyond, "; ".join(beyond)
+            line |= found[labels[index]]()
         except Exception as error:
-            line["said"] = traceback.format_exc(limit=-6)[-3000:]
+            line["traceback"] = traceback.format_exc(limit=-6)[-3000:]
             lost = stage.is_lost(error)
         stage.write_json(path, line | {"seconds": round(time.monotonic() - began, 2)})
         if torch.cuda.is_initialized() and not lost:
@@ -185,7 +207,8 @@ def main():
     lines = [line for line in stage.read_json_lines(path)[before:] if line["backend"] == args.backend]
     failed = [line for line in lines if not line["passed"]]
     for line in failed:
-        print(f"FAILED: {line['backend']} {line['case']}: {line['said'][-400:]}", flush=True)
+        why = line["traceback"] or f"error and limit {line['errors']}"
+        print(f"FAILED: {line['backend']} {line['case']}: {why[-400:]}", flush=True)
     print(f"{args.backend}: {len(lines) - len(failed)} of {total} cases passed, {len(failed)} failed", flush=True)
     raise SystemExit(len(lines) - len(failed) != total)
 
