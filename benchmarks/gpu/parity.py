@@ -1,8 +1,8 @@
 """Parity of one backend with the reference in float64, by the rule of the tests: a JSON line a case in parity.jsonl.
 
-A line has ``operator``, ``backend``, ``dtype``, ``shape``, ``case``, ``passed``, ``seconds``, and ``errors``: {name of the
-output or of a gradient: [error, allowed]}; ``error`` and ``allowed`` are those nearest to failing, ``traceback`` tells
-what else went wrong.
+A line has ``operator``, ``backend``, ``dtype``, ``shape``, ``case``, ``passed``, ``seconds``, and ``errors``: {name of
+the output or of a gradient: [error, allowed]}; ``error`` and ``allowed`` are those nearest to failing, ``traceback``
+tells what else went wrong.
 
 Cases are shared out to processes. A process in which the GPU no longer answers ends, and another goes on.
 """
