@@ -29,8 +29,9 @@ RESULTS = ("parity.jsonl", "tuned.json", "kernels.csv", "models.csv", "sanitize.
 class Stage:
     """A program, ``python -m benchmarks.gpu.<module> <options>``, or another module with its options alone.
 
-    ``after``: stages that must have ended before; ``alone``: nothing else may run beside it; ``nice``: it yields to the
-    others; ``tool``: a program that runs it, whose output is a result of its own.
+    ``after``: stages that must have ended before; ``alone``: nothing else may run beside it; ``prepares``: it begins
+    beside the others, is stopped while one of them runs alone, and waits for its own turn before it times anything;
+    ``nice``: it yields to the others; ``tool``: a program that runs it, whose output is a result of its own.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Stage:
     options: tuple = ()
     after: tuple = ()
     alone: bool = False
+    prepares: bool = False
     nice: bool = False
     tool: tuple = ()
     environment: dict = dataclasses.field(default_factory=dict)
@@ -56,7 +58,6 @@ def first_run(cores):
         Stage("facts", "facts", 100),
         Stage("compile", "compile", 60, processes, after=("facts",)),
         Stage("cuda parity", "parity", 75, ("--backend", "cuda", "--processes", "2"), after=("facts",)),
-        Stage("rivals compiled", "models", 150, ("--part", "compile"), after=("facts",), nice=True),
         Stage("memcheck", "sanitized", 80, after=("cuda parity",), tool=sanitizer("memcheck")),
         Stage("racecheck", "sanitized", 80, after=("cuda parity",), tool=sanitizer("racecheck")),
         Stage("triton parity", "parity", 90, ("--backend", "triton", "--processes", "8"), after=("compile",)),
@@ -64,9 +65,12 @@ def first_run(cores):
         Stage("tune", "tune", 75, alone=True),
         Stage("models", "models", 90, ("--part", "models"), alone=True),
         Stage("kernels", "kernels", 80, alone=True),
-        Stage("rivals", "models", 60, ("--part", "rivals"), alone=True),
-        Stage("bounds", "bounds", 60, after=("rivals",)),
-        Stage("large maps, cuda", "parity", 40, ("--backend", "cuda", "--large"), after=("rivals",)),
+        *(
+            Stage(f"compiled {name}", "models", 60, ("--part", "compiled", "--model", name), ("facts",), True, True)
+            for name in ("ipt_v2_small", "ipt_v2_base")
+        ),
+        Stage("bounds", "bounds", 60, after=("kernels",)),
+        Stage("large maps, cuda", "parity", 40, ("--backend", "cuda", "--large"), after=("kernels",)),
         Stage("large maps, triton", "parity", 40, ("--backend", "triton", "--large"), after=("large maps, cuda",)),
         Stage("tests", "pytest", 60, ("-q", "-m", "gpu", "tests/gpu/test_models.py"), alone=True),
         Stage("rest", "models", 60, ("--part", "rest"), alone=True),
@@ -98,10 +102,11 @@ def rehearsed(stages):
 class Run:
     """Runs stages as soon as they may, each until its deadline, and all until the end of the run."""
 
-    def __init__(self, folder, out, options, environment, seconds):
-        self.folder, self.out, self.options = folder, out, options
+    def __init__(self, folder, out, work, options, environment, seconds):
+        self.folder, self.out, self.work, self.options = folder, out, work, options
         self.environment, self.end = environment, time.monotonic() + seconds
         self.began, self.running, self.ended = time.monotonic(), {}, {}
+        self.preparing = {}
 
     def say(self, line):
         text = f"[{time.monotonic() - self.began:5.0f} s] {line}"
@@ -118,35 +123,59 @@ class Run:
                     self.say(f"{stage.name}: left out for want of time")
                 waiting = []
             for stage in list(waiting):
+                ready = all(name in self.ended for name in stage.after)
                 if any(running.alone for running, *_ in self.running.values()):
                     break
+                if stage.prepares and ready and stage.name not in self.preparing:
+                    self.preparing[stage.name] = self.start(stage)
                 if stage.alone and (self.running or stage is not waiting[0]):
-                    break
-                if all(name in self.ended for name in stage.after):
+                    continue
+                if ready:
                     waiting.remove(stage)
-                    self.start(stage)
+                    self.turn(stage)
             time.sleep(0.05)
+
+    def turn(self, stage):
+        """It is the stage's turn: others are stopped if it runs alone."""
+        process = self.preparing.pop(stage.name) if stage.prepares else self.start(stage)
+        if process is None:
+            return
+        if stage.prepares:
+            (self.work / f"turn of {stage.name}").touch()
+            send(process, signal.SIGCONT)
+        if stage.alone:
+            for other in filter(None, self.preparing.values()):
+                send(other, signal.SIGSTOP)
+        self.running[stage.name] = stage, process, time.monotonic()
+
+    def stop(self):
+        """Ends whatever still runs."""
+        for process in (*(process for _, process, _ in self.running.values()), *self.preparing.values()):
+            if process is not None:
+                kill(process)
 
     def command(self, stage):
         nice = ("nice", "-n", "10") if stage.nice else ()
         module = (stage.module,) if stage.module == "pytest" else (f"benchmarks.gpu.{stage.module}", *self.options)
+        if stage.prepares:
+            module += ("--turn", str(self.work / f"turn of {stage.name}"))
         return [*nice, *stage.tool, sys.executable, "-m", *module, *stage.options]
 
     def start(self, stage):
+        """The stage's process, or None if it cannot run."""
         command = self.command(stage)
         log = open(self.out / ("sanitize.log" if stage.tool else "log"), "ab")  # noqa: SIM115, the process has it
         log.write(f"\n== {stage.name}: {' '.join(command)}\n".encode())
         log.flush()
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command, cwd=self.folder, env={**self.environment, **stage.environment}, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             self.ended[stage.name] = f"could not run: {error}"
             self.say(f"{stage.name}: {self.ended[stage.name]}")
-            return
-        self.running[stage.name] = stage, process, time.monotonic()
+        return None
 
     def collect(self):
         now = time.monotonic()
@@ -157,13 +186,20 @@ class Run:
             result = {None: "ended at its deadline", 0: "passed"}.get(code, f"FAILED ({code})")
             kill(process)  # and whatever it has left running
             del self.running[name]
+            for other in filter(None, self.preparing.values() if stage.alone else ()):
+                send(other, signal.SIGCONT)
             self.ended[name] = result
             self.say(f"{name}: {result} after {now - began:.0f} s")
 
 
-def kill(process):
+def send(process, number):
+    """A signal, to all of the process's session."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, number)
+
+
+def kill(process):
+    send(process, signal.SIGKILL)
     process.wait()
 
 
@@ -227,14 +263,13 @@ def main():
     names = [stage.name for stage in stages]
     for stage in stages:
         stage.after = tuple(name for name in stage.after if name in names)
-    run = Run(folder, out, options, environment, seconds)
+    run = Run(folder, out, work, options, environment, seconds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         run.all(rehearsed(stages) if args.rehearse else stages)
         run.say("farthest from their bounds:\n" + "\n".join(worst(out)))
     finally:
-        for _, process, _ in run.running.values():
-            kill(process)
+        run.stop()
     return int(any(result != "passed" for result in run.ended.values()))
 
 

@@ -1,13 +1,14 @@
 """models.csv: whole models and training steps, as CUDA graphs and without, beside PyTorch in its forms.
 
-Parts: ``models`` times ipt_fast beside eager PyTorch and prints where the time goes; ``compile`` compiles the rivals
-into Inductor's cache, so that it can run beside other stages; ``rivals`` times them; ``rest`` is what is left: float32,
-IPT, a photo without tiles.
+Parts: ``models`` times ipt_fast beside eager PyTorch and prints where the time goes; ``compiled`` times it beside what
+torch.compile makes of a model, which is compiled first, and waits for its turn; ``rest`` is what is left: float32, IPT,
+a photo without tiles.
 """
 
 import contextlib
 import copy
 import cProfile
+import pathlib
 import pstats
 
 import torch
@@ -28,12 +29,16 @@ class Stage:
     """What all parts need."""
 
     def __init__(self, args):
-        self.gpu = device.opened(args.rehearse)
+        self.args, self.gpu = args, device.opened(args.rehearse)
         self.table = stage.Table(args.out / "models.csv", COLUMNS, stage.environment(self.gpu.name))
-        self.tuned, self.failures = tune.kept(args, self.gpu), []
+        self.failures = []
         self.sizes = [(n, b, 64 if args.rehearse else s) for n, b, s in calls.INFERENCE]
         name, batch, size = calls.TRAINING
         self.training = (name, 1, 64) if args.rehearse else (name, batch, size)
+
+    @property
+    def tuned(self):
+        return tune.kept(self.args, self.gpu)
 
     def model(self, name, dtype, merged=None):
         torch.manual_seed(0)
@@ -156,50 +161,31 @@ def training_step(model, run, x):
     return step
 
 
-def training(run, compiled=False):
+def training(run):
     name, batch, size = run.training
     model, x = run.model(name, torch.float32, merged=False).train(), run.image(batch, size, torch.float32)
     step = training_step(model, model, x)
-    functions = ours(run.gpu, step, run.tuned)
-    if compiled:
-        functions = {
-            "mixed": functions["mixed"],
-            "compiled": plain(training_step(model, compiled_form(model), x), **calls.SDPA),
-        }
-    else:
-        functions |= {"eager": plain(step), "sdpa": plain(step, **calls.SDPA)}
-    shape = "x".join(map(str, x.shape))
-    run.timed(name, shape, torch.bfloat16, "training", functions)
-    if not compiled:
-        profile(run.gpu, functions["mixed"])
+    functions = ours(run.gpu, step, run.tuned) | {"eager": plain(step), "sdpa": plain(step, **calls.SDPA)}
+    run.timed(name, "x".join(map(str, x.shape)), torch.bfloat16, "training", functions)
+    profile(run.gpu, functions["mixed"])
 
 
 def compiled_form(model):
     return torch.compile(model, dynamic=False)
 
 
-def compile_rivals(run):
-    """Fills Inductor's cache."""
-    for name, batch, size in reversed(run.sizes):
-        with torch.inference_mode(), stage.reported(f"compile {name}", run.failures):
-            model = run.model(name, torch.bfloat16, merged=True).eval()
-            rival(run, model, run.image(batch, size, torch.bfloat16))()
-            print(f"compiled {name}", flush=True)
-
-
-def rival(run, model, x):
-    compiled = model if run.gpu.device == "meta" else compiled_form(model)
-    return plain(lambda: compiled(x), **calls.SDPA)
-
-
-def rivals(run):
-    for name, batch, size in reversed(run.sizes):
-        with torch.inference_mode(), stage.reported(f"{name} compiled", run.failures):
-            model, x = run.model(name, torch.bfloat16, merged=True).eval(), run.image(batch, size, torch.bfloat16)
-            functions = {"mixed": ours(run.gpu, lambda: model(x), run.tuned)["mixed"]}  # noqa: B023
-            functions["compiled"] = rival(run, model, x)
-            run.timed(name, "x".join(map(str, x.shape)), x.dtype, "forward", functions)
-        run.gpu.free()
+def compiled(run):
+    """Compiles beside other stages, and times when it is this stage's turn."""
+    name, batch, size = next(each for each in run.sizes if each[0] == run.args.model)
+    with torch.inference_mode(), stage.reported(f"{name} compiled", run.failures):
+        model, x = run.model(name, torch.bfloat16, merged=True).eval(), run.image(batch, size, torch.bfloat16)
+        rival = model if run.gpu.device == "meta" else compiled_form(model)
+        plain(lambda: rival(x), **calls.SDPA)()
+        print(f"compiled {name}", flush=True)
+        stage.wait_for(run.args.turn)
+        mixed = ours(run.gpu, lambda: model(x), run.tuned)["mixed"]
+        functions = {"mixed": mixed, "compiled": plain(lambda: rival(x), **calls.SDPA)}
+        run.timed(name, "x".join(map(str, x.shape)), x.dtype, "forward", functions)
 
 
 def models(run):
@@ -253,11 +239,12 @@ def ipt(run):
     run.timed("ipt", "32x3x48x48", torch.bfloat16, "training", {"mixed": step, "eager": plain_ipt(step)}, graphs=False)
 
 
-PARTS = {"models": models, "compile": compile_rivals, "rivals": rivals, "rest": rest}
+PARTS = {"models": models, "compiled": compiled, "rest": rest}
 
 
 def main():
-    args = stage.arguments(__doc__, part=dict(choices=list(PARTS), default="models"))
+    more = {"part": dict(choices=list(PARTS), default="models"), "model": {}, "turn": dict(type=pathlib.Path)}
+    args = stage.arguments(__doc__, **more)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # as products: everybody's float32 is float32
     run = Stage(args)

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import subprocess
+import time
 import traceback
 
 import torch
@@ -43,6 +44,12 @@ def write_line(path, text):
 
 def write_json(path, value):
     write_line(path, json.dumps(value))
+
+
+def wait_for(turn):
+    """Until the driver has made the file ``turn``, if there is one to wait for."""
+    while turn is not None and not turn.exists():
+        time.sleep(0.05)
 
 
 def read_json_lines(path):

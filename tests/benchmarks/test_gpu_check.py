@@ -89,7 +89,7 @@ def test_deadlines_and_order(tmp_path):
     ]
     shell = tmp_path / "shell.py"
     shell.write_text("import subprocess, sys; sys.exit(subprocess.call(sys.argv[1], shell=True))")
-    run = gpu_check.Run(tmp_path, tmp_path / "out", (), dict(os.environ), seconds=4)
+    run = gpu_check.Run(tmp_path, tmp_path / "out", tmp_path, (), dict(os.environ), seconds=4)
     run.command = lambda stage: [*stage.tool, sys.executable, str(shell), *stage.options]
     run.all(stages)
     assert run.ended["slow"] == "ended at its deadline" and run.ended["fails"] == "FAILED (3)"
@@ -98,6 +98,26 @@ def test_deadlines_and_order(tmp_path):
     assert "late" not in run.ended and "late: left out" in (tmp_path / "out" / "summary.txt").read_text()
     began = [float(line) for line in re.findall(r"^\d{9,}\.\d+$", (tmp_path / "out" / "log").read_text(), re.M)]
     assert began[1] - began[0] > 0.3
+    run.stop()
+
+
+def test_what_prepares_is_stopped_while_another_runs_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    count = (
+        "for i in $(seq 60); do date +%s.%N >> prepared; sleep 0.05; [ -e 'turn of prepares' ] && exit 0; done; exit 1"
+    )
+    stages = [
+        gpu_check.Stage("beside", "", 10, ("sleep 0.5",)),
+        gpu_check.Stage("alone", "", 10, ("date +%s.%N; sleep 1; date +%s.%N",), alone=True),
+        gpu_check.Stage("prepares", "", 10, (count,), alone=True, prepares=True),
+    ]
+    run = gpu_check.Run(tmp_path, tmp_path / "out", tmp_path, (), dict(os.environ), seconds=20)
+    run.command = lambda stage: ["sh", "-c", *stage.options]
+    run.all(stages)
+    assert set(run.ended.values()) == {"passed"}
+    begin, end = [float(line) for line in re.findall(r"^\d{9,}\.\d+$", (tmp_path / "out" / "log").read_text(), re.M)]
+    times = [float(line) for line in (tmp_path / "prepared").read_text().split()]
+    assert sum(time < begin for time in times) > 3 and not any(begin + 0.2 < time < end for time in times)
 
 
 def test_rows_of_a_table_are_whole_and_unknown_columns_are_refused(tmp_path):
