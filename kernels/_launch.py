@@ -116,10 +116,16 @@ def path_of(gpu):
 
 @functools.cache
 def measured_on(device):
-    """What was measured on this GPU, {} where nothing was: {"kernels": {kernel: {key: configuration}}, "operators":
-    {operator: {key: the faster backend}}}."""
-    path = path_of(torch.cuda.get_device_name(device))
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What was measured on this GPU or, if it was not, on another of its compute capability; {} where nothing was.
+
+    {"capability": [major, minor], "kernels": {kernel: {key: configuration}}, "operators": {operator: {key: the faster
+    backend}}}
+    """
+    own, capability = path_of(torch.cuda.get_device_name(device)), list(torch.cuda.get_device_capability(device))
+    if own.exists():
+        return json.loads(own.read_text())
+    others = (json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json")))
+    return next((found for found in others if found["capability"] == capability), {})
 
 
 def config(name, key, candidates, device):

@@ -13,7 +13,7 @@ class Gpu:
     device = "cuda"
 
     def __init__(self):
-        self.name = torch.cuda.get_device_name()
+        self.name, self.capability = torch.cuda.get_device_name(), list(torch.cuda.get_device_capability())
         self._cache = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
         # All graphs share their memory: one is replayed after the other, and results are not used. The first one lives
         # as long as this object, and keeps the memory.
@@ -93,7 +93,7 @@ class Rehearsal:
     """In the place of a `Gpu` where there is none: tensors on "meta", launches recorded, times invented."""
 
     device = "meta"
-    name = "rehearsal"
+    name, capability = "rehearsal", [9, 0]
 
     def seconds(self, calls, rounds=12):
         for call in calls.values():

@@ -31,11 +31,11 @@ def folder_of(args):
 
 
 class Tuned:
-    """What has been measured: {"kernels": {kernel: {key: configuration}}, "operators": {operator: {key: backend}}}."""
+    """What has been measured, as `_launch.measured_on` has it."""
 
-    def __init__(self, paths):
+    def __init__(self, paths, capability=None):
         self.paths = paths
-        self.values = {"kernels": {}, "operators": {}}
+        self.values = {"capability": capability, "kernels": {}, "operators": {}}
 
     def read(self):
         """The configurations that are kept already, {(kernel, key): configuration}."""
@@ -107,7 +107,7 @@ def main():
 
 def work(args):
     gpu = device.opened(args.rehearse)
-    tuned = Tuned([folder_of(args) / _launch.path_of(gpu.name).name, args.out / "tuned.json"])
+    tuned = Tuned([folder_of(args) / _launch.path_of(gpu.name).name, args.out / "tuned.json"], gpu.capability)
     taken, failures, compared = tuned.read(), [], set()
     chosen = [call for call in calls.of_models() if args.only.search(call.label)]
     for call in sorted(chosen, key=lambda call: call.is_backward)[: 3 if args.rehearse else None]:

@@ -38,7 +38,7 @@ def check_files(folder):
         if path.suffix == ".jsonl":
             assert all(json.loads(line)["case"] for line in text.splitlines())
         elif path.suffix == ".json":
-            assert set(json.loads(text)) == {"kernels", "operators"}
+            assert set(json.loads(text)) == {"capability", "kernels", "operators"}
         elif path.suffix == ".csv":
             header, *rows = csv.reader(text.splitlines())
             assert all(len(row) == len(header) for row in rows) and text.endswith("\n")

@@ -1,5 +1,8 @@
 """What the Triton kernels' host code does by itself, on tensors without memory."""
 
+import json
+import types
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,3 +37,25 @@ def test_integers():
             _launch.power_of_2(n) / 2 < n <= _launch.power_of_2(n) == 2 ** round(torch.tensor(n).log2().ceil().item())
         )
         assert all(_launch.cdiv(n, k) * k - k < n <= _launch.cdiv(n, k) * k for k in range(1, 20))
+
+
+def test_what_was_measured_serves_gpus_of_the_same_kind(tmp_path, monkeypatch):
+    """A GPU's own file, else one of its compute capability; configurations that are no candidates are not taken."""
+    good, stale, default = dict(BLOCK=64, num_warps=4), dict(BLOCK=7), dict(BLOCK=32, num_warps=4)
+    for name, capability, chosen in (("NVIDIA_H200", [9, 0], good), ("Other", [8, 0], default), ("Old", [9, 0], stale)):
+        values = {"capability": capability, "kernels": {"k": {"bfloat16-96": chosen}}, "operators": {}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    monkeypatch.setattr(_launch, "CONFIGS", tmp_path)
+    cuda = types.SimpleNamespace(type="cuda", index=0)
+    for gpu, capability, expected in (
+        ("NVIDIA H200", (9, 0), good),
+        ("NVIDIA H100 80GB HBM3", (9, 0), good),
+        ("Old", (9, 0), default),
+        ("NVIDIA A100", (8, 0), default),
+        ("NVIDIA B200", (10, 0), default),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        _launch.measured_on.cache_clear()
+        assert _launch.config("k", "bfloat16-96", [default, good], cuda) == expected, gpu
+    _launch.measured_on.cache_clear()
