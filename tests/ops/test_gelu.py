@@ -25,6 +25,17 @@ def usable(x):
         pytest.skip(reason)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_not_finite(dtype):
+    x = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.0], dtype=dtype).view(1, 1, 2, 2).to(DEVICE)
+    usable(x)
+    from ipt_fast.kernels.pointwise import pointwise
+
+    found = pointwise(x, x.new_ones(1, 1, 1, 1), gelu=True).cpu().flatten()[:3].float()
+    exact = torch.nn.functional.gelu(x.cpu().double()).flatten()[:3].float()
+    assert torch.equal(found.isnan(), exact.isnan()) and torch.equal(found.isinf(), exact.isinf())
+
+
 @pytest.mark.parametrize(
     ("dtype", "most", "most_of_slope"), [(torch.float16, 0.18, 0.11), (torch.bfloat16, 0.03, 0.03)]
 )
