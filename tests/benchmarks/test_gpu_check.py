@@ -131,3 +131,29 @@ def test_rows_of_a_table_are_whole_and_unknown_columns_are_refused(tmp_path):
         ["gpu", "name", "value"],
         ['A "B", C', "x", "0.1235"],
     ]
+
+
+def test_results_are_kept(tmp_path):
+    """Rows are added to those that are there; a rehearsal's are refused."""
+    from benchmarks import results
+    from benchmarks.gpu import keep, kernels, models
+
+    out, kept, configs = (tmp_path / name for name in ("out", "kept", "configs"))
+    for folder in (out, kept):
+        folder.mkdir()
+
+    def write(gpu):
+        for name, columns in (("models.csv", models.COLUMNS), ("kernels.csv", kernels.COLUMNS)):
+            rows = [dict.fromkeys(columns, "x") | {"gpu": gpu}]
+            (out / name).write_text("\n".join([",".join(columns), *(",".join(row.values()) for row in rows), ""]))
+
+    write("rehearsal")
+    with pytest.raises(ValueError, match="rehearsal"):
+        keep.keep(out, kept, configs)
+    write("NVIDIA H200")
+    (out / "tuned.json").write_text("{}")
+    for count in (1, 2):
+        keep.keep(out, kept, configs)
+        for name in ("gpu_models.csv", "gpu_kernels.csv"):
+            assert [row["gpu"] for row in results.read(kept / name)] == ["NVIDIA H200"] * count
+    assert (configs / "NVIDIA_H200.json").read_text() == "{}"
