@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu.keep FOLDER``: the results of a check into the repository.
 
-Rows go to the end of benchmarks/results/gpu_models.csv and gpu_kernels.csv, and what was tuned replaces the card's file in
+Rows go to the end of benchmarks/results/gpu_models.csv and gpu_kernels.csv; what was tuned replaces the card's file in
 kernels/configs.
 """
 

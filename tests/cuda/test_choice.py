@@ -1,0 +1,38 @@
+"""Where "auto" takes the CUDA kernels, by what was measured and, where nothing was, by what is predicted."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ipt_fast.ops import _cuda
+from ipt_fast.ops._operator import OPERATORS
+
+
+def taken(monkeypatch, operator, measured, dtype=torch.bfloat16, reason_against_triton=None):
+    operator = OPERATORS[operator]
+    triton = dataclasses.replace(operator.kernels["triton"], check=lambda args: reason_against_triton)
+    monkeypatch.setitem(operator.kernels, "triton", triton)
+    monkeypatch.setattr(_cuda, "_measured", lambda device: measured)
+    with FakeTensorMode():
+        x = torch.empty(1, 96, 4, 4, dtype=dtype, device="cuda")
+    return operator.kernels["cuda"].automatic((x, None, 2, 16, 1e-5, True))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_as_measured_by_operator_dtype_and_widths(monkeypatch, backend):
+    other = {"cuda": "triton", "triton": "cuda"}[backend]
+    measured = {"grid_attention_layer": {"bfloat16-96-2-16": backend, "bfloat16-48-2-16": other}}
+    assert taken(monkeypatch, "grid_attention_layer", measured) == (backend == "cuda")
+
+
+def test_as_predicted_where_nothing_was_measured(monkeypatch):
+    measured = {"grid_attention_layer": {"bfloat16-48-2-16": "triton"}}
+    assert taken(monkeypatch, "grid_attention_layer", measured)
+    assert not taken(monkeypatch, "grid_attention_layer", measured, torch.float32)
+    assert not taken(monkeypatch, "merge_pointwise", measured)
+
+
+def test_wherever_triton_cannot_run(monkeypatch):
+    assert taken(monkeypatch, "merge_pointwise", {}, reason_against_triton="Triton is not installed")
