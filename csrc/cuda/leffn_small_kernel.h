@@ -79,7 +79,7 @@ struct LeffnSmallTile {
     static constexpr int kMap = kInPixels + 8, kConvolved = kPixels + 8;
     static constexpr int kExpand = padded_row<T>(C), kProject = padded_row<T>(kChunk);
     // Of a channel its five rows of taps among eight values in all four places, between rows of zeros, as words.
-    static constexpr int kTapRow = 4 * 4, kTapsAbove = 3, kTapChannel = (kTapsAbove + 5 + 3) * kTapRow;
+    static constexpr int kTapRow = 4 * 4, kTapChannel = (1 + 5 + 1) * kTapRow;
 
     alignas(16) T map[2][kChunk * kMap];
     alignas(16) T convolved[2][kChunk * kConvolved];
@@ -214,33 +214,36 @@ IPT_FAST_DEVICE void leffn_expand_last(T* map, const LeffnSmallTile<T, C>& tile,
     leffn_activate<T, C>(map + channel * Tile::kMap + Tile::kLast + unit * 8, sums);
 }
 
-// Step 2, a warp's part. Matrices of taps have a row for every pixel of a patch and as columns two rows of its input,
-// which are rows of shifted taps; those of a map have a column for every patch. Lane i has patch i / 4, in row i / 16 *
-// 2 (+ 1, the second product), column i / 4 % 4 of the tile's 4 x 4 patches.
+// Step 2, a warp's part. Matrices of taps have a row for every pixel of a patch and as columns two rows of its input;
+// those of a map have a column for every patch. Lane i has patch i / 4, in row i / 16 * 2 (+ 1, the second product),
+// column i / 4 % 4 of the tile's 4 x 4 patches. Of the taps it needs those that the patch's pixel i / 4 (or, two rows
+// below, i / 4 + 8, for which they are the same two rows of input later) takes from columns 2 (i % 4) and the next.
 template <class T, int C>
 IPT_FAST_DEVICE void leffn_convolve(T* convolved, const T* map, const uint32_t* taps, int warp) {
     using Tile = LeffnSmallTile<T, C>;
     constexpr int channels = Tile::kChunk / Tile::kWarps;
     const int lane = lane_index(), patch = lane / 4, pair = lane % 4 * 2;
-    // For load_matrices(): of the lane's pixel and input row, where its taps begin.
-    const int row = Tile::kTapsAbove + lane / 16 - lane / 4 % 2 - lane / 8 % 2 * 2;
-    taps += warp * channels * Tile::kTapChannel + row * Tile::kTapRow + lane % 4 * 4;
+    taps += warp * channels * Tile::kTapChannel + (1 - lane / 16) * Tile::kTapRow + lane % 16;
     map += warp * channels * Tile::kMap + patch / 4 * 8 * Tile::kInWide + patch % 4 * 4 + pair;
     convolved += warp * channels * Tile::kConvolved + patch * 8 + pair;
 #pragma unroll 1
     for (int channel = 0; channel < channels; ++channel) {
-        uint32_t input[12];  // rows of the patch, and of the one below it
+        uint32_t rows[10] = {};  // taps for two rows above the patch's input, of the input's six upper, two lower rows
+        uint32_t input[12];      // rows of the patch, and of the one below it
+#pragma unroll
+        for (int i = 0; i < 6; ++i) {
+            rows[i + 2] = taps[i * Tile::kTapRow];
+        }
 #pragma unroll
         for (int i = 0; i < 12; ++i) {
             input[i] = *reinterpret_cast<const uint32_t*>(map + i * Tile::kInWide);
         }
         float sums[2][4] = {};
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            uint32_t a[4];
-            load_matrices(a, taps + 2 * k * Tile::kTapRow);
-            multiply_add(sums[0], a, input[2 * k], input[2 * k + 1], T{});
-            multiply_add(sums[1], a, input[2 * k + 4], input[2 * k + 5], T{});
+        for (int k = 0; k < 8; k += 2) {
+            const uint32_t a[4] = {rows[k + 2], rows[k], rows[k + 3], rows[k + 1]};
+            multiply_add(sums[0], a, input[k], input[k + 1], T{});
+            multiply_add(sums[1], a, input[k + 4], input[k + 5], T{});
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -259,7 +262,7 @@ IPT_FAST_DEVICE void leffn_project(Sums<LeffnSmallTile<T, C>::kRows, C>& sums, c
                                    int warp) {
     using Tile = LeffnSmallTile<T, C>;
     constexpr int down = Tile::kRows / 16;
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < Tile::kChunk; k += 16) {
         BlockA rows[down];
 #pragma unroll
@@ -283,12 +286,14 @@ IPT_FAST_DEVICE void leffn_project(Sums<LeffnSmallTile<T, C>::kRows, C>& sums, c
 template <class T, int C>
 IPT_FAST_DEVICE void leffn_copy_expand(T* to, const T* from) {
     using Tile = LeffnSmallTile<T, C>;
-    constexpr int vectors = C / 8, threads = Tile::kThreads / 2;
+    constexpr int together = Tile::kThreads / 2 / Tile::kChunk * 8;
+    const int row = thread_index() / (together / 8), column = thread_index() % (together / 8) * 8;
+    const uint32_t offset = row * C + column;
+    to += row * Tile::kExpand + column;
 #pragma unroll
-    for (int first = 0; first < Tile::kChunk * vectors; first += threads) {
-        const int i = first + thread_index();
-        if (i < Tile::kChunk * vectors) {
-            copy_async(to + i / vectors * Tile::kExpand + i % vectors * 8, from + i * 8, true);
+    for (int first = 0; first < C; first += together) {
+        if (first + together <= C || first + column < C) {
+            copy_async(to + first, from + (offset + first), true);
         }
     }
 }
@@ -322,25 +327,25 @@ struct LeffnTapRow {
     IPT_FAST_DEVICE void load(const T* taps) {
 #pragma unroll
         for (int i = 0; i < 5; ++i) {
-            bits[i] = there() ? taps[thread_index() * 5 + i].bits : 0;
+            bits[i] = there() ? taps[(uint32_t)thread_index() * 5 + i].bits : 0;
         }
     }
     IPT_FAST_DEVICE void store(uint32_t* taps) const {
         if (there()) {
-            uint32_t padded[11] = {}, pairs[10];
-#pragma unroll
-            for (int i = 0; i < 5; ++i) {
-                padded[i + 3] = bits[i];
-            }
-#pragma unroll
-            for (int i = 0; i < 10; ++i) {
-                pairs[i] = padded[i] | padded[i + 1] << 16;
-            }
-            const int row = Tile::kTapsAbove + thread_index() % 5;
-            uint32_t* to = taps + thread_index() / 5 * Tile::kTapChannel + row * Tile::kTapRow;
+            const int thread = thread_index(), row = 1 + thread % 5;
+            const uint32_t even[5] = {0, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4], 0};
+            const uint32_t odd[5] = {0, bits[0] << 16, bits[1] | bits[2] << 16, bits[3] | bits[4] << 16, 0};
+            uint32_t* to = taps + thread / 5 * Tile::kTapChannel + row * Tile::kTapRow;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                store_words(to + i * 4, {pairs[3 - i], pairs[5 - i], pairs[7 - i], pairs[9 - i]});
+                const int place = (i + thread / 2) % 4;  // no two of eight neighbours write to the same banks
+                uint32_t words[4];
+#pragma unroll
+                for (int w = 0; w < 4; ++w) {
+                    const uint32_t here = place % 2 ? odd[w + 1] : even[w + 1], before = place % 2 ? odd[w] : even[w];
+                    words[w] = place < 2 ? here : before;
+                }
+                store_words(to + place * 4, words);
             }
         }
     }
