@@ -48,7 +48,7 @@ struct LeffnInput {
         }
     }
 
-   private:
+  private:
     static IPT_FAST_DEVICE uint32_t shuffle_bits(uint32_t word, int lane) {
         return as_bits(shuffle(as_float(word), lane));
     }
@@ -85,11 +85,16 @@ struct LeffnSmallTile {
     alignas(16) T convolved[2][kChunk * kConvolved];
     alignas(16) T expand[2][kChunk * kExpand];
     alignas(16) T project[2][C * kProject];
+    alignas(16) T compact_taps[2][kChunk * 25];
     alignas(16) uint32_t taps[2][kChunk * kTapChannel];
     alignas(16) uint32_t last[2][Input::kGroups][kWarp * Input::kWords];  // the input of the last 16 pixels
     alignas(16) float norm_weight[C];
     alignas(16) float norm_bias[C];
     LeffnPlace place;  // for the end, as registers are few
+    int zero;
+
+    // 0, which the compiler does not know: what comes of it is computed where it is needed, not kept in registers.
+    IPT_FAST_DEVICE int hidden_zero() const { return *static_cast<const volatile int*>(&zero); }
 };
 
 // Where of the tile's pixels with their halo this one lies in x, or nullptr.
@@ -267,8 +272,8 @@ IPT_FAST_DEVICE void leffn_project(Sums<LeffnSmallTile<T, C>::kRows, C>& sums, c
         BlockA rows[down];
 #pragma unroll
         for (int i = 0; i < down; ++i) {
-            rows[i] = load_a_transposed(convolved + k * Tile::kConvolved + warp * Tile::kRows + i * 16,
-                                        Tile::kConvolved);
+            rows[i] =
+                load_a_transposed(convolved + k * Tile::kConvolved + warp * Tile::kRows + i * 16, Tile::kConvolved);
         }
 #pragma unroll
         for (int j = 0; j < C / 16; ++j) {
@@ -284,10 +289,10 @@ IPT_FAST_DEVICE void leffn_project(Sums<LeffnSmallTile<T, C>::kRows, C>& sums, c
 // Weights of a chunk, asynchronously, by the threads of one kind of warps; those of the projection in the order in
 // which a lane's sums are neighbouring channels.
 template <class T, int C>
-IPT_FAST_DEVICE void leffn_copy_expand(T* to, const T* from) {
+IPT_FAST_DEVICE void leffn_copy_expand(T* to, const T* from, int thread) {
     using Tile = LeffnSmallTile<T, C>;
     constexpr int together = Tile::kThreads / 2 / Tile::kChunk * 8;
-    const int row = thread_index() / (together / 8), column = thread_index() % (together / 8) * 8;
+    const int row = thread / (together / 8), column = thread % (together / 8) * 8;
     const uint32_t offset = row * C + column;
     to += row * Tile::kExpand + column;
 #pragma unroll
@@ -298,12 +303,12 @@ IPT_FAST_DEVICE void leffn_copy_expand(T* to, const T* from) {
     }
 }
 template <class T, int C>
-IPT_FAST_DEVICE void leffn_copy_project(T* to, const T* from, int hidden) {
+IPT_FAST_DEVICE void leffn_copy_project(T* to, const T* from, int hidden, int thread) {
     using Tile = LeffnSmallTile<T, C>;
     using Input = LeffnInput<C>;
     constexpr int vectors = Tile::kChunk / 8, together = Tile::kThreads / 2 / vectors;
     static_assert(together % Input::kGroup == 0);
-    const int thread = thread_index() % (Tile::kThreads / 2), channel = thread / vectors;
+    const int channel = thread / vectors;
     const int place = channel % Input::kGroup, column = thread % vectors * 8;
     const int row = channel - place + place % Input::kLane / 2 * 8 + place / Input::kLane * 2 + place % 2;
     const uint32_t offset = channel * hidden + column;
@@ -316,40 +321,41 @@ IPT_FAST_DEVICE void leffn_copy_project(T* to, const T* from, int hidden) {
     }
 }
 
-// A row of a chunk's taps on its way from memory, of an expanding thread.
 template <class T, int C>
-struct LeffnTapRow {
+IPT_FAST_DEVICE void leffn_copy_taps(T* to, const T* from, int thread) {
     using Tile = LeffnSmallTile<T, C>;
-    uint32_t bits[5];
+    static_assert(Tile::kChunk * 25 / 8 <= Tile::kThreads / 2);
+    if (thread < Tile::kChunk * 25 / 8) {
+        copy_async(to + thread * 8, from + thread * 8, true);
+    }
+}
 
-    static IPT_FAST_DEVICE bool there() { return thread_index() < Tile::kChunk * 5; }
-
-    IPT_FAST_DEVICE void load(const T* taps) {
+// Taps for step 2, a row a thread.
+template <class T, int C>
+IPT_FAST_DEVICE void leffn_spread_taps(uint32_t* to, const T* from, int thread) {
+    using Tile = LeffnSmallTile<T, C>;
+    if (thread < Tile::kChunk * 5) {
+        uint32_t bits[5];
 #pragma unroll
         for (int i = 0; i < 5; ++i) {
-            bits[i] = there() ? taps[(uint32_t)thread_index() * 5 + i].bits : 0;
+            bits[i] = from[thread * 5 + i].bits;
         }
-    }
-    IPT_FAST_DEVICE void store(uint32_t* taps) const {
-        if (there()) {
-            const int thread = thread_index(), row = 1 + thread % 5;
-            const uint32_t even[5] = {0, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4], 0};
-            const uint32_t odd[5] = {0, bits[0] << 16, bits[1] | bits[2] << 16, bits[3] | bits[4] << 16, 0};
-            uint32_t* to = taps + thread / 5 * Tile::kTapChannel + row * Tile::kTapRow;
+        const uint32_t even[5] = {0, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4], 0};
+        const uint32_t odd[5] = {0, bits[0] << 16, bits[1] | bits[2] << 16, bits[3] | bits[4] << 16, 0};
+        to += thread / 5 * Tile::kTapChannel + (1 + thread % 5) * Tile::kTapRow;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int place = (i + thread / 2) % 4;  // no two of eight neighbours write to the same banks
-                uint32_t words[4];
+        for (int i = 0; i < 4; ++i) {
+            const int place = (i + thread / 2) % 4;  // no two of eight neighbours write to the same banks
+            uint32_t words[4];
 #pragma unroll
-                for (int w = 0; w < 4; ++w) {
-                    const uint32_t here = place % 2 ? odd[w + 1] : even[w + 1], before = place % 2 ? odd[w] : even[w];
-                    words[w] = place < 2 ? here : before;
-                }
-                store_words(to + place * 4, words);
+            for (int w = 0; w < 4; ++w) {
+                const uint32_t here = place % 2 ? odd[w + 1] : even[w + 1], before = place % 2 ? odd[w] : even[w];
+                words[w] = place < 2 ? here : before;
             }
+            store_words(to + place * 4, words);
         }
     }
-};
+}
 
 template <class T, int C>
 IPT_FAST_DEVICE void leffn_expanding_warp(LeffnSmallTile<T, C>& tile, const LeffnParams& p, const LeffnPlace& place) {
@@ -357,7 +363,8 @@ IPT_FAST_DEVICE void leffn_expanding_warp(LeffnSmallTile<T, C>& tile, const Leff
     const T *x = static_cast<const T*>(p.x), *weights = static_cast<const T*>(p.expand);
     const T *depthwise = static_cast<const T*>(p.depthwise), *project = static_cast<const T*>(p.project);
     const int chunks = p.hidden / Tile::kChunk;
-    leffn_copy_expand<T, C>(tile.expand[0], weights);
+    leffn_copy_expand<T, C>(tile.expand[0], weights, thread_index());
+    leffn_copy_taps<T, C>(tile.compact_taps[0], depthwise, thread_index());
     copy_commit();
     LeffnInput<C> input[Tile::kUnits];
     uint32_t inside = 0;
@@ -387,19 +394,18 @@ IPT_FAST_DEVICE void leffn_expanding_warp(LeffnSmallTile<T, C>& tile, const Leff
     sync_block();
 #pragma unroll 1
     for (int span = 0; span < chunks + 2; ++span) {
-        if (span > 0 && span <= chunks) {
-            leffn_copy_project<T, C>(tile.project[(span - 1) & 1], project + (span - 1) * Tile::kChunk, p.hidden);
+        const int thread = thread_index() + tile.hidden_zero(), next = span + 1, convolved = span - 1;
+        if (next < chunks) {
+            leffn_copy_expand<T, C>(tile.expand[next & 1], weights + (int64_t)next * Tile::kChunk * C, thread);
+            leffn_copy_taps<T, C>(tile.compact_taps[next & 1], depthwise + (int64_t)next * Tile::kChunk * 25, thread);
+        }
+        if (convolved >= 0 && convolved < chunks) {
+            leffn_copy_project<T, C>(tile.project[convolved & 1], project + convolved * Tile::kChunk, p.hidden, thread);
         }
         copy_commit();
         if (span < chunks) {
-            LeffnTapRow<T, C> taps;
-            taps.load(depthwise + (int64_t)span * Tile::kChunk * 25);
-            if (span + 1 < chunks) {
-                leffn_copy_expand<T, C>(tile.expand[(span + 1) & 1], weights + (int64_t)(span + 1) * Tile::kChunk * C);
-            }
-            copy_commit();
+            leffn_spread_taps<T, C>(tile.taps[span & 1], tile.compact_taps[span & 1], thread);
             leffn_expand<T, C>(tile.map[span & 1], input, tile.expand[span & 1]);
-            taps.store(tile.taps[span & 1]);
         }
         copy_wait<0>();
         sync_block();
@@ -410,11 +416,13 @@ template <class T, int C>
 IPT_FAST_DEVICE void leffn_projecting_warp(LeffnSmallTile<T, C>& tile, const LeffnParams& p, const LeffnPlace& place) {
     using Tile = LeffnSmallTile<T, C>;
     using Input = LeffnInput<C>;
-    const int warp = warp_index() - Tile::kWarps, thread = thread_index() - Tile::kThreads / 2, lane = lane_index();
+    int warp = warp_index() - Tile::kWarps;
+    const int thread = thread_index() - Tile::kThreads / 2, lane = lane_index();
     const T* x = static_cast<const T*>(p.x);
     const int chunks = p.hidden / Tile::kChunk;
     if (thread == 0) {
         tile.place = place;
+        tile.zero = 0;
     }
     if (thread < C && p.norm_weight != nullptr) {
         tile.norm_weight[thread] = small_value<T>(p.norm_weight, thread, p.narrow);
@@ -444,6 +452,7 @@ IPT_FAST_DEVICE void leffn_projecting_warp(LeffnSmallTile<T, C>& tile, const Lef
 #pragma unroll 1
     for (int span = 0; span < chunks + 2; ++span) {
         const int convolved = span - 1, projected = span - 2;
+        warp += tile.hidden_zero();
         if (span < chunks && warp < 4) {
             leffn_expand_last<T, C>(tile.map[span & 1], tile, tile.expand[span & 1], warp);
         }
