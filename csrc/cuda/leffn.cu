@@ -5,11 +5,11 @@ namespace {
 
 template <class T, int C>
 void run(const LeffnParams& params, void* stream) {
-    using Tile = LeffnTile<T, C>;
+    using Tile = LeffnBlock<T, C>;
     static_assert(sizeof(Tile) <= 163 << 10);
     const int64_t across = (params.width + Tile::kWide - 1) / Tile::kWide;
     const int64_t down = (params.height + Tile::kHigh - 1) / Tile::kHigh;
-    launch(leffn_kernel<T, C>, params, {params.batch * down * across, kLeffnThreads, (int)sizeof(Tile), stream});
+    launch(leffn_kernel<T, C>, params, {params.batch * down * across, Tile::kThreads, (int)sizeof(Tile), stream});
 }
 
 }  // namespace

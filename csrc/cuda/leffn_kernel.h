@@ -20,7 +20,9 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
+#include "leffn_small_kernel.h"
 #include "leffn_tile.h"
 
 namespace ipt_fast {
@@ -213,11 +215,10 @@ IPT_FAST_DEVICE void leffn_project(Sums<LeffnTile<T, C>::kRows, C>& sums, const 
 }
 
 template <class T, int C>
-IPT_FAST_KERNEL IPT_FAST_BOUNDS(kLeffnThreads, (LeffnTile<T, C>::kBlocks))
-    leffn_kernel(IPT_FAST_PARAMS(LeffnParams) p) {
+IPT_FAST_DEVICE void leffn_wide(const LeffnParams& p) {
     using Tile = LeffnTile<T, C>;
     auto& tile = *shared_memory<Tile>();
-    const LeffnPlace place = leffn_place<T, C>(p);
+    const LeffnPlace place = leffn_place<Tile>(p);
     const T* x = static_cast<const T*>(p.x);
     const T *expand = static_cast<const T*>(p.expand), *project = static_cast<const T*>(p.project);
     const T* depthwise = static_cast<const T*>(p.depthwise);
@@ -312,6 +313,20 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kLeffnThreads, (LeffnTile<T, C>::kBlocks))
             Vector<T>::of(y).store_global(static_cast<T*>(p.y) + at);
         }
     });
+}
+
+// The tile of a block.
+template <class T, int C>
+using LeffnBlock = std::conditional_t<sizeof(T) == 2, LeffnSmallTile<T, C>, LeffnTile<T, C>>;
+
+template <class T, int C>
+IPT_FAST_KERNEL IPT_FAST_BOUNDS((LeffnBlock<T, C>::kThreads), (LeffnBlock<T, C>::kBlocks))
+    leffn_kernel(IPT_FAST_PARAMS(LeffnParams) p) {
+    if constexpr (sizeof(T) == 2) {
+        leffn_small<T, C>(p);
+    } else {
+        leffn_wide<T, C>(p);
+    }
 }
 
 }  // namespace ipt_fast

@@ -9,7 +9,7 @@ namespace ipt_fast {
 template <class T, int C>
 struct LeffnTile {
     static constexpr bool kSmall = sizeof(T) == 2;
-    static constexpr int kWarps = kLeffnThreads / kWarp;
+    static constexpr int kThreads = kLeffnThreads, kWarps = kThreads / kWarp;
     static constexpr int kBlocks = C <= 48 ? 2 : 1;  // a multiprocessor
     static constexpr int kWide = 16, kHigh = kSmall ? 16 : 8, kPixels = kWide * kHigh;
     static constexpr int kInWide = kWide + 4, kInHigh = kHigh + 4, kInPixels = kInWide * kInHigh;
@@ -59,9 +59,8 @@ struct LeffnPlace {
     IPT_FAST_DEVICE int64_t pixel(int row, int column) const { return image + (int64_t)(y + row) * width + x + column; }
 };
 
-template <class T, int C>
+template <class Tile>
 IPT_FAST_DEVICE LeffnPlace leffn_place(const LeffnParams& p) {
-    using Tile = LeffnTile<T, C>;
     const int across = (p.width + Tile::kWide - 1) / Tile::kWide, down = (p.height + Tile::kHigh - 1) / Tile::kHigh;
     const int64_t block = block_index(), row = block / across;
     return {row / down * p.height * p.width, (int)(row % down) * Tile::kHigh, (int)(block % across) * Tile::kWide,

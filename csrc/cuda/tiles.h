@@ -347,6 +347,15 @@ IPT_FAST_DEVICE float reciprocal(float x) {
 #endif
 }
 
+// 1 / sqrt(x) within two units in the last place.
+IPT_FAST_DEVICE float reciprocal_root(float x) {
+#ifdef __CUDACC__
+    return rsqrtf(x);
+#else
+    return 1.0f / sqrtf(x);
+#endif
+}
+
 // Whether it is true in any lane, in all of them. Collective.
 IPT_FAST_DEVICE bool any_lane(bool x) {
 #ifdef __CUDACC__
