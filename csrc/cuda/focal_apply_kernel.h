@@ -130,7 +130,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
     for (int index = shared.first; index < shared.last; ++index) {
         const FocalTile& tile = shared.tiles[index % 2];
         copy_wait<0>();
-        normalise_pixels<T, C>(shared.pixels, S::kStride, p, tile, shared.norm);
+        normalise_pixels<T, C, 3>(shared.pixels, S::kStride, p, tile, shared.norm);
         sync_block();
         project_in_place<T, C, C, S::kUnit>(shared.pixels, S::kStride, tile.pixels(), shared.weight, S::kStride,
                                             p.tf32);

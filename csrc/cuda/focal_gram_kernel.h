@@ -67,6 +67,7 @@ struct GramShared {
     ChannelNorms norms[2][kThreads];     // of each thread's channels, as registers are few
     float most[2][kWarps];
     FocalBlock block;  // not in registers either
+    int first, last;   // of its tiles
 };
 
 // Blocks of a multiprocessor: registers for three or four, where there is the memory.
@@ -175,6 +176,8 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, (gram_blocks<T, C, D>()))
     const FocalBlock& block = shared.block;
     if (thread_index() == 0) {
         shared.block = FocalBlock::at(p, rest / p.splits, focal_rows<T>());
+        shared.first = block.first(rest % p.splits, p.splits);
+        shared.last = block.first(rest % p.splits + 1, p.splits);
     }
 
     const T* weight = static_cast<const T*>(p.qkv_weight);
@@ -198,9 +201,8 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, (gram_blocks<T, C, D>()))
     shared.norms[0][thread_index()] = shared.norms[1][thread_index()] = {};
     const int own = warp_index() * 2 * kConvolvedChannels;  // channels of the convolution
     static_assert(S::kWarps * 2 * kConvolvedChannels == 2 * D);
-    const int share = rest % p.splits, last = block.first(share + 1, p.splits);
 #pragma unroll 1
-    for (int i = block.first(share, p.splits); i < last; ++i) {
+    for (int i = shared.first; i < shared.last; ++i) {
         const FocalTile tile = FocalTile::at(block, i);
         copy_pixels<T, C>(shared.pixels, S::kStride, p, block.image, tile);
         copy_commit();
@@ -216,8 +218,6 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, (gram_blocks<T, C, D>()))
                 weights[n] = small_value<T>(p.token_weight, head_weight + at, p.narrow);
             }
         }
-        copy_wait<0>();
-        normalise_pixels<T, C>(shared.pixels, S::kStride, p, tile, shared.norm);
 #pragma unroll
         for (int n = 0; n < S::kWeights; ++n) {
             const int j = n * S::kThreads + thread_index(), of = j / S::kTokens;
@@ -225,6 +225,8 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, (gram_blocks<T, C, D>()))
                 shared.token_weight[j % S::kTokens].of[of] = weights[n] * weights[n] / (of == 0 ? most[0] : most[1]);
             }
         }
+        copy_wait<0>();
+        normalise_pixels<T, C, 2>(shared.pixels, S::kStride, p, tile, shared.norm);
         sync_block();
         project_in_place<T, C, 2 * D, S::kUnit>(shared.pixels, S::kStride, tile.pixels(), shared.weight,
                                                 S::kWeightStride, p.tf32);

@@ -144,7 +144,7 @@ struct PixelShare {
     Divisor across;
 
     IPT_FAST_DEVICE explicit PixelShare(const FocalTile& tile)
-        : lane(thread_index() % kLanes),
+        : lane((int)((unsigned)thread_index() % kLanes)),
           pixels(tile.pixels()),
           map_y(tile.y - 1),
           map_x(tile.x - 1),
@@ -154,12 +154,12 @@ struct PixelShare {
     // together, maybe to pixels that the tile does not have.
     template <class F>
     IPT_FAST_DEVICE void for_pixels(const FocalLayerParams& p, F f) const {
-        const int step = block_threads() / kLanes;
+        const int step = block_threads() / kLanes, own = (int)((unsigned)thread_index() / kLanes);
 #pragma unroll 1
         for (int first = 0; first < pixels; first += step) {
-            const int pixel = first + thread_index() / kLanes, down = across.quotient(pixel);
+            const int pixel = first + own, down = across.quotient(pixel);
             const int y = map_y + down, x = map_x + pixel - down * across.n;
-            f(pixel, y, x, pixel < pixels && y >= 0 && y < p.height && x >= 0 && x < p.width);
+            f(pixel, y, x, pixel < pixels && (unsigned)y < (unsigned)p.height && (unsigned)x < (unsigned)p.width);
         }
     }
     IPT_FAST_DEVICE int channel(int vector) const { return (vector * kLanes + lane) * kValues; }
@@ -182,12 +182,20 @@ IPT_FAST_DEVICE void copy_pixels(T* to, int stride, const FocalLayerParams& p, i
 }
 
 // What copy_pixels() has brought becomes normalised, and zeros outside of the image. Every thread has its own copies.
-template <class T, int C>
+// Of a lane's vectors `Held` have their weights in registers.
+template <class T, int C, int Held>
 IPT_FAST_DEVICE void normalise_pixels(T* pixels, int stride, const FocalLayerParams& p, const FocalTile& tile,
                                       const FocalNorm<C>& norm) {
     constexpr int values = Vector<T>::kValues;
     using Share = PixelShare<T, C>;
     const Share share(tile);
+    constexpr int held = Held < Share::kEach ? Held : Share::kEach;
+    float weight[held][values];
+#pragma unroll
+    for (int i = 0; i < held * values; ++i) {
+        weight[i / values][i % values] = norm.weight[share.channel(i / values) + i % values];
+    }
+    const bool biased = p.norm_bias != nullptr;
     share.for_pixels(p, [&](int pixel, int, int, bool there) {
         T* own = pixels + pixel * stride;
         float loaded[Share::kEach][values] = {};
@@ -227,8 +235,14 @@ IPT_FAST_DEVICE void normalise_pixels(T* pixels, int stride, const FocalLayerPar
                 if (there) {
 #pragma unroll
                     for (int i = 0; i < values; ++i) {
-                        const float normal = loaded[v][i] * scale + offset;
-                        loaded[v][i] = normal * norm.weight[channel + i] + norm.bias[channel + i];
+                        const float w = v < held ? weight[v][i] : norm.weight[channel + i];
+                        loaded[v][i] = (loaded[v][i] * scale + offset) * w;
+                    }
+                    if (biased) {
+#pragma unroll
+                        for (int i = 0; i < values; ++i) {
+                            loaded[v][i] += norm.bias[channel + i];
+                        }
                     }
                     vector = Vector<T>::of(loaded[v]);
                 }
@@ -361,15 +375,15 @@ IPT_FAST_DEVICE void convolve_rows(const T* from, int stride, int across, int co
 #pragma unroll
             for (int row = y < 0 ? 0 : y + 2; row < y + 3; ++row) {
                 load_matrices(left[row], row_at(row) + side * stride);
-                if (row % 2 == 1) {
-                    load_matrices(right[row / 2], row_at(row - 1 + side) + 2 * stride);
+                if (row % 2 == 0) {
+                    load_matrices(right[row / 2], row_at(row + side) + 2 * stride);
                 }
             }
             if (y >= 0 && y < rows) {
                 // The right tap that remains of three: twice, as zeros times any other could be no zeros.
                 const bool even = y % 2 == 0;
-                uint32_t last[4];
-                load_matrices(last, row_at(even ? y + 2 : y) + 2 * stride);
+                const uint32_t* its = right[(even ? y + 2 : y) / 2] + (even ? 0 : 2);
+                const uint32_t last[4] = {its[0], its[1], its[0], its[1]};
                 float sums[4] = {};
                 multiply_add(sums, left[y], diagonal[0], diagonal[1], T{});
                 multiply_add(sums, left[y + 1], diagonal[3], diagonal[4], T{});
