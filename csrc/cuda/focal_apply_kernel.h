@@ -32,8 +32,8 @@ struct ApplyShared {
     alignas(16) T taps[9 * C];
     // Not in registers, which are scarce.
     FocalBlock block;
-    FocalTile tile;
-    int index, last;  // of this tile, and after the last
+    FocalTile tiles[2];  // this and the next
+    int first, last;     // of the tiles
 };
 
 template <class T, int C, int D>
@@ -105,9 +105,9 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
     const FocalBlock& block = shared.block;
     if (thread_index() == 0) {
         shared.block = FocalBlock::at(p, rest / p.splits, focal_rows<T>());
-        shared.index = block.first(rest % p.splits, p.splits);
+        shared.first = block.first(rest % p.splits, p.splits);
         shared.last = block.first(rest % p.splits + 1, p.splits);
-        shared.tile = FocalTile::at(block, shared.index);
+        shared.tiles[shared.first % 2] = FocalTile::at(block, shared.first);
     }
     sync_block();
     const T* weight = static_cast<const T*>(p.qkv_weight) + 2 * C * C;
@@ -116,17 +116,21 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
     const T* matrices[2] = {attention + block.matrix(p, 0) * D * D, attention + block.matrix(p, 1) * D * D};
     copy_rows(shared.attention, S::kAttentionStride, 2 * C, D,
               [&](int row) { return (row / D % 2 == 0 ? matrices[0] : matrices[1]) + row * D; });
+    if (shared.first < shared.last) {
+        copy_pixels<T, C>(shared.pixels, S::kStride, p, block.image, shared.tiles[shared.first % 2]);
+    }
     copy_commit();
-    load_small<T, C, C>(p, shared.norm, shared.taps, [](int i) { return 2 * C + i; });
+    load_small<T, C, C, kApplyThreads>(p, shared.norm, shared.taps, [](int i) { return 2 * C + i; });
     copy_wait<0>();
     sync_block();
 
     const int window = p.vertical.window, own_first = warp_index() * 16;
     const T* project = static_cast<const T*>(p.project_weight);
-    const FocalTile& tile = shared.tile;
 #pragma unroll 1
-    while (shared.index < shared.last) {
-        load_normalised<T, C>(shared.pixels, S::kStride, p, block.image, tile, shared.norm);
+    for (int index = shared.first; index < shared.last; ++index) {
+        const FocalTile& tile = shared.tiles[index % 2];
+        copy_wait<0>();
+        normalise_pixels<T, C, 3>(shared.pixels, S::kStride, p, tile, shared.norm);
         sync_block();
         project_in_place<T, C, C, S::kUnit>(shared.pixels, S::kStride, tile.pixels(), shared.weight, S::kStride,
                                             p.tf32);
@@ -153,6 +157,9 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
                 return small_value<T>(weight, (int64_t)head * window * window + at[i], p.narrow);
             });
         }
+        if (thread_index() == 0) {
+            shared.tiles[(index + 1) % 2] = FocalTile::at(block, index + 1);
+        }
         copy_wait<0>();
         sync_block();
         if (busy) {
@@ -163,11 +170,17 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
                 multiply<T, depth<T>()>(sums, own + k, S::kStride, shared.pixels + k, S::kStride, p.tf32);
             }
             sync_warp();
-            const int64_t origin = (((int64_t)block.image * p.height + tile.y) * p.width + tile.x) * C;
             // By way of shared memory, for whole rows in memory.
             sums.for_pairs(
                 [&](int i, int j, const float* pair) { store_pair(own + i * S::kStride + j, pair[0], pair[1]); });
-            sync_warp();
+        }
+        sync_block();
+        if (index + 1 < shared.last) {
+            copy_pixels<T, C>(shared.pixels, S::kStride, p, block.image, shared.tiles[(index + 1) % 2]);
+            copy_commit();
+        }
+        if (busy) {
+            const int64_t origin = (((int64_t)block.image * p.height + tile.y) * p.width + tile.x) * C;
 #pragma unroll S::kTogether
             for (int i = lane_index(); i < 16 * vectors; i += kWarp) {
                 const int row = i / vectors, token = own_first + row;
@@ -186,11 +199,6 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
                 }
             }
         }
-        sync_block();
-        if (thread_index() == 0) {
-            shared.tile = FocalTile::at(block, ++shared.index);
-        }
-        sync_block();
     }
 }
 

@@ -21,23 +21,63 @@ struct alignas(8) TokenWeights {
     float of[2];
 };
 
+// The squared norms of eight channels: parts of those that convolve_rows() gives to the lane.
+struct alignas(16) ChannelNorms {
+    float of[2][2];  // branch, channel
+
+    IPT_FAST_DEVICE void add(const TokenWeights& weights, float first, float second) {
+#pragma unroll
+        for (int branch = 0; branch < 2; ++branch) {
+            of[branch][0] += weights.of[branch] * (first * first);
+            of[branch][1] += weights.of[branch] * (second * second);
+        }
+    }
+    // Times `most` to to[branch * step + channel]. Collective.
+    IPT_FAST_DEVICE void store(float* to, int step, const float (&most)[2]) const {
+        const int lane = lane_index();
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+            float sum = of[v / 2][v % 2];
+#pragma unroll
+            for (int mask = 4; mask < kWarp; mask *= 2) {
+                sum += shuffle_xor(sum, mask);
+            }
+            if (lane < 4) {
+                to[v / 2 * step + lane * 2 + v % 2] = sum * most[v / 2];
+            }
+        }
+    }
+};
+
 template <class T, int C, int D>
 struct GramShared {
     static constexpr int kThreads = 4 * D, kWarps = kThreads / kWarp;
     // Rows of pixels that a warp projects at once: all warps have as many of a tile's, and registers suffice.
-    static constexpr int kUnit = D == 48 ? 32 : C == 96 ? 16 : 48;
+    static constexpr int kUnit = D == 48 || C == 96 ? 16 : 48;
     static constexpr int kTokens = focal_tokens<T>();
-    static constexpr int kStride = padded_row<T>(C > 2 * D ? C : 2 * D), kTokenStride = padded_row<T>(2 * D);
+    static constexpr int kWeights = (2 * kTokens + kThreads - 1) / kThreads;  // that a thread brings
+    static constexpr int kStride = padded_row<T>(C > 2 * D ? C : 2 * D);
     static constexpr int kWeightStride = padded_row<T>(C);
 
-    alignas(16) T pixels[focal_pixels<T>(kUnit) * kStride];
-    alignas(16) T tokens[kTokens * kTokenStride];  // q, then k
+    alignas(16) T pixels[focal_pixels<T>(kUnit) * kStride];  // then q and k
     alignas(16) T weight[2 * D * kWeightStride];
     FocalNorm<C> norm;
     alignas(16) T taps[9 * 2 * D];
-    TokenWeights token_weight[kTokens];
+    TokenWeights token_weight[kTokens];  // in rows of kFocalColumns, zeros where the tile has no token
+    ChannelNorms norms[2][kThreads];     // of each thread's channels, as registers are few
     float most[2][kWarps];
+    FocalBlock block;  // not in registers either
+    int first, last;   // of its tiles
 };
+
+// Blocks of a multiprocessor: registers for three or four, where there is the memory.
+template <class T, int C, int D>
+constexpr int gram_blocks() {
+    constexpr int room = kMultiprocessorShared / (int)(sizeof(GramShared<T, C, D>) + 1024), wanted = sizeof(T) == 4 ? 1
+                                                                                                     : D == 48      ? 3
+                                                                                                                    : 4;
+    return room < wanted ? room : wanted;
+}
 
 // The largest squared token weight of each branch in a block, 1 if that is 0. By the whole block.
 template <class T, int Warps>
@@ -111,67 +151,45 @@ IPT_FAST_DEVICE void store_rounded(T* to, float& first, float& second) {
     }
 }
 
-// The squared norms of eight channels: parts of those that convolve_rows() gives to the lane.
-struct ChannelNorms {
-    float of[2][2] = {};  // branch, channel
-
-    IPT_FAST_DEVICE void add(const TokenWeights& weights, float first, float second) {
-#pragma unroll
-        for (int branch = 0; branch < 2; ++branch) {
-            of[branch][0] += weights.of[branch] * (first * first);
-            of[branch][1] += weights.of[branch] * (second * second);
-        }
-    }
-    // Times `most` to to[branch * step + channel]. Collective.
-    IPT_FAST_DEVICE void store(float* to, int step, const float (&most)[2]) const {
-        const int lane = lane_index();
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-            float sum = of[v / 2][v % 2];
-#pragma unroll
-            for (int mask = 4; mask < kWarp; mask *= 2) {
-                sum += shuffle_xor(sum, mask);
-            }
-            if (lane < 4) {
-                to[v / 2 * step + lane * 2 + v % 2] = sum * most[v / 2];
-            }
-        }
-    }
-};
-
 // Channels of q or k of up to four rows of a tile, from row y0, and their norms. Collective.
 template <class T, int C, int D>
 IPT_FAST_DEVICE void convolve_tokens(GramShared<T, C, D>& shared, const FocalTile& tile, int y0, int channel,
-                                     ChannelNorms& norms) {
+                                     ChannelNorms& stored) {
     using S = GramShared<T, C, D>;
     const int across = tile.columns + 2, rows = tile.rows - y0 < kConvolvedRows ? tile.rows - y0 : kConvolvedRows;
+    ChannelNorms norms = stored;
     convolve_rows(shared.pixels + y0 * across * S::kStride + channel, S::kStride, across, tile.columns, rows,
                   shared.taps + channel, 2 * D, [&](int y, int x, int i, float first, float second) {
-                      const int token = (y0 + y) * tile.columns + x;
-                      store_rounded(shared.tokens + token * S::kTokenStride + channel + i, first, second);
-                      norms.add(shared.token_weight[token], first, second);
+                      store_rounded(shared.pixels + ((y0 + y) * across + x) * S::kStride + channel + i, first, second);
+                      norms.add(shared.token_weight[(y0 + y) * kFocalColumns + x], first, second);
                   });
+    stored = norms;
 }
 
 template <class T, int C, int D>
-IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
-                                       : D == 48      ? 2
-                                                      : 3) focal_gram_kernel(IPT_FAST_PARAMS(FocalLayerParams) p) {
+IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, (gram_blocks<T, C, D>()))
+    focal_gram_kernel(IPT_FAST_PARAMS(FocalLayerParams) p) {
     using S = GramShared<T, C, D>;
     constexpr int heads = C / D;
     S& shared = *shared_memory<S>();
     const int head = (int)(block_index() % heads), rest = (int)(block_index() / heads);
-    const FocalBlock block = FocalBlock::at(p, rest / p.splits, focal_rows<T>());
+    const FocalBlock& block = shared.block;
+    if (thread_index() == 0) {
+        shared.block = FocalBlock::at(p, rest / p.splits, focal_rows<T>());
+        shared.first = block.first(rest % p.splits, p.splits);
+        shared.last = block.first(rest % p.splits + 1, p.splits);
+    }
 
     const T* weight = static_cast<const T*>(p.qkv_weight);
     const auto channel = [&](int i) { return (i < D ? 0 : C - D) + head * D + i; };
     copy_rows(shared.weight, S::kWeightStride, 2 * D, C, [&](int row) { return weight + channel(row) * C; });
     copy_commit();
-    load_small<T, C, 2 * D>(p, shared.norm, shared.taps, channel);
+    load_small<T, C, 2 * D, S::kThreads>(p, shared.norm, shared.taps, channel);
     const int window = p.vertical.window;
     const int64_t head_weight = (int64_t)head * window * window;
     float most[2] = {1, 1};                   // by selection: memory would be needed to index registers
     if constexpr (std::is_same_v<T, fp16>) {  // q times a weight above 1 could overflow
+        sync_block();
         most_weight<T>(most, shared.most, p, block, head_weight);
     }
     copy_wait<0>();
@@ -180,27 +198,35 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
     const int branch = warp_index() / (D / 16), first_q = warp_index() % (D / 16) * 16;
     Sums<16, D> gram;
     gram.clear();
-    ChannelNorms norms[2];
+    shared.norms[0][thread_index()] = shared.norms[1][thread_index()] = {};
     const int own = warp_index() * 2 * kConvolvedChannels;  // channels of the convolution
     static_assert(S::kWarps * 2 * kConvolvedChannels == 2 * D);
-    const int share = rest % p.splits, last = block.first(share + 1, p.splits);
 #pragma unroll 1
-    for (int i = block.first(share, p.splits); i < last; ++i) {
+    for (int i = shared.first; i < shared.last; ++i) {
         const FocalTile tile = FocalTile::at(block, i);
-        const int tokens = tile.tokens(), padded = (tokens + 15) / 16 * 16;
-        load_normalised<T, C>(shared.pixels, S::kStride, p, block.image, tile, shared.norm);
-        const Divisor columns(tile.columns);
-#pragma unroll 1
-        for (int j = thread_index(); j < 2 * padded; j += S::kThreads) {
-            const int of = j / padded, token = j % padded, y = columns.quotient(token), x = token - y * columns.n;
-            float value = 0;
-            if (token < tokens) {
+        copy_pixels<T, C>(shared.pixels, S::kStride, p, block.image, tile);
+        copy_commit();
+        float weights[S::kWeights];
+#pragma unroll
+        for (int n = 0; n < S::kWeights; ++n) {
+            const int j = n * S::kThreads + thread_index(), of = j / S::kTokens;
+            const int y = j % S::kTokens / kFocalColumns, x = j % kFocalColumns;
+            weights[n] = 0;
+            if (j < 2 * S::kTokens && y < tile.rows && x < tile.columns) {
                 const int64_t at_y = p.vertical.position(of, block.down) + tile.top + y;
                 const int64_t at = at_y * window + p.horizontal.position(of, block.across) + tile.left + x;
-                value = small_value<T>(p.token_weight, head_weight + at, p.narrow);
+                weights[n] = small_value<T>(p.token_weight, head_weight + at, p.narrow);
             }
-            shared.token_weight[token].of[of] = value * value / (of == 0 ? most[0] : most[1]);
         }
+#pragma unroll
+        for (int n = 0; n < S::kWeights; ++n) {
+            const int j = n * S::kThreads + thread_index(), of = j / S::kTokens;
+            if (j < 2 * S::kTokens) {
+                shared.token_weight[j % S::kTokens].of[of] = weights[n] * weights[n] / (of == 0 ? most[0] : most[1]);
+            }
+        }
+        copy_wait<0>();
+        normalise_pixels<T, C, 2>(shared.pixels, S::kStride, p, tile, shared.norm);
         sync_block();
         project_in_place<T, C, 2 * D, S::kUnit>(shared.pixels, S::kStride, tile.pixels(), shared.weight,
                                                 S::kWeightStride, p.tf32);
@@ -209,23 +235,26 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
         for (int y0 = 0; y0 < tile.rows; y0 += kConvolvedRows) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                convolve_tokens(shared, tile, y0, own + half * kConvolvedChannels, norms[half]);
+                convolve_tokens(shared, tile, y0, own + half * kConvolvedChannels, shared.norms[half][thread_index()]);
             }
         }
-#pragma unroll 1
-        for (int j = thread_index(); j < (padded - tokens) * D; j += S::kThreads) {
-            store_pair(shared.tokens + (tokens + j / D) * S::kTokenStride + j % D * 2, 0.0f, 0.0f);
-        }
         sync_block();
+        // Columns beyond the last repeat it, as zeros times any other could be no zeros.
+        const auto at = [&](int y, int x) {
+            const int column = x < tile.columns ? x : tile.columns - 1;
+            return shared.pixels + (y * (tile.columns + 2) + column) * S::kStride;
+        };
 #pragma unroll 1
-        for (int token = 0; token < padded; token += depth<T>()) {
-            const T* from = shared.tokens + token * S::kTokenStride;
-            BlockA q = load_a_transposed(from + first_q, S::kTokenStride);
-            scale_columns<T>(q, shared.token_weight + token, branch);
+        for (int y = 0; y < tile.rows; ++y) {
 #pragma unroll
-            for (int j = 0; j < D / 16; ++j) {
-                const BlockB k = load_b_transposed(from + D + j * 16, S::kTokenStride);
-                multiply_add<T>(gram.values[0][j], q, k, p.tf32);
+            for (int x = 0; x < kFocalColumns; x += depth<T>()) {
+                BlockA q = load_a_transposed<T>([&](int i) { return at(y, x + i) + first_q; });
+                scale_columns<T>(q, shared.token_weight + y * kFocalColumns + x, branch);
+#pragma unroll
+                for (int j = 0; j < D / 16; ++j) {
+                    const BlockB k = load_b_transposed<T>([&](int i) { return at(y, x + i) + D + j * 16; });
+                    multiply_add<T>(gram.values[0][j], q, k, p.tf32);
+                }
             }
         }
         sync_block();
@@ -238,7 +267,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, sizeof(T) == 4 ? 1
     });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        norms[half].store(slot + 2 * D * D + own + half * kConvolvedChannels, 2 * D, most);
+        shared.norms[half][thread_index()].store(slot + 2 * D * D + own + half * kConvolvedChannels, 2 * D, most);
     }
 }
 

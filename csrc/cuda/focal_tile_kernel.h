@@ -104,93 +104,152 @@ struct FocalNorm {
     alignas(16) float bias[C];
 };
 
-// norm and depthwise taps, [tap][channel], of channels channel(i), i < Channels, to shared memory. By the whole block.
-template <class T, int C, int Channels, class Channel>
+// norm and depthwise taps, [tap][channel], of channels channel(i), i < Channels, to shared memory. By the whole block
+// of Threads, which asks for several values before it stores one.
+template <class T, int C, int Channels, int Threads, class Channel>
 IPT_FAST_DEVICE void load_small(const FocalLayerParams& p, FocalNorm<C>& norm, T* taps, Channel channel) {
-#pragma unroll 1
-    for (int i = thread_index(); i < C; i += block_threads()) {
+    constexpr int each = (9 * Channels + Threads - 1) / Threads;
+    static_assert(C <= Threads);
+    const T* weight = static_cast<const T*>(p.depthwise_weight);
+    T tap[each] = {};
+#pragma unroll
+    for (int n = 0; n < each; ++n) {
+        const int i = n * Threads + thread_index();
+        if (i < 9 * Channels) {
+            tap[n] = weight[channel(i % Channels) * 9 + i / Channels];
+        }
+    }
+    if (const int i = thread_index(); i < C) {
         norm.weight[i] = small_value<T>(p.norm_weight, i, p.narrow);
         norm.bias[i] = p.norm_bias == nullptr ? 0.0f : small_value<T>(p.norm_bias, i, p.narrow);
     }
-    const T* weight = static_cast<const T*>(p.depthwise_weight);
-#pragma unroll 1
-    for (int i = thread_index(); i < 9 * Channels; i += block_threads()) {
-        taps[i] = weight[channel(i % Channels) * 9 + i / Channels];
+#pragma unroll
+    for (int n = 0; n < each; ++n) {
+        const int i = n * Threads + thread_index();
+        if (i < 9 * Channels) {
+            taps[i] = tap[n];
+        }
     }
 }
 
-// The normalised pixels of a tile and its border. By the whole block.
+// How the threads of a block share the pixels of a tile and its border: two or four lanes have a pixel, so that all
+// have as many vectors of it.
 template <class T, int C>
-IPT_FAST_DEVICE void load_normalised(T* to, int stride, const FocalLayerParams& p, int image, const FocalTile& tile,
-                                     const FocalNorm<C>& norm) {
-    constexpr int values = Vector<T>::kValues, vectors = C / values;
-    // Two or four lanes share a pixel, so that all have as many vectors: v % lanes is the lane of vector v.
-    constexpr int lanes = vectors % 4 == 0 ? 4 : 2, each = vectors / lanes;
-    static_assert(vectors % lanes == 0);
-    const int lane = thread_index() % lanes, pixels = tile.pixels();
-    const Divisor across(tile.columns + 2);
-    const int row = p.width * C;
-    const T* x =
-        static_cast<const T*>(p.x) + ((int64_t)image * p.height + tile.y - 1) * row + (tile.x - 1) * C + lane * values;
-    const int step = block_threads() / lanes;
+struct PixelShare {
+    static constexpr int kValues = Vector<T>::kValues, kVectors = C / kValues, kLanes = kVectors % 4 == 0 ? 4 : 2;
+    static constexpr int kEach = kVectors / kLanes;
+    static_assert(kVectors % kLanes == 0);
+
+    int lane, pixels, map_y, map_x;
+    Divisor across;
+
+    IPT_FAST_DEVICE explicit PixelShare(const FocalTile& tile)
+        : lane((int)((unsigned)thread_index() % kLanes)),
+          pixels(tile.pixels()),
+          map_y(tile.y - 1),
+          map_x(tile.x - 1),
+          across(tile.columns + 2) {}
+
+    // f(pixel, its row and column in the map, whether that has it) for the thread's pixels. Of a warp all lanes go on
+    // together, maybe to pixels that the tile does not have.
+    template <class F>
+    IPT_FAST_DEVICE void for_pixels(const FocalLayerParams& p, F f) const {
+        const int step = block_threads() / kLanes, own = (int)((unsigned)thread_index() / kLanes);
 #pragma unroll 1
-    for (int first = 0; first < pixels; first += step) {
-        const int pixel = first + thread_index() / lanes;
-        const int down = across.quotient(pixel), right = pixel - down * across.n;
-        const int map_y = tile.y - 1 + down, map_x = tile.x - 1 + right;
-        const bool there = pixel < pixels && map_y >= 0 && map_y < p.height && map_x >= 0 && map_x < p.width;
-        Vector<T> read[each] = {};
+        for (int first = 0; first < pixels; first += step) {
+            const int pixel = first + own, down = across.quotient(pixel);
+            const int y = map_y + down, x = map_x + pixel - down * across.n;
+            f(pixel, y, x, pixel < pixels && (unsigned)y < (unsigned)p.height && (unsigned)x < (unsigned)p.width);
+        }
+    }
+    IPT_FAST_DEVICE int channel(int vector) const { return (vector * kLanes + lane) * kValues; }
+};
+
+// The pixels of a tile and its border, asynchronously; to be committed, waited for and normalised. By the whole block.
+template <class T, int C>
+IPT_FAST_DEVICE void copy_pixels(T* to, int stride, const FocalLayerParams& p, int image, const FocalTile& tile) {
+    const PixelShare<T, C> share(tile);
+    const T* x = static_cast<const T*>(p.x) + (int64_t)image * p.height * p.width * C;
+    share.for_pixels(p, [&](int pixel, int map_y, int map_x, bool there) {
         if (there) {
-            const T* from = x + (int64_t)down * row + right * C;
+            const T* from = x + ((int64_t)map_y * p.width + map_x) * C;
 #pragma unroll
-            for (int v = 0; v < each; ++v) {
-                read[v] = Vector<T>::load(from + v * lanes * values);
+            for (int v = 0; v < share.kEach; ++v) {
+                copy_async(to + pixel * stride + share.channel(v), from + share.channel(v), true);
             }
         }
-        float loaded[each][values];
+    });
+}
+
+// What copy_pixels() has brought becomes normalised, and zeros outside of the image. Every thread has its own copies.
+// Of a lane's vectors `Held` have their weights in registers.
+template <class T, int C, int Held>
+IPT_FAST_DEVICE void normalise_pixels(T* pixels, int stride, const FocalLayerParams& p, const FocalTile& tile,
+                                      const FocalNorm<C>& norm) {
+    constexpr int values = Vector<T>::kValues;
+    using Share = PixelShare<T, C>;
+    const Share share(tile);
+    constexpr int held = Held < Share::kEach ? Held : Share::kEach;
+    float weight[held][values];
+#pragma unroll
+    for (int i = 0; i < held * values; ++i) {
+        weight[i / values][i % values] = norm.weight[share.channel(i / values) + i % values];
+    }
+    const bool biased = p.norm_bias != nullptr;
+    share.for_pixels(p, [&](int pixel, int, int, bool there) {
+        T* own = pixels + pixel * stride;
+        float loaded[Share::kEach][values] = {};
+        if (there) {
+#pragma unroll
+            for (int v = 0; v < Share::kEach; ++v) {
+                Vector<T>::load(own + share.channel(v)).unpack(loaded[v]);
+            }
+        }
         float sum = 0;
 #pragma unroll
-        for (int v = 0; v < each; ++v) {
-            read[v].unpack(loaded[v]);
-        }
-#pragma unroll
-        for (int i = 0; i < C / lanes; ++i) {
+        for (int i = 0; i < C / Share::kLanes; ++i) {
             sum += loaded[i / values][i % values];
         }
         sum += shuffle_xor(sum, 1);
-        if constexpr (lanes == 4) {
+        if constexpr (Share::kLanes == 4) {
             sum += shuffle_xor(sum, 2);
         }
         const float mean = sum * (1.0f / C);
         float squares = 0;
 #pragma unroll
-        for (int i = 0; i < C / lanes; ++i) {
+        for (int i = 0; i < C / Share::kLanes; ++i) {
             float& centered = loaded[i / values][i % values];
             centered -= mean;
             squares += centered * centered;
         }
         squares += shuffle_xor(squares, 1);
-        if constexpr (lanes == 4) {
+        if constexpr (Share::kLanes == 4) {
             squares += shuffle_xor(squares, 2);
         }
         const float scale = inverse_root<T>(squares * (1.0f / C) + p.eps), offset = p.centered ? 0.0f : mean * scale;
-        if (pixel < pixels) {
+        if (pixel < share.pixels) {
 #pragma unroll
-            for (int v = 0; v < each; ++v) {
-                const int channel = (v * lanes + lane) * values;
+            for (int v = 0; v < Share::kEach; ++v) {
+                const int channel = share.channel(v);
                 Vector<T> vector = {};
                 if (there) {
 #pragma unroll
                     for (int i = 0; i < values; ++i) {
-                        const float normal = loaded[v][i] * scale + offset;
-                        loaded[v][i] = normal * norm.weight[channel + i] + norm.bias[channel + i];
+                        const float w = v < held ? weight[v][i] : norm.weight[channel + i];
+                        loaded[v][i] = (loaded[v][i] * scale + offset) * w;
+                    }
+                    if (biased) {
+#pragma unroll
+                        for (int i = 0; i < values; ++i) {
+                            loaded[v][i] += norm.bias[channel + i];
+                        }
                     }
                     vector = Vector<T>::of(loaded[v]);
                 }
-                vector.store(to + pixel * stride + channel);
+                vector.store(own + channel);
             }
         }
-    }
+    });
 }
 
 // Rows of C channels become rows of Columns channels at the same place, `Rows` of them by a warp at once, which has
@@ -271,6 +330,7 @@ IPT_FAST_DEVICE void convolve_strip(const float* from, int stride, int across, i
             low[i][c] = next;
             middle[i][c] = begun;
         }
+        sync_warp();
         if (row >= 2) {
             emit(row - 2, sums);
         }
@@ -278,23 +338,24 @@ IPT_FAST_DEVICE void convolve_strip(const float* from, int stride, int across, i
 }
 
 // Eight channels of up to four rows of `columns` pixels by a warp, begun at the pixel above and left of the first:
-// emit(row, column, channel, sum, sum of the next channel). Values of 16 bits by tensor cores: a row of pixels, moved
-// by a tap, times the tap's weights on the diagonal of a matrix, two taps at a time.
+// emit(row, column, channel, sum, sum of the next channel), which may write to that row and column of `from`, as no
+// lane reads the row any more. Values of 16 bits by tensor cores: a row of pixels, moved by a tap, times the tap's
+// weights on the diagonal of a matrix, two taps at a time.
 template <class T, class Emit>
 IPT_FAST_DEVICE void convolve_rows(const T* from, int stride, int across, int columns, int rows, const T* taps,
                                    int tap_stride, Emit emit) {
     const int lane = lane_index();
     if constexpr (sizeof(T) == 4) {
         const int channel = lane % 4 * 2, x = lane / 4 * 2;
-        if (x < columns) {
-            convolve_strip(from + x * stride + channel, stride, across, rows, taps + channel, tap_stride,
-                           [&](int y, const float (&sums)[2][2]) {
+        convolve_strip(from + (x < columns ? x : 0) * stride + channel, stride, across, rows, taps + channel,
+                       tap_stride, [&](int y, const float (&sums)[2][2]) {
+                           if (x < columns) {
                                emit(y, x, channel, sums[0][0], sums[0][1]);
-                               if (x + 1 < columns) {
-                                   emit(y, x + 1, channel, sums[1][0], sums[1][1]);
-                               }
-                           });
-        }
+                           }
+                           if (x + 1 < columns) {
+                               emit(y, x + 1, channel, sums[1][0], sums[1][1]);
+                           }
+                       });
     } else {
         uint32_t diagonal[9];
 #pragma unroll
@@ -314,21 +375,22 @@ IPT_FAST_DEVICE void convolve_rows(const T* from, int stride, int across, int co
 #pragma unroll
             for (int row = y < 0 ? 0 : y + 2; row < y + 3; ++row) {
                 load_matrices(left[row], row_at(row) + side * stride);
-                if (row % 2 == 1) {
-                    load_matrices(right[row / 2], row_at(row - 1 + side) + 2 * stride);
+                if (row % 2 == 0) {
+                    load_matrices(right[row / 2], row_at(row + side) + 2 * stride);
                 }
             }
             if (y >= 0 && y < rows) {
                 // The right tap that remains of three: twice, as zeros times any other could be no zeros.
                 const bool even = y % 2 == 0;
-                uint32_t last[4];
-                load_matrices(last, row_at(even ? y + 2 : y) + 2 * stride);
+                const uint32_t* its = right[(even ? y + 2 : y) / 2] + (even ? 0 : 2);
+                const uint32_t last[4] = {its[0], its[1], its[0], its[1]};
                 float sums[4] = {};
                 multiply_add(sums, left[y], diagonal[0], diagonal[1], T{});
                 multiply_add(sums, left[y + 1], diagonal[3], diagonal[4], T{});
                 multiply_add(sums, left[y + 2], diagonal[6], diagonal[7], T{});
                 multiply_add(sums, right[(y + 1) / 2], diagonal[even ? 2 : 5], diagonal[even ? 5 : 8], T{});
                 multiply_add(sums, last, diagonal[even ? 8 : 2], 0, T{});
+                sync_warp();
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     if (lane / 4 + i * 8 < columns) {

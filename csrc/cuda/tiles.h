@@ -14,6 +14,13 @@ namespace ipt_fast {
 
 constexpr int kWarp = 32;
 
+// Bytes of shared memory of a multiprocessor, of which 1024 go to each block beside its own.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMultiprocessorShared = 164 << 10;
+#else
+constexpr int kMultiprocessorShared = 228 << 10;
+#endif
+
 IPT_FAST_DEVICE int lane_index() { return thread_index() % kWarp; }
 IPT_FAST_DEVICE int warp_index() { return thread_index() / kWarp; }
 
@@ -54,20 +61,26 @@ IPT_FAST_DEVICE BlockA load_a(const T* tile, int stride) {
     return a;
 }
 
-// Element (row, k) at tile[k * stride + row].
-template <class T>
-IPT_FAST_DEVICE BlockA load_a_transposed(const T* tile, int stride) {
+// Element (row, k) at at(k)[row].
+template <class T, class At>
+IPT_FAST_DEVICE BlockA load_a_transposed(At at) {
     BlockA a;
     const int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
-        load_matrices_transposed(a.words, tile + ((lane >> 4) * 8 + (lane & 7)) * stride + (lane >> 3 & 1) * 8);
+        load_matrices_transposed(a.words, at((lane >> 4) * 8 + (lane & 7)) + (lane >> 3 & 1) * 8);
     } else {
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            a.words[w] = as_bits(tile[(lane % 4 + w / 2 * 4) * stride + lane / 4 + w % 2 * 8]);
+            a.words[w] = as_bits(at(lane % 4 + w / 2 * 4)[lane / 4 + w % 2 * 8]);
         }
     }
     return a;
+}
+
+// Element (row, k) at tile[k * stride + row].
+template <class T>
+IPT_FAST_DEVICE BlockA load_a_transposed(const T* tile, int stride) {
+    return load_a_transposed<T>([&](int k) { return tile + k * stride; });
 }
 
 // Element (k, column) at tile[column * stride + k], as weights (out, in) have it.
@@ -86,20 +99,25 @@ IPT_FAST_DEVICE BlockB load_b(const T* tile, int stride) {
     return b;
 }
 
-// Element (k, column) at tile[k * stride + column].
-template <class T>
-IPT_FAST_DEVICE BlockB load_b_transposed(const T* tile, int stride) {
+// Element (k, column) at at(k)[column].
+template <class T, class At>
+IPT_FAST_DEVICE BlockB load_b_transposed(At at) {
     BlockB b;
     const int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
-        load_matrices_transposed(b.words, tile + (lane & 15) * stride + (lane >> 4) * 8);
+        load_matrices_transposed(b.words, at(lane & 15) + (lane >> 4) * 8);
     } else {
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            b.words[w] = as_bits(tile[(lane % 4 + w % 2 * 4) * stride + lane / 4 + w / 2 * 8]);
+            b.words[w] = as_bits(at(lane % 4 + w % 2 * 4)[lane / 4 + w / 2 * 8]);
         }
     }
     return b;
+}
+// Element (k, column) at tile[k * stride + column].
+template <class T>
+IPT_FAST_DEVICE BlockB load_b_transposed(const T* tile, int stride) {
+    return load_b_transposed<T>([&](int k) { return tile + k * stride; });
 }
 
 // ---- products ------------------------------------------------------------------------------------------------------
