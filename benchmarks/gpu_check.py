@@ -120,7 +120,8 @@ class Run:
             self.collect()
             if time.monotonic() > self.end:
                 for stage in waiting:
-                    self.say(f"{stage.name}: left out for want of time")
+                    self.ended[stage.name] = "left out for want of time"
+                    self.say(f"{stage.name}: {self.ended[stage.name]}")
                 waiting = []
             for stage in list(waiting):
                 ready = all(name in self.ended for name in stage.after)
@@ -260,6 +261,8 @@ def main():
     cores = len(os.sched_getaffinity(0))
     stages = second_run(cores) if args.only else first_run(cores)
     stages = [stage for stage in stages if re.search(args.stages, stage.name)]
+    if not stages:
+        parser.error(f"no stage matches {args.stages!r}")
     names = [stage.name for stage in stages]
     for stage in stages:
         stage.after = tuple(name for name in stage.after if name in names)

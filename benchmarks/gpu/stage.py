@@ -28,6 +28,7 @@ def arguments(description, **more):
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # as products: everybody's float32 is float32
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
     return args
@@ -61,8 +62,8 @@ class Table:
 
     def __init__(self, path, columns, shared):
         self.path, self.columns, self.shared = path, columns, shared
-        if not path.exists():
-            write_line(path, ",".join(columns))
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            file.write(",".join(columns) + "\n")
 
     def add(self, **row):
         row = dict.fromkeys(self.columns, "") | self.shared | row

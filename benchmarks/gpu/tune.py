@@ -23,7 +23,7 @@ LEAST_GAIN = 0.02  # a configuration replaces the one before it only if it is so
 
 def kept(args, gpu):
     """The configurations that this stage has found for this card, {(kernel, key): configuration}."""
-    return Tuned([folder_of(args) / _launch.path_of(gpu.name).name]).read()
+    return Tuned([]).read(folder_of(args) / _launch.path_of(gpu.name).name)
 
 
 def folder_of(args):
@@ -37,10 +37,10 @@ class Tuned:
         self.paths = paths
         self.values = {"capability": capability, "kernels": {}, "operators": {}}
 
-    def read(self):
-        """The configurations that are kept already, {(kernel, key): configuration}."""
-        if self.paths[0].exists():
-            self.values = json.loads(self.paths[0].read_text())
+    def read(self, path):
+        """The configurations that a file has, if it is there, {(kernel, key): configuration}."""
+        if path.exists():
+            self.values = json.loads(path.read_text())
         return {(name, key): value for name, found in self.values["kernels"].items() for key, value in found.items()}
 
     def keep(self, part, name, key, value):
@@ -53,12 +53,12 @@ class Tuned:
                 temporary.write_text(json.dumps(self.values, indent=1, sort_keys=True) + "\n")
 
 
-def tune(gpu, call, arguments, taken, tuned, tried):
+def tune(gpu, call, arguments, taken, tuned, broken):
     """Tries what ``call`` asks and ``taken``, {(kernel, key): configuration}, does not settle yet.
 
-    ``tried``: the file that keeps the configurations that failed.
+    ``broken``: the file of the configurations that failed. One that gives another result than the default has failed.
     """
-    broken = stage.read_json_lines(tried)
+    known = stage.read_json_lines(broken)
     function = gpu.run(call, "triton", arguments)
     failures = []
     while True:
@@ -68,15 +68,17 @@ def tune(gpu, call, arguments, taken, tuned, tried):
         if place is None:
             return failures
         candidates = tuning.asked[place]
-        best, taken[place] = None, candidates[0]
+        best, taken[place], expected = None, candidates[0], None
         for candidate in candidates if len(candidates) > 1 else []:
             line = {"place": list(place), "candidate": candidate}
-            if line in broken:
+            if line in known:
                 continue
             try:
-                seconds = measured(gpu, function, taken | {place: candidate})
+                seconds, result = measured(gpu, function, taken | {place: candidate})
+                expected = result if expected is None else expected
+                gpu.check_equal(result, expected)
             except Exception as error:
-                stage.write_json(tried, line)
+                stage.write_json(broken, line)
                 if stage.is_lost(error):
                     print(f"FAILED: the GPU is lost: {call.label} {place} {candidate}: {str(error)[:100]}", flush=True)
                     os._exit(LOST)  # the ordinary end would wait for the GPU
@@ -90,9 +92,10 @@ def tune(gpu, call, arguments, taken, tuned, tried):
 
 
 def measured(gpu, function, taken):
+    """(seconds, the result)."""
     with _launch.tuning(taken):
         replay = gpu.graph(function)
-    return gpu.seconds({"": replay}, rounds=7)[""]
+    return gpu.seconds({"": replay}, rounds=7)[""], gpu.copied(replay())
 
 
 def main():
@@ -107,8 +110,10 @@ def main():
 
 def work(args):
     gpu = device.opened(args.rehearse)
-    tuned = Tuned([folder_of(args) / _launch.path_of(gpu.name).name, args.out / "tuned.json"], gpu.capability)
-    taken, failures, compared = tuned.read(), [], set()
+    paths = [folder_of(args) / _launch.path_of(gpu.name).name, args.out / "tuned.json", args.work / "tuned.json"]
+    tuned = Tuned(paths, gpu.capability)
+    resumed = args.work / "tuned.json"  # by the process before this one, if the GPU was lost
+    taken, failures, compared = tuned.read(resumed), [], set()
     chosen = [call for call in calls.of_models() if args.only.search(call.label)]
     for call in sorted(chosen, key=lambda call: call.is_backward)[: 3 if args.rehearse else None]:
         with torch.no_grad(), stage.reported(call.label, failures):

@@ -37,12 +37,14 @@ class Conv2d(nn.Conv2d):
 
 def _loses_channels_last(x: Tensor) -> bool:
     """Whether PyTorch's shuffles of pixels would return a channels-last map in the other layout: only CPUs keep it."""
-    return x.device.type != "cpu" and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.device.type != "cpu" and x.stride(1) == 1 and x.stride(3) == x.shape[1] > 1
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     """``F.pixel_shuffle`` for any batch, where PyTorch's returns an empty one in its old shape; channels-last maps stay
     so on every device."""
+    if x.dim() != 4:
+        return F.pixel_shuffle(x, factor)
     batch, channels, height, width = x.shape
     if batch == 0:  # not by len(x), which would tie a compiled graph to one batch
         return x.flatten()[:0].view(0, channels // factor**2, height * factor, width * factor)
@@ -56,6 +58,8 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
 def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
     """``F.pixel_unshuffle`` for any batch, where PyTorch's returns an empty one in its old shape; channels-last maps
     stay so on every device."""
+    if x.dim() != 4:
+        return F.pixel_unshuffle(x, factor)
     batch, channels, height, width = x.shape
     if batch == 0:
         return x.flatten()[:0].view(0, channels * factor**2, height // factor, width // factor)

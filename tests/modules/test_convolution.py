@@ -84,3 +84,15 @@ def test_shuffles_keep_channels_last(name, monkeypatch):
     got.square().sum().backward()
     expected.square().sum().backward()
     assert torch.equal(leaf.grad, other.grad)
+
+
+@pytest.mark.parametrize("shape", [(12, 6, 10), (2, 3, 12, 6, 10)])
+def test_shuffles_take_any_rank(shape):
+    x = torch.randn(shape)
+    assert torch.equal(convolution.PixelShuffle(2)(x), torch.nn.functional.pixel_shuffle(x, 2))
+    assert torch.equal(convolution.PixelUnshuffle(2)(x), torch.nn.functional.pixel_unshuffle(x, 2))
+
+
+def test_shuffles_under_vmap():
+    x = torch.randn(3, 2, 12, 6, 10, device="meta")
+    assert torch.vmap(convolution.PixelShuffle(2))(x).shape == (3, 2, 3, 12, 20)
