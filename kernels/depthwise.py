@@ -106,13 +106,31 @@ def depthwise_fwd_kernel(
         tl.store(p_y + p_s, b_rows[i_row].to(y.dtype.element_ty), mask=m_y)
 
 
+@triton.jit
+def rows_of_strip(grad, x, i_image, i_new, i_end, o_x, o_c, height, width, C: tl.constexpr, K: tl.constexpr):
+    # a row of the gradient and the K shifted ones of the input that are K // 2 above it: K + 1 tiles
+    m_c = (o_c < C)[None, :]
+    m_g = (o_x < columns_of(i_new, i_end, width))[:, None] & m_c
+    p_row = (i_image * height + i_new).to(tl.int64) * width * C
+    b_rows = (tl.load(grad + p_row + (o_x[:, None] * C + o_c[None, :]), mask=m_g, other=0.0),)
+    i_in = i_new - K // 2
+    i_columns = columns_of(i_in, height, width)
+    p_row = (i_image * height + i_in).to(tl.int64) * width * C
+    for i_k in tl.static_range(K):
+        o_s = o_x + (i_k - K // 2)
+        m_s = ((o_s >= 0) & (o_s < i_columns))[:, None] & m_c
+        b_rows = b_rows + (tl.load(x + p_row + (o_s[:, None] * C + o_c[None, :]), mask=m_s, other=0.0),)
+    return b_rows
+
+
 @triton.jit(do_not_specialize=["height", "width", "strips"])
 def depthwise_weight_bwd_kernel(
     grad, x, sums, strips, height, width,
     C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, STRIP: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # sums: (parts, K * K, C); b_sums: K^2 tiles, b_g: K rows of the gradient, newest first, b_x: (BLOCK_W, BLOCK_C)
+    # sums: (parts, K * K, C); b_sums: K^2 tiles, b_g: K rows of the gradient, newest first, b_x: (BLOCK_W, BLOCK_C);
+    # the next row is read before the sums of this one, so that it is there when they are made
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     i_part = tl.program_id(0) // BLOCKS
     o_c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -125,22 +143,16 @@ def depthwise_weight_bwd_kernel(
         i_image = i_strip // i_across // i_down
         i_y = i_strip // i_across % i_down * STRIP
         o_x = i_strip % i_across * BLOCK_W + tl.arange(0, BLOCK_W)
-        p_g = o_x[:, None] * C + o_c[None, :]
         i_end = tl.minimum(i_y + STRIP, height)
         b_g = (b_zero,) * K
+        b_rows = rows_of_strip(grad, x, i_image, i_y, i_end, o_x, o_c, height, width, C, K)
         for i_new in range(i_y, i_end + K - 1):
-            p_row = (i_image * height + i_new).to(tl.int64) * width * C
-            m_g = (o_x < columns_of(i_new, i_end, width))[:, None] & m_c[None, :]
-            b_new = widened(tl.load(grad + p_row + p_g, mask=m_g, other=0.0))
-            b_g = (b_new,) + b_g[: K - 1]
-            i_in = i_new - K // 2
-            i_columns = columns_of(i_in, height, width)
-            p_row = (i_image * height + i_in).to(tl.int64) * width * C
+            b_now = b_rows
+            b_rows = rows_of_strip(grad, x, i_image, i_new + 1, i_end, o_x, o_c, height, width, C, K)
+            b_g = (widened(b_now[0]),) + b_g[: K - 1]
             b_next = ()
             for i_k in tl.static_range(K):
-                o_s = o_x + (i_k - K // 2)
-                m_s = ((o_s >= 0) & (o_s < i_columns))[:, None] & m_c[None, :]
-                b_x = widened(tl.load(x + p_row + o_s[:, None] * C + o_c[None, :], mask=m_s, other=0.0))
+                b_x = widened(b_now[1 + i_k])
                 for i_row in tl.static_range(K):
                     b_next = b_next + (tl.fma(b_g[i_row], b_x, b_sums[i_k * K + i_row]),)
             b_sums = b_next
@@ -194,7 +206,7 @@ def depthwise_weight_gradient(grad, x, size):
     candidates = [dict(BLOCK_W=w, BLOCK_C=32, num_warps=n) for w, n in shapes]
     tiles = config("depthwise_weight_bwd", key_of(x, channels, size), candidates, x.device)
     strips = batch * cdiv(height, STRIP) * cdiv(width, tiles["BLOCK_W"])
-    most = max(8, 16384 // channels)  # about 512 programs, of 32 channels each
+    most = max(32, 65536 // channels)  # about 2048 programs, of 32 channels each
     parts = min(most, strips)
     sums = torch.empty(parts, size * size, channels, dtype=torch.float32, device=x.device)
     launch(

@@ -292,7 +292,7 @@ def _query_tiles(x, lattice):
     if is_wide(x, lattice):
         shapes = [(64, 32, 8, 1) if lattice.depth > 32 else (32, 32, 4, 1), (16, 64, 4, 1), (32, 32, 8, 1)]
     else:
-        shapes = [(32, 256, 8, 1), (32, 64, 4, 1), (64, 64, 4, 1), (64, 128, 8, 1)]
+        shapes = [(64, 64, 4, 1), (32, 256, 8, 1), (64, 128, 8, 1), (128, 64, 8, 1), (32, 64, 4, 1)]
     return [
         dict(BLOCK_Q=q, BLOCK_K=min(k, block), num_warps=warps, num_stages=stages) for q, k, warps, stages in shapes
     ]
@@ -305,7 +305,7 @@ def _key_tiles(x, lattice, table):
     elif table is None:
         shapes = [(32, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 128, 8, 1)]
     else:
-        shapes = [(256, 16, 8, 1), (256, 32, 16, 1), (256, 32, 8, 1)]
+        shapes = [(256, 16, 8, 1), (256, 32, 8, 1), (256, 32, 16, 1), (256, 64, 16, 1)]
     return [
         dict(BLOCK_Q=min(q, block), BLOCK_K=k, num_warps=warps, num_stages=stages) for q, k, warps, stages in shapes
     ]

@@ -62,41 +62,42 @@ def layer_norm_2d_bwd_kernel(
     grad, x, weight, residual, grad_x, sums, pixels, eps,
     C: tl.constexpr, CENTERED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # b_x, b_s, b_g: (BLOCK_P, BLOCK_C); sums: (PROGRAMS, 2, C), of weight and bias
+    # b_x, b_s, b_g, b_gw, b_gb: (BLOCK_P, BLOCK_C); sums: (PROGRAMS, 2, C), of weight and bias
     i_program = tl.program_id(0)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_gw = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    b_gb = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    b_gw = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)  # added up over pixels in the end alone
+    b_gb = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     for i_block in range(i_program, tl.cdiv(pixels, BLOCK_P), PROGRAMS):
         o_p = i_block * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
         m_x = (o_p < pixels)[:, None] & m_c[None, :]
         p_x = o_p[:, None] * C + o_c[None, :]
         b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
         b_g = tl.load(grad + p_x, mask=m_x, other=0.0).to(tl.float32)
-        b_gb += tl.sum(b_g, axis=0)
+        b_gb += b_g
         b_gx, b_n = norm_gradient(b_g, b_x, b_w, m_x, eps, C, CENTERED)
-        b_gw += tl.sum(b_g * b_n, axis=0)
+        b_gw += b_g * b_n
         if residual is not None:
             b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)
         tl.store(grad_x + p_x, b_gx.to(grad_x.dtype.element_ty), mask=m_x)
     p_sums = sums + i_program * 2 * C + o_c
-    tl.store(p_sums, b_gw, mask=m_c)
-    tl.store(p_sums + C, b_gb, mask=m_c)
+    tl.store(p_sums, tl.sum(b_gw, axis=0), mask=m_c)
+    tl.store(p_sums + C, tl.sum(b_gb, axis=0), mask=m_c)
 
 
 @functools.cache
-def _tiles(values, block_c, warps=4):
-    """Configurations with about so many values a tile."""
-    return [dict(BLOCK_P=max(1, n // block_c), BLOCK_C=block_c, num_warps=warps) for n in values]
+def _tiles(shapes, block_c):
+    """Configurations of about so many values a tile and so many warps."""
+    return [dict(BLOCK_P=max(1, n // block_c), BLOCK_C=block_c, num_warps=warps) for n, warps in shapes]
 
 
 def _forward(x, branch, weight, bias, total, y, eps, centered):
     """Rows of channels, whatever else ``x`` and the others have: (..., C) in memory."""
     channels = len(weight)
     pixels = x.numel() // channels
-    tiles = config("layer_norm_2d_fwd", key_of(x, channels), _tiles((4096, 2048, 8192), block_of(channels)), x.device)
+    shapes = (4096, 4), (2048, 4), (8192, 4)
+    tiles = config("layer_norm_2d_fwd", key_of(x, channels), _tiles(shapes, block_of(channels)), x.device)
     maps = [each for each in (x, branch, total, y) if each is not None]
     launch(
         layer_norm_2d_fwd_kernel, (cdiv(pixels, tiles["BLOCK_P"]),),
@@ -110,9 +111,10 @@ def _backward(grad, x, weight, bias, eps, centered, residual):
     channels = len(weight)
     pixels = x.numel() // channels
     grad_x = torch.empty_like(x)
-    tiles = config(
-        "layer_norm_2d_bwd", key_of(x, channels), _tiles((4096, 2048, 1024), block_of(channels), 8), x.device
-    )
+    shapes = [(2048, 4), (1024, 4), (4096, 4), (4096, 8), (2048, 8)]
+    if channels > 256:  # where a row is more than a warp reads at once, registers are short
+        shapes[:2] = reversed(shapes[:2])
+    tiles = config("layer_norm_2d_bwd", key_of(x, channels), _tiles(tuple(shapes), block_of(channels)), x.device)
     programs = min(PROGRAMS, cdiv(pixels, tiles["BLOCK_P"]))
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     maps = [each for each in (grad, x, residual, grad_x) if each is not None]
