@@ -70,12 +70,11 @@ struct GramShared {
     int first, last;   // of its tiles
 };
 
-// Blocks of a multiprocessor: registers for three or four, where there is the memory.
+// Blocks of a multiprocessor: as many as registers suffice for, where there is the memory.
 template <class T, int C, int D>
 constexpr int gram_blocks() {
-    constexpr int room = kMultiprocessorShared / (int)(sizeof(GramShared<T, C, D>) + 1024), wanted = sizeof(T) == 4 ? 1
-                                                                                                     : D == 48      ? 3
-                                                                                                                    : 4;
+    constexpr int room = kMultiprocessorShared / (int)(sizeof(GramShared<T, C, D>) + 1024);
+    constexpr int wanted = sizeof(T) == 4 ? 1 : (D == 48 ? 3 : 4) - std::is_same_v<T, fp16>;
     return room < wanted ? room : wanted;
 }
 
