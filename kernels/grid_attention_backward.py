@@ -218,8 +218,8 @@ def grid_attention_bwd_keys_kernel(
                 b_bias = biases(table, (o_query[None, :] - o_key[:, None]) * HEADS + i_head)
             b_s = masked_scores(b_k, b_q, b_bias, m_k[:, None] & m_q[None, :], scale, PRECISION)
             b_p = tl.exp2(b_s - b_shift[None, :]) * b_inverse[None, :]
-            b_dp = dot(b_v, tl.trans(b_g), None, PRECISION)
             b_dv = dot(b_p.to(b_g.dtype), b_g, b_dv, PRECISION)
+            b_dp = dot(b_v, tl.trans(b_g), None, PRECISION)
             b_ds = b_p * (b_dp - b_mean[None, :])
             if table is not None:
                 if TOKENS <= BLOCK_Q:
@@ -305,7 +305,7 @@ def _key_tiles(x, lattice, table):
     elif table is None:
         shapes = [(32, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 128, 8, 1)]
     else:
-        shapes = [(256, 16, 8, 1), (256, 32, 8, 1), (256, 32, 16, 1), (256, 64, 16, 1)]
+        shapes = [(256, 32, 8, 1), (256, 16, 8, 1), (256, 32, 16, 1), (256, 64, 16, 1)]
     return [
         dict(BLOCK_Q=min(q, block), BLOCK_K=k, num_warps=warps, num_stages=stages) for q, k, warps, stages in shapes
     ]
