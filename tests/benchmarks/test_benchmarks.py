@@ -71,6 +71,8 @@ def test_readme_shows_the_recorded_figures():
     assert table.footprint() in readme
     for ipt_table in (table.ipt(), table.ipt_restoration()):
         assert ipt_table in (ROOT / "docs/ipt.md").read_text()
+    for gpu_table in (table.gpu_models(), table.gpu_operators(), table.gpu_launches()):
+        assert gpu_table in (ROOT / "docs/gpu.md").read_text()
 
 
 def test_the_plain_form_of_ipt():
