@@ -2,12 +2,12 @@
 //
 // A block of the map (p / 2 x p / 2 pixels) and head to a thread block, in tiles of at most 8 x 16 pixels (4 x 16 of
 // float). For each tile: read x with a border of one pixel, normalise it, project it to the head's q and k in place,
-// convolve (a warp has 16 channels), add the squared norms in registers, and multiply q^T k: of a warp is a branch and
-// 16 channels of q. Token weights, squared, multiply the operand q.
+// convolve it, again in place (a warp has 16 channels), add the squared norms, and multiply q^T k: of a warp is a
+// branch and 16 channels of q. Token weights, squared, multiply the operand q.
 //
 // Bytes a pixel: x, C T (1.4 times from the second level cache, for every head), and 8 d (d + 2) heads / (p / 2)^2 of
 // slots. FLOPs a pixel: tensor cores 1.5 * 4 C^2 + 4 C d, vector about 1.3 * 36 C. Shared memory, at C 96, d 48 and 16
-// bits: pixels 40 KB, q and k 27 KB, weights 20 KB.
+// bits: pixels 40 KB, weights 20 KB, norms 6 KB: three blocks a multiprocessor.
 #pragma once
 
 #include <type_traits>
