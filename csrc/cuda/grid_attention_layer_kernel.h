@@ -142,26 +142,13 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(Layer::kThreads, Layer::kBlocks)
                 if (queries) {
                     const int base = resident ? warp * rows / tokens * tokens : 0;  // of the group in the stage
                     const int last = resident ? points.rows * Side : first + stage;
-                    const auto score = [&](typename Layer::Attention::Scores& scores, int key) {
-                        const BiasPair* biases = biases_of<Side>(shared.biases + head * kBiasCount<Side>, query, key);
-                        attention.score(scores, shared.k + (base + key - first) * wide, biases, key, points, p.tf32);
-                    };
-                    const auto attend = [&](typename Layer::Attention::Scores& scores, int key) {
-                        attention.attend(scores, shared.v + (base + key - first) * wide, p.tf32);
-                    };
-                    typename Layer::Attention::Scores now, next;
-                    score(now, first);
-                    int key = first;
 #pragma unroll 1
-                    for (; key + Layer::kChunk < last; key += Layer::kChunk) {
-                        score(next, key + Layer::kChunk);  // its products are under way meanwhile
-                        attend(now, key);
-#pragma unroll
-                        for (int i = 0; i < Layer::kDown; ++i) {
-                            now[i] = next[i];
-                        }
+                    for (int key = first; key < last; key += Layer::kChunk) {
+                        const int at = (base + key - first) * wide;
+                        attention.attend(shared.k + at, shared.v + at,
+                                         biases_of<Side>(shared.biases + head * kBiasCount<Side>, query, key), key,
+                                         points, p.tf32);
                     }
-                    attend(now, key);
                 }
             }
             if constexpr (!resident && Layer::kHeads > 1) {

@@ -128,11 +128,10 @@ struct LatticeAttention {
         }
     }
 
-    using Scores = Sums<16, Chunk>[Down];
-
     // `biases` are those of the first query and key (biases_of). Keys that the group lacks count nothing.
-    IPT_FAST_DEVICE void score(Scores& scores, const T* keys, const BiasPair* biases, int first_key,
-                               const Points& points, bool tf32) const {
+    IPT_FAST_DEVICE void attend(const T* keys, const T* values, const BiasPair* biases, int first_key,
+                                const Points& points, bool tf32) {
+        Sums<16, Chunk> scores[Down];
         if constexpr (sizeof(T) == 2) {
             add_biases(scores, biases);
         } else {
@@ -158,10 +157,6 @@ struct LatticeAttention {
         if (points.columns < Side || first_key + Chunk > points.rows * Side) {
             mask(scores, first_key, points);
         }
-    }
-
-    // The scores become weights of the values.
-    IPT_FAST_DEVICE void attend(Scores& scores, const T* values, bool tf32) {
         raise_shifts(scores);
 #pragma unroll
         for (int i = 0; i < Down; ++i) {
