@@ -73,8 +73,10 @@ def _tiles(x, lattice):
         shapes = [(64, 64, 4, 1), (64, 64, 4, 2), (32, 64, 2, 1), (64, 64, 8, 1)]
     else:  # more keys a block need more registers than there are
         shapes = [(64, 64, 4, 1), (128, 64, 8, 1), (64, 32, 4, 2), (128, 64, 8, 2), (64, 128, 4, 1)]
+    # Without a limit the compiler would spill for the sake of one more block.
+    limit = dict(maxnreg=128) if is_wide(x, lattice) else {}
     return [
-        dict(BLOCK_Q=min(q, block), BLOCK_K=min(k, block), num_warps=warps, num_stages=stages)
+        dict(BLOCK_Q=min(q, block), BLOCK_K=min(k, block), num_warps=warps, num_stages=stages, **limit)
         for q, k, warps, stages in shapes
     ]
 

@@ -283,8 +283,11 @@ def _table_gradient(sums, lattice, table):
 
 def _one_block(x, lattice):
     """Configurations where all tokens are one block."""
-    warps = (8, 16) if is_wide(x, lattice) else (4, 8)
-    return [dict(BLOCK_T=block_of(lattice.tokens), num_warps=count, num_stages=1) for count in warps]
+    if is_wide(x, lattice):  # with a limit, as in the forward
+        limits = dict(num_warps=8, maxnreg=168), dict(num_warps=16)
+    else:
+        limits = dict(num_warps=4), dict(num_warps=8)
+    return [dict(BLOCK_T=block_of(lattice.tokens), num_stages=1, **limit) for limit in limits]
 
 
 def _query_tiles(x, lattice):
@@ -305,7 +308,7 @@ def _key_tiles(x, lattice, table):
     elif table is None:
         shapes = [(32, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 128, 8, 1)]
     else:
-        shapes = [(256, 32, 8, 1), (256, 16, 8, 1), (256, 32, 16, 1), (256, 64, 16, 1)]
+        shapes = [(256, 32, 8, 1), (256, 16, 8, 1), (256, 32, 16, 1)]
     return [
         dict(BLOCK_Q=min(q, block), BLOCK_K=k, num_warps=warps, num_stages=stages) for q, k, warps, stages in shapes
     ]

@@ -191,8 +191,8 @@ def main():
         __doc__, backend=dict(choices=("cuda", "triton"), required=True), processes=dict(type=int, default=1),
         large=dict(action="store_true"),
     )  # fmt: skip
-    path = args.out / "parity.jsonl"
-    before, total = len(stage.read_json_lines(path)), len(cases_of(args))
+    path, wanted = args.out / "parity.jsonl", set(cases_of(args))
+    before, total = len(stage.read_json_lines(path)), len(wanted)
     context = multiprocessing.get_context("spawn")  # a fork would inherit a CUDA that it cannot use
     counter = context.Value("i", 0)
     new = functools.partial(context.Process, target=work, args=(args, counter))
@@ -205,7 +205,9 @@ def main():
         if process.exitcode == LOST and counter.value < total:
             running.append(new())
             running[-1].start()
-    lines = [line for line in stage.read_json_lines(path)[before:] if line["backend"] == args.backend]
+    # Another stage may have written to the same file meanwhile.
+    lines = [each for each in stage.read_json_lines(path)[before:] if each["backend"] == args.backend]
+    lines = [line for line in lines if line["case"] in wanted]
     failed = [line for line in lines if not line["passed"]]
     for line in failed:
         why = line["traceback"] or f"error and limit {line['errors']}"
