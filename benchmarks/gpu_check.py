@@ -215,16 +215,16 @@ def worst(out, count=10):
 
 
 def prepare(rehearse, work):
-    """(the folder with everything in place, the environment of the stages)."""
-    folder, is_bundle = ROOT, (ROOT / "COMMIT").exists()
+    """(the folder with everything in place, the environment of the stages, what went wrong or None)."""
+    folder, is_bundle, error = ROOT, (ROOT / "COMMIT").exists(), None
     if not is_bundle or not (rehearse or list((ROOT / "ipt_fast").glob("_C_cuda*.so"))):
         from benchmarks.gpu import bundle  # it imports torch, which takes its time on a fresh machine
 
-        if is_bundle:
-            bundle.build_library(ROOT)
-        else:
+        if not is_bundle:
             folder = work / "bundle"
-            bundle.make(folder, with_cuda=not rehearse)
+            bundle.make(folder, with_cuda=False)
+        if not rehearse:
+            error = bundle.build_error(folder)
     environment = {
         **os.environ,
         "PYTHONPATH": str(folder),
@@ -238,7 +238,7 @@ def prepare(rehearse, work):
         from tests.cuda import emulated
 
         environment |= {"IPT_FAST_EMULATED_CUDA": str(emulated.build()), "OMP_NUM_THREADS": "1"}
-    return folder, environment
+    return folder, environment, error
 
 
 def main():
@@ -255,7 +255,8 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
-    folder, environment = prepare(args.rehearse, work)
+    began = time.monotonic()
+    folder, environment, error = prepare(args.rehearse, work)
     seconds = args.seconds or (SECOND if args.only else FIRST) * (4 if args.rehearse else 1)
     options = ("--out", str(out), "--work", str(work), *(("--only", args.only) if args.only else ()))
     cores = len(os.sched_getaffinity(0))
@@ -266,13 +267,21 @@ def main():
     names = [stage.name for stage in stages]
     for stage in stages:
         stage.after = tuple(name for name in stage.after if name in names)
+    if not args.rehearse:
+        seconds -= time.monotonic() - began
     run = Run(folder, out, work, options, environment, seconds)
+    if error:
+        run.ended["build"] = f"FAILED: {error}"
+        run.say(f"build: {run.ended['build']}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         run.all(rehearsed(stages) if args.rehearse else stages)
         run.say("farthest from their bounds:\n" + "\n".join(worst(out)))
     finally:
         run.stop()
+        if folder != ROOT and not args.rehearse:  # what was tuned belongs to the sources
+            for path in (folder / "ipt_fast" / "kernels" / "configs").glob("*.json"):
+                shutil.copy(path, ROOT / "kernels" / "configs")
     return int(any(result != "passed" for result in run.ended.values()))
 
 

@@ -116,16 +116,20 @@ def path_of(gpu):
 
 @functools.cache
 def measured_on(device):
-    """What was measured on this GPU or, if it was not, on another of its compute capability; {} where nothing was.
+    """What was measured on this GPU and, where that was not, on others of its compute capability.
 
-    {"capability": [major, minor], "kernels": {kernel: {key: configuration}}, "operators": {operator: {key: the faster
-    backend}}}
+    {"kernels": {kernel: {key: configuration}}, "operators": {operator: {key: the faster backend}}}; a file has besides
+    {"capability": [major, minor]}.
     """
     own, capability = path_of(torch.cuda.get_device_name(device)), list(torch.cuda.get_device_capability(device))
-    if own.exists():
-        return json.loads(own.read_text())
-    others = (json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json")))
-    return next((found for found in others if found["capability"] == capability), {})
+    merged = {"kernels": {}, "operators": {}}
+    for path in sorted(CONFIGS.glob("*.json"), key=lambda path: (path == own, path)):  # its own last
+        found = json.loads(path.read_text())
+        if found["capability"] == capability:
+            for part, values in merged.items():
+                for name, by_key in found[part].items():
+                    values.setdefault(name, {}).update(by_key)
+    return merged
 
 
 def config(name, key, candidates, device):
@@ -144,7 +148,7 @@ def config(name, key, candidates, device):
     if _recorder is not None:
         return candidates[min(_choice, len(candidates) - 1)]
     if device.type == "cuda":
-        tuned = measured_on(device.index).get("kernels", {}).get(name, {}).get(key)
+        tuned = measured_on(device.index)["kernels"].get(name, {}).get(key)
         if tuned in candidates:
             return tuned
     return candidates[0]

@@ -40,7 +40,7 @@ def main():
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     gpu = device.opened(args.rehearse)
-    found = counted(rows, tune.kept(args, gpu), ceilings_of(args, gpu.name))
+    found = counted(rows, tune.kept(args, gpu.name), ceilings_of(args, gpu.name))
     for row in rows:
         if each := found.get((row["name"], row["shape"], row["key"])):
             row["bound_us"], row["binds"] = f"{each.seconds * 1e6:.4g}", each.binds

@@ -51,6 +51,17 @@ def build_library(folder):
     subprocess.run(command, cwd=ROOT, env={**os.environ, **wanted}, check=True)
 
 
+def build_error(folder):
+    """None if the library is built into ``folder``, else why not, in one line."""
+    if nvcc() is None:
+        return "there is no nvcc to build the CUDA library with"
+    try:
+        build_library(folder)
+    except subprocess.CalledProcessError as error:
+        return f"the CUDA library cannot be built: the build ended with {error.returncode}"
+    return None
+
+
 def nvcc():
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 

@@ -185,6 +185,14 @@ def of_models(training=True):
     return sorted(found.values(), key=lambda call: -call.values)
 
 
+def matching(only):
+    """The calls whose labels a regular expression matches; ends the program if there are none."""
+    found = [call for call in of_models() if only.search(call.label)]
+    if not found:
+        raise SystemExit(f"no call of the models matches {only.pattern!r}")
+    return found
+
+
 def describe(value):
     return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
 

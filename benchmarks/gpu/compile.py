@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels of the models into Triton's cache, in several processes: those of the default
-configurations or, with ``--variants``, those of all others.
+"""Compiles the Triton kernels of the models into Triton's cache, in several processes: those that the models take, in
+default and in tuned configurations, or, with ``--variants``, all others of the calls that ``--only`` matches.
 
 The launches are recorded, then compiled through the JIT itself, so that its cache holds what it will look for. No GPU
 is touched: a stand-in for Triton's driver tells which one it is for.
@@ -14,7 +14,7 @@ import traceback
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.gpu import calls, stage
+from benchmarks.gpu import calls, stage, tune
 from ipt_fast.kernels import _launch
 
 
@@ -60,19 +60,21 @@ def variants(call):
                 waiting += [taken | {place: candidate} for candidate in candidates[1:]]
 
 
-def wanted(only, narrow, others):
+def wanted(only, narrow, others, tuned):
     """One launch of every kernel: forward before backward, larger calls before smaller ones."""
-    chosen = [call for call in calls.of_models(training=not narrow) if only.search(call.label)]
-    chosen.sort(key=lambda call: call.is_backward)
+    chosen = sorted(calls.of_models(training=not narrow), key=lambda call: call.is_backward)
     if narrow:
         chosen = [call for call in chosen if "ipt_v2_small" in call.counts]
 
-    def distinct(launches):
+    def distinct(launches, chosen=chosen):
         return {key_of(launch): launch for call in chosen for launch in launches(call) if launch.kernel is not None}
 
-    found = distinct(calls.Call.launches)
+    with _launch.tuning(tuned):
+        found = distinct(calls.Call.launches)
+    found = distinct(calls.Call.launches) | found
     if others:
-        found = {key: launch for key, launch in distinct(variants).items() if key not in found}
+        matching = distinct(variants, [call for call in chosen if only.search(call.label)])
+        found = {key: launch for key, launch in matching.items() if key not in found}
     return list(found.values())
 
 
@@ -100,8 +102,12 @@ def main():
         variants=dict(action="store_true"),
     )  # fmt: skip
     began = time.monotonic()
+    facts = json.loads((args.work / "facts.json").read_text())
+    kept = tune.kept(args, facts["gpu"])
     triton.runtime.driver.set_active(Driver(args.capability))
-    _launches.extend(wanted(args.only, args.rehearse, args.variants)[: 8 if args.rehearse and args.variants else None])
+    _launches.extend(
+        wanted(args.only, args.rehearse, args.variants, kept)[: 8 if args.rehearse and args.variants else None]
+    )
     print(f"{len(_launches)} kernels to compile", flush=True)
     failed = []
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:

@@ -107,10 +107,17 @@ class Rehearsal:
     device = "meta"
     name, capability = "rehearsal", [9, 0]
 
+    def __init__(self):
+        self._count = 0
+
     def seconds(self, calls, rounds=12):
         for call in calls.values():
             call()
-        return {name: 1e-4 * (i + 1) for i, name in enumerate(calls)}
+        found = {}
+        for name in calls:  # in some order, so that not always the first wins
+            self._count += 1
+            found[name] = 1e-5 * (10 + self._count * 7 % 11)
+        return found
 
     def graph(self, call):
         return call

@@ -58,8 +58,8 @@ def main():
     args = stage.arguments(__doc__)
     gpu = device.opened(args.rehearse)
     table = stage.Table(args.out / "kernels.csv", COLUMNS, stage.environment(gpu.name))
-    failures, seen, taken = [], set(), tune.kept(args, gpu)
-    chosen = [call for call in calls.of_models() if args.only.search(call.label)]
+    failures, seen, taken = [], set(), tune.kept(args, gpu.name)
+    chosen = calls.matching(args.only)
     for call in sorted(chosen, key=lambda call: call.is_backward)[: 4 if args.rehearse else None]:
         with torch.no_grad(), _launch.tuning(taken), stage.reported(call.label, failures):
             arguments = gpu.arguments(call)

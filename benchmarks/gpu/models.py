@@ -38,7 +38,7 @@ class Stage:
 
     @property
     def tuned(self):
-        return tune.kept(self.args, self.gpu)
+        return tune.kept(self.args, self.gpu.name)
 
     def model(self, name, dtype, merged=None):
         torch.manual_seed(0)

@@ -77,12 +77,17 @@ def of_call(call, sides, batch):
     return call.operator.name, tensors, {name: value for name, value in named.items() if name not in tensors}
 
 
+def label_of(module, name, dtype):
+    """The operator's name, the case's, and the dtype."""
+    return f"{module.SIZES[name][0]}: {name} {_name(dtype)}"
+
+
 def cuda_cases_by_label():
     found = {}
     for dtype, name in itertools.product((torch.bfloat16, torch.float32, torch.float16), cuda_cases.SIZES):
         merges = name.startswith("merge")
         build = functools.partial(cuda_cases.build, name, dtype)
-        found[f"{name} {_name(dtype)}"] = functools.partial(judged, "cuda", merges, 3, build)
+        found[label_of(cuda_cases, name, dtype)] = functools.partial(judged, "cuda", merges, 3, build)
     for dtype, size in itertools.product((torch.bfloat16, torch.float32), (3, 5)):
         found[f"depthwise {size} {_name(dtype)}"] = functools.partial(_depthwise, size, dtype)
     layers = ("leffn_layer", "focal_attention_layer", "grid_attention_layer")
@@ -110,7 +115,7 @@ def triton_cases_by_label():
         )
     for dtype, name in itertools.product((torch.float32, torch.float16), gpu_cases.SIZES):
         build = functools.partial(gpu_cases.build, name, dtype)
-        found[f"{name} {_name(dtype)}"] = functools.partial(judged, "triton", True, 1, build)
+        found[label_of(gpu_cases, name, dtype)] = functools.partial(judged, "triton", True, 1, build)
     return found
 
 
@@ -118,7 +123,7 @@ def rehearsed_cases(backend):
     small = [name for name in cuda_cases.SIZES if f"{name} ".startswith(REHEARSED["cuda"])]
     if backend == "cuda":
         return {
-            f"{name} bfloat16": functools.partial(
+            label_of(cuda_cases, name, torch.bfloat16): functools.partial(
                 judged, "cuda", False, 1, functools.partial(cuda_cases.build, name, torch.bfloat16)
             )
             for name in small

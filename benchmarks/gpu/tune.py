@@ -22,8 +22,8 @@ LEAST_GAIN = 0.02  # a configuration replaces the one before it only if it is so
 
 
 def kept(args, gpu):
-    """The configurations that this stage has found for this card, {(kernel, key): configuration}."""
-    return Tuned([]).read(folder_of(args) / _launch.path_of(gpu.name).name)
+    """The configurations that this stage has found for the card of this name, {(kernel, key): configuration}."""
+    return Tuned([]).read(folder_of(args) / _launch.path_of(gpu).name)
 
 
 def folder_of(args):
@@ -114,7 +114,7 @@ def work(args):
     tuned = Tuned(paths, gpu.capability)
     resumed = args.work / "tuned.json"  # by the process before this one, if the GPU was lost
     taken, failures, compared = tuned.read(resumed), [], set()
-    chosen = [call for call in calls.of_models() if args.only.search(call.label)]
+    chosen = calls.matching(args.only)
     for call in sorted(chosen, key=lambda call: call.is_backward)[: 3 if args.rehearse else None]:
         with torch.no_grad(), stage.reported(call.label, failures):
             arguments = gpu.arguments(call)

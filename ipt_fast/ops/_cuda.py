@@ -63,7 +63,7 @@ def _measured(device: int | None) -> dict[str, dict[str, str]]:
     """{operator: {key: backend}} as measured on this GPU; empty where that has not been done."""
     from ipt_fast.kernels import _launch
 
-    return _launch.measured_on(device).get("operators", {})
+    return _launch.measured_on(device)["operators"]
 
 
 def _machine_error() -> str | None:

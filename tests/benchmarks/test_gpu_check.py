@@ -153,8 +153,21 @@ def test_results_are_kept(tmp_path):
         keep.keep(out, kept, configs)
     write("NVIDIA H200")
     (out / "tuned.json").write_text("{}")
+    line = {
+        "backend": "cuda",
+        "case": "a",
+        "passed": True,
+        "traceback": None,
+        "shape": [1, 2],
+        "error": 0.1,
+        "seconds": 1,
+    }
+    (out / "parity.jsonl").write_text(json.dumps(line) + "\n")
     for count in (1, 2):
         keep.keep(out, kept, configs)
         for name in ("gpu_models.csv", "gpu_kernels.csv"):
             assert [row["gpu"] for row in results.read(kept / name)] == ["NVIDIA H200"] * count
     assert (configs / "NVIDIA_H200.json").read_text() == "{}"
+    assert [(row["case"], row["shape"], row["error"]) for row in results.read(kept / "gpu_parity.csv")] == [
+        ("a", "1x2", "0.1")
+    ] * 2
