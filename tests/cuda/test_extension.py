@@ -21,7 +21,8 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 PRODUCTS = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel", "merge_kernel")
 IMAGES = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
 OUTPUTS = ("leffn_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
-HALVES = re.compile("grid_attention_layer_kernelINS_4(bf|fp)16ELi48E")  # 8 bytes are what a lane has of neighbours here
+# Where a lane has 8 neighbouring bytes, not 16.
+HALVES = re.compile("(leffn|grid_attention_layer)_kernelINS_4(bf|fp)16ELi48E")
 
 
 @pytest.fixture(scope="module")

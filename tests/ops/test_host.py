@@ -42,7 +42,11 @@ def test_integers():
 def test_what_was_measured_serves_gpus_of_the_same_kind(tmp_path, monkeypatch):
     """A GPU's own file, else one of its compute capability; configurations that are no candidates are not taken."""
     good, stale, default = dict(BLOCK=64, num_warps=4), dict(BLOCK=7), dict(BLOCK=32, num_warps=4)
-    for name, capability, chosen in (("NVIDIA_H200", [9, 0], good), ("Other", [8, 0], default), ("A_Old", [9, 0], stale)):
+    for name, capability, chosen in (
+        ("NVIDIA_H200", [9, 0], good),
+        ("Other", [8, 0], default),
+        ("A_Old", [9, 0], stale),
+    ):
         values = {"capability": capability, "kernels": {"k": {"bfloat16-96": chosen}}, "operators": {}}
         (tmp_path / f"{name}.json").write_text(json.dumps(values))
     monkeypatch.setattr(_launch, "CONFIGS", tmp_path)
