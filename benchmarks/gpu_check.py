@@ -154,6 +154,8 @@ class Run:
         for process in (*(process for _, process, _ in self.running.values()), *self.preparing.values()):
             if process is not None:
                 kill(process)
+        for path in self.out.glob(".*"):  # files that a stage was about to replace
+            path.unlink()
 
     def command(self, stage):
         nice = ("nice", "-n", "10") if stage.nice else ()

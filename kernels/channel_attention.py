@@ -1,8 +1,9 @@
-"""Channel attention of whole images and of windows; see ipt_fast.ops.channel_attention and _gram.py."""
+"""Channel attention of whole images and of windows: see ipt_fast.ops.channel_attention, _gram.py and _attend.py."""
 
 import torch
 
-from ._gram import apply, attend, gram
+from ._attend import apply, attend
+from ._gram import gram
 from ._gram_backward import gradients
 from ._windows import Channels, Groups
 

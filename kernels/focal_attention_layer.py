@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ._attend import apply, attend
 from ._dot import dot
-from ._gram import apply, attend, gram
+from ._gram import gram
 from ._launch import Work, block_of, config, key_of, launch, matmul, precision
 from ._windows import (
     SIZES,

@@ -1,8 +1,9 @@
-"""Channel attention in windows and shifted windows; see ipt_fast.ops.focal_channel_attention and _gram.py."""
+"""Channel attention in windows and shifted windows: see ipt_fast.ops.focal_channel_attention and _attend.py."""
 
 import torch
 
-from ._gram import apply, attend, gram
+from ._attend import apply, attend
+from ._gram import gram
 from ._gram_backward import gradients
 from ._windows import Channels, Groups
 from .pointwise import empty_map

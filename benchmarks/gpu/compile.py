@@ -14,6 +14,7 @@ import traceback
 import triton
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.ahead_of_time import key_of
 from benchmarks.gpu import calls, stage, tune
 from ipt_fast.kernels import _launch
 
@@ -32,19 +33,6 @@ class Driver:
 
     def get_current_stream(self, device):
         return 0
-
-
-def key_of(launch):
-    """Equal for launches of one compiled kernel."""
-    parts = [launch.kernel.__name__, sorted(launch.meta.items())]
-    for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
-        if hasattr(value, "dtype"):
-            parts.append(value.dtype)
-        elif type(value) is int:
-            parts.append("int" if parameter.do_not_specialize else (value == 1, value % 16 == 0))
-        else:
-            parts.append(type(value))
-    return repr(parts)
 
 
 def variants(call):
@@ -97,14 +85,12 @@ def compile_one(with_launcher, index):
 
 
 def main():
-    args = stage.arguments(
-        __doc__, capability=dict(type=int, default=90), processes=dict(type=int, default=2),
-        variants=dict(action="store_true"),
-    )  # fmt: skip
+    args = stage.arguments(__doc__, processes=dict(type=int, default=2), variants=dict(action="store_true"))
     began = time.monotonic()
     facts = json.loads((args.work / "facts.json").read_text())
     kept = tune.kept(args, facts["gpu"])
-    triton.runtime.driver.set_active(Driver(args.capability))
+    major, minor = facts["capability"]
+    triton.runtime.driver.set_active(Driver(10 * major + minor))
     _launches.extend(
         wanted(args.only, args.rehearse, args.variants, kept)[: 8 if args.rehearse and args.variants else None]
     )

@@ -82,10 +82,10 @@ class Gpu:
         ]
 
     def check_equal(self, found, expected):
-        """Raises if results differ by more than another order of sums explains, which here is 16 units."""
+        """Raises if results differ by more than another order of sums explains, which here is 4 units."""
         for one, other in zip(found, expected, strict=True):
             error = (one.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-30)
-            if not error <= 16 * torch.finfo(other.dtype).eps:
+            if not error <= 4 * torch.finfo(other.dtype).eps:
                 raise ValueError(f"the result differs from the default configuration's by {error:.1e}")
 
     def free(self):

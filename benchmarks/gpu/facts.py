@@ -28,7 +28,7 @@ def main():
 
 def described(rehearse):
     gpu = device.opened(rehearse)
-    facts = stage.environment(gpu.name)
+    facts = stage.environment(gpu.name) | {"capability": gpu.capability}
     if rehearse:
         return facts | {"copy_bytes_per_s": 4e12, "product_flop_per_s": 7e14}
     properties = torch.cuda.get_device_properties(0)

@@ -6,15 +6,14 @@ is an operator as a graph, on Triton, on CUDA, and as plain PyTorch, eager and w
 
 import torch
 
-from benchmarks.gpu import calls, compile, device, stage, tune
+from benchmarks import ahead_of_time
+from benchmarks.gpu import calls, device, stage, tune
 from ipt_fast.kernels import _launch
 
 COLUMNS = (
     "date", "commit", "gpu", "torch", "triton", "kind", "name", "shape", "key", "contender", "calls", "median_us",
     "bound_us", "binds", "share_of_bound", "gb_per_s", "registers", "note",
 )  # fmt: skip
-
-
 # Whose gradients are CUDA C++, too; those of the layers are Triton's.
 CUDA_BACKWARDS = ("merge_pointwise_backward", "merge_depthwise_backward")
 
@@ -24,7 +23,7 @@ def launches(gpu, table, call, arguments, seen):
     with _launch.record() as recorded:
         call.on("triton", arguments)()
     for launch in recorded:
-        if launch.kernel is None or (identity := f"{compile.key_of(launch)} {launch.grid}") in seen:
+        if launch.kernel is None or (identity := (ahead_of_time.key_of(launch), launch.grid)) in seen:
             continue
         seen.add(identity)
         seconds = gpu.seconds({"": gpu.launch(launch)})[""]

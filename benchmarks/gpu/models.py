@@ -52,8 +52,8 @@ class Stage:
         return x.contiguous(memory_format=torch.channels_last)
 
     def timed(self, model, shape, dtype, direction, functions, graphs=True, peaks=True):
-        """A row for every contender, {name: function}; those that cannot be captured stay as they are."""
-        ready, notes, memory = {}, {}, {}
+        """A row for every contender, {name: function}, as a graph or not; rivals that fail are left out."""
+        ready, memory = {}, {}
         for name, function in functions.items():
             try:
                 if peaks:
@@ -70,8 +70,9 @@ class Stage:
                 model=model, shape=shape, dtype=str(dtype).removeprefix("torch."), direction=direction,
                 contender=name, median_ms=seconds * 1e3, peak_gib=memory.get(name, ""),
                 times_faster=min(rivals) / seconds if name in OURS and rivals else "",
-                note=notes.get(name, "" if graphs else "no graph"),
+                note="" if graphs else "no graph",
             )  # fmt: skip
+        return found
 
 
 OURS = ("triton", "tuned", "mixed")
@@ -186,7 +187,8 @@ def compiled(run):
         mixed = ours(run.gpu, lambda: model(x), run.tuned)["mixed"]
         functions = {"mixed": mixed, "compiled": plain(lambda: rival(x), **calls.SDPA)}
         functions["compiled"]()  # again, alone
-        run.timed(name, "x".join(map(str, x.shape)), x.dtype, "forward", functions)
+        if "compiled" not in run.timed(name, "x".join(map(str, x.shape)), x.dtype, "forward", functions):
+            run.failures.append(f"{name} compiled")
 
 
 def models(run):

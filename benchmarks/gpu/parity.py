@@ -22,9 +22,7 @@ from tests.cuda import cases as cuda_cases
 from tests.gpu import cases as gpu_cases
 from tests.ops import cases
 
-LOST = 3  # exit status of a process whose GPU is lost
 SIDES, BATCH = (70, 101), 2  # more than two windows of 32, and borders
-FULL = 512
 REHEARSED = {"cuda": ("leffn layer 32 ", "grid layer 32 g8 "), "triton": ("layer_norm_2d", "merge_pointwise")}
 
 
@@ -188,7 +186,7 @@ def work(args, counter):
         if torch.cuda.is_initialized() and not lost:
             torch.cuda.empty_cache()
         if lost:
-            os._exit(LOST)
+            os._exit(stage.LOST)
 
 
 def main():
@@ -207,7 +205,7 @@ def main():
     while running:
         process = running.pop(0)
         process.join()
-        if process.exitcode == LOST and counter.value < total:
+        if process.exitcode == stage.LOST and counter.value < total:
             running.append(new())
             running[-1].start()
     # Another stage may have written to the same file meanwhile.

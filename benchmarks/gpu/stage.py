@@ -15,7 +15,7 @@ import traceback
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-EMULATED = "IPT_FAST_EMULATED_CUDA"
+LOST = 3  # exit status of a process whose GPU is lost
 
 
 def arguments(description, **more):

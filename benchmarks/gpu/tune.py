@@ -17,7 +17,6 @@ from benchmarks.gpu import calls, device, stage
 from ipt_fast._files import atomic_write
 from ipt_fast.kernels import _launch
 
-LOST = 3  # exit status of a process whose GPU is lost
 LEAST_GAIN = 0.02  # a configuration replaces the one before it only if it is so much faster
 
 
@@ -81,7 +80,7 @@ def tune(gpu, call, arguments, taken, tuned, broken):
                 stage.write_json(broken, line)
                 if stage.is_lost(error):
                     print(f"FAILED: the GPU is lost: {call.label} {place} {candidate}: {str(error)[:100]}", flush=True)
-                    os._exit(LOST)  # the ordinary end would wait for the GPU
+                    os._exit(stage.LOST)  # the ordinary end would wait for the GPU
                 failures.append(f"{place} {candidate}: {type(error).__name__}: {str(error)[:200]}")
                 continue
             print(f"  {seconds * 1e6:8.1f} µs  {place[0]} {place[1]} {candidate}", flush=True)
@@ -102,8 +101,8 @@ def main():
     args = stage.arguments(__doc__, worker=dict(action="store_true"))
     if args.worker:
         return work(args)
-    command, code = [sys.executable, "-m", __spec__.name, "--worker", *sys.argv[1:]], LOST
-    while code == LOST:
+    command, code = [sys.executable, "-m", __spec__.name, "--worker", *sys.argv[1:]], stage.LOST
+    while code == stage.LOST:
         code = subprocess.run(command).returncode
     raise SystemExit(code or (args.work / "broken.jsonl").exists())
 

@@ -5,7 +5,7 @@ namespace {
 
 template <class T, int C>
 void run(const LeffnParams& params, void* stream) {
-    using Tile = LeffnBlock<T, C>;
+    using Tile = LeffnTile<T, C>;
     static_assert(sizeof(Tile) <= 163 << 10);
     const int64_t across = (params.width + Tile::kWide - 1) / Tile::kWide;
     const int64_t down = (params.height + Tile::kHigh - 1) / Tile::kHigh;

@@ -57,11 +57,11 @@ def test_a_whole_rehearsal(tmp_path):
     assert all(json.loads(line)["passed"] for line in (tmp_path / "out" / "parity.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize("wanted", ["log", "parity.jsonl"])
+@pytest.mark.parametrize("wanted", ["log", "parity.jsonl", "tuned.json", "kernels.csv", "models.csv"])
 def test_a_kill_leaves_whole_files_and_no_process(tmp_path, wanted):
     """As soon as the check has written to a file."""
     out = tmp_path / "out"
-    process = command(out, "--only", "leffn layer 32|layer_norm")
+    process = command(out, "--stages", "^(facts|cuda parity|tune|kernels|models)$")
     end = time.monotonic() + 300
     while not (out / wanted).exists():
         assert process.poll() is None and time.monotonic() < end
@@ -76,8 +76,7 @@ def test_a_kill_leaves_whole_files_and_no_process(tmp_path, wanted):
 
 def test_deadlines_and_order(tmp_path):
     """A stage ends at its deadline and stops no other; what runs alone does; nothing begins after the end."""
-    for folder in ("out", "bin"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "out").mkdir()
     stages = [
         gpu_check.Stage("slow", "", 0.5, ("sleep 60",)),
         gpu_check.Stage("fails", "", 10, ("exit 3",), after=("slow",)),

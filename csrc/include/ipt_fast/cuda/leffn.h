@@ -18,7 +18,7 @@ struct LeffnParams {
     bool centered, residual, tf32;
 };
 
-constexpr int kLeffnThreads = 256, kLeffnHiddenStep = 32;
+constexpr int kLeffnHiddenStep = 32;
 
 // `channels` is 32, 48, 64 or 96, `hidden` a multiple of kLeffnHiddenStep.
 template <class T>
