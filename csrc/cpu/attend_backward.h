@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "gram.h"
-#include "ipt_fast/channel_attention_backward.h"
+#include "channel_attention_backward_kernel.h"
 #include "vec.h"
 
 namespace ipt_fast {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "ipt_fast/grid_attention.h"
+#include "grid_attention_kernel.h"
 #include "rows.h"
 #include "softmax.h"
 

@@ -1,5 +1,5 @@
 // channel_attention and focal_channel_attention: checks, work partition, registration.
-#include "ipt_fast/channel_attention.h"
+#include "channel_attention_kernel.h"
 
 #include <torch/library.h>
 
@@ -74,15 +74,6 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& tem
     params.out = out.mutable_data_ptr();
     run(params);
     return out;
-}
-
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def(
-        "channel_attention(Tensor q, Tensor k, Tensor v, Tensor temperature, int num_heads, int? window_size) "
-        "-> Tensor");
-    m.def(
-        "focal_channel_attention(Tensor qkv, Tensor temperature, Tensor token_weight, Tensor top_weight, "
-        "Tensor bottom_weight, int num_heads, int window_size) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {

@@ -1,5 +1,5 @@
 // Backward of channel_attention and focal_channel_attention: checks, work partition, registration.
-#include "ipt_fast/channel_attention_backward.h"
+#include "channel_attention_backward_kernel.h"
 
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
@@ -138,16 +138,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_cha
     const at::Tensor of_token = (sums.maps[0] + sums.maps[1]) * token_weight;
     return {grad_qkv, like(-sums.scale / (alpha * alpha), temperature), like(of_token, token_weight),
             like(sums.maps[2], top_weight), like(sums.maps[3], bottom_weight)};
-}
-
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def(
-        "channel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor temperature, int num_heads, "
-        "int? window_size) -> (Tensor, Tensor, Tensor, Tensor)");
-    m.def(
-        "focal_channel_attention_backward(Tensor grad, Tensor qkv, Tensor temperature, Tensor token_weight, "
-        "Tensor top_weight, Tensor bottom_weight, int num_heads, int window_size) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {

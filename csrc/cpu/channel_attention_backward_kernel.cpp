@@ -7,7 +7,7 @@
 // Bytes a pixel: 11 * C * sizeof(T) and the slots. FLOP a pixel: 10 * C * d for each branch.
 #include "attend_backward.h"
 #include "gram.h"
-#include "ipt_fast/channel_attention_backward.h"
+#include "channel_attention_backward_kernel.h"
 #include "rows.h"
 
 namespace ipt_fast {

@@ -1,12 +1,9 @@
-// Pointwise and depthwise convolutions and their gradients: checks, work partition, registration.
+// Pointwise and depthwise convolutions and their gradients: checks, work partition.
 #include "convolution.h"
 
-#include <torch/library.h>
-
 #include <algorithm>
-#include <tuple>
 
-#include "ipt_fast/convolution.h"
+#include "convolution_kernel.h"
 
 namespace ipt_fast {
 namespace {
@@ -171,35 +168,6 @@ at::Tensor depthwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x
     });
     const at::Tensor gradient = sums.sum(0).narrow(1, 0, p.channels).t().contiguous();
     return gradient.to(x.scalar_type()).view({p.channels, 1, kernel, kernel});
-}
-
-namespace {
-
-std::tuple<at::Tensor, at::Tensor> pointwise_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                      const at::Tensor& weight) {
-    check_tensor(weight, "weight", {grad.size(1), x.size(1), 1, 1}, x);
-    return {pointwise_input_gradient(grad, weight), pointwise_weight_gradient(grad, x)};
-}
-
-std::tuple<at::Tensor, at::Tensor> depthwise_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                      const at::Tensor& weight) {
-    return {depthwise_input_gradient(grad, weight), depthwise_weight_gradient(grad, x, weight.size(3))};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def("pointwise(Tensor x, Tensor weight) -> Tensor");
-    m.def("pointwise_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)");
-    m.def("depthwise(Tensor x, Tensor weight) -> Tensor");
-    m.def("depthwise_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
-    m.impl("pointwise", pointwise);
-    m.impl("pointwise_backward", pointwise_backward);
-    m.impl("depthwise", depthwise);
-    m.impl("depthwise_backward", depthwise_backward);
 }
 
 }  // namespace ipt_fast

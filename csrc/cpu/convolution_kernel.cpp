@@ -9,7 +9,7 @@
 #include "depthwise.h"
 #include "depthwise_gradient.h"
 #include "gemm.h"
-#include "ipt_fast/convolution.h"
+#include "convolution_kernel.h"
 #include "rows.h"
 
 namespace ipt_fast {

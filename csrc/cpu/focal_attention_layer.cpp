@@ -1,5 +1,5 @@
 // focal_attention_layer: checks, work partition, registration.
-#include "ipt_fast/focal_attention_layer.h"
+#include "focal_attention_layer_kernel.h"
 
 #include <torch/library.h>
 
@@ -86,13 +86,6 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def(
-        "focal_attention_layer(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
-        "Tensor depthwise_weight, Tensor project_weight, Tensor temperature, Tensor token_weight, Tensor top_weight, "
-        "Tensor bottom_weight, int num_heads, int window_size, float eps, bool centered) -> Tensor");
-}
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("focal_attention_layer", focal_attention_layer); }
 

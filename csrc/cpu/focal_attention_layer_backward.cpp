@@ -51,14 +51,6 @@ Tensors10 focal_attention_layer_backward(T grad_, T x_, T norm_weight, const Opt
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def(
-        "focal_attention_layer_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor? norm_bias, "
-        "Tensor qkv_weight, Tensor depthwise_weight, Tensor project_weight, Tensor temperature, Tensor token_weight, "
-        "Tensor top_weight, Tensor bottom_weight, int num_heads, int window_size, float eps, bool centered) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("focal_attention_layer_backward", focal_attention_layer_backward); }
 
 }  // namespace ipt_fast

@@ -6,7 +6,7 @@
 // Bytes a pixel: read x twice, write and read v, write out: 5 * C * sizeof(T), and the slots of channel_attention.
 // FLOP a pixel: 8 * C * C + 8 * C * d + 54 * C.
 #include "gram.h"
-#include "ipt_fast/focal_attention_layer.h"
+#include "focal_attention_layer_kernel.h"
 #include "rows.h"
 
 namespace ipt_fast {

@@ -4,7 +4,7 @@
 // two or more FMAs for every load, so the product is bound by arithmetic.
 #pragma once
 
-#include "ipt_fast/kernels.h"
+#include "kernels.h"
 #include "vec.h"
 
 namespace ipt_fast {

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "ipt_fast/channel_attention.h"
+#include "channel_attention_kernel.h"
 #include "rows.h"
 #include "vec.h"
 

@@ -71,10 +71,6 @@ at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channe
     return bias;
 }
 
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def("grid_attention(Tensor qkv, Tensor? bias_table, int num_heads, int grid_size) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("grid_attention", grid_attention); }
 
 }  // namespace ipt_fast

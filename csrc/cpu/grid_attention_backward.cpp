@@ -49,12 +49,6 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
     return {grad_qkv, grad_table.reshape(bias_table->sizes()).to(bias_table->scalar_type())};
 }
 
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def(
-        "grid_attention_backward(Tensor grad, Tensor qkv, Tensor? bias_table, int num_heads, int grid_size) "
-        "-> (Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("grid_attention_backward", grid_attention_backward); }
 
 }  // namespace ipt_fast

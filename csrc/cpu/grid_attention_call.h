@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "ipt_fast/grid_attention.h"
+#include "grid_attention_kernel.h"
 #include "tensor.h"
 
 namespace ipt_fast {

@@ -74,17 +74,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def(
-        "grid_attention_layer(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
-        "Tensor project_weight, Tensor? bias_table, int num_heads, int grid_size, float eps, bool centered) -> Tensor");
-    m.def(
-        "grid_attention_layer_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor "
-        "qkv_weight, "
-        "Tensor project_weight, Tensor? bias_table, int num_heads, int grid_size, float eps, bool centered) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("grid_attention_layer", grid_attention_layer);
     m.impl("grid_attention_layer_backward", grid_attention_layer_backward);

@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "ipt_fast/channel_attention.h"
+#include "channel_attention_kernel.h"
 #include "tensor.h"
 
 namespace ipt_fast {

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ipt_fast/layer_norm_2d.h"
+#include "layer_norm_2d_kernel.h"
 
 namespace ipt_fast {
 namespace {
@@ -127,13 +127,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::
     });
     return {call.out, sum_shares(grad_weights, weight),
             bias.has_value() ? sum_shares(grad_biases, *bias) : at::empty({0}, at::kFloat)};
-}
-
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def("layer_norm_2d(Tensor x, Tensor weight, Tensor? bias, float eps, bool centered) -> Tensor");
-    m.def(
-        "layer_norm_2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, float eps, bool centered) "
-        "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {

@@ -3,7 +3,7 @@
 // A block of pixels is first laid out as fp32 rows, one pixel's channels each: converted from 16 bit, transposed from
 // NCHW, or taken as it lies in memory. Reading x once and writing y once is all the traffic: 2 * sizeof(x) bytes and
 // about 8 FLOP a value forward; 3 * sizeof(x) bytes and about 20 FLOP backward. Rows stay in the first or second cache.
-#include "ipt_fast/layer_norm_2d.h"
+#include "layer_norm_2d_kernel.h"
 #include "vec.h"
 
 namespace ipt_fast {

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "ipt_fast/leffn.h"
+#include "leffn_kernel.h"
 #include "layer_norm_2d.h"
 
 namespace ipt_fast {
@@ -120,13 +120,6 @@ at::Tensor leffn_layer(const at::Tensor& x, const at::Tensor& norm_weight, const
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def("leffn(Tensor x, Tensor expand_weight, Tensor depthwise_weight, Tensor project_weight) -> Tensor");
-    m.def(
-        "leffn_layer(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor expand_weight, Tensor depthwise_weight, "
-        "Tensor project_weight, float eps, bool centered) -> Tensor");
-}
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("leffn", leffn);

@@ -1,6 +1,6 @@
 // The backward of leffn and of its layer: checks, work partition, registration. The arithmetic is in
 // leffn_backward_kernel.cpp.
-#include "ipt_fast/leffn_backward.h"
+#include "leffn_backward_kernel.h"
 
 #include <torch/library.h>
 
@@ -161,16 +161,6 @@ LayerGradients leffn_layer_backward(const at::Tensor& grad, const at::Tensor& x,
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def(
-        "leffn_backward(Tensor grad, Tensor x, Tensor expand_weight, Tensor depthwise_weight, Tensor project_weight) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-    m.def(
-        "leffn_layer_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor expand_weight, "
-        "Tensor depthwise_weight, Tensor project_weight, float eps, bool centered) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("leffn_backward", leffn_backward);

@@ -15,7 +15,7 @@
 #include "depthwise_gradient.h"
 #include "gelu.h"
 #include "gemm.h"
-#include "ipt_fast/leffn_backward.h"
+#include "leffn_backward_kernel.h"
 #include "rows.h"
 
 namespace ipt_fast {

@@ -12,7 +12,7 @@
 #include "depthwise.h"
 #include "gelu.h"
 #include "gemm.h"
-#include "ipt_fast/leffn.h"
+#include "leffn_kernel.h"
 #include "rows.h"
 
 namespace ipt_fast {

@@ -110,15 +110,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_depthwise_backward(const at
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
-    m.def("merge_pointwise(Tensor first, Tensor second) -> Tensor");
-    m.def("merge_pointwise_backward(Tensor grad, Tensor first, Tensor second) -> (Tensor, Tensor)");
-    m.def("merge_depthwise(Tensor k5, Tensor k3, Tensor k1, bool identity) -> Tensor");
-    m.def(
-        "merge_depthwise_backward(Tensor grad, Tensor k5, Tensor k3, Tensor k1, bool identity) "
-        "-> (Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("merge_pointwise", merge_pointwise);
     m.impl("merge_pointwise_backward", merge_pointwise_backward);

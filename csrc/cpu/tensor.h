@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "ipt_fast/kernels.h"
+#include "kernels.h"
 #include "isa.h"
 
 // The table of functions of an operator's kernels for the instruction set in use.

@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "ipt_fast/kernels.h"
+#include "kernels.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-#include "ipt_fast/cuda/depthwise.h"
+#include "depthwise.h"
 
 #include "tensor.h"
 

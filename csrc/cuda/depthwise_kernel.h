@@ -9,7 +9,7 @@
 // shares, in order too.
 #pragma once
 
-#include "ipt_fast/cuda/depthwise.h"
+#include "depthwise.h"
 #include "tiles.h"
 
 namespace ipt_fast {

@@ -1,7 +1,7 @@
 // The library ipt_fast_cuda. Its operators are called by ipt_fast.ops only; each file registers its own.
 #include <Python.h>
 
-#include "ipt_fast/cuda/merge.h"
+#include "merge.h"
 #include "tensor.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ipt_fast_cuda, m) {

@@ -1,8 +1,8 @@
-#include "ipt_fast/cuda/focal_attention_layer.h"
+#include "focal_attention_layer.h"
 
 #include <algorithm>
 
-#include "ipt_fast/windows.h"
+#include "common/windows.h"
 #include "tensor.h"
 
 namespace ipt_fast {

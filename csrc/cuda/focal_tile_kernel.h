@@ -2,7 +2,7 @@
 // convolved, pixel by pixel in rows of channels. A tile has a border of one pixel, which is zero outside of the image.
 #pragma once
 
-#include "ipt_fast/cuda/focal_attention_layer.h"
+#include "focal_attention_layer.h"
 #include "tiles.h"
 
 namespace ipt_fast {

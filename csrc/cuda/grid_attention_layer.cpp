@@ -1,4 +1,4 @@
-#include "ipt_fast/cuda/grid_attention_layer.h"
+#include "grid_attention_layer.h"
 
 #include "tensor.h"
 

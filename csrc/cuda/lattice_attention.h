@@ -7,7 +7,7 @@
 // would round them once more.
 #pragma once
 
-#include "ipt_fast/cuda/grid_attention_layer.h"
+#include "grid_attention_layer.h"
 #include "tiles.h"
 
 namespace ipt_fast {

@@ -1,4 +1,4 @@
-#include "ipt_fast/cuda/leffn.h"
+#include "leffn.h"
 
 #include "tensor.h"
 

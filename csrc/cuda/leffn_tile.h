@@ -1,7 +1,7 @@
 // What the feed-forward network's kernels in 16 bits and of float share: GELU, and where a tile lies.
 #pragma once
 
-#include "ipt_fast/cuda/leffn.h"
+#include "leffn.h"
 #include "tiles.h"
 
 namespace ipt_fast {

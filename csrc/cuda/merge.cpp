@@ -1,4 +1,4 @@
-#include "ipt_fast/cuda/merge.h"
+#include "merge.h"
 
 #include "tensor.h"
 

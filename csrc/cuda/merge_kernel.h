@@ -1,7 +1,7 @@
 // A block makes 64 x 32 values of a product, or 1024 of a depthwise sum. The weights are a few hundred kilobytes.
 #pragma once
 
-#include "ipt_fast/cuda/merge.h"
+#include "merge.h"
 #include "tiles.h"
 
 namespace ipt_fast {

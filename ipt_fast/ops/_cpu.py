@@ -1,4 +1,8 @@
-"""The C++ backend of an operator: private operators of the same name and arguments in the library ipt_fast_cpu."""
+"""The C++ backend of an operator: private operators of the same name and arguments in the library ipt_fast_cpu.
+
+Their schemas are the operator's own. The library implements them, and loading it fails where a function of its does not
+take what the schema says.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -9,8 +13,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from .. import _extension
-from ._operator import Arguments, Kernel
+from ._operator import Arguments, Kernel, Operator
 
+_library = torch.library.Library("ipt_fast_cpu", "FRAGMENT")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,14 +38,21 @@ def _private(name: str) -> OpOverload:
     return getattr(torch.ops.ipt_fast_cpu, name).default
 
 
-def kernel(name: str, rounds_between: bool = False, keeps_a_map: bool = False) -> Kernel:
-    """``ipt_fast_cpu::<name>`` and ``<name>_backward``, which returns an empty gradient for an absent tensor.
+def register(operator: Operator, rounds_between: bool = False, keeps_a_map: bool = False) -> None:
+    """Give ``operator`` the backend "cpu": ``ipt_fast_cpu::<name>`` and ``<name>_backward``.
 
-    ``rounds_between``: the backward is a chain of kernels with maps in the dtype of the images between them. It gets
-    16-bit tensors as float32, so that their gradients are rounded once.
-    ``keeps_a_map``: the forward keeps an intermediate map in the dtype of the images. Where that is float16, whose
-    range the map may leave, it gets float32.
+    The latter returns an empty gradient for an absent tensor.
+
+    Args:
+        operator: the `Operator`.
+        rounds_between: the backward is a chain of kernels with maps in the dtype of the images between them. It gets
+            16-bit tensors as float32, so that their gradients are rounded once.
+        keeps_a_map: the forward keeps an intermediate map in the dtype of the images. Where that is float16, whose
+            range the map may leave, it gets float32.
     """
+    name, gradients = operator.name, ", ".join(["Tensor"] * len(operator.tensors))
+    _library.define(f"{name}({operator.schema}) -> Tensor")
+    _library.define(f"{name}_backward(Tensor grad, {operator.schema}) -> ({gradients})")
 
     def forward(*args: Any) -> Tensor:
         if keeps_a_map and args[0].dtype == torch.float16:
@@ -51,16 +63,14 @@ def kernel(name: str, rounds_between: bool = False, keeps_a_map: bool = False) -
         grads = _private(f"{name}_backward")
         if not rounds_between or grad.dtype == torch.float32:
             return grads(grad, *args)
-        wide = _wide(args)
-        tensors = (value for value, kind in zip(args, grads._schema.arguments[1:], strict=True) if _is_tensor(kind))
-        return [g if t is None else g.to(t.dtype) for g, t in zip(grads(grad.float(), *wide), tensors, strict=True)]
+        tensors = [
+            value for argument, value in zip(operator.arguments, args, strict=True) if argument in operator.tensors
+        ]
+        found = zip(grads(grad.float(), *_wide(args)), tensors, strict=True)
+        return [g if t is None else g.to(t.dtype) for g, t in found]
 
-    return Kernel(check, forward, backward)
+    operator.kernels["cpu"] = Kernel(check, forward, backward)
 
 
 def _wide(args: Arguments) -> list[Any]:
     return [value.float() if isinstance(value, torch.Tensor) else value for value in args]
-
-
-def _is_tensor(argument: Any) -> bool:
-    return str(argument.type) in ("Tensor", "Optional[Tensor]")

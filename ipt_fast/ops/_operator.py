@@ -90,7 +90,7 @@ class Operator:
         autocast: bool = True,
     ) -> None:
         self.function = function
-        self.name = function.__name__
+        self.name, self.schema = function.__name__, schema
         self.arguments = tuple(inspect.signature(function).parameters)
         self.images, self.weights = images, weights
         types = self._by_name(argument.split()[0] for argument in schema.split(","))
@@ -101,7 +101,7 @@ class Operator:
         self.formula = reference
         self.kernels = {"reference": Kernel(lambda args: None, self._call_reference, self._reference_backward)}
         OPERATORS[self.name] = self
-        self._register(schema, flops)
+        self._register(flops)
 
     def __call__(self, *args: Any) -> Tensor:
         return self._forward_op(*args)
@@ -174,12 +174,12 @@ class Operator:
 
     # -- registration -------------------------------------------------------------------------------------------
 
-    def _register(self, schema: str, flops: Callable[..., int]) -> None:
+    def _register(self, flops: Callable[..., int]) -> None:
         names = self.arguments
         backward_name = f"{self.name}_backward"
-        grads = ", ".join(["Tensor"] * len(self.tensors))
-        _library.define(f"{self.name}({schema}) -> Tensor")
-        _library.define(f"{backward_name}(Tensor grad, {schema}, str? backend) -> ({grads})")
+        gradients = ", ".join(["Tensor"] * len(self.tensors))
+        _library.define(f"{self.name}({self.schema}) -> Tensor")
+        _library.define(f"{backward_name}(Tensor grad, {self.schema}, str? backend) -> ({gradients})")
         self._forward_op = getattr(torch.ops.ipt_fast, self.name).default
         self._backward_op = getattr(torch.ops.ipt_fast, backward_name).default
 

@@ -50,5 +50,5 @@ _operator = Operator(
     output_shape=lambda q, *_: q.shape,
     flops=_flops,
 )
-_operator.kernels["cpu"] = _cpu.kernel("channel_attention")
+_cpu.register(_operator)
 _triton.register(_operator, lambda q, *args: _triton.head_limit(q.shape[1], args[3]))

@@ -72,5 +72,5 @@ _operator = Operator(
     output_shape=lambda qkv, *_: (qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:]),
     flops=_flops,
 )
-_operator.kernels["cpu"] = _cpu.kernel("focal_channel_attention")
+_cpu.register(_operator)
 _triton.register(_operator, lambda qkv, *args: _triton.head_limit(qkv.shape[1] // 3, args[4]))

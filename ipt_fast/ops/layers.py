@@ -229,9 +229,9 @@ _leffn = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_leffn_flops,
 )
-_focal.kernels["cpu"] = _cpu.kernel("focal_attention_layer", rounds_between=True, keeps_a_map=True)
-_grid.kernels["cpu"] = _cpu.kernel("grid_attention_layer", rounds_between=True)
-_leffn.kernels["cpu"] = _cpu.kernel("leffn_layer", rounds_between=True)
+_cpu.register(_focal, rounds_between=True, keeps_a_map=True)
+_cpu.register(_grid, rounds_between=True)
+_cpu.register(_leffn, rounds_between=True)
 _triton.register(_focal, lambda x, *args: _triton.head_limit(x.shape[1], args[9]))
 _triton.register(_grid, lambda x, *args: _triton.head_limit(x.shape[1], args[5]))
 _triton.register(_leffn, limits=lambda *args: _triton.depthwise_limit(args[4]))

@@ -45,7 +45,7 @@ _operator = Operator(
     output_shape=lambda x, expand, depthwise, project: (x.shape[0], project.shape[0], *x.shape[2:]),
     flops=_flops,
 )
-_operator.kernels["cpu"] = _cpu.kernel("leffn")
+_cpu.register(_operator)
 _triton.register(_operator, limits=lambda x, expand, depthwise, project: _triton.depthwise_limit(depthwise))
 _cuda.register(
     _operator,

@@ -73,8 +73,8 @@ _depthwise = Operator(
     flops=lambda *_: 0,
     autocast=False,
 )
-_pointwise.kernels["cpu"] = _cpu.kernel("merge_pointwise")
-_depthwise.kernels["cpu"] = _cpu.kernel("merge_depthwise")
+_cpu.register(_pointwise)
+_cpu.register(_depthwise)
 _triton.register(_pointwise)
 _triton.register(_depthwise)
 # One launch could merge all branches of a layer; each operator brings its own.

@@ -133,7 +133,7 @@ def test_isolated_build_names_the_command_that_works(checkout):
 @compiled
 def test_a_compile_error_fails_the_build(checkout):
     """A working compiler that refuses our code is an error to show, not a reason for a plain install."""
-    (checkout / "csrc/include/ipt_fast/kernels.h").write_text('#error "this does not compile"\n')  # all include it
+    (checkout / "csrc/cpu/kernels.h").write_text('#error "this does not compile"\n')  # all include it
     process, names = build_wheel(checkout, MAX_JOBS="1")
     assert process.returncode != 0 and names is None
     assert "this does not compile" in process.stdout + process.stderr

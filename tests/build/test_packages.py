@@ -158,7 +158,7 @@ def test_source_distribution(tmp_path):
 def test_kernels_have_no_weak_symbols(level, flags, tmp_path):
     """The linker merges weak symbols, so code of one instruction set would run in place of another's. Without the
     optimizer, which inlines most of them, all show."""
-    options = ["-std=c++20", "-O0", "-fPIC", "-w", f"-DIPT_FAST_ISA={level}", *flags.split(), "-Icsrc/include"]
+    options = ["-std=c++20", "-O0", "-fPIC", "-w", f"-DIPT_FAST_ISA={level}", *flags.split(), "-Icsrc"]
 
     def compile_and_read(source):
         target = tmp_path / f"{source.stem}.o"

@@ -15,7 +15,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc/cuda"
-HEADERS = ROOT / "csrc/include"
+HEADERS = ROOT / "csrc"
 FLAGS = (
     "-std=c++20 -O2 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fvisibility=hidden "
     "-U_FORTIFY_SOURCE -DIPT_FAST_EMULATED -DTORCH_TARGET_VERSION=0x020a000000000000"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "windows.h"
+#include "common/windows.h"
 
 namespace ipt_fast {
 

@@ -2,7 +2,7 @@
 // focal_channel_attention (two branches).
 #pragma once
 
-#include "channel_attention.h"
+#include "channel_attention_kernel.h"
 
 namespace ipt_fast {
 

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "both.h"
+#include "common/marks.h"
 
 // The kernels are compiled once for each instruction set; every copy exports its table of functions under its own name.
 #define IPT_FAST_DECLARE_KERNELS(Table, name) extern const Table name##_generic, name##_avx2, name##_avx512

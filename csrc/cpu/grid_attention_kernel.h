@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "lattice.h"
+#include "common/lattice.h"
 
 namespace ipt_fast {
 

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#include "ipt_fast/both.h"
+#include "common/marks.h"
 
 namespace ipt_fast {
 

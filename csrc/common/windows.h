@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#include "both.h"
+#include "marks.h"
 
 namespace ipt_fast {
 

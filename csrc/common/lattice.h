@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "both.h"
+#include "marks.h"
 
 namespace ipt_fast {
 

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "ipt_fast/lattice.h"
+#include "common/lattice.h"
 
 namespace ipt_fast {
 

@@ -2,7 +2,7 @@
 // x + PW(focal channel attention(DW3x3(PW(layer norm(x))))).
 #pragma once
 
-#include "channel_attention.h"
+#include "channel_attention_kernel.h"
 #include "kernels.h"
 
 namespace ipt_fast {

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "ipt_fast/both.h"
+#include "common/marks.h"
 
 namespace ipt_fast {
 
