@@ -18,7 +18,7 @@ PYBIND11_MODULE(_build_info, m) {
             info["flags"] = IPT_FAST_FLAGS;
             info["cxx_standard"] = IPT_FAST_CXX_STANDARD;
             info["torch"] = IPT_FAST_TORCH_VERSION;
-            info["cpu_isa"] = std::map<std::string, std::string> IPT_FAST_ISA_FLAGS;
+            info["cpu_isa"] = std::map<std::string, std::string> IPT_FAST_LEVEL_FLAGS;
             info["cuda_compiler"] = IPT_FAST_CUDA_COMPILER;
             info["cuda_architectures"] = IPT_FAST_CUDA_ARCHITECTURES;
             return info;

@@ -134,9 +134,9 @@ def build_info() -> dict:
 
 
 def isa() -> str | None:
-    """The CPU instruction set the kernels use now ("generic", "avx2" or "avx512"), None if the library is not loaded.
+    """The level of instruction sets the CPU's kernels use now, such as "generic"; None if the library is not loaded.
 
-    The processor decides; the environment variable IPT_FAST_CPU_ISA caps it.
+    The processor decides; the environment variable IPT_FAST_CPU_ISA caps it. csrc/cpu/levels.cmake lists the levels.
     """
     return torch.ops.ipt_fast_cpu.isa() if load() else None
 

@@ -3,11 +3,11 @@
 
 #include <string.h>
 
-#include "gram.h"
 #include "channel_attention_backward_kernel.h"
+#include "gram.h"
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // out[j][i] = in[i][j]
@@ -168,4 +168,4 @@ inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -6,7 +6,7 @@
 #include "rows.h"
 #include "softmax.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // One after the other from one piece of memory; all sizes are multiples of kChannelPad.
@@ -136,4 +136,4 @@ inline void attend(const GridAttention& p, const Group& g, const float* bias, co
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -1,21 +1,20 @@
 // channel_attention and focal_channel_attention: checks, work partition, registration.
-#include "channel_attention_kernel.h"
-
 #include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
 
+#include "channel_attention_kernel.h"
 #include "groups.h"
 #include "tensor.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // The three passes over a map; p lacks only the slots.
 void run(ChannelAttentionParams& p) {
     Groups& g = p.groups;
-    const ChannelAttentionKernels& kernel = IPT_FAST_KERNELS(channel_attention);
+    const ChannelAttentionKernels& kernel = kernels_in_use<ChannelAttentionKernels>();
     const int64_t most = std::max({gram_scratch(g), attend_scratch(g), apply_scratch(g) + kTileTokens * g.depth});
     const int64_t each = round_up(most, kChannelPad);
     WorkSpace space;
@@ -81,4 +80,4 @@ TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("focal_channel_attention", focal_channel_attention);
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -1,6 +1,4 @@
 // Backward of channel_attention and focal_channel_attention: checks, work partition, registration.
-#include "channel_attention_backward_kernel.h"
-
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
@@ -8,10 +6,11 @@
 #include <optional>
 #include <tuple>
 
+#include "channel_attention_backward_kernel.h"
 #include "groups.h"
 #include "tensor.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // The gradients of the parameters, as far as they are sums over the map.
@@ -38,7 +37,7 @@ void sum_windows(const Groups& g, int branch, const float* values, double* out) 
 // The three passes over a map; p lacks only the work space.
 Sums run(ChannelAttentionBackwardParams& p) {
     const Groups& g = p.groups;
-    const ChannelAttentionBackwardKernels& kernel = IPT_FAST_KERNELS(channel_attention_backward);
+    const ChannelAttentionBackwardKernels& kernel = kernels_in_use<ChannelAttentionBackwardKernels>();
     const int64_t blocks = g.blocks() * g.heads, windows = g.windows() * g.heads * g.branches;
     const int64_t maps = g.branches == 2 ? 4 : 0, map = g.images * g.vertical.size * g.horizontal.size;
     const auto floats = [](int64_t count) { return count * static_cast<int64_t>(sizeof(float)); };
@@ -145,4 +144,4 @@ TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("focal_channel_attention_backward", focal_channel_attention_backward);
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

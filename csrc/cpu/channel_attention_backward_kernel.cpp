@@ -5,12 +5,13 @@
 // grad once, for both branches); all that is d x d, for every window; and the gradients, products of each pixel with
 // three matrices of each branch (reads q, k, v and grad again, writes the gradients of q, k and v).
 // Bytes a pixel: 11 * C * sizeof(T) and the slots. FLOP a pixel: 10 * C * d for each branch.
+#include "channel_attention_backward_kernel.h"
+
 #include "attend_backward.h"
 #include "gram.h"
-#include "channel_attention_backward_kernel.h"
 #include "rows.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 using Params = ChannelAttentionBackwardParams;
@@ -362,6 +363,7 @@ void apply_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-const ChannelAttentionBackwardKernels IPT_FAST_THIS_ISA(channel_attention_backward) = {gram_any, attend, apply_any};
+constinit const ChannelAttentionBackwardKernels ChannelAttentionBackwardKernels::IPT_FAST_LEVEL = {
+    cpu::gram_any, cpu::attend, cpu::apply_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

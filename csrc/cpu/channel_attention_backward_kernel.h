@@ -4,7 +4,7 @@
 
 #include "channel_attention_kernel.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 struct ChannelAttentionBackwardParams {
     DType dtype;
@@ -58,8 +58,8 @@ struct ChannelAttentionBackwardKernels {
     void (*attend)(const ChannelAttentionBackwardParams& params, int64_t begin, int64_t end, float* scratch);
     // The gradients of q, k, v and the token sums, for begin <= block * heads + head < end.
     void (*apply)(const ChannelAttentionBackwardParams& params, int64_t begin, int64_t end, float* scratch);
+
+    static const ChannelAttentionBackwardKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-IPT_FAST_DECLARE_KERNELS(ChannelAttentionBackwardKernels, channel_attention_backward);
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

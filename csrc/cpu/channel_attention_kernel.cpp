@@ -5,7 +5,7 @@
 // slots, slot_size * 4 / (pixels of a block) for each head. FLOP a pixel: 4 * C * d for each branch.
 #include "gram.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 template <typename T>
@@ -118,6 +118,7 @@ void apply_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, floa
 
 }  // namespace
 
-const ChannelAttentionKernels IPT_FAST_THIS_ISA(channel_attention) = {gram_any, attend, apply_any};
+constinit const ChannelAttentionKernels ChannelAttentionKernels::IPT_FAST_LEVEL = {cpu::gram_any, cpu::attend,
+                                                                                   cpu::apply_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -2,10 +2,10 @@
 // weights) and focal_channel_attention (two branches).
 #pragma once
 
-#include "kernels.h"
 #include "common/windows.h"
+#include "kernels.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 // What one block of the map keeps for one head, in fp32 ("slot"): for each branch the matrix [depth of k][depth of q],
 // then for each branch the squared norms of q's and of k's channels, then the factors of q's and of k's channels:
@@ -77,8 +77,8 @@ struct ChannelAttentionKernels {
     void (*attend)(const Groups& groups, int64_t begin, int64_t end, float* scratch);
     // The output, for begin <= block * heads + head < end.
     void (*apply)(const ChannelAttentionParams& params, int64_t begin, int64_t end, float* scratch);
+
+    static const ChannelAttentionKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-IPT_FAST_DECLARE_KERNELS(ChannelAttentionKernels, channel_attention);
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

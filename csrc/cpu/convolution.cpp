@@ -5,7 +5,7 @@
 
 #include "convolution_kernel.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // A weight's gradient is summed in about this many fixed shares, fewer where they would be small or need much memory.
@@ -27,7 +27,7 @@ void check_gradient(const at::Tensor& grad, const at::Tensor& x) {
 at::Tensor multiply(const at::Tensor& map, const Weight& weight) {
     const at::Tensor x = channels_last(map);
     const at::Tensor out = empty_channels_last({x.size(0), weight.columns, x.size(2), x.size(3)}, x);
-    const ConvolutionKernels& kernel = IPT_FAST_KERNELS(convolution);
+    const ConvolutionKernels& kernel = kernels_in_use<ConvolutionKernels>();
     PointwiseParams p{};
     p.dtype = dtype_of(x);
     p.brgemm = p.dtype == DType::bf16 ? brgemm() : nullptr;
@@ -79,7 +79,7 @@ at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight, bool flippe
     DepthwiseParams p = depthwise_params(x, kernel);
     p.weight = taps.const_data_ptr<float>();
     p.out = out.mutable_data_ptr();
-    const ConvolutionKernels& kernels = IPT_FAST_KERNELS(convolution);
+    const ConvolutionKernels& kernels = kernels_in_use<ConvolutionKernels>();
     at::parallel_for(0, x.size(0) * p.strips * p.height, 4, [&](int64_t begin, int64_t end) {
         kernels.depthwise(p, begin, end, scratch_of(p.scratch()).mutable_data_ptr<float>());
     });
@@ -116,7 +116,7 @@ at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x
     const int64_t shares = std::min({divide_up(runs, kLeastRuns), divide_up(kShares, tiles), fitting});
     const at::Tensor sums = at::empty({shares, p.columns, width}, at::kFloat);
     float* const first = sums.mutable_data_ptr<float>();
-    const ConvolutionKernels& kernel = IPT_FAST_KERNELS(convolution);
+    const ConvolutionKernels& kernel = kernels_in_use<ConvolutionKernels>();
     at::parallel_for(0, shares * tiles, 1, [&](int64_t begin, int64_t end) {
         const at::Tensor scratch = scratch_of(pointwise_weight_scratch(p.channels));
         for (int64_t item = begin; item < end; ++item) {
@@ -158,7 +158,7 @@ at::Tensor depthwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x
     const int64_t rows = x.size(0) * p.strips * p.height, shares = std::min(rows, kShares);
     const at::Tensor sums = at::zeros({shares, kernel * kernel, width}, at::kDouble);
     double* const first = sums.mutable_data_ptr<double>();
-    const ConvolutionKernels& kernels = IPT_FAST_KERNELS(convolution);
+    const ConvolutionKernels& kernels = kernels_in_use<ConvolutionKernels>();
     at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
         const at::Tensor scratch = scratch_of(p.scratch());
         for (int64_t share = begin; share < end; ++share) {
@@ -170,4 +170,4 @@ at::Tensor depthwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x
     return gradient.to(x.scalar_type()).view({p.channels, 1, kernel, kernel});
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -3,7 +3,7 @@
 
 #include "tensor.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 // (B, C, H, W), weight (N, C, 1, 1) of the same dtype -> (B, N, H, W).
 at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight);
@@ -21,4 +21,4 @@ at::Tensor depthwise_input_gradient(const at::Tensor& grad, const at::Tensor& we
 // -> (C, 1, kernel, kernel) in x's dtype.
 at::Tensor depthwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x, int64_t kernel);
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

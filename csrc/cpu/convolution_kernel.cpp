@@ -6,13 +6,14 @@
 //
 // Depthwise: a strip's last rows lie in a ring of fp32 rows in the second cache, every vector of channels by itself.
 // 2 * kernel^2 FLOPs a value; bound by reading x once (the gradient: x and grad) and writing out once.
+#include "convolution_kernel.h"
+
 #include "depthwise.h"
 #include "depthwise_gradient.h"
 #include "gemm.h"
-#include "convolution_kernel.h"
 #include "rows.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 template <typename T>
@@ -218,7 +219,8 @@ void depthwise_weight_any(const DepthwiseParams& p, int64_t begin, int64_t end, 
 
 }  // namespace
 
-const ConvolutionKernels IPT_FAST_THIS_ISA(convolution) = {packed_size,          pack,          pointwise_any,
-                                                           pointwise_weight_any, depthwise_any, depthwise_weight_any};
+constinit const ConvolutionKernels ConvolutionKernels::IPT_FAST_LEVEL = {cpu::packed_size,   cpu::pack,
+                                                                         cpu::pointwise_any, cpu::pointwise_weight_any,
+                                                                         cpu::depthwise_any, cpu::depthwise_weight_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

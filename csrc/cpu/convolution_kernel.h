@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 // Pixels are cut into blocks of this many, the gradient's sums into runs and the rows of its matrix into tiles.
 constexpr int64_t kPointwiseBlock = 48;
@@ -65,8 +65,8 @@ struct ConvolutionKernels {
     void (*depthwise)(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch);
     // sums is [taps][padded channels].
     void (*depthwise_weight)(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums);
+
+    static const ConvolutionKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-IPT_FAST_DECLARE_KERNELS(ConvolutionKernels, convolution);
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -5,18 +5,14 @@
 #include "gemm.h"
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // Pixels whose sums are kept in registers: so many that a sum's next addition comes after the last one has finished.
 constexpr int kDepthwisePixels = 12;
 
 // Values of a row are kept in registers where there are 32 of them, else read again for every tap.
-#if defined(__AVX512F__)
-constexpr int kDepthwiseUnroll = 5;
-#else
-constexpr int kDepthwiseUnroll = 1;
-#endif
+constexpr int kDepthwiseUnroll = kRegisters >= 32 ? 5 : 1;
 
 template <int kernel, int pixels>
 inline __attribute__((always_inline)) void depthwise_pixels(const float* const* rows, int64_t first, int64_t stride,
@@ -64,4 +60,4 @@ inline void depthwise_row(const float* const* rows, int64_t stride, int64_t coun
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -3,7 +3,7 @@
 
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // sums[i % chains][x] += grad[i] row[i + x] for every pixel i and tap x: more chains of FMAs wait less for each other.
@@ -27,4 +27,4 @@ inline __attribute__((always_inline)) void add_tap_sums(const float* row, const 
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -1,14 +1,13 @@
 // focal_attention_layer: checks, work partition, registration.
-#include "focal_attention_layer_kernel.h"
-
 #include <torch/library.h>
 
 #include <algorithm>
 
+#include "focal_attention_layer_kernel.h"
 #include "groups.h"
 #include "layer_norm_2d.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // As many heads at once as fit the ring in strips of some width (their norm is computed for each group of heads), then
@@ -68,8 +67,8 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
     g.slots = space.at<float>(slots);
     params.packed = space.at<char>(packed);
 
-    const FocalAttentionLayerKernels& kernel = IPT_FAST_KERNELS(focal_attention_layer);
-    const ChannelAttentionKernels& attention = IPT_FAST_KERNELS(channel_attention);
+    const FocalAttentionLayerKernels& kernel = kernels_in_use<FocalAttentionLayerKernels>();
+    const ChannelAttentionKernels& attention = kernels_in_use<ChannelAttentionKernels>();
     const auto for_all = [&](int64_t count, const auto& pass) {
         at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
             const BrgemmScope scope{params.brgemm};
@@ -89,4 +88,4 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("focal_attention_layer", focal_attention_layer); }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -8,7 +8,7 @@
 #include "groups.h"
 #include "layer_norm_2d.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 using T = const at::Tensor&;
@@ -53,4 +53,4 @@ Tensors10 focal_attention_layer_backward(T grad_, T x_, T norm_weight, const Opt
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("focal_attention_layer_backward", focal_attention_layer_backward); }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -5,11 +5,12 @@
 // Pass 2 (after the softmax, attend in channel_attention.h): attention of a tile, projection, residual.
 // Bytes a pixel: read x twice, write and read v, write out: 5 * C * sizeof(T), and the slots of channel_attention.
 // FLOP a pixel: 8 * C * C + 8 * C * d + 54 * C.
-#include "gram.h"
 #include "focal_attention_layer_kernel.h"
+
+#include "gram.h"
 #include "rows.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 using Params = FocalAttentionLayerParams;
@@ -310,6 +311,7 @@ void apply_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-const FocalAttentionLayerKernels IPT_FAST_THIS_ISA(focal_attention_layer) = {pack_any, gram_any, apply_any};
+constinit const FocalAttentionLayerKernels FocalAttentionLayerKernels::IPT_FAST_LEVEL = {cpu::pack_any, cpu::gram_any,
+                                                                                         cpu::apply_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -5,7 +5,7 @@
 #include "channel_attention_kernel.h"
 #include "kernels.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 // Rows of q, k and v before the depthwise convolution that are kept: those of one tile, their halo, and the next
 // tile's.
@@ -54,12 +54,12 @@ struct FocalAttentionLayerParams {
         return most_heads * kRingRows * row_pixels() * 3 * groups.depth;
     }
     IPT_FAST_INLINE int64_t gram_scratch() const {
-        return (1 + kTileRows) * pixels_size() + ring_size() + ipt_fast::gram_scratch(groups);
+        return (1 + kTileRows) * pixels_size() + ring_size() + cpu::gram_scratch(groups);
     }
     // A tile of weighted v, its attended values (in both types of value), and the layer's output.
     IPT_FAST_INLINE int64_t attended_row() const { return padded(channels()) + kChannelPad; }
     IPT_FAST_INLINE int64_t apply_scratch() const {
-        return ipt_fast::apply_scratch(groups) + 3 * kTileTokens * attended_row();
+        return cpu::apply_scratch(groups) + 3 * kTileTokens * attended_row();
     }
 };
 
@@ -71,8 +71,8 @@ struct FocalAttentionLayerKernels {
     void (*gram)(const FocalAttentionLayerParams& params, int64_t begin, int64_t end, float* scratch);
     // The output, for begin <= block * block_shares + share < end.
     void (*apply)(const FocalAttentionLayerParams& params, int64_t begin, int64_t end, float* scratch);
+
+    static const FocalAttentionLayerKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-IPT_FAST_DECLARE_KERNELS(FocalAttentionLayerKernels, focal_attention_layer);
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -3,18 +3,17 @@
 // With t = |x| and q(t) = Phi(-t), which beyond t = 5.5 is zero to fp32's digits:
 //   gelu(x) = max(x, 0) - t * q(t), to 2.2e-7 * |x|;  slope(x) = s if x < 0 else 1 - s, s = q(t) - t * phi(t), to 4e-7.
 //
-// With AVX-512, q is a lookup: 32 intervals around t = 0, 1 / scale, 2 / scale, ..., in each the polynomial of
-// u = t * scale - rounded, -1/2 <= u <= 1/2, that interpolates at the Chebyshev nodes; the last interval is all zeros.
-// A table of 32 values is two registers, so reading 16 of them is one permutation. Elsewhere, q is one polynomial of
-// y = 2 t / limit - 1: the least-squares fit on 400 Chebyshev nodes (numpy.polynomial.chebyshev: chebfit, cheb2poly).
+// At levels that can look up values, there are 32 intervals around t = 0, 1 / scale, 2 / scale, ..., and in each of
+// them q is a polynomial of u = t * scale - rounded, -1/2 <= u <= 1/2, which interpolates at the Chebyshev nodes; that
+// of the last interval is zero. One coefficient of all intervals fills two registers, so one permutation reads that of
+// 16 lanes. At the other levels, q is one polynomial of y = 2 t / limit - 1: the least-squares fit on 400 Chebyshev
+// nodes (numpy.polynomial.chebyshev: chebfit, cheb2poly).
 #pragma once
 
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
-
-#if defined(__AVX512F__)
 
 // Coefficients of u^0, u^1, ... in each interval.
 template <int degree>
@@ -34,13 +33,10 @@ struct Lookup {
         return sum;
     }
 
-    inline __attribute__((always_inline)) Vec at(int k, Vec shifted) const {
-        return (Vec)_mm512_permutex2var_ps(_mm512_load_ps(coefficients[k]), (__m512i)shifted,
-                                           _mm512_load_ps(coefficients[k] + 16));
-    }
+    inline __attribute__((always_inline)) Vec at(int k, Vec shifted) const { return look_up(coefficients[k], shifted); }
 };
 
-constexpr Lookup<3> kTail = {
+constexpr Lookup<3> kLookup = {
     5.75f,
     31 / 5.75f,
     {
@@ -77,8 +73,6 @@ constexpr Lookup<3> kTail = {
     },
 };
 
-#else
-
 // Coefficients of y^degree, ..., y, 1.
 template <int degree>
 struct Polynomial {
@@ -96,7 +90,7 @@ struct Polynomial {
     }
 };
 
-constexpr Polynomial<15> kTail = {
+constexpr Polynomial<15> kPolynomial = {
     5.5f,
     {
         -6.9243126e-3f,
@@ -118,7 +112,14 @@ constexpr Polynomial<15> kTail = {
     },
 };
 
-#endif
+// q(t) at this level.
+constexpr auto kTail = [] {
+    if constexpr (kLooksUp) {
+        return kLookup;
+    } else {
+        return kPolynomial;
+    }
+}();
 
 // |x|, at most `limit`; NaN stays NaN, here and below.
 inline Vec magnitude(Vec x, float limit) { return min(broadcast(limit), (Vec)((Bits)x & 0x7fffffff)); }
@@ -137,4 +138,4 @@ inline void gelu_with_slope(Vec x, Vec& value, Vec& slope) {
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

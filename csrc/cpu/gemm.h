@@ -7,16 +7,17 @@
 #include "kernels.h"
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;
-constexpr int panel_rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 10 : 16; }
-#else
-constexpr int kPanelVectors = 2;
-constexpr int panel_rows(int vectors) { return vectors == 2 ? 6 : 8; }
-#endif
+// The widest tile, and the rows of each width: as many sums as leave registers for a row of b and a value of a.
+constexpr int kPanelVectors = kRegisters >= 32 ? 4 : 2;
+constexpr int panel_rows(int vectors) {
+    if (kRegisters >= 32) {
+        return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 10 : 16;
+    }
+    return vectors == 2 ? 6 : 8;
+}
 
 // How the columns of a packed matrix are cut: into the fewest panels of at most kPanelVectors vectors, evenly.
 struct Panels {
@@ -35,21 +36,15 @@ struct Constant {
     static constexpr int value = n;
 };
 
-// body(Constant<vectors>) for a panel of that many vectors.
-template <typename Body>
+// body(Constant<vectors>) for a panel of that many vectors, at most `most`.
+template <int most = kPanelVectors, typename Body>
 inline __attribute__((always_inline)) void with_width(int64_t vectors, const Body& body) {
-    switch (vectors) {
-        case 1:
-            return body(Constant<1>{});
-#if defined(__AVX512F__)
-        case 3:
-            return body(Constant<3>{});
-        case 4:
-            return body(Constant<4>{});
-#endif
-        default:
-            return body(Constant<2>{});
+    if constexpr (most > 1) {
+        if (vectors < most) {
+            return with_width<most - 1>(vectors, body);
+        }
     }
+    return body(Constant<most>{});
 }
 
 // c[rows][vectors] (+)= a[rows][depth] b[depth][vectors]; element (i, k) of a is at i * a_row + k * a_depth. What c
@@ -265,13 +260,13 @@ struct MatrixUnit {
 // body(T{}, unit) for the storage type and the unit in use: the matrix unit, where there is one, for bf16.
 template <typename Body>
 inline auto with_types(DType dtype, [[maybe_unused]] Brgemm brgemm, const Body& body) {
-#if defined(__AVX512F__)
-    if (dtype == DType::bf16 && brgemm != nullptr) {
-        return body(BFloat16{}, MatrixUnit{brgemm});
+    if constexpr (kMatrixUnit) {
+        if (dtype == DType::bf16 && brgemm != nullptr) {
+            return body(BFloat16{}, MatrixUnit{brgemm});
+        }
     }
-#endif
     return with_type(dtype, [&](auto type) { return body(type, VectorUnit{}); });
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

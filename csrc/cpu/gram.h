@@ -4,12 +4,12 @@
 // norms, which are summed over the blocks of the group. Token weights w multiply both q and k, so w^2 k serves instead.
 #pragma once
 
-#include "gemm.h"
 #include "channel_attention_kernel.h"
+#include "gemm.h"
 #include "rows.h"
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // The squared weights of a tile's tokens for each branch, or 1 where there is only one branch. A tile lies in one
@@ -349,4 +349,4 @@ inline void with_branches(DType dtype, int branches, const Body& body) {
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -7,7 +7,7 @@
 
 #include "grid_attention_call.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // Fewer FLOP than this are not worth a thread.
@@ -36,7 +36,7 @@ at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_tabl
     p.qkv = map.const_data_ptr();
     p.out = out.mutable_data_ptr();
 
-    const GridAttentionKernels& kernel = IPT_FAST_KERNELS(grid_attention);
+    const GridAttentionKernels& kernel = kernels_in_use<GridAttentionKernels>();
     const int64_t tokens = most_tokens(p.lattice), items = p.batch * group_count(p.lattice) * p.heads;
     const int64_t floats = round_up(scratch_size(p), kChannelPad);
     WorkSpace space;
@@ -73,4 +73,4 @@ at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channe
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("grid_attention", grid_attention); }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -6,7 +6,7 @@
 
 #include "grid_attention_call.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& grad, const at::Tensor& qkv,
                                                            const OptionalTensor& bias_table, int64_t num_heads,
@@ -29,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
     const at::Tensor sums = at::zeros({has_table ? num_heads : 0, shares, bias_rows(p), bias_row(p)}, at::kDouble);
     double* const grad_bias = has_table ? sums.mutable_data_ptr<double>() : nullptr;
 
-    const GridAttentionBackwardKernels& kernel = IPT_FAST_KERNELS(grid_attention_backward);
+    const GridAttentionBackwardKernels& kernel = kernels_in_use<GridAttentionBackwardKernels>();
     const int64_t floats = round_up(scratch_size(p), kChannelPad);
     WorkSpace space;
     const int64_t scratch = space.add(at::get_num_threads() * floats * static_cast<int64_t>(sizeof(float)));
@@ -51,4 +51,4 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) { m.impl("grid_attention_backward", grid_attention_backward); }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

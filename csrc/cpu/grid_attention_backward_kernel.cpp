@@ -7,7 +7,7 @@
 // and in fp64 over the groups.
 #include "attention.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // The sum over k of body(k), rows added up in short blocks: a few short sums round less than one long one.
@@ -147,6 +147,6 @@ void backward_any(const GridAttentionGradients& p, int64_t head, int64_t begin, 
 
 }  // namespace
 
-const GridAttentionBackwardKernels IPT_FAST_THIS_ISA(grid_attention_backward) = {backward_any};
+constinit const GridAttentionBackwardKernels GridAttentionBackwardKernels::IPT_FAST_LEVEL = {cpu::backward_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

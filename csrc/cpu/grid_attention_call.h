@@ -6,7 +6,7 @@
 #include "grid_attention_kernel.h"
 #include "tensor.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 // Checks the arguments and fills in the common parameters; `map` has `channels` = heads * depth or three times as
 // many. The returned tensor holds the biases.
@@ -20,4 +20,4 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
                                                            const OptionalTensor& bias_table, int64_t num_heads,
                                                            int64_t grid_size);
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

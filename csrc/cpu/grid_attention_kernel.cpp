@@ -5,7 +5,7 @@
 // 4 * channels values a pixel; 4 * tokens * channels FLOP and tokens * heads exponentials a pixel.
 #include "attention.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 template <typename T>
@@ -43,6 +43,6 @@ void forward_any(const GridAttentionParams& p, int64_t begin, int64_t end, float
 
 }  // namespace
 
-const GridAttentionKernels IPT_FAST_THIS_ISA(grid_attention) = {forward_any};
+constinit const GridAttentionKernels GridAttentionKernels::IPT_FAST_LEVEL = {cpu::forward_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

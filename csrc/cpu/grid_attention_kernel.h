@@ -1,10 +1,10 @@
 // Attention on dilated lattices, its gradient and the layer around it, framework-free: raw pointers and sizes.
 #pragma once
 
-#include "kernels.h"
 #include "common/lattice.h"
+#include "kernels.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 constexpr float kLog2E = 0x1.715476p0f;  // scores are computed times this
 
@@ -27,6 +27,8 @@ struct GridAttentionParams : GridAttention {
 struct GridAttentionKernels {
     // Items begin <= k < end: head k % heads of group k / heads, counted through the batch.
     void (*forward)(const GridAttentionParams& params, int64_t begin, int64_t end, float* scratch);
+
+    static const GridAttentionKernels IPT_FAST_COMPILED_LEVELS;
 };
 
 struct GridAttentionGradients : GridAttention {
@@ -39,6 +41,8 @@ struct GridAttentionBackwardKernels {
     // Groups begin <= k < end, counted through the batch, of one head; adds to the gradient of the head's bias.
     void (*backward)(const GridAttentionGradients& params, int64_t head, int64_t begin, int64_t end, float* scratch,
                      double* grad_bias);
+
+    static const GridAttentionBackwardKernels IPT_FAST_COMPILED_LEVELS;
 };
 
 // x + project(attention(qkv(norm(x)))), in blocks of consecutive groups.
@@ -57,11 +61,9 @@ struct GridAttentionLayerKernels {
     void (*pack)(const GridAttentionLayerParams& params, int64_t begin, int64_t end);
     // Blocks begin <= k < end, counted through the batch.
     void (*forward)(const GridAttentionLayerParams& params, int64_t begin, int64_t end, float* scratch);
-};
 
-IPT_FAST_DECLARE_KERNELS(GridAttentionKernels, grid_attention);
-IPT_FAST_DECLARE_KERNELS(GridAttentionBackwardKernels, grid_attention_backward);
-IPT_FAST_DECLARE_KERNELS(GridAttentionLayerKernels, grid_attention_layer);
+    static const GridAttentionLayerKernels IPT_FAST_COMPILED_LEVELS;
+};
 
 // Internal linkage: code of two instruction sets must never be merged.
 namespace {
@@ -107,4 +109,4 @@ inline int64_t scratch_size(const GridAttentionLayerParams& p) {
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

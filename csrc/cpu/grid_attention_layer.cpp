@@ -8,7 +8,7 @@
 #include "grid_attention_call.h"
 #include "layer_norm_2d.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 void check_layer(const at::Tensor& x, const at::Tensor& qkv_weight, const at::Tensor& project_weight) {
@@ -36,7 +36,7 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
     p.project = weight_of(project_weight);
     p.brgemm = brgemm();
 
-    const GridAttentionLayerKernels& kernel = IPT_FAST_KERNELS(grid_attention_layer);
+    const GridAttentionLayerKernels& kernel = kernels_in_use<GridAttentionLayerKernels>();
     const int64_t floats = round_up(scratch_size(p), kChannelPad);
     WorkSpace space;
     const int64_t packed = space.add(kernel.packed_size(p));
@@ -79,4 +79,4 @@ TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("grid_attention_layer_backward", grid_attention_layer_backward);
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -7,7 +7,7 @@
 // FLOP a pixel: 8 * channels^2 for the projections, 4 * tokens * channels for the attention.
 #include "attention.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // One piece of packed weights: q, k or v of one head. All pieces are channels deep.
@@ -126,6 +126,7 @@ void forward_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end, 
 
 }  // namespace
 
-const GridAttentionLayerKernels IPT_FAST_THIS_ISA(grid_attention_layer) = {packed_size_any, pack_any, forward_any};
+constinit const GridAttentionLayerKernels GridAttentionLayerKernels::IPT_FAST_LEVEL = {cpu::packed_size_any,
+                                                                                       cpu::pack_any, cpu::forward_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -12,7 +12,7 @@
 #include "channel_attention_kernel.h"
 #include "tensor.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 at::Tensor focal_channel_attention(const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
                                    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
@@ -111,4 +111,4 @@ inline at::Tensor with_pixels(const at::Tensor& x) {
 
 inline Pixels pixels_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(3)}; }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

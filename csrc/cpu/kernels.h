@@ -1,17 +1,16 @@
 // What the parameters of all CPU kernels are made of, framework-free: raw pointers and sizes.
+//
+// An operator's kernels are a struct of functions, compiled once for each level. The struct declares a table of them
+// for every level as members of itself, IPT_FAST_COMPILED_LEVELS, and the kernel's file defines that of its own level,
+// IPT_FAST_LEVEL. kernels_in_use() of level.h gives the table of the level in use.
 #pragma once
 
 #include <stdint.h>
 
 #include "common/marks.h"
+#include "levels.h"
 
-// The kernels are compiled once for each instruction set; every copy exports its table of functions under its own name.
-#define IPT_FAST_DECLARE_KERNELS(Table, name) extern const Table name##_generic, name##_avx2, name##_avx512
-#define IPT_FAST_JOIN(name, isa) name##_##isa
-#define IPT_FAST_JOIN_EXPANDED(name, isa) IPT_FAST_JOIN(name, isa)
-#define IPT_FAST_THIS_ISA(name) IPT_FAST_JOIN_EXPANDED(name, IPT_FAST_ISA)
-
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 enum class DType { f32, bf16, f16 };
 
@@ -44,4 +43,4 @@ struct Norm {
 using Brgemm = void (*)(int64_t rows, int64_t columns, int64_t depth, int64_t a_row, int64_t b_row, int64_t c_row,
                         bool accumulate, const uint16_t* a, const uint16_t* b, float* c);
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

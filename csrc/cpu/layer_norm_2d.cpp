@@ -8,7 +8,7 @@
 
 #include "layer_norm_2d_kernel.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // The gradient's partial sums belong to this many fixed shares of the blocks, whatever the number of threads.
@@ -41,7 +41,7 @@ Map map_of(const at::Tensor& x) { return {x.const_data_ptr(), x.is_contiguous(at
 struct Call {
     Call(const at::Tensor& x_, const at::Tensor& weight_, const OptionalTensor& bias_, double eps, bool centered)
         : x(readable(x_)), out(empty_channels_last(x_.sizes(), x_)) {
-        const int64_t channels = x.size(1), padded_channels = ipt_fast::padded(channels);
+        const int64_t channels = x.size(1), padded_channels = cpu::padded(channels);
         weight = padded_parameter(weight_, padded_channels);
         bias = padded_parameter(bias_, padded_channels);
         params.dtype = dtype_of(x);
@@ -85,7 +85,7 @@ at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const Op
                          bool centered) {
     check(x, weight, bias, eps);
     const Call call(x, weight, bias, eps, centered);
-    const LayerNorm2dKernels& kernel = IPT_FAST_KERNELS(layer_norm_2d);
+    const LayerNorm2dKernels& kernel = kernels_in_use<LayerNorm2dKernels>();
     const int64_t scratch_size = forward_scratch(call.params.padded_channels);
     const int64_t grain = std::max<int64_t>(1, kGrainValues / scratch_size);
     at::parallel_for(0, call.blocks(), grain, [&](int64_t begin, int64_t end) {
@@ -111,7 +111,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::
     const int64_t blocks = call.blocks(), shares = std::min(blocks, kShares);
     const at::Tensor grad_weights = at::zeros({shares, padded_channels}, at::kDouble);
     const at::Tensor grad_biases = at::zeros({shares, padded_channels}, at::kDouble);
-    const LayerNorm2dKernels& kernel = IPT_FAST_KERNELS(layer_norm_2d);
+    const LayerNorm2dKernels& kernel = kernels_in_use<LayerNorm2dKernels>();
     const int64_t scratch_size = backward_scratch(padded_channels);
     const int64_t values_per_share = shares == 0 ? 1 : call.x.numel() / shares;
     const int64_t grain = std::max<int64_t>(1, kGrainValues / values_per_share);
@@ -134,4 +134,4 @@ TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("layer_norm_2d_backward", layer_norm_2d_backward);
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -5,7 +5,7 @@
 
 #include "tensor.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps,
                          bool centered);
@@ -25,4 +25,4 @@ struct LayerNorm {
     Norm params;
 };
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

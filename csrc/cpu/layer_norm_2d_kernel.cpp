@@ -4,9 +4,10 @@
 // NCHW, or taken as it lies in memory. Reading x once and writing y once is all the traffic: 2 * sizeof(x) bytes and
 // about 8 FLOP a value forward; 3 * sizeof(x) bytes and about 20 FLOP backward. Rows stay in the first or second cache.
 #include "layer_norm_2d_kernel.h"
+
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // A block of pixels: which image, the first pixel in it, and how many.
@@ -202,6 +203,6 @@ void backward_any(const LayerNorm2dParams& p, int64_t begin, int64_t end, float*
 
 }  // namespace
 
-const LayerNorm2dKernels IPT_FAST_THIS_ISA(layer_norm_2d) = {forward_any, backward_any};
+constinit const LayerNorm2dKernels LayerNorm2dKernels::IPT_FAST_LEVEL = {cpu::forward_any, cpu::backward_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 // A (batch, channels, pixels) map, dense, with either the channels or the pixels next to each other in memory.
 struct Map {
@@ -42,8 +42,8 @@ struct LayerNorm2dKernels {
     // The same, adding the blocks' share of the gradients to grad_weight and grad_bias (padded_channels each).
     void (*backward)(const LayerNorm2dParams& params, int64_t begin, int64_t end, float* scratch, double* grad_weight,
                      double* grad_bias);
+
+    static const LayerNorm2dKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-IPT_FAST_DECLARE_KERNELS(LayerNorm2dKernels, layer_norm_2d);
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

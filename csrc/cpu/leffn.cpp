@@ -5,10 +5,10 @@
 
 #include <algorithm>
 
-#include "leffn_kernel.h"
 #include "layer_norm_2d.h"
+#include "leffn_kernel.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 void check_leffn(const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise,
                  const at::Tensor& project) {
@@ -86,7 +86,7 @@ at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand,
     const int64_t threads = at::get_num_threads();
     partition(p, batch, threads);
 
-    const LeffnKernels& kernel = IPT_FAST_KERNELS(leffn);
+    const LeffnKernels& kernel = kernels_in_use<LeffnKernels>();
     const int64_t scratch_size = round_up(kernel.scratch_size(p), 64);
     WorkSpace space;
     const int64_t packed_expand = space.add(packed_floats(p, p.channels) * sizeof(float));
@@ -126,4 +126,4 @@ TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("leffn_layer", leffn_layer);
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -1,7 +1,5 @@
 // The backward of leffn and of its layer: checks, work partition, registration. The arithmetic is in
 // leffn_backward_kernel.cpp.
-#include "leffn_backward_kernel.h"
-
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,8 +7,9 @@
 
 #include "layer_norm_2d.h"
 #include "leffn.h"
+#include "leffn_backward_kernel.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 constexpr int64_t kTileRows = 32, kTileColumns = 64;  // most of a tile
@@ -110,7 +109,7 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tens
     p.packed_expand = space.at<float>(packed_expand);
     p.packed_project = space.at<float>(packed_project);
 
-    const LeffnBackwardKernels& kernel = IPT_FAST_KERNELS(leffn_backward);
+    const LeffnBackwardKernels& kernel = kernels_in_use<LeffnBackwardKernels>();
     at::parallel_for(0, p.chunks.count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; ++chunk) {
             kernel.pack(p, chunk);
@@ -167,4 +166,4 @@ TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("leffn_layer_backward", leffn_layer_backward);
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -11,14 +11,15 @@
 // FLOPs of a pixel: 2 * hidden * (3 * channels + 2 * out_channels + 3 * kernel^2), and the first `channels` and
 // `out_channels` again for the halo, 20 % of a tile of 32 by 64 inside an image (kernel 5). Bytes: x and g once and
 // the halo, grad_x once.
+#include "leffn_backward_kernel.h"
+
 #include "depthwise.h"
 #include "depthwise_gradient.h"
 #include "gelu.h"
 #include "gemm.h"
-#include "leffn_backward_kernel.h"
 #include "rows.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // The kernel's size as a constant, or 0: any.
@@ -52,11 +53,7 @@ template <int fixed>
 inline void add_tap_gradients(const float* grad, const float* const* input, int64_t count, int64_t kernel,
                               float* sums) {
     if constexpr (fixed != 0) {
-#if defined(__AVX512F__)
-        constexpr int kPixels = 8;
-#else
-        constexpr int kPixels = 4;
-#endif
+        constexpr int kPixels = kRegisters >= 32 ? 8 : 4;
         for (int y = 0; y < fixed; ++y) {
             Vec parts[2][fixed]{};  // of even and of odd pixels: two chains of FMAs for each tap
             const float *g = grad, *in = input[y];
@@ -372,6 +369,6 @@ void pack(const LeffnBackwardParams& p, int64_t chunk) {
 
 }  // namespace
 
-const LeffnBackwardKernels IPT_FAST_THIS_ISA(leffn_backward) = {pack, run_any};
+constinit const LeffnBackwardKernels LeffnBackwardKernels::IPT_FAST_LEVEL = {cpu::pack, cpu::run_any};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 // 0 <= i < total in `count` pieces, as even as can be.
 struct Cut {
@@ -86,8 +86,8 @@ struct LeffnBackwardKernels {
     void (*pack)(const LeffnBackwardParams& params, int64_t chunk);
     // The tiles of a share, the chunks of a group.
     void (*run)(const LeffnBackwardParams& params, int64_t share, int64_t group, float* scratch);
+
+    static const LeffnBackwardKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-IPT_FAST_DECLARE_KERNELS(LeffnBackwardKernels, leffn_backward);
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

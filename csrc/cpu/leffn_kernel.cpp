@@ -9,13 +9,14 @@
 // With C channels in, M hidden, N out: 2 M (C + K^2 + N) FLOP and about 12 M for GELU, (C + N) * sizeof(T) bytes of
 // memory traffic a pixel (C again for the residual, from the cache); hidden values at the edges of bands and strips are
 // computed twice.
+#include "leffn_kernel.h"
+
 #include "depthwise.h"
 #include "gelu.h"
 #include "gemm.h"
-#include "leffn_kernel.h"
 #include "rows.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 constexpr int64_t kTilePixels = 48;   // of one product of the expansion: the tile stays in the first cache
@@ -287,6 +288,6 @@ void forward(const LeffnParams& p, int64_t begin, int64_t end, void* scratch) {
 
 }  // namespace
 
-const LeffnKernels IPT_FAST_THIS_ISA(leffn) = {scratch_size, pack, forward};
+constinit const LeffnKernels LeffnKernels::IPT_FAST_LEVEL = {cpu::scratch_size, cpu::pack, cpu::forward};
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

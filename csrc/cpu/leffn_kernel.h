@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 
 // Hidden channels are computed in blocks of this many.
 constexpr int64_t kHiddenBlock = 64;
@@ -51,8 +51,8 @@ struct LeffnKernels {
     void (*pack)(const LeffnParams& params, int64_t begin, int64_t end);
     // Shares begin <= k < end: k is image k / (bands * strips), and in it band and strip.
     void (*forward)(const LeffnParams& params, int64_t begin, int64_t end, void* scratch);
+
+    static const LeffnKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-IPT_FAST_DECLARE_KERNELS(LeffnKernels, leffn);
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

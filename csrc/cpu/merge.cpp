@@ -8,7 +8,7 @@
 
 #include "tensor.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 void check_weight(const at::Tensor& w, const char* name) {
@@ -117,4 +117,4 @@ TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("merge_depthwise_backward", merge_depthwise_backward);
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

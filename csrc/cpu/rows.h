@@ -4,7 +4,7 @@
 #include "gemm.h"
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // out[i] = in[i] for `count` pixels, `in_row` and `out_row` apart.
@@ -108,4 +108,4 @@ inline void store_rows(const float* rows, int64_t row, int64_t count, int64_t ch
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

@@ -3,7 +3,7 @@
 
 #include "vec.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
 // Replaces `count` vectors by 2^(score - largest) within two units in the last place and adds them to `sums`. The power
@@ -84,4 +84,4 @@ inline void powers(float* scores, int64_t rows, int64_t columns, float* inverses
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

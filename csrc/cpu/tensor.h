@@ -11,23 +11,10 @@
 #include <vector>
 
 #include "kernels.h"
-#include "isa.h"
+#include "level.h"
+#include "matrix_unit.h"
 
-// The table of functions of an operator's kernels for the instruction set in use.
-#ifdef IPT_FAST_X86
-#define IPT_FAST_KERNELS(name)                                                                    \
-    (::ipt_fast::of_level(::ipt_fast::isa(), ::ipt_fast::name##_generic, ::ipt_fast::name##_avx2, \
-                          ::ipt_fast::name##_avx512))
-#else
-#define IPT_FAST_KERNELS(name) (::ipt_fast::name##_generic)
-#endif
-
-namespace ipt_fast {
-
-template <typename Table>
-const Table& of_level(Isa isa, const Table& generic, const Table& avx2, const Table& avx512) {
-    return isa == Isa::generic ? generic : isa == Isa::avx2 ? avx2 : avx512;
-}
+namespace ipt_fast::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
@@ -106,13 +93,4 @@ class WorkSpace {
     uint8_t* base_ = nullptr;
 };
 
-// The matrix unit for bf16, or nullptr: see isa.h.
-Brgemm brgemm();
-
-// Gives the matrix unit back at the end of a parallel region's share that used it.
-struct BrgemmScope {
-    Brgemm used;
-    ~BrgemmScope();
-};
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

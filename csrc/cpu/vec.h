@@ -1,38 +1,27 @@
-// A vector of fp32 lanes as wide as the translation unit's flags allow, and its loads and stores in fp32, bf16, fp16.
-// Everything has internal linkage: the linker must never merge code of two instruction sets.
+// A vector of fp32 lanes, its arithmetic, and its loads and stores in fp32, bf16, fp16. Everything has internal
+// linkage: the linker must never merge code of two levels.
+//
+// What differs between levels is in the level's file, vec_<level>.h:
+//   kLanes, kRegisters            fp32 values of a vector, vectors that registers hold
+//   kMatrixUnit                   whether a level with these vectors has a matrix unit beside them (levels.cmake)
+//   kLooksUp, look_up             whether one instruction reads any 16 of 32 values, and then that instruction
+//   Vec, Bits, HalfBits           vectors of fp32, of 32 bits and of 16 bits
+//   fma(a, b, c)                  a * b + c, in one rounding where the level has it
+//   max(a, b), min(a, b)          the second where one of them is NaN
+//   to_float(h, Half{}), to_half  fp16 to fp32 and back
+//   to_bf16                       fp32 to bf16, to the nearest, ties to even
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #include "kernels.h"
+#include IPT_FAST_VECTORS
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-namespace ipt_fast {
+namespace ipt_fast::cpu {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-using Vec = float __attribute__((vector_size(4 * kLanes)));
-using IntVec = int32_t __attribute__((vector_size(4 * kLanes)));
-using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
-using HalfBits = uint16_t __attribute__((vector_size(2 * kLanes)));
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Half {
-    uint16_t bits;
-};
+using IntVec = Lanes<int32_t, kLanes>;
 
 // body(T{}) for the storage type.
 template <typename Body>
@@ -48,15 +37,6 @@ inline auto with_type(DType dtype, const Body& body) {
 }
 
 inline Vec broadcast(float value) { return value - Vec{}; }
-
-// a * b + c, in one rounding where the instruction set has it.
-#if defined(__AVX512F__)
-inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-#elif defined(__AVX2__)
-inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-#else
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-#endif
 
 inline IntVec lane_index() {
     IntVec index;
@@ -86,18 +66,6 @@ inline Vec sqrt(Vec v) {
     return v;
 }
 
-// The second where one of them is NaN.
-#if defined(__AVX512F__)
-inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
-inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif defined(__AVX2__)
-inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
-inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
-#else
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
-#endif
-
 // e^x within two units in the last place; 0 below -87.3, e^88.7 above 88.7; NaN stays NaN.
 inline Vec exp(Vec x) {
     const Vec clamped = x > broadcast(88.7f) ? broadcast(88.7f) : x;
@@ -117,40 +85,6 @@ inline Vec exp(Vec x) {
 
 inline Vec to_float(Vec v, float) { return v; }
 inline Vec to_float(HalfBits h, BFloat16) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
-
-inline HalfBits to_bf16(Vec v) {
-    const Bits bits = (Bits)v;
-    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, HalfBits);
-}
-
-#if defined(__AVX512F__)
-inline Vec to_float(HalfBits h, Half) { return (Vec)_mm512_cvtph_ps((__m256i)h); }
-inline HalfBits to_half(Vec v) { return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
-#elif defined(__AVX2__)
-inline Vec to_float(HalfBits h, Half) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
-inline HalfBits to_half(Vec v) { return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
-#else
-inline Vec to_float(HalfBits h, Half) {
-    const Bits wide = __builtin_convertvector(h, Bits);
-    const Bits magnitude = (wide & 0x7fff) << 13;
-    // Scaling by 2^112 moves the exponent's bias, and makes normal numbers of fp16's subnormal ones.
-    const Bits finite = (Bits)((Vec)magnitude * 0x1p112f);
-    const Bits special = magnitude | 0x7f800000;
-    return (Vec)(((wide & 0x7c00) == 0x7c00 ? special : finite) | ((wide & 0x8000) << 16));
-}
-
-inline HalfBits to_half(Vec v) {
-    const Bits bits = (Bits)v;
-    const Bits magnitude = bits & 0x7fffffff;
-    const Bits normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-    // Next to 0.5 one unit in the last place is 2^-24, that of fp16's subnormal numbers.
-    const Bits subnormal = (Bits)((Vec)magnitude + 0.5f) - 0x3f000000;
-    const Bits finite = magnitude < 0x38800000 ? subnormal : normal;
-    const Bits special = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
-    return __builtin_convertvector((magnitude < 0x477ff000 ? finite : special) | ((bits >> 16) & 0x8000), HalfBits);
-}
-#endif
 
 inline Vec from_float(Vec v, float) { return v; }
 inline HalfBits from_float(Vec v, BFloat16) { return to_bf16(v); }
@@ -238,4 +172,4 @@ inline float largest(Vec v) {
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cpu

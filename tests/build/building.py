@@ -56,7 +56,7 @@ def copy_small_sources(folder):
     """The same with two files and one kernel of the C++ for the CPU: it is compiled soon, and computes nothing."""
     copy_sources(folder)
     for source in (folder / "csrc/cpu").glob("*.cpp"):
-        if source.name not in ("extension.cpp", "isa.cpp", "layer_norm_2d_kernel.cpp"):
+        if source.name not in ("extension.cpp", "level.cpp", "matrix_unit.cpp", "layer_norm_2d_kernel.cpp"):
             source.unlink()
     return folder
 

@@ -57,7 +57,7 @@ def test_launchers_and_generators(small, tmp_path):
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     assert library_names(names) == LIBRARIES
     lines = log.read_text().splitlines()
-    for source in ("extension.cpp", "isa.cpp", "layer_norm_2d_kernel.cpp", "build_info.cpp"):
+    for source in ("extension.cpp", "level.cpp", "matrix_unit.cpp", "layer_norm_2d_kernel.cpp", "build_info.cpp"):
         compiled = [line for line in lines if line.endswith(f"/{source}")]
         assert compiled and all(line.split()[0] == GCC for line in compiled)
         assert all("-DIPT_FAST_OPTION" in line and "-DIPT_FAST_FLAG" in line for line in compiled)

@@ -16,9 +16,17 @@ from tests.ops.test_range import ATTENTION, LAYER, check, scaled
 pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
 
 ROOT = pathlib.Path(__file__).parents[2]
-LEVELS = [*torch.ops.ipt_fast_cpu.isa_levels()] if _extension.load() else []
-if "avx512" in LEVELS and "amx" not in LEVELS:
-    LEVELS.append("amx")  # emulated
+
+
+def levels_with_emulated():
+    torch.ops.ipt_fast_cpu.emulate_amx(True)
+    levels = torch.ops.ipt_fast_cpu.isa_levels()
+    torch.ops.ipt_fast_cpu.emulate_amx(False)
+    return levels
+
+
+LEVELS = levels_with_emulated() if _extension.load() else []
+COMPILED_LEVELS = _extension.build_info().get("cpu_isa", {})
 
 # fields and shapes that leave several tiles, bands, blocks and groups, and rests of each
 LARGE = {
@@ -54,8 +62,10 @@ def on_cpu(operator, tensors, options, grad):
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# the matrix unit computes bfloat16 only
-LEVELS_AND_DTYPES = [(level, dtype) for level in LEVELS for dtype in DTYPES if level != "amx" or dtype == DTYPES[1]]
+# Levels that are not compiled have the kernels of another, and a matrix unit, which computes bfloat16 only.
+LEVELS_AND_DTYPES = [
+    (level, dtype) for level in LEVELS for dtype in DTYPES if level in COMPILED_LEVELS or dtype == torch.bfloat16
+]
 
 
 @pytest.fixture

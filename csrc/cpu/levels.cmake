@@ -1,0 +1,19 @@
+# The levels of the CPU's kernels, lowest first. This list is the only place that knows them: the build, the choice at
+# run time, error messages, build_info and the tests follow from it.
+#
+# A level has a name, the family of processors that may have it (PROCESSOR, a regular expression; all without), what of
+# it __builtin_cpu_supports has to find (NEEDS) and its compiler's flags (FLAGS). The kernels are compiled for it with
+# the vectors of vec_<name>.h.
+#
+# With LIKE, a level is not compiled: it has the kernels, and needs what they need, of another level above it in the
+# list. What it has beside them is a MATRIX_UNIT, which multiplies matrices of bfloat16.
+set(x86 "x86_64|AMD64")
+
+level(generic)
+
+level(avx2 PROCESSOR ${x86} NEEDS avx2 fma f16c FLAGS -mavx2 -mfma -mf16c)
+
+level(avx512 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq avx512vl
+      FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+
+level(amx PROCESSOR ${x86} LIKE avx512 MATRIX_UNIT)

@@ -1,0 +1,23 @@
+// The processor's matrix unit, which multiplies matrices of bf16. oneDNN's products, by way of PyTorch, make use of it.
+#pragma once
+
+#include "kernels.h"
+
+namespace ipt_fast::cpu {
+
+// Emulated ones count.
+bool has_matrix_unit();
+
+// For tests, on processors without one: its products are computed by a plain loop.
+void emulate_matrix_unit(bool on);
+
+// The product on the matrix unit where the level in use has one, else nullptr.
+Brgemm brgemm();
+
+// Gives the matrix unit back at the end of a parallel region's share that used it.
+struct BrgemmScope {
+    Brgemm used;
+    ~BrgemmScope();
+};
+
+}  // namespace ipt_fast::cpu
