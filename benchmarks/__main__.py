@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: the registry in a default process and with the tuned allocator, CSV rows and a plot."""
+"""``python -m benchmarks``: the registry in a default process and with the tuned allocator, as CSV rows."""
 
 import argparse
 import os
@@ -6,13 +6,13 @@ import pathlib
 import subprocess
 import sys
 
-from benchmarks import plot, results
+from benchmarks import results
 from benchmarks.measure import TUNED_ALLOCATOR
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=results.FOLDER, help="folder of cpu.csv and cpu.png")
+    parser.add_argument("--out", type=pathlib.Path, default=results.FOLDER, help="folder of cpu.csv")
     parser.add_argument("--select", default="", help="pytest -k expression, such as 'layer_norm and forward'")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of every contender")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes most of the time)")
@@ -31,8 +31,7 @@ def main():
         print(f"== {name} allocator", flush=True)
         status |= subprocess.run(command, env={**environment, **allocator}).returncode
     if csv.exists():
-        plot.draw(csv, args.out / "cpu.png")
-        print(f"rows in {csv}, plot in {args.out / 'cpu.png'}")
+        print(f"rows in {csv}; python -m benchmarks.performance makes docs/performance.md of those in the repository")
     return status
 
 

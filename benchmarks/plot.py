@@ -1,4 +1,4 @@
-"""``python -m benchmarks.plot CSV PNG``: times as fast as the best rival, or the curves of a training's log."""
+"""Charts: README's bars, and (``python -m benchmarks.plot CSV PNG``) the curves of a training's log."""
 
 import sys
 
@@ -14,31 +14,33 @@ def _pyplot():
     return matplotlib.pyplot
 
 
-def draw(csv_path, png_path):
-    """Plot the newest measurement of each case in ``csv_path`` to ``png_path`` as bars."""
-    plt, newest = _pyplot(), {}
-    for row in results.read(csv_path):
-        if row["contender"] == "ipt_fast" and row["times_faster"]:
-            process = row.get("allocator") or row["gpu"]
-            newest[row["case"], row["dtype"], row["direction"], process] = float(row["times_faster"])
-    if not newest:
-        raise SystemExit(f"{csv_path} has no row of ipt_fast with a rival")
-    cases = list(dict.fromkeys(key[0] for key in newest))
-    series = list(dict.fromkeys(key[1:] for key in newest))
-    height = 0.8 / len(series)
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * len(cases) * len(series)))
-    for i, kind in enumerate(series):
-        present = [(n, newest[case, *kind]) for n, case in enumerate(cases) if (case, *kind) in newest]
-        positions, values = zip(*present, strict=True)
-        axes.barh([p + (i - (len(series) - 1) / 2) * height for p in positions], values, height, label=", ".join(kind))
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(cases)), cases)
+def draw_headline(rows, png_path):
+    """Bars of what README shows: how many times as fast as the best plain PyTorch.
+
+    Args:
+        rows: [(kind of processor, case, dtype, direction, milliseconds of the best rival, its name, of ipt_fast)].
+        png_path: where to.
+    """
+    figure, axes = _pyplot().subplots(figsize=(8, 0.5 * len(rows) + 0.6))
+    ratios = [theirs / ours for *_, theirs, _, ours in rows]
+    kinds = list(dict.fromkeys(row[0] for row in rows))
+    colours = ["#3b6ea5", "#5b9a68", "#c0703a"]
+    bars = axes.barh(range(len(rows)), ratios, 0.62, color=[colours[kinds.index(row[0]) % 3] for row in rows])
+    axes.bar_label(bars, [f"{ratio:.1f} x" for ratio in ratios], padding=4, fontsize=11, fontweight="bold")
+    axes.set_yticks(range(len(rows)), [f"{case.split()[0]}, {direction}" for _, case, _, direction, *_ in rows])
+    for bar, (kind, *_) in zip(bars, rows, strict=True):
+        name = kind.partition(" @")[0].partition(",")[0] + (", AMX" if "AMX" in kind else "")
+        axes.text(0.06, bar.get_y() + bar.get_height() / 2, name, color="white", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=1, zorder=0)
+    axes.set_title("times faster than the best plain PyTorch that was measured (1: as fast)", fontsize=10, loc="left")
     axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.set_xlabel("times faster than the best plain PyTorch")
-    axes.legend(fontsize=7)
+    axes.set_xlim(0, 1.12 * max(ratios))
+    axes.tick_params(length=0, labelsize=10)
+    axes.set_xticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
     figure.tight_layout()
-    figure.savefig(png_path, dpi=110)
+    figure.savefig(png_path, dpi=110, metadata={"Software": None})
 
 
 def draw_training(csv_path, png_path, mean_of=10):
@@ -58,6 +60,4 @@ def draw_training(csv_path, png_path, mean_of=10):
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        is_training = file.readline().startswith("iteration,")
-    (draw_training if is_training else draw)(*sys.argv[1:])
+    draw_training(*sys.argv[1:])

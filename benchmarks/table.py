@@ -1,6 +1,8 @@
-"""``python -m benchmarks.table``: the README's tables, from the rows in benchmarks/results."""
+"""Rows of benchmarks/results as tables in Markdown, in units that people read."""
 
 from benchmarks import results
+
+RUN = ("date", "commit")  # which run a row is of
 
 
 def newest(rows, *key):
@@ -8,116 +10,161 @@ def newest(rows, *key):
     return {tuple(row[column] for column in key): row for row in rows}
 
 
+def table(names, rows):
+    """A Markdown table with the columns ``names``."""
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def time(milliseconds):
+    """A time with three digits that count, in µs, ms or s."""
+    value = float(milliseconds)
+    for unit, factor in (("µs", 1e-3), ("ms", 1.0), ("s", 1e3)):
+        if value < 1000 * factor or unit == "s":
+            return f"{_three_digits(value / factor)} {unit}"
+
+
+def memory(gib):
+    """Memory in MiB or GiB."""
+    return f"{1024 * float(gib):.0f} MiB" if float(gib) < 1 else f"{float(gib):.1f} GiB"
+
+
+def _three_digits(value):
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def measured(row):
+    """When a row was measured, and with which commit."""
+    return f"{row['date'][:10]}, {row['commit']}"
+
+
+def kind_of(row):
+    """The kind of processor or card that a row was measured on."""
+    if "gpu" in row:
+        return row["gpu"]
+    name = row["cpu"].replace("(R)", "").replace("(TM)", "").replace(" Processor", "").replace(" CPU", "")
+    capability, level = row["isa"].split("/")
+    units = {"AVX512": "AVX-512", "AVX2": "AVX2"}.get(capability, capability) + (" and AMX" if level == "amx" else "")
+    return f"{name}, {units}, {row['threads']} cores"
+
+
+def rivals_of(ours, rows, key):
+    """{name: milliseconds} of what was timed in the run of the row ``ours``, beside it."""
+    same = (*RUN, *key)
+    return {
+        row["contender"]: float(row["median_ms"])
+        for row in rows
+        if row["contender"] != "ipt_fast" and all(row[column] == ours[column] for column in same)
+    }
+
+
+SPEED_KEY = ("cpu", "isa", "allocator", "case", "dtype", "direction")
+
+
+def speed(rows):
+    """Each case on a CPU beside the best plain PyTorch; of every case the last run that measured it."""
+    ours = newest((row for row in rows if row["contender"] == "ipt_fast"), *SPEED_KEY)
+    names = ("case", "dtype", "direction", "process", "best plain PyTorch", "ipt_fast", "times faster", "rivals", "run")
+    lines = []
+    for row in ours.values():
+        rivals = rivals_of(row, rows, SPEED_KEY)
+        best = min(rivals, key=rivals.get)
+        cells = [row[name] for name in ("case", "dtype", "direction", "allocator")]
+        cells += [
+            f"{time(rivals[best])} ({best})",
+            time(row["median_ms"]),
+            f"**{rivals[best] / float(row['median_ms']):.2f}**",
+        ]
+        lines.append([*cells, ", ".join(rivals), measured(row)])
+    return table(names, lines)
+
+
+QUANTITIES = {
+    "training_peak": "peak memory of a training step, 2x3x128x128",
+    "inference_peak": "peak memory of a process that restores an image, whole",
+    "layer_peak": "peak memory of a training step of an encoder and a decoder layer",
+    "first_result": "time from the start of a process to its first image",
+    "time_per_pixel": "time a pixel",
+}
+
+
+def footprint(rows):
+    """Peak memory, time a pixel and first results: one line a measurement."""
+    lines = []
+    for row in newest(rows, "quantity", "model", "dtype", "arguments").values():
+        size = row["arguments"].split()
+        of = f"{size[0]} x {size[-1]} pixels" if size[0].isdigit() else row["arguments"]
+        value = {
+            "GiB": lambda gib: memory(gib),
+            "s": lambda seconds: time(1e3 * float(seconds)),
+            "ns": lambda ns: time(1e-6 * float(ns)),
+        }[row["unit"]](row["value"])
+        lines.append([QUANTITIES[row["quantity"]], row["model"], row["dtype"], of, value, measured(row)])
+    return table(("what", "model", "dtype", "of", "value", "run"), lines)
+
+
 def denoising(path=results.FOLDER / "denoise.csv"):
     """Mean PSNR of the shipped model before and after, one line per data set and noise level."""
-    lines = ["| data set | σ | images | noisy, dB | restored, dB | SSIM |", "|---|---|---|---|---|---|"]
+    lines = []
     for row in newest(results.read(path), "dataset", "sigma").values():
         before, after, ssim = (float(row[name]) for name in ("psnr_input", "psnr_output", "ssim_output"))
-        line = f"{row['dataset']} | {row['sigma']} | {row['images']} | {before:.2f} | **{after:.2f}** | {ssim:.3f}"
-        lines.append(f"| {line} |")
-    return "\n".join(lines)
-
-
-def speed(path=results.FOLDER / "cpu.csv"):
-    """Times faster than the best plain PyTorch, forward / training, in the default and in the tuned process.
-
-    A commit need not have measured everything: every figure is of the last commit that measured it.
-    """
-    ours = [row for row in results.read(path) if row["contender"] == "ipt_fast"]
-    rows = newest(ours, "case", "dtype", "allocator", "direction")
-    lines = ["| case | dtype | default process | tuned allocator |", "|---|---|---|---|"]
-    for case, dtype in dict.fromkeys(key[:2] for key in rows):
-        cells = []
-        for allocator in ("default", "tuned"):
-            pair = [rows.get((case, dtype, allocator, direction)) for direction in ("forward", "training")]
-            cells.append(" / ".join(row["times_faster"] if row else "-" for row in pair))
-        lines.append(f"| {case} | {dtype} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
-
-
-def footprint(path=results.FOLDER / "cpu_footprint.csv"):
-    """Peak memory, time per pixel and first results: one line per measurement."""
-    lines = ["| quantity | model | dtype | of | value |", "|---|---|---|---|---|"]
-    for row in newest(results.read(path), "quantity", "model", "dtype", "arguments").values():
-        cells = (row["quantity"].replace("_", " "), row["model"], row["dtype"], row["arguments"])
-        lines.append(f"| {' | '.join(cells)} | {row['value']} {row['unit']} |")
-    return "\n".join(lines)
-
-
-def ipt(path=results.FOLDER / "ipt_cpu.csv"):
-    """IPT beside the released code: milliseconds, with glibc's allocator as it is and tuned."""
-    lines = [
-        "| what | dtype | direction | allocator | best eager | ipt_fast | times faster |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = newest(results.read(path), "case", "dtype", "direction", "allocator", "contender")
-    for (*key, contender), ours in rows.items():
-        if contender == "ipt_fast":
-            rivals = [row for (*of, name), row in rows.items() if of == key and name != "ipt_fast"]
-            best = min(rivals, key=lambda row: float(row["median_ms"]))
-            times = [f"{float(row['median_ms']):,.0f} ms" for row in (best, ours)]
-            lines.append(f"| {' | '.join([*key, *times])} | {float(ours['times_faster']):.2f} |")
-    return "\n".join(lines)
+        lines.append([row["dataset"], row["sigma"], row["images"], f"{before:.2f}", f"**{after:.2f}**", f"{ssim:.3f}"])
+    return table(("data set", "σ", "images", "noisy, dB", "restored, dB", "SSIM"), lines)
 
 
 def ipt_restoration(path=results.FOLDER / "ipt_tiny.csv"):
     """PSNR of the shipped IPT and of its fine-tuned task before and after."""
-    names = ("model and task", "data set", "σ", "images", "protocol", "input, dB", "restored, dB")
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines = []
     for row in newest(results.read(path), "model", "dataset", "sigma").values():
         before, after = (f"{float(row[name]):.2f}" for name in ("psnr_input", "psnr_output"))
-        cells = [row["model"], row["dataset"], row["sigma"] or "-", row["images"], row["protocol"], before]
-        lines.append(f"| {' | '.join(cells)} | **{after}** |")
-    return "\n".join(lines)
+        cells = [row["model"], row["dataset"], row["sigma"] or "-", row["images"], row["protocol"]]
+        lines.append([*cells, before, f"**{after}**"])
+    return table(("model and task", "data set", "σ", "images", "protocol", "input, dB", "restored, dB"), lines)
 
 
-def gpu_models(path=results.FOLDER / "gpu_models.csv"):
-    """Milliseconds of whole models on GPUs, one column for each contender; peak memory of ipt_fast and of eager."""
+GPU_CASE = ("gpu", "model", "shape", "dtype", "direction")
+
+
+def gpu_models(rows):
+    """Milliseconds of whole models on a GPU, one column for each contender; peak memory of ipt_fast and of eager."""
     names = ("mixed", "mixed, no graph", "tuned", "triton", "compiled", "sdpa", "eager")
-    lines = [f"| GPU | model | dtype | direction | {' | '.join(names)} | GiB, mixed / eager |"]
-    lines.append("|" + "---|" * (len(names) + 5))
-    rows = newest(results.read(path), "gpu", "model", "shape", "dtype", "direction", "contender", "note")
+    rows = newest(rows, *GPU_CASE, "contender", "note")
+    lines = []
     for case in dict.fromkeys(key[:5] for key in rows):
         found = {
             f"{name}, {note}" if note else name: row for (*of, name, note), row in rows.items() if tuple(of) == case
         }
-        times = [f"{float(found[name]['median_ms']):.2f}" if name in found else "-" for name in names]
+        times = [time(found[name]["median_ms"]) if name in found else "-" for name in names]
         peaks = [
-            next((r["peak_gib"] for n, r in found.items() if n.startswith(name) and r["peak_gib"]), "-")
+            next((memory(r["peak_gib"]) for n, r in found.items() if n.startswith(name) and r["peak_gib"]), "-")
             for name in ("mixed", "eager")
         ]
-        gpu, model, shape, dtype, direction = case
-        cells = [gpu.removeprefix("NVIDIA "), f"{model} {shape}", dtype, direction, *times, " / ".join(peaks)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        _, model, shape, dtype, direction = case
+        run = measured(max(found.values(), key=lambda row: row["date"]))
+        lines.append([f"{model} {shape}", dtype, direction, *times, " / ".join(peaks), run])
+    return table(("model", "dtype", "direction", *names, "memory, mixed / eager", "run"), lines)
 
 
-def gpu_operators(path=results.FOLDER / "gpu_kernels.csv"):
-    """Microseconds of the largest calls of every operator on GPUs, cold second-level cache."""
+def gpu_operators(rows):
+    """Microseconds of the largest calls of every operator on a GPU, cold second-level cache."""
     names = ("cuda", "triton", "eager", "sdpa")
-    rows = [row for row in results.read(path) if row["kind"] == "operator"]
-    rows = newest(rows, "gpu", "name", "shape", "key", "contender")
-    lines = [f"| GPU | operator | shape | {' | '.join(names)} |", "|" + "---|" * (len(names) + 3)]
-    for case in dict.fromkeys(key[:4] for key in rows):
-        gpu, name, shape, _ = case
-        times = [f"{float(rows[*case, n]['median_us']):.0f}" if (*case, n) in rows else "-" for n in names]
-        lines.append(f"| {gpu.removeprefix('NVIDIA ')} | {name} | {shape} | {' | '.join(times)} |")
-    return "\n".join(lines)
+    rows = newest((row for row in rows if row["kind"] == "operator"), "name", "shape", "key", "contender")
+    lines = []
+    for case in dict.fromkeys(key[:3] for key in rows):
+        found = {name: rows[*case, name] for name in names if (*case, name) in rows}
+        times = [f"{float(found[name]['median_us']):.0f}" if name in found else "-" for name in names]
+        run = measured(max(found.values(), key=lambda row: row["date"]))
+        lines.append([case[0], case[1], case[2].partition("-")[0], *times, run])
+    return table(("operator", "shape", "dtype", *(f"{name}, µs" for name in names), "run"), lines)
 
 
-def gpu_launches(path=results.FOLDER / "gpu_kernels.csv", least=20):
+def gpu_launches(rows, least=20):
     """Of every kernel the launches of at least so many µs: measured, counted, and what binds."""
-    names = ("GPU", "kernel", "within", "measured, µs", "counted, µs", "binds", "share")
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    rows = [row for row in results.read(path) if row["kind"] == "launch" and row["bound_us"]]
-    for row in newest(rows, "gpu", "name", "shape", "key").values():
+    rows = newest((r for r in rows if r["kind"] == "launch" and r["bound_us"]), "name", "shape", "key")
+    lines = []
+    for row in rows.values():
         if float(row["median_us"]) >= least:
-            cells = [row["gpu"].removeprefix("NVIDIA "), row["name"].removesuffix("_kernel"), row["shape"]]
-            cells += [f"{float(row[name]):.0f}" for name in ("median_us", "bound_us")]
-            lines.append(f"| {' | '.join([*cells, row['binds'], row['share_of_bound']])} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    tables = (denoising, speed, footprint, ipt, ipt_restoration, gpu_models, gpu_operators, gpu_launches)
-    print("\n\n".join(table() for table in tables))
+            times = [f"{float(row[name]):.0f}" for name in ("median_us", "bound_us")]
+            name = row["name"].removesuffix("_kernel")
+            lines.append([name, row["shape"], *times, row["binds"], row["share_of_bound"], measured(row)])
+    return table(("kernel", "within", "measured, µs", "counted, µs", "binds", "share", "run"), lines)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ipt_fast
-from benchmarks import baseline, measure, plot, results, table
+from benchmarks import baseline, measure, performance, plot, results, table
 from benchmarks.registry import CASES
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -58,21 +58,43 @@ def test_rows_are_appended_and_plotted(tmp_path):
     results.append(path, [row])
     results.append(path, [row | {"times_faster": "3.0"}])
     assert [r["times_faster"] for r in results.read(path)] == ["2.0", "3.0"]
-    plot.draw(path, tmp_path / "cpu.png")
+    plot.draw_headline(performance.headline_rows(), tmp_path / "speed.png")
     plot.draw_training(results.FOLDER / "train_ipt_tiny.csv", tmp_path / "training.png")
-    for name in ("cpu.png", "training.png"):
+    for name in ("speed.png", "training.png"):
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_readme_shows_the_recorded_figures():
-    readme = (ROOT / "README.md").read_text()
-    assert table.denoising() in readme
-    assert table.speed() in readme
-    assert table.footprint() in readme
-    for ipt_table in (table.ipt(), table.ipt_restoration()):
-        assert ipt_table in (ROOT / "docs/ipt.md").read_text()
-    for gpu_table in (table.gpu_models(), table.gpu_operators(), table.gpu_launches()):
-        assert gpu_table in (ROOT / "docs/gpu.md").read_text()
+def test_documents_show_the_recorded_figures():
+    """`python -m benchmarks.performance` writes them."""
+    readme = performance.README.read_text()
+    assert performance.PAGE.read_text() == performance.page()
+    assert performance.headline() in readme and performance.quality() in readme
+    assert len(readme.splitlines()) <= 110
+
+
+def test_times_and_memory_are_in_units_that_people_read():
+    times = {0.0142: "14.2 µs", 1.5: "1.50 ms", 97.679: "97.7 ms", 999.0: "999 ms", 2343.601: "2.34 s", 636830: "637 s"}
+    assert {value: table.time(value) for value in times} == times
+    assert [table.memory(value) for value in (0.3358, 3.55, 10.05)] == ["344 MiB", "3.5 GiB", "10.1 GiB"]
+
+
+def test_rivals_are_those_of_the_same_run():
+    row = dict.fromkeys(results.COLUMNS, "x") | {
+        "cpu": "Intel(R) Xeon(R) Processor",
+        "isa": "AVX512/amx",
+        "threads": "2",
+    }
+
+    def run(date, **times):
+        return [row | {"date": date, "contender": name, "median_ms": str(time)} for name, time in times.items()]
+
+    rows = [
+        *run("2026-01-01T00:00Z", ipt_fast=2, eager=3, sdpa=1),
+        *run("2026-01-02T00:00Z", ipt_fast=1, eager=4, sdpa=5),
+    ]
+    (line,) = table.speed(rows).splitlines()[2:]
+    assert line == "| x | x | x | x | 4.00 ms (eager) | 1.00 ms | **4.00** | eager, sdpa | 2026-01-02, x |"
+    assert table.kind_of(row) == "Intel Xeon, AVX-512 and AMX, 2 cores"
 
 
 def test_the_plain_form_of_ipt():

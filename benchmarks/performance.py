@@ -1,0 +1,147 @@
+"""``python -m benchmarks.performance``: docs/performance.md, and README's rows and chart, from benchmarks/results."""
+
+import pathlib
+
+from benchmarks import plot, results, table
+from ipt_fast._files import atomic_write
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs/performance.md"
+CHART = ROOT / "docs/speed.png"
+README = ROOT / "README.md"
+
+# The README's rows: file of the results, case, dtype, direction.
+HEADLINE = (
+    ("cpu", "ipt_v2_tiny 1x3x256x256", "float32", "forward"),
+    ("cpu", "ipt_v2_small 1x3x256x256", "float32", "forward"),
+    ("cpu", "ipt_v2_base 1x3x256x256", "float32", "forward"),
+    ("cpu", "ipt_v2_small 2x3x128x128", "float32", "training"),
+    ("ipt_cpu", "ipt 64x3x48x48", "float32", "forward"),
+    ("gpu_models", "ipt_v2_base 1x3x512x512", "bfloat16", "forward"),
+)
+
+INTRODUCTION = """# What was measured
+
+This page is made by `python -m benchmarks.performance` from the rows in `benchmarks/results`; a test compares them.
+Speed is that of the whole call, outputs equal to plain PyTorch's within the rule of the tests. A row names its run: the
+day and the commit. Of each case the last run that measured it counts, so that rows may be of different commits.
+"""
+
+CPU_NOTES = """\
+Rivals are plain PyTorch in the same dtype: eager, channels-last and NCHW; its own layer norm ("native");
+`scaled_dot_product_attention` ("sdpa"); and torch.compile, with frozen weights in inference ("compiled"). It takes 4
+to 12 minutes to compile, so not every row has it. Rows with different rivals cannot be compared. All contenders take
+turns in one process, and a time is the median of several rounds. A ratio below 1 means slower. "tuned" is a process in
+which glibc keeps large blocks of memory (`TUNED_ALLOCATOR` in benchmarks/measure.py).
+"""
+
+IPT_NOTES = """\
+IPT beside the released code in plain PyTorch (`python -m benchmarks.ipt`). The time of a 512 x 512 image is counted
+from that of a tile: 196 tiles blended, against the 1678 that the released program runs. ipt_fast gets 64 tiles in one
+call and takes 16 at a time. The released code is timed with 64 and with 16 ("eager by 16"). "ipt layers" is a training
+step of an encoder and a decoder layer. It is made of matrix products, which are the same for both, so little is left to win
+where the allocator costs nothing.
+"""
+
+GPU_NOTES = """\
+Models run as CUDA graphs unless a column says otherwise. "mixed" is what "auto" chooses, "tuned" is Triton with the
+tiles of `kernels/configs`, and "triton" is Triton with default tiles. A dash was not measured. [gpu.md](gpu.md) tells
+how the check works and what the bounds are.
+"""
+
+
+def headline_rows():
+    """What README shows: [(kind, case, dtype, direction, milliseconds of the best rival, its name, of ipt_fast)]."""
+    return [_headline_row(*wanted) for wanted in HEADLINE]
+
+
+def _headline_row(name, case, dtype, direction):
+    rows = results.read(results.FOLDER / f"{name}.csv")
+    ours = "mixed" if name == "gpu_models" else "ipt_fast"
+    if name == "gpu_models":
+        rows = [{**row, "case": f"{row['model']} {row['shape']}"} for row in rows if not row["note"]]
+    else:
+        rows = [row for row in rows if row["allocator"] == "default"]
+    rows = [row for row in rows if (row["case"], row["dtype"], row["direction"]) == (case, dtype, direction)]
+    row = [row for row in rows if row["contender"] == ours][-1]
+    rivals = {
+        other["contender"]: float(other["median_ms"])
+        for other in rows
+        if other["contender"] not in ("ipt_fast", "mixed", "tuned", "triton", "cuda")
+        and all(other[column] == row[column] for column in table.RUN)
+    }
+    best = min(rivals, key=rivals.get)
+    return table.kind_of(row), case, dtype, direction, rivals[best], best, float(row["median_ms"])
+
+
+def headline():
+    """README's table of speed."""
+    lines = [
+        [kind, case, dtype, direction, f"{table.time(theirs)} ({best})", table.time(ours), f"**{theirs / ours:.1f}**"]
+        for kind, case, dtype, direction, theirs, best, ours in headline_rows()
+    ]
+    names = ("processor", "model and input", "dtype", "", "best plain PyTorch", "ipt_fast", "times faster")
+    return table.table(names, lines)
+
+
+def quality():
+    """README's sentence on what the shipped denoiser gains."""
+    row = next(
+        row
+        for row in results.read(results.FOLDER / "denoise.csv")
+        if (row["dataset"], row["sigma"]) == ("CBSD68", "25")
+    )
+    return f"from {float(row['psnr_input']):.1f} to {float(row['psnr_output']):.1f} dB"
+
+
+def _by_kind(name):
+    """{kind of processor or card: its rows} of a file of results."""
+    kinds = {}
+    for row in results.read(results.FOLDER / f"{name}.csv"):
+        kinds.setdefault(table.kind_of(row), []).append(row)
+    return kinds
+
+
+def page():
+    """The text of docs/performance.md."""
+    cpu, ipt, footprint = (_by_kind(name) for name in ("cpu", "ipt_cpu", "cpu_footprint"))
+    parts = [INTRODUCTION]
+    for kind in dict.fromkeys((*cpu, *ipt, *footprint)):
+        parts.append(f"## {kind}\n")
+        if kind in cpu:
+            models = [row for row in cpu[kind] if row["case"].startswith("ipt_v2")]
+            operators = [row for row in cpu[kind] if not row["case"].startswith("ipt_v2")]
+            parts += [CPU_NOTES, "### Models\n", table.speed(models), "\n### Operators\n", table.speed(operators), ""]
+        if kind in ipt:
+            parts += ["### IPT\n", IPT_NOTES, table.speed(ipt[kind]), ""]
+        if kind in footprint:
+            parts += ["### Memory and time by size\n", "Every figure is from a process of its own.\n"]
+            parts += [table.footprint(footprint[kind]), ""]
+    models, kernels = _by_kind("gpu_models"), _by_kind("gpu_kernels")
+    for kind in models:
+        parts += [f"## {kind}\n", GPU_NOTES, "### Models\n", table.gpu_models(models[kind]), ""]
+        parts += ["### Operators\n", table.gpu_operators(kernels[kind]), ""]
+        parts += ["### Launches beside their bounds\n", table.gpu_launches(kernels[kind]), ""]
+    parts += ["## Quality of the models that ship\n", "`ipt_v2_tiny`: mean PSNR and SSIM in RGB, noise not clipped.\n"]
+    parts += [
+        table.denoising(),
+        "",
+        "`ipt_tiny`, by the protocol of each task's tables:\n",
+        table.ipt_restoration(),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def main():
+    """Write the page and the chart, and the table into README."""
+    with atomic_write(PAGE) as temporary:
+        temporary.write_text(page())
+    plot.draw_headline(headline_rows(), CHART)
+    before, _, after = README.read_text().partition("| processor |")
+    with atomic_write(README) as temporary:
+        temporary.write_text(before + headline() + after[after.index("\n\n") :])
+
+
+if __name__ == "__main__":
+    main()
