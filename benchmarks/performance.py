@@ -39,8 +39,8 @@ IPT_NOTES = """\
 IPT beside the released code in plain PyTorch (`python -m benchmarks.ipt`). The time of a 512 x 512 image is counted
 from that of a tile: 196 tiles blended, against the 1678 that the released program runs. ipt_fast gets 64 tiles in one
 call and takes 16 at a time. The released code is timed with 64 and with 16 ("eager by 16"). "ipt layers" is a training
-step of an encoder and a decoder layer. It is made of matrix products, which are the same for both, so little is left to win
-where the allocator costs nothing.
+step of an encoder and a decoder layer. It is made of matrix products, which are the same for both, so little is left to
+win where the allocator costs nothing.
 """
 
 GPU_NOTES = """\
