@@ -7,6 +7,10 @@
 
 #include <stdint.h>
 
+namespace ipt_fast {
+constexpr int kSharedMemory = 163 << 10;  // bytes that a thread block may need
+}
+
 #ifndef __CUDACC__
 #include "emulator.h"
 #else

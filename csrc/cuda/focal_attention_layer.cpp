@@ -91,12 +91,6 @@ Tensor focal_attention_layer_forward(Tensor x, Tensor norm_weight, OptionalTenso
 }  // namespace
 }  // namespace ipt_fast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ipt_fast_cuda, m) {
-    m.def(
-        "focal_attention_layer(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
-        "Tensor depthwise_weight, Tensor project_weight, Tensor temperature, Tensor token_weight, Tensor top_weight, "
-        "Tensor bottom_weight, int num_heads, int window_size, float eps, bool centered, bool tf32) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
     m.impl("focal_attention_layer", TORCH_BOX(&ipt_fast::focal_attention_layer_forward));
 }

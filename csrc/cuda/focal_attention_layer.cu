@@ -9,9 +9,11 @@ template <class T, int C, int D>
 void run(const FocalLayerParams& p, void* stream) {
     const int64_t blocks = focal_blocks(p);
     using Gram = GramShared<T, C, D>;
+    using Apply = ApplyShared<T, C, D>;
+    static_assert(sizeof(Gram) <= kSharedMemory && sizeof(Apply) <= kSharedMemory);
     launch(focal_gram_kernel<T, C, D>, p, {blocks * p.heads, Gram::kThreads, (int)sizeof(Gram), stream});
     launch(focal_attend_kernel<T>, p, {focal_matrices(p), kAttendThreads, 0, stream});
-    launch(focal_apply_kernel<T, C, D>, p, {blocks, kApplyThreads, (int)sizeof(ApplyShared<T, C, D>), stream});
+    launch(focal_apply_kernel<T, C, D>, p, {blocks, kApplyThreads, (int)sizeof(Apply), stream});
 }
 
 }  // namespace

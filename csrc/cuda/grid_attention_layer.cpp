@@ -62,12 +62,6 @@ Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor nor
 }  // namespace
 }  // namespace ipt_fast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ipt_fast_cuda, m) {
-    m.def(
-        "grid_attention_layer(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
-        "Tensor project_weight, Tensor? bias_table, int num_heads, int grid_size, float eps, bool centered, "
-        "bool tf32) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
     m.impl("grid_attention_layer", TORCH_BOX(&ipt_fast::run_grid_attention_layer));
 }

@@ -18,6 +18,7 @@ int multiprocessors() {
 template <class T, int Channels, int Width, int Side>
 void run(GridAttentionLayerParams& params, void* stream) {
     using Layer = GridLayer<T, Channels, Width, Side>;
+    static_assert(sizeof(typename Layer::Shared) <= kSharedMemory);
     const int64_t items = (int64_t)(params.groups + Layer::kGroups - 1) / Layer::kGroups * Layer::kParts;
     const int64_t most = (int64_t)multiprocessors() * Layer::kBlocks;  // as many as run at the same time
     params.blocks = (int)(items < most ? items : most);

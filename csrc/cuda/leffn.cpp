@@ -5,9 +5,10 @@
 namespace ipt_fast {
 namespace {
 
-Tensor leffn_layer(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor expand_weight,
-                   Tensor depthwise_weight, Tensor project_weight, double eps, bool centered, bool residual,
-                   bool tf32) {
+// Without a norm (`norm_weight` is absent) there is no residual either.
+Tensor run(const Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+           const Tensor& expand_weight, const Tensor& depthwise_weight, const Tensor& project_weight, double eps,
+           bool centered, bool tf32) {
     check_image(x, "x");
     const int64_t channels = x.size(1);
     STD_TORCH_CHECK(channels == 32 || channels == 48 || channels == 64 || channels == 96, "x has ", channels,
@@ -21,7 +22,6 @@ Tensor leffn_layer(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bia
     check_tensor(expand_weight, "expand_weight", {hidden, channels, 1, 1}, x);
     check_tensor(depthwise_weight, "depthwise_weight", {hidden, 1, 5, 5}, x);
     check_tensor(project_weight, "project_weight", {channels, hidden, 1, 1}, x);
-    STD_TORCH_CHECK(norm_weight.has_value() || !norm_bias.has_value(), "norm_bias needs norm_weight");
     if (norm_weight.has_value()) {
         check_small(*norm_weight, "norm_weight", {channels}, x, *norm_weight);
     }
@@ -51,21 +51,26 @@ Tensor leffn_layer(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bia
     params.hidden = (int)hidden;
     params.eps = (float)eps;
     params.centered = centered;
-    params.residual = residual;
+    params.residual = norm_weight.has_value();
     params.tf32 = tf32;
     const Device device(x);
     with_type(x, [&](auto type) { leffn<decltype(type)>(params, (int)channels, device.stream); });
     return y;
 }
 
+Tensor run_leffn(Tensor x, Tensor expand_weight, Tensor depthwise_weight, Tensor project_weight, bool tf32) {
+    return run(x, std::nullopt, std::nullopt, expand_weight, depthwise_weight, project_weight, 0, true, tf32);
+}
+
+Tensor run_leffn_layer(Tensor x, Tensor norm_weight, OptionalTensor norm_bias, Tensor expand_weight,
+                       Tensor depthwise_weight, Tensor project_weight, double eps, bool centered, bool tf32) {
+    return run(x, norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, eps, centered, tf32);
+}
+
 }  // namespace
 }  // namespace ipt_fast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ipt_fast_cuda, m) {
-    m.def(
-        "leffn_layer(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor expand_weight, Tensor depthwise_weight, "
-        "Tensor project_weight, float eps, bool centered, bool residual, bool tf32) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
-    m.impl("leffn_layer", TORCH_BOX(&ipt_fast::leffn_layer));
+    m.impl("leffn", TORCH_BOX(&ipt_fast::run_leffn));
+    m.impl("leffn_layer", TORCH_BOX(&ipt_fast::run_leffn_layer));
 }

@@ -6,7 +6,7 @@ namespace {
 template <class T, int C>
 void run(const LeffnParams& params, void* stream) {
     using Tile = LeffnTile<T, C>;
-    static_assert(sizeof(Tile) <= 163 << 10);
+    static_assert(sizeof(Tile) <= kSharedMemory);
     const int64_t across = (params.width + Tile::kWide - 1) / Tile::kWide;
     const int64_t down = (params.height + Tile::kHigh - 1) / Tile::kHigh;
     launch(leffn_kernel<T, C>, params, {params.batch * down * across, Tile::kThreads, (int)sizeof(Tile), stream});

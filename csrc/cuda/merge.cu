@@ -3,15 +3,12 @@
 namespace ipt_fast {
 
 template <class T>
-void merge(const MergeParams& params, void* stream) {
-    int64_t blocks = 0;
-    for (int i = 0; i < params.product_count; ++i) {
-        blocks += blocks_of(params.products[i]);
+void merge(const MergeArguments& arguments, void* stream) {
+    int64_t blocks = blocks_of(arguments.sum);
+    for (const Product& product : arguments.products) {
+        blocks += blocks_of(product);
     }
-    for (int i = 0; i < params.sum_count; ++i) {
-        blocks += blocks_of(params.sums[i]);
-    }
-    launch(merge_kernel<T>, params, {blocks, kMergeThreads, (int)sizeof(MergeShared<T>), stream});
+    launch(merge_kernel<T>, arguments, {blocks, kMergeThreads, (int)sizeof(MergeShared<T>), stream});
 }
 
 const char* merge_error() {
@@ -25,8 +22,8 @@ const char* merge_error() {
 #endif
 }
 
-template void merge<float>(const MergeParams&, void*);
-template void merge<bf16>(const MergeParams&, void*);
-template void merge<fp16>(const MergeParams&, void*);
+template void merge<float>(const MergeArguments&, void*);
+template void merge<bf16>(const MergeArguments&, void*);
+template void merge<fp16>(const MergeArguments&, void*);
 
 }  // namespace ipt_fast

@@ -1,4 +1,4 @@
-// Merging the branches of Rep-LeFFN: all products and depthwise sums of a layer in one launch.
+// Merging the branches of Rep-LeFFN: a product or a depthwise sum, and their gradients, each in one launch.
 #pragma once
 
 #include <stdint.h>
@@ -22,14 +22,14 @@ struct DepthwiseSum {
     bool identity, backward;
 };
 
-constexpr int kMergeProducts = 4, kMergeSums = 2;
+constexpr int kMergeProducts = 2;  // those of a backward
 constexpr int kMergeRows = 64, kMergeColumns = 32, kMergeInner = 32, kMergeThreads = 128;
 constexpr int kMergeValues = 1024;  // of a depthwise sum, for each block
 
-struct MergeParams {
+// What is absent is all zeros and has no blocks.
+struct MergeArguments {
     Product products[kMergeProducts];
-    DepthwiseSum sums[kMergeSums];
-    int product_count, sum_count;
+    DepthwiseSum sum;
     bool tf32;
 };
 
@@ -41,7 +41,7 @@ IPT_FAST_BOTH inline int64_t blocks_of(const DepthwiseSum& s) {
 }
 
 template <class T>
-void merge(const MergeParams& params, void* stream);
+void merge(const MergeArguments& arguments, void* stream);
 // Why this library's kernels cannot run on the current GPU; empty if they can.
 const char* merge_error();
 

@@ -89,27 +89,18 @@ IPT_FAST_DEVICE void make_sum(const DepthwiseSum& s, int block) {
 }
 
 template <class T>
-IPT_FAST_KERNEL IPT_FAST_BOUNDS(kMergeThreads, 4) merge_kernel(IPT_FAST_PARAMS(MergeParams) p) {
+IPT_FAST_KERNEL IPT_FAST_BOUNDS(kMergeThreads, 4) merge_kernel(IPT_FAST_PARAMS(MergeArguments) p) {
     int block = (int)block_index();
 #pragma unroll
     for (int i = 0; i < kMergeProducts; ++i) {
-        if (i < p.product_count) {
-            const int blocks = (int)blocks_of(p.products[i]);
-            if (block >= 0 && block < blocks) {
-                make_product<T>(p.products[i], block, p.tf32);
-            }
-            block -= blocks;
+        const int blocks = (int)blocks_of(p.products[i]);
+        if (block >= 0 && block < blocks) {
+            make_product<T>(p.products[i], block, p.tf32);
         }
+        block -= blocks;
     }
-#pragma unroll
-    for (int i = 0; i < kMergeSums; ++i) {
-        if (i < p.sum_count) {
-            const int blocks = (int)blocks_of(p.sums[i]);
-            if (block >= 0 && block < blocks) {
-                make_sum<T>(p.sums[i], block);
-            }
-            block -= blocks;
-        }
+    if (block >= 0) {
+        make_sum<T>(p.sum, block);
     }
 }
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from .. import _extension
+from . import _limits
 from ._operator import Arguments, Kernel, Operator
 
 _library = torch.library.Library("ipt_fast_cpu", "FRAGMENT")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check(args: Arguments | None) -> str | None:
@@ -28,9 +28,7 @@ def check(args: Arguments | None) -> str | None:
     x = args[0]
     if x.device.type != "cpu":
         return f"the C++ kernels run on the CPU; the tensors are on {x.device}"
-    if x.dtype not in DTYPES:
-        return f"the C++ kernels take float32, bfloat16 and float16; the tensors are {x.dtype}"
-    return None
+    return _limits.dtype_error(x.dtype, "the C++ kernels")
 
 
 @functools.cache

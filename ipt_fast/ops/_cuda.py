@@ -1,10 +1,11 @@
-"""The CUDA C++ backend of an operator: private operators of the library ipt_fast_cuda, forward.
+"""The CUDA C++ backend of an operator: private operators of the same name in the library ipt_fast_cuda.
 
-Gradients come from Triton's kernels where those can run, else from the reference.
+They take the operator's arguments and whether products may be in TF32. The library only implements them: a call fails
+where a function of its has another number of arguments than the schema says.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch._ops import OpOverload
 
 from .. import _extension
 from .._precision import tf32_allowed
+from . import _limits
 from ._operator import Arguments, Kernel, Operator, as_channels_last
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST_CAPABILITY = (8, 0)
-SHARED_MEMORY = 163 << 10  # bytes that a thread block may need
+_library = torch.library.Library("ipt_fast_cuda", "FRAGMENT")
+
+SHARED_MEMORY = 163 << 10  # bytes that a thread block may need, as in csrc/cuda and in setup.py
 CHANNELS = (32, 48, 64, 96)
 DEPTHS = (32, 48)
 LARGEST_WINDOW = 1 << 14
@@ -39,8 +41,8 @@ def _device_error(type_: str, index: int | None) -> str | None:
         return f"the CUDA kernels run on {wanted} devices here; the tensors are on {type_}"
     if type_ == "cuda":
         gpu = torch.cuda.get_device_properties(index)
-        if (gpu.major, gpu.minor) < LEAST_CAPABILITY:
-            return f"the CUDA kernels need compute capability 8.0 or later; {gpu.name} has {gpu.major}.{gpu.minor}"
+        if reason := _limits.capability_error(gpu.name, (gpu.major, gpu.minor), "the CUDA kernels"):
+            return reason
         memory: int = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in PyTorch's stubs
         if memory < SHARED_MEMORY:
             need = SHARED_MEMORY >> 10
@@ -118,22 +120,24 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()  # kernels read 16 bytes at a time
 
 
-def register(
-    operator: Operator,
-    call: Callable[..., Tensor],
-    limits: Callable[..., str | None] | None = None,
-    call_backward: Callable[..., Sequence[Tensor]] | None = None,
-) -> None:
-    """Give ``operator`` the backend "cuda".
+def register(operator: Operator, limits: _limits.Limits | None = None, has_backward: bool = False) -> None:
+    """Give ``operator`` the backend "cuda": ``ipt_fast_cuda::<name>``.
+
+    It gets images channels-last, and weights and small parameters contiguous, the latter all in one dtype: the image's
+    or float32.
 
     Args:
         operator: the `Operator`.
-        call: function of the operator's arguments and, by name, ``tf32``, that calls `_private` operators. It gets
-            images channels-last, and weights and small parameters contiguous, the latter all in one dtype: the image's
-            or float32.
-        limits: function of the arguments, answers None or why the kernels do not take them.
-        call_backward: as ``call``, of the gradient and the arguments, where the gradients have kernels, too.
+        limits: function of some of the operator's arguments, which its parameters name. It answers None or why the
+            kernels do not take them.
+        has_backward: whether gradients have kernels, too: ``ipt_fast_cuda::<name>_backward``, of the gradient and the
+            same arguments. Without it they come from Triton's kernels where those can run, else from the reference.
     """
+    name, gradients = operator.name, ", ".join(["Tensor"] * len(operator.tensors))
+    _library.define(f"{name}({operator.schema}, bool tf32) -> Tensor")
+    if has_backward:
+        _library.define(f"{name}_backward(Tensor grad, {operator.schema}, bool tf32) -> ({gradients})")
+    limits_of = _limits.by_name(operator, limits)
 
     def check(args: Arguments | None) -> str | None:
         if error := _extension.cuda_error():
@@ -143,9 +147,7 @@ def register(
         x = args[0]
         if reason := _device_error(x.device.type, x.device.index):
             return reason
-        if x.dtype not in DTYPES:
-            return f"the CUDA kernels take float32, bfloat16 and float16; the tensors are {x.dtype}"
-        return limits(*args) if limits else None
+        return _limits.dtype_error(x.dtype, "the CUDA kernels") or limits_of(args)
 
     def is_small(name: str, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and name not in operator.images and name not in operator.weights
@@ -164,11 +166,11 @@ def register(
         return [prepared(name, value) for name, value in named]
 
     def forward(*args: Any) -> Tensor:
-        return call(*all_prepared(args), tf32=tf32_allowed())
+        return _private(name)(*all_prepared(args), tf32_allowed())
 
     def backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
-        if call_backward is not None:
-            return call_backward(_aligned(grad.contiguous()), *all_prepared(args), tf32=tf32_allowed())
+        if has_backward:
+            return _private(f"{name}_backward")(_aligned(grad.contiguous()), *all_prepared(args), tf32_allowed())
         triton = operator.kernels["triton"]
         kernel = triton if triton.check(args) is None else operator.kernels["reference"]
         return kernel.backward(grad, *args)
@@ -178,14 +180,9 @@ def register(
             return False
         if operator.kernels["triton"].check(args) is not None:
             return True
-        measured = _measured(args[0].device.index).get(operator.name, {}).get(key_of(operator, args))
+        measured = _measured(args[0].device.index).get(name, {}).get(key_of(operator, args))
         if measured is not None:
             return measured == "cuda"
-        return operator.name in PREDICTED and args[0].dtype != torch.float32
+        return name in PREDICTED and args[0].dtype != torch.float32
 
     operator.kernels["cuda"] = Kernel(check, forward, backward, automatic)
-
-
-def call(name: str, *args: Any) -> Any:
-    """``ipt_fast_cuda::name``, looked up when it is called."""
-    return _private(name)(*args)

@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import _extension
+from . import _limits
 from ._operator import Arguments, Kernel, Operator, as_channels_last
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST_CAPABILITY = (8, 0)
 
 
 @functools.cache
 def _too_old(device: int | None) -> str | None:
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if capability >= LEAST_CAPABILITY:
-        return None
-    return f"the kernels need compute capability 8.0 or later; {name} has {capability[0]}.{capability[1]}"
+    gpu, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return _limits.capability_error(gpu, capability, "the kernels")
 
 
 def _interpreted() -> bool:
@@ -54,18 +50,23 @@ def head_limit(channels: int, num_heads: int) -> str | None:
     return None if width <= 128 else f"Triton's kernels take heads of up to 128 channels; these have {width}"
 
 
-def depthwise_limit(weight: Tensor) -> str | None:
+def depthwise_limit(depthwise_weight: Tensor) -> str | None:
     """None if the kernels take this depthwise weight, else the reason."""
-    size = weight.shape[-1]
+    size = depthwise_weight.shape[-1]
     return None if size <= 7 else f"the kernels take depthwise kernels up to 7 x 7; these are {size} x {size}"
 
 
-def register(operator: Operator, limits: Callable[..., str | None] | None = None) -> None:
+def register(operator: Operator, limits: _limits.Limits | None = None) -> None:
     """Give ``operator`` the backend "triton": functions ``<name>`` and ``<name>_backward`` of ipt_fast.kernels.
 
-    They get images channels-last and all other tensors contiguous. ``limits(*args)`` answers None or why the kernels
-    do not take the arguments.
+    They get images channels-last and all other tensors contiguous.
+
+    Args:
+        operator: the `Operator`.
+        limits: function of some of the operator's arguments, which its parameters name. It answers None or why the
+            kernels do not take them.
     """
+    limits_of = _limits.by_name(operator, limits)
 
     def check(args: Arguments | None) -> str | None:
         if error := _extension.triton_error():
@@ -74,9 +75,7 @@ def register(operator: Operator, limits: Callable[..., str | None] | None = None
             return _check_machine()
         if reason := _check_device(args[0].device):
             return reason
-        if args[0].dtype not in DTYPES:
-            return f"Triton's kernels take float32, bfloat16 and float16; the tensors are {args[0].dtype}"
-        return limits(*args) if limits else None
+        return _limits.dtype_error(args[0].dtype, "Triton's kernels") or limits_of(args)
 
     def prepare(args: Arguments) -> list[Any]:
         named = zip(operator.arguments, args, strict=True)

@@ -51,4 +51,4 @@ _operator = Operator(
     flops=_flops,
 )
 _cpu.register(_operator)
-_triton.register(_operator, lambda q, *args: _triton.head_limit(q.shape[1], args[3]))
+_triton.register(_operator, lambda q, num_heads: _triton.head_limit(q.shape[1], num_heads))

@@ -73,4 +73,4 @@ _operator = Operator(
     flops=_flops,
 )
 _cpu.register(_operator)
-_triton.register(_operator, lambda qkv, *args: _triton.head_limit(qkv.shape[1] // 3, args[4]))
+_triton.register(_operator, lambda qkv, num_heads: _triton.head_limit(qkv.shape[1] // 3, num_heads))

@@ -56,4 +56,4 @@ _operator = Operator(
     flops=_flops,
 )
 _cpu.register(_operator)
-_triton.register(_operator, lambda qkv, _, num_heads, *__: _triton.head_limit(qkv.shape[1] // 3, num_heads))
+_triton.register(_operator, lambda qkv, num_heads: _triton.head_limit(qkv.shape[1] // 3, num_heads))

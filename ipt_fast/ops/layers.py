@@ -232,21 +232,15 @@ _leffn = Operator(
 _cpu.register(_focal, rounds_between=True, keeps_a_map=True)
 _cpu.register(_grid, rounds_between=True)
 _cpu.register(_leffn, rounds_between=True)
-_triton.register(_focal, lambda x, *args: _triton.head_limit(x.shape[1], args[9]))
-_triton.register(_grid, lambda x, *args: _triton.head_limit(x.shape[1], args[5]))
-_triton.register(_leffn, limits=lambda *args: _triton.depthwise_limit(args[4]))
+_triton.register(_focal, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))
+_triton.register(_grid, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))
+_triton.register(_leffn, _triton.depthwise_limit)
 _cuda.register(
     _focal,
-    lambda *args, tf32: _cuda.call("focal_attention_layer", *args, tf32),
-    lambda x, *args: _cuda.heads_limit(x.shape[1], args[9]) or _cuda.window_limit(args[10]),
+    lambda x, num_heads, window_size: _cuda.heads_limit(x.shape[1], num_heads) or _cuda.window_limit(window_size),
 )
 _cuda.register(
     _grid,
-    lambda *args, tf32: _cuda.call("grid_attention_layer", *args, tf32),
-    lambda x, *args: _cuda.heads_limit(x.shape[1], args[5]) or _cuda.grid_limit(args[6]),
+    lambda x, num_heads, grid_size: _cuda.heads_limit(x.shape[1], num_heads) or _cuda.grid_limit(grid_size),
 )
-_cuda.register(
-    _leffn,
-    lambda *args, tf32: _cuda.call("leffn_layer", *args, True, tf32),
-    lambda x, *args: _cuda.leffn_limit(*args[2:5]),
-)
+_cuda.register(_leffn, _cuda.leffn_limit)

@@ -46,9 +46,5 @@ _operator = Operator(
     flops=_flops,
 )
 _cpu.register(_operator)
-_triton.register(_operator, limits=lambda x, expand, depthwise, project: _triton.depthwise_limit(depthwise))
-_cuda.register(
-    _operator,
-    lambda x, *weights, tf32: _cuda.call("leffn_layer", x, None, None, *weights, 0.0, True, False, tf32),
-    lambda x, *weights: _cuda.leffn_limit(*weights),
-)
+_triton.register(_operator, _triton.depthwise_limit)
+_cuda.register(_operator, _cuda.leffn_limit)

@@ -77,18 +77,5 @@ _cpu.register(_pointwise)
 _cpu.register(_depthwise)
 _triton.register(_pointwise)
 _triton.register(_depthwise)
-# One launch could merge all branches of a layer; each operator brings its own.
-_cuda.register(
-    _pointwise,
-    lambda first, second, tf32: _cuda.call("merge_branches", [first], [second], [], [], [], True, tf32)[0],
-    call_backward=lambda grad, first, second, tf32: _cuda.call(
-        "merge_branches_backward", [grad], [first], [second], [], [], [], tf32
-    ),
-)
-_cuda.register(
-    _depthwise,
-    lambda *kernels, tf32: _cuda.call("merge_branches", [], [], *([k] for k in kernels[:3]), kernels[3], tf32)[0],
-    call_backward=lambda grad, *kernels, tf32: _cuda.call(
-        "merge_branches_backward", [grad], [], [], *([k] for k in kernels[:3]), tf32
-    ),
-)
+_cuda.register(_pointwise, has_backward=True)
+_cuda.register(_depthwise, has_backward=True)

@@ -1,7 +1,6 @@
 """Calls of the operators that have CUDA kernels, at widths these take."""
 
 import torch
-import torch.nn.functional as F
 
 from tests.ops import cases
 
@@ -48,30 +47,3 @@ def build(name, dtype, small_dtype=torch.float32):
     elif name.endswith("large weights"):  # times a value of q they exceed float16's range
         tensors["token_weight"] *= 300
     return operator, cases.cast(tensors, dtype, small_dtype), options
-
-
-def check_depthwise(channels, size, height, width, dtype):
-    """The library's depthwise convolution and its gradients against PyTorch's; all of it twice, bitwise the same."""
-    shape, at = (2, channels, height, width), {"device": cases.DEVICE}
-    x, grad = (torch.randn(shape, **at).to(dtype, memory_format=torch.channels_last) for _ in range(2))
-    weight = torch.randn(channels, 1, size, size, **at).to(dtype)
-
-    def by_pytorch(dtype, grad, tensors):
-        inputs = [t.to(dtype).requires_grad_() for t in tensors.values()]
-        out = F.conv2d(*inputs, padding=size // 2, groups=channels)
-        slopes = torch.autograd.grad(out, inputs, grad.to(dtype))
-        return {"out": out.detach(), **dict(zip(tensors, slopes, strict=True))}
-
-    def by_library():
-        library = torch.ops.ipt_fast_cuda
-        return {
-            "out": library.depthwise(x, weight, False),
-            "x": library.depthwise(grad, weight, True),
-            "weight": library.depthwise_weight_gradient(grad, x, size).to(dtype),
-        }
-
-    got = by_library()
-    assert all(torch.equal(value, got[name]) for name, value in by_library().items())
-    tensors = {"x": x, "weight": weight}
-    truth = by_pytorch(torch.float64, grad, tensors)
-    cases.assert_within_rule(got, truth, cases.Baseline(by_pytorch, dtype, grad, tensors))

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 import ipt_fast
 from ipt_fast import reference
-from tests.cuda.cases import SIZES, build, check_depthwise
-from tests.ops.cases import IMAGES, assert_within_rule, baseline, exact, forward_and_gradients
+from ipt_fast.ops._operator import OPERATORS
+from tests.cuda.cases import SIZES, build
+from tests.ops.cases import CALLS, IMAGES, assert_within_rule, baseline, exact, forward_and_gradients
 from tests.ops.test_range import scaled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,6 +24,13 @@ def forward_errors(operator, tensors, options, got):
     truth = exact(operator, tensors, options, torch.ones_like(got))
     base = baseline(operator, tensors, options, torch.ones_like(got))
     assert_within_rule({"out": got}, truth, base)
+
+
+def test_every_operator_is_called_here():
+    """Only a call tells whether a function of the library has the arguments of its operator's schema."""
+    assert {name for name, operator in OPERATORS.items() if "cuda" in operator.kernels} == {
+        CALLS[call][0] for call, *_ in SIZES.values()
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -110,27 +118,6 @@ def test_gradients_of_merges(name, dtype):
     with ipt_fast.use_backend("cuda"):
         got = forward_and_gradients(getattr(ipt_fast.ops, operator), tensors, options, grad)
     assert_within_rule(got, exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad))
-
-
-def test_the_branches_of_a_layer_in_one_launch():
-    def weight(*shape):
-        return torch.randn(shape).bfloat16()
-
-    first, second = [weight(64, 32, 1, 1), weight(64, 128, 1, 1)], [weight(128, 64, 1, 1), weight(32, 64, 1, 1)]
-    branches = [[weight(128, 1, size, size)] for size in (5, 3, 1)]
-    merged = torch.ops.ipt_fast_cuda.merge_branches(first, second, *branches, True, False)
-    with ipt_fast.use_backend("cuda"):
-        alone = [ipt_fast.ops.merge_pointwise(a, b) for a, b in zip(first, second, strict=True)]
-        alone.append(ipt_fast.ops.merge_depthwise(*(k[0] for k in branches)))
-    assert all(torch.equal(a, b) for a, b in zip(merged, alone, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("size", [3, 5])
-@pytest.mark.parametrize(("channels", "height", "width"), [(8, 1, 1), (72, 17, 5), (32, 20, 33)])
-def test_depthwise(channels, height, width, size, dtype):
-    assert ipt_fast.explain("merge_depthwise")["merge_depthwise"]["cuda"] is None  # the library is loaded
-    check_depthwise(channels, size, height, width, dtype)
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("merge")])

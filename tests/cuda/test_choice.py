@@ -1,13 +1,17 @@
 """Where "auto" takes the CUDA kernels, by what was measured and, where nothing was, by what is predicted."""
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ipt_fast.ops import _cuda
+from ipt_fast.ops import _cuda, _limits
 from ipt_fast.ops._operator import OPERATORS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def taken(monkeypatch, operator, measured, dtype=torch.bfloat16, reason_against_triton=None):
@@ -36,3 +40,19 @@ def test_as_predicted_where_nothing_was_measured(monkeypatch):
 
 def test_wherever_triton_cannot_run(monkeypatch):
     assert taken(monkeypatch, "merge_pointwise", {}, reason_against_triton="Triton is not installed")
+
+
+def test_the_limits_of_a_gpu_are_the_same_in_python_in_the_build_and_in_the_kernels():
+    build = (ROOT / "setup.py").read_text()
+    kernels = "".join(path.read_text() for path in (ROOT / "csrc/cuda").iterdir())
+    for text in (build, kernels):
+        kib = re.findall(r"(?i)shared_?memory = (\d+) << 10", text)
+        assert [int(n) << 10 for n in kib] == [_cuda.SHARED_MEMORY]
+    assert f"gpu.major < {_limits.LEAST_CAPABILITY[0]}" in build and _limits.LEAST_CAPABILITY[1] == 0
+
+
+def test_limits_get_their_arguments_by_name():
+    limits = _limits.by_name(OPERATORS["grid_attention_layer"], lambda grid_size, x: f"{x} {grid_size}")
+    assert limits(("x", None, None, None, None, None, 2, 16, 1e-5, True)) == "x 16"
+    with pytest.raises(ValueError):
+        _limits.by_name(OPERATORS["grid_attention_layer"], lambda window_size: None)

@@ -90,8 +90,8 @@ def test_the_emulator_finds_mistakes(tmp_path):
 
 AXES = r"""
 #include <stdio.h>
-#include "ipt_fast/cuda/focal_attention_layer.h"
-#include "ipt_fast/windows.h"
+#include "cuda/focal_attention_layer.h"
+#include "common/windows.h"
 using namespace ipt_fast;
 // Windows of both branches, pixel by pixel: the windows of branch 1 begin half a window later, cyclically.
 int main() {

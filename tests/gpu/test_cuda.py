@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ipt_fast
-from tests.cuda.cases import SIZES, build, check_depthwise
+from tests.cuda.cases import SIZES, build
 from tests.ops.cases import assert_within_rule, baseline, exact
 
 pytestmark = pytest.mark.gpu
@@ -43,13 +43,6 @@ def test_other_streams_and_cuda_graphs(name):
     got.zero_()
     graph.replay()
     assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [3, 5])
-def test_depthwise(size, dtype):
-    assert ipt_fast.explain("merge_depthwise")["merge_depthwise"]["cuda"] is None  # the library is loaded
-    check_depthwise(200, size, 77, 130, dtype)
 
 
 @pytest.mark.skipif("torch.cuda.device_count() < 2", reason="there is one GPU")
