@@ -8,7 +8,7 @@ import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 
 from ipt_fast import ops, reference
-from ipt_fast.modules import convolution, transformer
+from ipt_fast.modules import convolution
 from ipt_fast.reference._windows import pad_to_multiple
 from ipt_fast.reference.grid_attention import lattice, relative_position_index
 
@@ -33,28 +33,18 @@ def plain_eager(**overrides):
             setattr(ops, name, operator)
 
 
-def _norm_projection(x, branch, norm, weight, offset=None):
-    total = x if branch is None else x + branch
-    out = F.linear(norm(total), weight)
-    if offset is not None:
-        out = out + F.pad(offset, (0, out.shape[-1] - offset.shape[-1]))
-    return out if branch is None else (total, out)
-
-
-def _feed_forward(x, branch, norm, linear1, linear2):
-    total = x + branch
-    return total + linear2(F.relu(linear1(norm(total))))
-
-
 @contextlib.contextmanager
 def plain_ipt():
     """Inside, the layers of IPT are PyTorch's operations as they are written; attention is SDPA, as in ipt_fast."""
-    saved = transformer.norm_projection, transformer.feed_forward
+    names = "norm_projection", "add_norm_projection", "add_norm_feed_forward"
+    saved = {name: getattr(ops, name) for name in names}
     try:
-        transformer.norm_projection, transformer.feed_forward = _norm_projection, _feed_forward
+        for name in names:
+            setattr(ops, name, formula(name))
         yield
     finally:
-        transformer.norm_projection, transformer.feed_forward = saved
+        for name, operator in saved.items():
+            setattr(ops, name, operator)
 
 
 def native_layer_norm(x, weight, bias=None, *, eps=1e-5, centered=True):

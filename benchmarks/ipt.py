@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
 from benchmarks import footprint, measure, results
-from ipt_fast.modules.transformer import DecoderLayer, EncoderLayer
-from ipt_fast.ops._tokens import attend_as_a_grid
+from ipt_fast.modules.transformer import DecoderLayer, EncoderLayer, attend_as_a_grid
 from ipt_fast.tiling import procedure_tiles
 from tests.oracles.public import public_module
 

@@ -1,117 +1,23 @@
 """Layers of the IPT body: attention over tokens and feed-forward networks, pre-norm (IPT, eq. 1 and 2).
 
-Norms are computed again in the backward, and hidden values live once: a training step keeps about half of what the
-formulas' own graph would.
+Norm and products are operators, whose backwards compute the norms again and keep hidden values once: a training step
+keeps about half of what the formulas' own graph would.
 """
 
 import contextlib
-from typing import Any
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.normalization import LayerNorm
 
-from ..ops._tokens import attend_as_a_grid, grid_core_is_faster, linear_relu, norm_backward, normalise
-from . import _check, _fusion
+from .. import ops
+from ..ops import _select
+from ..ops._operator import OPERATORS
+from . import _fusion
 
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.flatten(0, -2).T @ x.flatten(0, -2)
-
-
-class _NormProjection(torch.autograd.Function):
-    """t = x + branch and LN(t) W^T, to the first channels of which an offset for each token is added; keeps t alone.
-
-    Without a branch LN(x) W^T only.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        branch: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        weight: Tensor,
-        offset: Tensor | None,
-        eps: float,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        total, y, mean, scale = normalise(x, branch, norm_weight, norm_bias, eps, weight.dtype)
-        out = F.linear(y, weight)
-        if offset is not None:
-            out[..., : offset.shape[-1]] += offset
-        ctx.save_for_backward(total, mean, scale, norm_weight, norm_bias, weight)
-        ctx.eps, ctx.offset = eps, offset if offset is None else (offset.shape[-1], offset.dtype)
-        ctx.branch = None if branch is None else branch.dtype
-        return out if branch is None else (total, out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total, mean, scale, norm_weight, norm_bias, weight = ctx.saved_tensors
-        residual, grad = (None, grads[0]) if ctx.branch is None else grads
-        with without_autocast(total):
-            _, y, _, _ = normalise(total, None, norm_weight, norm_bias, ctx.eps, weight.dtype)
-            weight_grad = _weight_gradient(grad, y)
-            del y
-            norm = norm_weight, norm_bias, ctx.eps
-            of_total, *norm_grads = norm_backward(grad @ weight, total, mean, scale, *norm, residual)
-            of_branch = None if ctx.branch is None else of_total.to(ctx.branch)
-            of_offset = None if ctx.offset is None else grad[..., : ctx.offset[0]].sum(0, dtype=ctx.offset[1])
-        return of_total, of_branch, *norm_grads, weight_grad, of_offset, None
-
-
-class _FeedForward(torch.autograd.Function):
-    """t + W2 relu(W1 LN(t) + b1) + b2 with t = x + branch; keeps t and the hidden values."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        branch: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        eps: float,
-    ) -> Tensor:
-        total, y, mean, scale = normalise(x, branch, norm_weight, norm_bias, eps, weight1.dtype)
-        hidden = linear_relu(y, weight1, bias1)
-        del y
-        out = F.linear(hidden, weight2, bias2)
-        ctx.save_for_backward(total, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden)
-        ctx.eps, ctx.branch = eps, branch.dtype
-        return out.add_(total) if out.dtype == total.dtype else (out + total).to(total.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        total, mean, scale, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
-        with without_autocast(total):
-            of_out = grad.to(weight2.dtype)
-            grads2 = _weight_gradient(of_out, hidden), of_out.flatten(0, -2).sum(0)
-            of_hidden = of_out @ weight2
-            torch.ops.aten.threshold_backward.grad_input(of_hidden, hidden, 0, grad_input=of_hidden)
-            _, y, _, _ = normalise(total, None, norm_weight, norm_bias, ctx.eps, weight1.dtype)
-            grads1 = _weight_gradient(of_hidden, y), of_hidden.flatten(0, -2).sum(0)
-            del y
-            of_y = of_hidden @ weight1
-            del of_hidden
-            norm = norm_weight, norm_bias, ctx.eps
-            of_total, *norm_grads = norm_backward(of_y, total, mean, scale, *norm, residual=grad)
-        return of_total, of_total.to(ctx.branch), *norm_grads, *grads1, *grads2, None
-
-
-def _for_autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The parameters in the dtype that autocast wants for products, as they are without it."""
-    if not _check.autocast(x.device.type):
-        return parameters
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(p if p is None or p.dtype == torch.float64 else p.to(dtype) for p in parameters)
+_SQUARES = {side**2 for side in range(1, 17)}
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -126,30 +32,28 @@ def in_dtype_of(module: nn.Module, x: Tensor) -> Tensor:
     return x.to(dtype)
 
 
-def _norm_parameters(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
-    """(weight, bias, eps) of a norm that :func:`_fusion.token_norm` lets pass, (None, None, 0) of none."""
-    return (norm.weight, norm.bias, norm.eps) if isinstance(norm, LayerNorm) else (None, None, 0.0)
+def _parameters(norm: nn.Module) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, float]]:
+    """((weight, bias), {"eps": eps}) of a norm that :func:`_fusion.token_norm` lets pass, ((None, None), {}) of none."""
+    return ((norm.weight, norm.bias), {"eps": norm.eps}) if isinstance(norm, LayerNorm) else ((None, None), {})
 
 
-def norm_projection(
-    x: Tensor, branch: Tensor | None, norm: nn.Module, weight: Tensor, offset: Tensor | None = None
-) -> Any:
-    """t = x + branch and LN(t) W^T, to whose first channels ``offset`` is added: (B, N, D) -> (B, N, len(weight)).
+def grid_core_is_faster(qkv: Tensor, num_heads: int) -> bool:
+    """Whether attention among the tokens of ``qkv`` (B, N, 3D) is the C++ core's for grids, all tokens one grid.
 
-    Where ``branch`` is None LN(x) W^T only.
+    As measured beside SDPA (`python -m benchmarks.ipt`): up to 16 x 16 tokens, but not in 16 bits without a backward.
     """
-    norm_weight, norm_bias, eps = _norm_parameters(norm)
-    parameters = _for_autocast(x, weight, offset)
-    with without_autocast(x):
-        return _NormProjection.apply(x, branch, norm_weight, norm_bias, *parameters, eps)
+    if torch.compiler.is_compiling() or qkv.device.type != "cpu" or qkv.shape[1] not in _SQUARES or len(qkv) == 0:
+        return False
+    if _select.choose(OPERATORS["grid_attention"], (qkv, None, num_heads, math.isqrt(qkv.shape[1]))) != "cpu":
+        return False
+    return qkv.dtype == torch.float32 or (torch.is_grad_enabled() and qkv.requires_grad)
 
 
-def feed_forward(x: Tensor, branch: Tensor, norm: nn.Module, linear1: nn.Linear, linear2: nn.Linear) -> Tensor:
-    """t + FFN(LN(t)) with ReLU and t = x + branch: (B, N, D) -> (B, N, D)."""
-    norm_weight, norm_bias, eps = _norm_parameters(norm)
-    parameters = _for_autocast(x, linear1.weight, linear1.bias, linear2.weight, linear2.bias)
-    with without_autocast(x):
-        return _FeedForward.apply(x, branch, norm_weight, norm_bias, *parameters, eps)
+def attend_as_a_grid(qkv: Tensor, num_heads: int) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V among all tokens of ``qkv`` (B, N, 3D), N a square: (B, N, D)."""
+    side = math.isqrt(qkv.shape[1])
+    tokens = qkv.transpose(1, 2).unflatten(2, (side, side))  # a view: channels-last
+    return ops.grid_attention(tokens, num_heads=num_heads, grid_size=side).flatten(2).transpose(1, 2)
 
 
 @_fusion.stock
@@ -178,8 +82,9 @@ class MultiHeadAttention(nn.Module):
         """self(y + added, y + added, y) with y = LN(x), norm and projection as one: (B, N, D); added (N, D) or None."""
         rows = 2 * x.shape[2]
         offset = None if added is None else F.linear(added, self.in_proj_weight[:rows])
-        qkv = norm_projection(x, None, norm, self.in_proj_weight, offset)
-        if grid_core_is_faster(qkv):
+        parameters, options = _parameters(norm)
+        qkv = ops.norm_projection(x, *parameters, self.in_proj_weight, offset, **options)
+        if grid_core_is_faster(qkv, self.num_heads):
             return self.out_proj(attend_as_a_grid(qkv, self.num_heads))
         return self._attend(*qkv.chunk(3, dim=2))
 
@@ -196,7 +101,8 @@ class MultiHeadAttention(nn.Module):
         dim = x.shape[2]
         q_weight, k_weight, _ = self.in_proj_weight.chunk(3)
         offset = None if added is None else F.linear(added, q_weight)
-        total, q = norm_projection(x, branch, norm, q_weight, offset)
+        parameters, options = _parameters(norm)
+        total, q = ops.add_norm_projection(x, branch, *parameters, q_weight, offset, **options)
         k, v = F.linear(memory, self.in_proj_weight[dim:]).chunk(2, dim=2)
         if added_to_keys is not None:
             k = k + F.linear(added_to_keys, k_weight)
@@ -247,7 +153,9 @@ class EncoderLayer(nn.Module):
 
     def _add_feed_forward(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
         if self._against_feed_forward(norm) is None:
-            return feed_forward(x, branch, norm, self.linear1, self.linear2)
+            parameters, options = _parameters(norm)
+            products = self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
+            return ops.add_norm_feed_forward(x, branch, *parameters, *products, **options)
         x = x + branch
         return x + self.linear2(F.relu(self.linear1(norm(x))))
 

@@ -67,3 +67,9 @@ def depthwise_weight(
     good_kernel = size == kernel if kernel else size % 2 == 1
     if not good_kernel or tuple(weight.shape) != (channels or weight.shape[0], 1, size, size) or 0 in weight.shape:
         raise ValueError(f"{operator}: {name} must have shape {expected_shape}; got {tuple(weight.shape)}")
+
+
+def linear_weight(operator: str, name: str, weight: Tensor, in_channels: int) -> None:
+    """Check the (out, in) weight of a linear layer."""
+    if weight.dim() != 2 or weight.shape[1] != in_channels or 0 in weight.shape:
+        raise ValueError(f"{operator}: {name} must have shape (out, {in_channels}); got {tuple(weight.shape)}")

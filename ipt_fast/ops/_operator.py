@@ -1,65 +1,24 @@
 """What every operator shares: schema, checks, backend selection, fake, autograd, autocast and FLOP formula."""
 
-import contextlib
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _select
+from . import _autograd, _select
+from ._kernel import AUTOCAST_KEYS, VIEW_KEYS, Arguments, Kernel, as_channels_last, autograd_recording
+
+__all__ = ["OPERATORS", "Arguments", "Kernel", "Operator", "Shape", "as_channels_last"]
 
 _library = torch.library.Library("ipt_fast", "DEF")
 AUTOCAST_DEVICES = ("cpu", "cuda")
 OPERATORS: dict[str, "Operator"] = {}
 
-Arguments = tuple[Any, ...]  # of a call, in the order of the schema
 Shape = Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One backend's implementation of an operator.
-
-    ``check(args)`` answers None or the reason it cannot run (``args`` None: on any arguments); ``forward(*args)``
-    returns the output; ``backward(grad, *args)`` returns one gradient per tensor argument (anything for an absent one);
-    ``automatic(args)`` tells whether "auto" takes it where it can run.
-    """
-
-    check: Callable[[Arguments | None], str | None]
-    forward: Callable[..., Tensor]
-    backward: Callable[..., Sequence[Tensor | None]]
-    automatic: Callable[[Arguments], bool] = lambda args: True
-
-
-def as_channels_last(x: Tensor) -> Tensor:
-    """``x`` with exactly the strides of a channels-last map of its shape, which also settles axes of size 1."""
-    batch, channels, height, width = x.shape
-    if x.stride() == (height * width * channels, 1, width * channels, channels):
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
-
-
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
-
-# With it excluded, tensors that a kernel makes as views of its own memory leave as tensors in their own right.
-_VIEW_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
-
-def _autograd_recording() -> contextlib.AbstractContextManager[Any]:
-    """Make autograd record inside a kernel, where the dispatcher has switched it off."""
-    keys, key_set = torch._C.DispatchKey, torch._C.DispatchKeySet
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.AutogradFunctionality):
-        excluded = excluded - key_set(key)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 class Operator:
@@ -69,41 +28,56 @@ class Operator:
         function: the public function; its parameters, in order, are the arguments of the schema.
         schema: the argument list in PyTorch's schema language, without defaults.
         reference: the reference of the same name.
-        images: names of the (B, C, H, W) arguments. The output and their gradients are channels-last.
-        weights: names of the convolution weights. Images and weights share a dtype; the other tensors ("small
-            parameters": temperatures, maps, bias tables, norm weights) may also be float32.
-        output_shape: function of the arguments.
+        images: names of the (B, C, H, W) arguments. The outputs and their gradients are channels-last.
+        tokens: names of the (B, N, D) arguments, each of any floating dtype. Autocast leaves them as they are.
+        weights: names of the weights of products. Images and weights share a dtype; the other tensors ("small
+            parameters": temperatures, maps, bias tables, norm weights) have that of the first argument or float32.
+        output_shape: function of the arguments; with several outputs it returns a shape for each.
         flops: function of the arguments' shapes, for ``torch.utils.flop_counter``.
         autocast: cast images and weights to the autocast dtype; False leaves all arguments as they are.
+        outputs: {name: the argument whose dtype it has}; by default one output in the dtype of the first argument.
+        kept: the same of further outputs, which only the backward gets.
+        residual: (x, branch, total): x and branch are read as their sum only, which is the output total. It is the
+            backward's x, and its gradient is that of both.
+        unread: names of arguments whose values the backward does not need. It gets zeros that take no memory.
     """
 
     def __init__(
         self,
-        function: Callable[..., Tensor],
+        function: Callable[..., Tensor | tuple[Tensor, ...]],
         schema: str,
-        reference: Callable[..., Tensor],
+        reference: Callable[..., Any],
         *,
         images: tuple[str, ...] = (),
+        tokens: tuple[str, ...] = (),
         weights: tuple[str, ...] = (),
-        output_shape: Callable[..., Shape],
+        output_shape: Callable[..., Any],
         flops: Callable[..., int],
         autocast: bool = True,
+        outputs: Mapping[str, str] | None = None,
+        kept: Mapping[str, str] | None = None,
+        residual: tuple[str, str, str] | None = None,
+        unread: tuple[str, ...] = (),
     ) -> None:
         self.function = function
         self.name, self.schema = function.__name__, schema
         self.arguments = tuple(inspect.signature(function).parameters)
-        self.images, self.weights = images, weights
+        self.images, self.tokens, self.weights = images, tokens, weights
         types = self._by_name(argument.split()[0] for argument in schema.split(","))
         self.tensors = tuple(name for name, kind in types.items() if kind in ("Tensor", "Tensor?"))
         self.optional = {name for name, kind in types.items() if kind == "Tensor?"}
         self.cast = {*images, *weights} if autocast else set()
+        self.outputs, self.kept = outputs or {"out": self.arguments[0]}, kept or {}
+        self.residual, self.unread = residual, (*unread, *(residual or ())[1:2])
+        self.differentiated = tuple(name for name in self.tensors if not residual or name != residual[1])
         self.output_shape = output_shape
-        self.formula = reference
+        self.reference = reference
         self.kernels = {"reference": Kernel(lambda args: None, self._call_reference, self._reference_backward)}
         OPERATORS[self.name] = self
         self._register(flops)
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
+        """The output, or a tuple of the outputs and of what is kept."""
         return self._forward_op(*args)
 
     def _by_name(self, args: Iterable[Any]) -> dict[str, Any]:
@@ -112,14 +86,15 @@ class Operator:
     # -- checks -------------------------------------------------------------------------------------------------
 
     def check_tensors(self, *values: object) -> None:
-        """Check type, device, dtype and, for images, rank of all tensor arguments, given in order.
+        """Check type, device, dtype and, for images and tokens, rank of all tensor arguments, given in order.
 
         Raises:
-            TypeError: not a floating-point tensor, or a dtype that does not go with the first argument's.
-            ValueError: on another device than the first, or not (B, C, H, W) with C, H, W at least 1.
+            TypeError: not a floating-point tensor, or a dtype that does not go with the others'.
+            ValueError: on another device than the first, or not (B, C, H, W) or (B, N, D) without empty axes behind B.
             RuntimeError: it carries a forward-mode tangent.
         """
-        dtype = device = None
+        dtypes: dict[str, torch.dtype] = {}
+        device = None
         for name, value in zip(self.tensors, values, strict=True):
             if value is None and name in self.optional:
                 continue
@@ -130,24 +105,33 @@ class Operator:
             # PyTorch would drop the tangent without a word.
             if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
                 raise RuntimeError(f"{self.name} has no forward-mode derivative; use reverse mode")
-            if device is None:
-                dtype, device = self._dtype_after_autocast(name, value), value.device
+            device = device or value.device
             if value.device != device:
-                raise ValueError(f"{self.name}: {name} is on {value.device}; it must be on {device} as the others")
+                raise ValueError(f"{self.name}: {name} must be on {device} as {self.tensors[0]}; got {value.device}")
             if name in self.images and (value.dim() != 4 or 0 in value.shape[1:]):
                 raise ValueError(
                     f"{self.name}: {name} must be (B, C, H, W) with at least one channel, row and column; "
                     f"got shape {tuple(value.shape)}"
                 )
-            self._check_dtype(name, self._dtype_after_autocast(name, value), dtype)
+            if name in self.tokens and (value.dim() != 3 or 0 in value.shape[1:]):
+                raise ValueError(
+                    f"{self.name}: {name} must be (B, N, D) with at least one token and channel; "
+                    f"got shape {tuple(value.shape)}"
+                )
+            dtypes[name] = self._dtype_after_autocast(name, value)
+            self._check_dtype(name, dtypes)
 
-    def _check_dtype(self, name: str, got: torch.dtype, dtype: torch.dtype | None) -> None:
-        small = name not in self.images and name not in self.weights
-        allowed = [dtype, torch.float32] if small else [dtype]
-        if got not in allowed:
+    def _check_dtype(self, name: str, dtypes: dict[str, torch.dtype]) -> None:
+        """Check the dtype of ``name``, the last of ``dtypes``, beside those before it."""
+        if name in self.tokens:
+            return
+        in_products = [other for other in dtypes if other in self.images or other in self.weights]
+        other = in_products[0] if name in in_products else self.tensors[0]
+        allowed = [dtypes[other]] if name in in_products else [dtypes[other], torch.float32]
+        if dtypes[name] not in allowed:
             raise TypeError(
                 f"{self.name}: {name} must be {' or '.join(map(str, dict.fromkeys(allowed)))} "
-                f"beside {self.tensors[0]} of {dtype}; got {got}"
+                f"beside {other} of {dtypes[other]}; got {dtypes[name]}"
             )
 
     def _dtype_after_autocast(self, name: str, value: Tensor) -> torch.dtype:
@@ -157,29 +141,37 @@ class Operator:
 
     # -- the reference backend ----------------------------------------------------------------------------------
 
-    def _call_reference(self, *args: Any) -> Tensor:
+    def _call_reference(self, *args: Any) -> Any:
         first, *others = self.arguments
         values = self._by_name(args)
-        return self.formula(values[first], **{name: values[name] for name in others})
+        return self.reference.everything(values[first], **{name: values[name] for name in others})
 
-    def _reference_backward(self, grad: Tensor, *args: Any) -> list[Tensor | None]:
-        with _autograd_recording(), torch.enable_grad():
-            leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
-            tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
-            out = self._call_reference(*leaves)
+    def _reference_backward(self, *args: Any) -> list[Tensor | None]:
+        grads, values, _ = self._parts_of_backward(args)
+        with autograd_recording(), torch.enable_grad():
+            leaves = {
+                name: value.detach().requires_grad_(name in self.differentiated)
+                if isinstance(value, torch.Tensor)
+                else value
+                for name, value in values.items()
+            }
+            wanted = {name: leaves[name] for name in self.differentiated if leaves[name] is not None}
+            outputs = _as_tuple(self._call_reference(*leaves.values()))[: len(grads)]
             # A gradient may be a view of the upstream one, which must not come back as an alias.
-            grads = iter(torch.autograd.grad(out, tensors, grad.clone()))
-        values = self._by_name(args)
-        return [None if values[name] is None else next(grads) for name in self.tensors]
+            found = torch.autograd.grad(outputs, list(wanted.values()), [grad.clone() for grad in grads])
+        by_name = dict(zip(wanted, found, strict=True))
+        return [by_name.get(name) for name in self.differentiated]
 
     # -- registration -------------------------------------------------------------------------------------------
 
     def _register(self, flops: Callable[..., int]) -> None:
-        names = self.arguments
         backward_name = f"{self.name}_backward"
-        gradients = ", ".join(["Tensor"] * len(self.tensors))
-        _library.define(f"{self.name}({self.schema}) -> Tensor")
-        _library.define(f"{backward_name}(Tensor grad, {self.schema}, str? backend) -> ({gradients})")
+        all_outputs = [*self.outputs, *self.kept]
+        grads = [f"Tensor grad_{name}" for name in self.outputs] if len(self.outputs) > 1 else ["Tensor grad"]
+        kept = [f"Tensor {name}" for name in self._kept_beside_arguments()]
+        takes = ", ".join([*grads, self.schema, *kept, "str? backend"])
+        _library.define(f"{self.name}({self.schema}) -> {_returns(all_outputs)}")
+        _library.define(f"{backward_name}({takes}) -> ({', '.join(['Tensor'] * len(self.differentiated))})")
         self._forward_op = getattr(torch.ops.ipt_fast, self.name).default
         self._backward_op = getattr(torch.ops.ipt_fast, backward_name).default
 
@@ -187,42 +179,24 @@ class Operator:
         _library.impl(backward_name, self._run_backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ipt_fast::{self.name}", self._fake_forward, lib=_library)
         torch.library.register_fake(f"ipt_fast::{backward_name}", self._fake_backward, lib=_library)
-
-        def setup_context(ctx: Any, inputs: Arguments, output: object) -> None:
-            # A traced graph outlives this call: its backward chooses when it runs.
-            ctx.backend = _select.choose(self, inputs) if type(output) is torch.Tensor else None
-            ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
-            ctx.others = [None if isinstance(v, torch.Tensor) else (v,) for v in inputs]
-
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            inputs = [next(saved) if other is None else other[0] for other in ctx.others]
-            grads = dict(zip(self.tensors, self._backward_op(grad, *inputs, ctx.backend), strict=True))
-            values = self._by_name(inputs)
-            return tuple(grads[name] if isinstance(values[name], torch.Tensor) else None for name in names)
-
-        def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
-            raise RuntimeError(f"ipt_fast.ops.{self.name} cannot be differentiated twice")
-
-        torch.library.register_autograd(f"ipt_fast::{self.name}", backward, setup_context=setup_context, lib=_library)
-        torch.library.register_autograd(f"ipt_fast::{backward_name}", no_second_derivative, lib=_library)
-
+        _autograd.register(self, _library)
         for device in AUTOCAST_DEVICES:
             _library.impl(self.name, self._autocast(device), f"Autocast{device.upper()}")
 
         register_flop_formula(getattr(torch.ops.ipt_fast, self.name))(
             lambda *shapes, out_shape=None, **kwargs: flops(*shapes)
         )
+        first, last = len(self.outputs), len(self.outputs) + len(self.arguments)
         register_flop_formula(getattr(torch.ops.ipt_fast, backward_name))(
-            lambda grad, *shapes, out_shape=None, **kwargs: 2 * flops(*shapes[:-1])
+            lambda *shapes, out_shape=None, **kwargs: 2 * flops(*shapes[first:last])
         )
 
-    def _autocast(self, device: str) -> Callable[..., Tensor]:
+    def _autocast(self, device: str) -> Callable[..., Any]:
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-        def run(*args: Any) -> Tensor:
+        def run(*args: Any) -> Any:
             cast = [
-                value.to(self._dtype_after_autocast(name, value)) if name in self.cast else value
+                value if value is None or name not in self.cast else value.to(self._dtype_after_autocast(name, value))
                 for name, value in self._by_name(args).items()
             ]
             with torch._C._ExcludeDispatchKeyGuard(excluded):
@@ -230,20 +204,56 @@ class Operator:
 
         return run
 
-    def _run_forward(self, *args: Any) -> Tensor:
-        kernel = self.kernels[_select.choose(self, args)]
-        with torch._C._ExcludeDispatchKeyGuard(_VIEW_KEYS):
-            out = kernel.forward(*args)
-            return as_channels_last(out) if self.images else out.contiguous()
+    # -- forward and backward -----------------------------------------------------------------------------------
 
-    def _run_backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        *inputs, backend = args
-        kernel = self.kernels[_select.choose(self, inputs, demanded=backend)]
-        values = self._by_name(inputs)
+    def _run_forward(self, *args: Any) -> Any:
+        backend = _select.choose(self, args)
+        with torch._C._ExcludeDispatchKeyGuard(VIEW_KEYS):
+            outputs = _as_tuple(self.kernels[backend].forward(*args))
+            outputs = tuple(as_channels_last(out) if self.images else out.contiguous() for out in outputs)
+        _autograd.remember(outputs[0], backend)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _fake_forward(self, *args: Any) -> Any:
+        values, shapes = self._by_name(args), self.output_shape(*args)
+        likes = [*self.outputs.values(), *self.kept.values()]
+        layout = torch.channels_last if self.images else torch.contiguous_format
+        outputs = tuple(
+            torch.empty(shape, dtype=values[like].dtype, device=args[0].device, memory_format=layout)
+            for like, shape in zip(likes, shapes if len(likes) > 1 else [shapes], strict=True)
+        )
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def call_backward(
+        self, grads: Sequence[Tensor | None], values: dict[str, Any], kept: Sequence[Tensor], backend: str | None
+    ) -> tuple[Tensor, ...]:
+        """The gradients of `differentiated` by the backward operator, on ``backend`` (None: it chooses)."""
+        if any(grad is None for grad in grads):  # of an output that nothing depends on
+            outputs = _as_tuple(self._fake_forward(*values.values()))
+            grads = [torch.zeros_like(out) if g is None else g for g, out in zip(grads, outputs, strict=False)]
+        return self._backward_op(*grads, *values.values(), *kept, backend)
+
+    def _kept_beside_arguments(self) -> list[str]:
+        """Names of the kept outputs that do not stand in for an argument."""
+        return [name for name in self.kept if self.residual is None or name != self.residual[2]]
+
+    def _parts_of_backward(self, args: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Any], Sequence[Tensor]]:
+        """(gradients of the outputs, arguments by name, kept outputs) of the arguments of a backward but the backend."""
+        first, last = len(self.outputs), len(self.outputs) + len(self.arguments)
+        return args[:first], self._by_name(args[first:last]), args[last:]
+
+    def _run_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        *args, backend = args  # type: ignore[assignment]
+        grads, values, _ = self._parts_of_backward(args)
+        kernel = self.kernels[_select.choose(self, tuple(values.values()), demanded=backend)]
         # Products inside keep their dtype.
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS | _VIEW_KEYS):
-            grads = zip(self.tensors, kernel.backward(grad, *inputs), strict=True)
-            return tuple(self._gradient_like(grad, name, values[name], value) for name, value in grads)
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS | VIEW_KEYS):
+            found = zip(self.differentiated, kernel.backward(*args), strict=True)
+            return tuple(self._gradient_like(grads[0], name, values[name], value) for name, value in found)
+
+    def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        grads, values, _ = self._parts_of_backward(args[:-1])
+        return tuple(self._gradient_like(grads[0], name, values[name]) for name in self.differentiated)
 
     def _gradient_like(self, grad: Tensor, name: str, tensor: Tensor | None, value: Tensor | None = None) -> Tensor:
         """The gradient ``value`` of ``tensor`` with its final strides; empty for an absent tensor, and in fakes."""
@@ -254,11 +264,10 @@ class Operator:
             return torch.empty_like(tensor, memory_format=torch.channels_last if image else torch.contiguous_format)
         return as_channels_last(value) if image else value.contiguous()
 
-    def _fake_forward(self, *args: Any) -> Tensor:
-        layout = torch.channels_last if self.images else torch.contiguous_format
-        first = args[0]
-        return torch.empty(self.output_shape(*args), dtype=first.dtype, device=first.device, memory_format=layout)
 
-    def _fake_backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        values = self._by_name(args[:-1])
-        return tuple(self._gradient_like(grad, name, values[name]) for name in self.tensors)
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _returns(outputs: Sequence[str]) -> str:
+    return f"({', '.join(f'Tensor {name}' for name in outputs)})" if len(outputs) > 1 else "Tensor"

@@ -56,6 +56,15 @@ def depthwise_limit(depthwise_weight: Tensor) -> str | None:
     return None if size <= 7 else f"the kernels take depthwise kernels up to 7 x 7; these are {size} x {size}"
 
 
+def check(args: Arguments | None) -> str | None:
+    """None if Triton's kernels run on the device and the dtype of the first of ``args`` (None: in general)."""
+    if error := _extension.triton_error():
+        return error
+    if args is None:
+        return _check_machine()
+    return _check_device(args[0].device) or _limits.dtype_error(args[0].dtype, "Triton's kernels")
+
+
 def register(operator: Operator, limits: _limits.Limits | None = None) -> None:
     """Give ``operator`` the backend "triton": functions ``<name>`` and ``<name>_backward`` of ipt_fast.kernels.
 
@@ -68,14 +77,8 @@ def register(operator: Operator, limits: _limits.Limits | None = None) -> None:
     """
     limits_of = _limits.by_name(operator, limits)
 
-    def check(args: Arguments | None) -> str | None:
-        if error := _extension.triton_error():
-            return error
-        if args is None:
-            return _check_machine()
-        if reason := _check_device(args[0].device):
-            return reason
-        return _limits.dtype_error(args[0].dtype, "Triton's kernels") or limits_of(args)
+    def check_all(args: Arguments | None) -> str | None:
+        return check(args) or (None if args is None else limits_of(args))
 
     def prepare(args: Arguments) -> list[Any]:
         named = zip(operator.arguments, args, strict=True)
@@ -93,4 +96,4 @@ def register(operator: Operator, limits: _limits.Limits | None = None) -> None:
         grad = as_channels_last(grad) if operator.images else grad.contiguous()
         return function(f"{operator.name}_backward")(grad, *prepare(args))
 
-    operator.kernels["triton"] = Kernel(check, forward, backward)
+    operator.kernels["triton"] = Kernel(check_all, forward, backward)

@@ -4,6 +4,8 @@ A reference computes in float32 (float64 for float64 input) and rounds once at t
 operator of the same name in :mod:`ipt_fast.ops`, which also checks them.
 """
 
+from .add_norm_feed_forward import add_norm_feed_forward
+from .add_norm_projection import add_norm_projection
 from .channel_attention import channel_attention
 from .focal_channel_attention import focal_channel_attention
 from .grid_attention import grid_attention
@@ -11,8 +13,11 @@ from .layer_norm_2d import layer_norm_2d
 from .layers import focal_attention_layer, grid_attention_layer, leffn_layer
 from .leffn import leffn
 from .merge import merge_depthwise, merge_pointwise
+from .norm_projection import norm_projection
 
 __all__ = [
+    "add_norm_feed_forward",
+    "add_norm_projection",
     "channel_attention",
     "focal_attention_layer",
     "focal_channel_attention",
@@ -23,4 +28,5 @@ __all__ = [
     "leffn_layer",
     "merge_depthwise",
     "merge_pointwise",
+    "norm_projection",
 ]
