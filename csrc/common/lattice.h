@@ -12,7 +12,7 @@ struct Lattice {
     int64_t height, width, grid;
 };
 
-// Internal linkage: code of two instruction sets must never be merged.
+// Internal linkage: code of two levels must never be merged.
 namespace {
 
 // The pixels of a group: lattice row a and column b, both from 0, at pixel(a, b) of the map. Lattice points beyond the

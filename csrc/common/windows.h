@@ -52,7 +52,7 @@ struct Axis {
     }
 };
 
-// Internal linkage: code of two instruction sets must never be merged.
+// Internal linkage: code of two levels must never be merged.
 namespace {
 
 // Tokens that are computed at once: a few rows of a block, so that a depthwise convolution reads its input about once.

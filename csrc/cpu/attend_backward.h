@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "channel_attention_backward_kernel.h"
+#include "channel_attention_kernel.h"
 #include "gram.h"
 #include "vec.h"
 
@@ -26,7 +26,7 @@ inline void transpose_matrix(const float* in, int64_t depth, float* out) {
     }
 }
 
-// The units of q and of k, see channel_attention_backward.h: close to the inverses of their norms where the square of a
+// The units of q and of k, see channel_attention_kernel.h: close to the inverses of their norms where the square of a
 // value, or the product of two inverses and a gradient, of which the largest is `size`, could leave the range of fp32.
 inline void find_units(const double* inverses, int64_t channels, int64_t depth, double size, float* units) {
     double least = inverses[0], most = least;

@@ -1,18 +1,113 @@
-// channel_attention and focal_channel_attention: checks, work partition, registration.
+// channel_attention, focal_channel_attention and their backwards: checks, work partition, registration. The arithmetic
+// is in channel_attention_kernel.cpp and channel_attention_backward_kernel.cpp.
+#include "channel_attention.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/reciprocal.h>
+#include <ATen/ops/square.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
-#include "channel_attention_kernel.h"
-#include "groups.h"
-#include "tensor.h"
+#include "level.h"
+#include "work_space.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
+void check_per_head(const at::Tensor& parameter, const char* name, int64_t num_heads, const at::Tensor& like) {
+    TORCH_CHECK_VALUE(parameter.numel() == num_heads, name, " must have one value for each of ", num_heads,
+                      " heads; got shape ", parameter.sizes());
+    check_tensor(parameter, name, parameter.sizes(), like, true);
+}
+
+at::Tensor as_float(const at::Tensor& parameter) { return parameter.to(at::kFloat).contiguous(); }
+
+// Groups of a map; the parameters and the slots are still missing.
+Groups groups_of(int64_t images, int64_t channels, int64_t num_heads, const Axis& vertical, const Axis& horizontal,
+                 int branches) {
+    Groups g{};
+    g.images = images;
+    g.heads = num_heads;
+    g.head_channels = channels / num_heads;
+    g.depth = padded(g.head_channels);
+    g.branches = branches;
+    g.vertical = vertical;
+    g.horizontal = horizontal;
+    return g;
+}
+
+// The groups of channel attention of a map `x` of all heads' channels: its windows, or without a size the whole image,
+// in at most kMostBlocks blocks of at least kLeastBlockPixels pixels.
+struct WindowGroups {
+    static constexpr int64_t kMostBlocks = 256;
+    static constexpr int64_t kLeastBlockPixels = 512;
+
+    WindowGroups(const at::Tensor& x, const at::Tensor& temperature, int64_t num_heads,
+                 std::optional<int64_t> window_size) {
+        TORCH_CHECK_VALUE(window_size.value_or(1) > 0, "window_size must be at least 1; got ", *window_size);
+        check_per_head(temperature, "temperature", num_heads, x);
+        scale = as_float(temperature);
+        const int64_t height = x.size(2), width = x.size(3), pixels = height * width;
+        // the order of the pixels of a whole image does not matter: take it as one row
+        const bool whole = !window_size.has_value() || *window_size >= std::max(height, width);
+        const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, *window_size, 1);
+        const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
+                                      : Axis::windows_of(width, *window_size, 1);
+        groups = groups_of(x.size(0), x.size(1), num_heads, vertical, horizontal, 1);
+        groups.scale = scale.const_data_ptr<float>();
+    }
+
+    at::Tensor scale;
+    Groups groups;
+};
+
+// x where its pixels lie at one distance and its channels are contiguous (a part of a wider channels-last map does),
+// else a channels-last copy.
+at::Tensor with_pixels(const at::Tensor& x) {
+    const int64_t pixel = x.stride(3), row = x.size(3) * pixel;
+    const bool dense = pixel >= x.size(1) && x.strides() == at::IntArrayRef({x.size(2) * row, 1, row, pixel});
+    return dense ? x : channels_last(x);
+}
+
+Pixels pixels_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(3)}; }
+
+}  // namespace
+
+void check_heads(int64_t channels, int64_t num_heads, const char* name) {
+    TORCH_CHECK_VALUE(num_heads > 0 && channels % num_heads == 0, "num_heads must divide the ", channels,
+                      " channels of ", name, "; got ", num_heads);
+}
+
+FocalGroups::FocalGroups(const at::Tensor& x, const at::Tensor& temperature, const at::Tensor& token_weight,
+                         const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
+                         int64_t window_size) {
+    TORCH_CHECK_VALUE(window_size > 0, "window_size must be at least 1; got ", window_size);
+    const int64_t map[] = {num_heads, window_size, window_size};
+    check_per_head(temperature, "temperature", num_heads, x);
+    check_tensor(token_weight, "token_weight", map, x, true);
+    check_tensor(top_weight, "top_weight", map, x, true);
+    check_tensor(bottom_weight, "bottom_weight", map, x, true);
+    scale = at::reciprocal(as_float(temperature));
+    token_squares = at::square(as_float(token_weight));
+    top = as_float(top_weight);
+    bottom = as_float(bottom_weight);
+    groups = groups_of(x.size(0), x.size(1), num_heads, Axis::windows_of(x.size(2), window_size, 2),
+                       Axis::windows_of(x.size(3), window_size, 2), 2);
+    groups.token_squares = token_squares.const_data_ptr<float>();
+    groups.merge[0] = top.const_data_ptr<float>();
+    groups.merge[1] = bottom.const_data_ptr<float>();
+    groups.scale = scale.const_data_ptr<float>();
+}
+
+namespace {
+
 // The three passes over a map; p lacks only the slots.
-void run(ChannelAttentionParams& p) {
+void forward(ChannelAttentionParams& p) {
     Groups& g = p.groups;
     const ChannelAttentionKernels& kernel = kernels_in_use<ChannelAttentionKernels>();
     const int64_t most = std::max({gram_scratch(g), attend_scratch(g), apply_scratch(g) + kTileTokens * g.depth});
@@ -48,8 +143,103 @@ at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const a
     params.k = pixels_of(k);
     params.v = pixels_of(v);
     params.out = out.mutable_data_ptr();
-    run(params);
+    forward(params);
     return out;
+}
+
+// The gradients of the parameters, as far as they are sums over the map.
+struct Sums {
+    at::Tensor scale;  // (heads), fp64
+    at::Tensor maps;   // (4, heads, p, p), fp64; two branches only
+};
+
+// out (p, p) = the sums of (images, rows, columns) values over the windows of a branch.
+void sum_windows(const Groups& g, int branch, const float* values, double* out) {
+    const int64_t p = g.vertical.window, width = g.horizontal.size;
+    for (int64_t row = 0; row < g.images * g.vertical.size; ++row) {
+        double* const target = out + g.vertical.position(branch, row % g.vertical.size) * p;
+        for (int64_t x = 0; x < width;) {
+            const int64_t position = g.horizontal.position(branch, x), count = std::min(p - position, width - x);
+            for (int64_t i = 0; i < count; ++i) {
+                target[position + i] += values[row * width + x + i];
+            }
+            x += count;
+        }
+    }
+}
+
+// The three passes over a map; p lacks only the work space.
+Sums backward(ChannelAttentionBackwardParams& p) {
+    const Groups& g = p.groups;
+    const ChannelAttentionBackwardKernels& kernel = kernels_in_use<ChannelAttentionBackwardKernels>();
+    const int64_t blocks = g.blocks() * g.heads, windows = g.windows() * g.heads * g.branches;
+    const int64_t maps = g.branches == 2 ? 4 : 0, map = g.images * g.vertical.size * g.horizontal.size;
+    const auto floats = [](int64_t count) { return count * static_cast<int64_t>(sizeof(float)); };
+    WorkSpace space;
+    const int64_t slots = space.add(floats(blocks * p.slot_size()));
+    const int64_t matrices = space.add(floats(windows * p.matrices_size()));
+    const int64_t grad_scale = space.add(windows * static_cast<int64_t>(sizeof(double)));
+    const int64_t token_sums = space.add(floats(maps * g.heads * map));
+    const int64_t scratch = space.add(floats(at::get_num_threads() * p.scratch()));
+    space.allocate();
+    p.slots = space.at<float>(slots);
+    p.matrices = space.at<float>(matrices);
+    p.grad_scale = space.at<double>(grad_scale);
+    p.token_sums = space.at<float>(token_sums);
+    const auto for_all = [&](int64_t count, const auto& pass) {
+        at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+            pass(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * p.scratch());
+        });
+    };
+    for_all(blocks, kernel.gram);
+    for_all(windows, kernel.attend);
+    for_all(blocks, kernel.apply);
+
+    const int64_t window = g.vertical.window;
+    Sums sums{at::zeros({g.heads}, at::kDouble), at::zeros({maps, g.heads, window, maps ? window : 0}, at::kDouble)};
+    double* const of_scale = sums.scale.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < windows; ++i) {
+        of_scale[i / g.branches % g.heads] += p.grad_scale[i];
+    }
+    double* const of_maps = sums.maps.mutable_data_ptr<double>();
+    at::parallel_for(0, maps * g.heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            // the token weights are laid out by each branch's windows, both merge weights by the unshifted ones
+            sum_windows(g, i / g.heads == 1 ? 1 : 0, p.token_sums + i * map, of_maps + i * window * window);
+        }
+    });
+    return sums;
+}
+
+at::Tensor like(const at::Tensor& gradient, const at::Tensor& parameter) {
+    return gradient.to(parameter.scalar_type()).view(parameter.sizes());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_backward(
+    const at::Tensor& grad_, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
+    const at::Tensor& temperature, int64_t num_heads, std::optional<int64_t> window_size) {
+    check_image(q_, "q");
+    check_tensor(k_, "k", q_.sizes(), q_);
+    check_tensor(v_, "v", q_.sizes(), q_);
+    check_tensor(grad_, "grad", q_.sizes(), q_);
+    check_heads(q_.size(1), num_heads, "q");
+    const at::Tensor q = with_pixels(q_), k = with_pixels(k_), v = with_pixels(v_), grad = channels_last(grad_);
+    const at::Tensor grad_q = empty_channels_last(q.sizes(), q), grad_k = empty_channels_last(q.sizes(), q);
+    const at::Tensor grad_v = empty_channels_last(q.sizes(), q);
+    const WindowGroups windows(q, temperature, num_heads, window_size);
+    ChannelAttentionBackwardParams p{};
+    p.dtype = dtype_of(q);
+    p.groups = windows.groups;
+    p.q = pixels_of(q);
+    p.k = pixels_of(k);
+    p.v = pixels_of(v);
+    p.grad = pixels_of(grad);
+    p.grad_q = grad_q.mutable_data_ptr();
+    p.grad_k = grad_k.mutable_data_ptr();
+    p.grad_v = grad_v.mutable_data_ptr();
+    p.grad_pixel = q.size(1);
+    const Sums sums = backward(p);
+    return {grad_q, grad_k, grad_v, like(sums.scale, temperature)};
 }
 
 }  // namespace
@@ -59,7 +249,7 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& tem
                                    const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
     check_image(qkv_, "qkv");
     const int64_t channels = attention_channels(qkv_);
-    check_heads(channels, num_heads, "qkv / 3");
+    check_heads(channels, num_heads, "a third of qkv");
     const at::Tensor qkv = with_pixels(qkv_);
     const at::Tensor out = empty_channels_last({qkv.size(0), channels, qkv.size(2), qkv.size(3)}, qkv);
     const FocalGroups focal(out, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
@@ -71,13 +261,44 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& tem
     params.k = part(1);
     params.v = part(2);
     params.out = out.mutable_data_ptr();
-    run(params);
+    forward(params);
     return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
+    const at::Tensor& grad_, const at::Tensor& qkv_, const at::Tensor& temperature, const at::Tensor& token_weight,
+    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
+    check_image(qkv_, "qkv");
+    const int64_t channels = attention_channels(qkv_);
+    check_heads(channels, num_heads, "a third of qkv");
+    check_tensor(grad_, "grad", {qkv_.size(0), channels, qkv_.size(2), qkv_.size(3)}, qkv_);
+    const at::Tensor qkv = with_pixels(qkv_), grad = channels_last(grad_);
+    const at::Tensor grad_qkv = empty_channels_last(qkv.sizes(), qkv);
+    const FocalGroups focal(grad, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
+    ChannelAttentionBackwardParams p{};
+    p.dtype = dtype_of(qkv);
+    p.groups = focal.groups;
+    const auto part = [&](const at::Tensor& map, int64_t index) { return map.narrow(1, index * channels, channels); };
+    p.q = pixels_of(part(qkv, 0));
+    p.k = pixels_of(part(qkv, 1));
+    p.v = pixels_of(part(qkv, 2));
+    p.grad = pixels_of(grad);
+    p.grad_q = part(grad_qkv, 0).mutable_data_ptr();
+    p.grad_k = part(grad_qkv, 1).mutable_data_ptr();
+    p.grad_v = part(grad_qkv, 2).mutable_data_ptr();
+    p.grad_pixel = 3 * channels;
+    const Sums sums = backward(p);
+    const at::Tensor alpha = temperature.to(at::kDouble).view({num_heads});
+    const at::Tensor of_token = (sums.maps[0] + sums.maps[1]) * token_weight;
+    return {grad_qkv, like(-sums.scale / (alpha * alpha), temperature), like(of_token, token_weight),
+            like(sums.maps[2], top_weight), like(sums.maps[3], bottom_weight)};
 }
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("channel_attention", channel_attention);
+    m.impl("channel_attention_backward", channel_attention_backward);
     m.impl("focal_channel_attention", focal_channel_attention);
+    m.impl("focal_channel_attention_backward", focal_channel_attention_backward);
 }
 
 }  // namespace ipt_fast::cpu

@@ -1,13 +1,12 @@
-// Backward of channel attention for the translation unit's instruction set; see gram.h and windows.h.
+// Backward of channel attention at the level it is compiled for; see gram.h and windows.h.
 //
 // With G = sum of w^2 q k^T, S = G / (|q| |k|), A = softmax(scale S) and F = A v, the gradient of A is the Gram matrix
 // of merge * grad and v. Three passes, as in the forward: both Gram matrices of every block and head (reads q, k, v and
 // grad once, for both branches); all that is d x d, for every window; and the gradients, products of each pixel with
 // three matrices of each branch (reads q, k, v and grad again, writes the gradients of q, k and v).
 // Bytes a pixel: 11 * C * sizeof(T) and the slots. FLOP a pixel: 10 * C * d for each branch.
-#include "channel_attention_backward_kernel.h"
-
 #include "attend_backward.h"
+#include "channel_attention_kernel.h"
 #include "gram.h"
 #include "rows.h"
 

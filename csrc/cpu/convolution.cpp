@@ -1,9 +1,16 @@
 // Pointwise and depthwise convolutions and their gradients: checks, work partition.
 #include "convolution.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 #include <algorithm>
 
 #include "convolution_kernel.h"
+#include "level.h"
+#include "matrix_unit.h"
+#include "work_space.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -73,7 +80,7 @@ at::Tensor taps_of(const at::Tensor& weight, bool flipped) {
 at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight, bool flipped) {
     check_image(map, "x");
     const int64_t kernel = weight.dim() == 4 ? weight.size(3) : 0;
-    TORCH_CHECK_VALUE(kernel == 3 || kernel == 5, "weight has shape ", weight.sizes(), ", expected 3x3 or 5x5 taps");
+    TORCH_CHECK_VALUE(kernel == 3 || kernel == 5, "weight must have 3x3 or 5x5 taps; got shape ", weight.sizes());
     check_tensor(weight, "weight", {map.size(1), 1, kernel, kernel}, map);
     const at::Tensor x = channels_last(map), out = empty_channels_last(x.sizes(), x), taps = taps_of(weight, flipped);
     DepthwiseParams p = depthwise_params(x, kernel);

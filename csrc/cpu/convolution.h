@@ -1,7 +1,7 @@
 // Pointwise and depthwise convolutions of channels-last maps, without bias: what the layers' backwards are made of.
 #pragma once
 
-#include "tensor.h"
+#include "arguments.h"
 
 namespace ipt_fast::cpu {
 

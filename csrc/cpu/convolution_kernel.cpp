@@ -1,4 +1,4 @@
-// The convolutions of convolution.h for the translation unit's instruction set.
+// The convolutions of convolution.h at the level it is compiled for.
 //
 // Pointwise: a block of pixels times the packed weight, whose panels stay in the first cache; fp32 maps are read and
 // written in place. 2 * channels * columns FLOPs a pixel; x is read once and out is written once. The weight's gradient
@@ -9,7 +9,6 @@
 #include "convolution_kernel.h"
 
 #include "depthwise.h"
-#include "depthwise_gradient.h"
 #include "gemm.h"
 #include "rows.h"
 

@@ -1,8 +1,8 @@
-// The focal attention layer for the translation unit's instruction set; see gram.h and windows.h.
+// The focal attention layer at the level it is compiled for; see gram.h and windows.h.
 //
 // Pass 1 runs down a strip of the image: norm, projection to q, k, v of a few rows into a ring in the second cache,
 // depthwise convolution, Gram matrices of tiles. q and k never reach memory; v waits in the output's own memory.
-// Pass 2 (after the softmax, attend in channel_attention.h): attention of a tile, projection, residual.
+// Pass 2 (after the softmax, attend of channel_attention_kernel.cpp): attention of a tile, projection, residual.
 // Bytes a pixel: read x twice, write and read v, write out: 5 * C * sizeof(T), and the slots of channel_attention.
 // FLOP a pixel: 8 * C * C + 8 * C * d + 54 * C.
 #include "focal_attention_layer_kernel.h"

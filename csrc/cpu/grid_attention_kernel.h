@@ -1,4 +1,4 @@
-// Attention on dilated lattices, its gradient and the layer around it, framework-free: raw pointers and sizes.
+// Attention on dilated lattices and its gradient, framework-free: raw pointers and sizes.
 #pragma once
 
 #include "common/lattice.h"
@@ -24,48 +24,23 @@ struct GridAttentionParams : GridAttention {
     void* out;        // (batch, height, width, channels)
 };
 
-struct GridAttentionKernels {
-    // Items begin <= k < end: head k % heads of group k / heads, counted through the batch.
-    void (*forward)(const GridAttentionParams& params, int64_t begin, int64_t end, float* scratch);
-
-    static const GridAttentionKernels IPT_FAST_COMPILED_LEVELS;
-};
-
 struct GridAttentionGradients : GridAttention {
     const void* qkv;   // (batch, height, width, 3 * channels)
     const void* grad;  // (batch, height, width, channels), of the output
     void* grad_qkv;
 };
 
-struct GridAttentionBackwardKernels {
+struct GridAttentionKernels {
+    // Items begin <= k < end: head k % heads of group k / heads, counted through the batch.
+    void (*forward)(const GridAttentionParams& params, int64_t begin, int64_t end, float* scratch);
     // Groups begin <= k < end, counted through the batch, of one head; adds to the gradient of the head's bias.
     void (*backward)(const GridAttentionGradients& params, int64_t head, int64_t begin, int64_t end, float* scratch,
                      double* grad_bias);
 
-    static const GridAttentionBackwardKernels IPT_FAST_COMPILED_LEVELS;
+    static const GridAttentionKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-// x + project(attention(qkv(norm(x)))), in blocks of consecutive groups.
-struct GridAttentionLayerParams : GridAttention {
-    const void* x;  // (batch, height, width, channels)
-    void* out;
-    Norm norm;
-    Weight qkv, project;  // (3 * channels, channels), (channels, channels)
-    void* packed;
-    Brgemm brgemm;  // nullptr: the vector unit
-};
-
-struct GridAttentionLayerKernels {
-    int64_t (*packed_size)(const GridAttentionLayerParams& params);  // bytes
-    // Packs weights begin <= k < end.
-    void (*pack)(const GridAttentionLayerParams& params, int64_t begin, int64_t end);
-    // Blocks begin <= k < end, counted through the batch.
-    void (*forward)(const GridAttentionLayerParams& params, int64_t begin, int64_t end, float* scratch);
-
-    static const GridAttentionLayerKernels IPT_FAST_COMPILED_LEVELS;
-};
-
-// Internal linkage: code of two instruction sets must never be merged.
+// Internal linkage: code of two levels must never be merged.
 namespace {
 
 // Queries are taken in chunks, whose scores stay in the caches; a multiple of kChannelPad.
@@ -88,24 +63,6 @@ inline int64_t attention_size(const GridAttention& p) { return scores_size(p) + 
 inline int64_t scratch_size(const GridAttentionParams& p) { return 3 * head_size(p) + attention_size(p); }
 inline int64_t scratch_size(const GridAttentionGradients& p) {
     return 6 * head_size(p) + 2 * scores_size(p) + 3 * chunk_size(p) + bias_size(p);
-}
-
-// Small weights stay in the caches while a group is computed; large ones should serve several groups.
-inline int64_t block_groups(const GridAttentionLayerParams& p) {
-    const int64_t groups = (channels_of(p) < 128 ? 64 : 256) / most_tokens(p.lattice);
-    return groups > 1 ? groups : 1;
-}
-inline int64_t block_rows(const GridAttentionLayerParams& p) { return block_groups(p) * most_tokens(p.lattice); }
-inline int64_t blocks_of_image(const GridAttentionLayerParams& p) {
-    return (group_count(p.lattice) + block_groups(p) - 1) / block_groups(p);
-}
-
-// Each head's rows of the attended values end in whole vectors, the last head's maybe beyond the padding.
-inline int64_t attended_row(const GridAttentionLayerParams& p) { return padded(channels_of(p)) + kChannelPad; }
-
-inline int64_t scratch_size(const GridAttentionLayerParams& p) {
-    const int64_t row = 2 * padded(channels_of(p)) + attended_row(p) + 3 * padded(p.depth);
-    return block_rows(p) * row + attention_size(p);
 }
 
 }  // namespace

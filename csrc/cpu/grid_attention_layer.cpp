@@ -1,12 +1,17 @@
 // The grid attention layer and its backward: checks, work partition, registration. The arithmetic is in
 // grid_attention_layer_kernel.cpp.
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "convolution.h"
-#include "grid_attention_call.h"
+#include "grid_attention.h"
+#include "grid_attention_layer_kernel.h"
 #include "layer_norm_2d.h"
+#include "level.h"
+#include "matrix_unit.h"
+#include "work_space.h"
 
 namespace ipt_fast::cpu {
 namespace {

@@ -1,11 +1,13 @@
-// The layer x + project(grid_attention(qkv(norm(x)))) for the translation unit's instruction set.
+// The layer x + project(grid_attention(qkv(norm(x)))) at the level it is compiled for.
 //
 // Groups are independent of each other, so a block of a few of them runs from x to the output in scratch memory: rows
-// of x are gathered and normalised; for each head q, k and v are computed from them and attended (attention.h); the
-// attended rows of all heads are projected, x is added, and the rows go back to their pixels.
-// Traffic: x is read and the output written, 2 * channels values a pixel; the x added at the end is still in a cache.
-// FLOP a pixel: 8 * channels^2 for the projections, 4 * tokens * channels for the attention.
-#include "attention.h"
+// of x are gathered and normalised; for each head q, k and v are computed from them and attended (lattice_attend.h);
+// the attended rows of all heads are projected, x is added, and the rows go back to their pixels. Traffic: x is read
+// and the output written, 2 * channels values a pixel; the x added at the end is still in a cache. FLOP a pixel: 8 *
+// channels^2 for the projections, 4 * tokens * channels for the attention.
+#include "grid_attention_layer_kernel.h"
+
+#include "lattice_attend.h"
 
 namespace ipt_fast::cpu {
 namespace {

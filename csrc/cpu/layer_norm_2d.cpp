@@ -1,12 +1,16 @@
 // layer_norm_2d and its backward: checks, work partition, registration. The arithmetic is in layer_norm_2d_kernel.cpp.
 #include "layer_norm_2d.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "layer_norm_2d_kernel.h"
+#include "level.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -22,7 +26,7 @@ void check_norm(const at::Tensor& x, const at::Tensor& weight, const char* weigh
     if (bias.has_value()) {
         check_tensor(*bias, bias_name, {x.size(1)}, x, true);
     }
-    TORCH_CHECK_VALUE(eps > 0 && std::isfinite(eps), "eps is ", eps, ", expected a positive and finite number");
+    TORCH_CHECK_VALUE(eps > 0 && std::isfinite(eps), "eps must be positive and finite; got ", eps);
 }
 
 void check(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps) {
@@ -100,10 +104,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::
                                                                       const OptionalTensor& bias, double eps,
                                                                       bool centered) {
     check(x, weight, bias, eps);
-    TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad has shape ", grad.sizes(), ", expected that of x, ", x.sizes());
-    TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "grad has dtype ", grad.scalar_type(),
-                     ", expected that of x, ", x.scalar_type());
-    TORCH_CHECK_VALUE(grad.is_cpu(), "grad is on ", grad.device(), ", expected cpu");
+    check_tensor(grad, "grad", x.sizes(), x);
     Call call(x, weight, bias, eps, centered);
     const at::Tensor readable_grad = readable(grad);
     call.params.grad = map_of(readable_grad);

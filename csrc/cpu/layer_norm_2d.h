@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "tensor.h"
+#include "arguments.h"
 
 namespace ipt_fast::cpu {
 

@@ -1,4 +1,4 @@
-// Backward of PW(DW(GELU(PW(x)))) for the translation unit's instruction set.
+// Backward of PW(DW(GELU(PW(x)))) at the level it is compiled for.
 //
 // With h = expand x, a = gelu(h), b = depthwise a, y = project b and the gradient g of y:
 //   gb = project^T g, ga = depthwise^T gb, gh = ga * gelu'(h), grad_x = expand^T gh,
@@ -11,12 +11,10 @@
 // FLOPs of a pixel: 2 * hidden * (3 * channels + 2 * out_channels + 3 * kernel^2), and the first `channels` and
 // `out_channels` again for the halo, 20 % of a tile of 32 by 64 inside an image (kernel 5). Bytes: x and g once and
 // the halo, grad_x once.
-#include "leffn_backward_kernel.h"
-
 #include "depthwise.h"
-#include "depthwise_gradient.h"
 #include "gelu.h"
 #include "gemm.h"
+#include "leffn_kernel.h"
 #include "rows.h"
 
 namespace ipt_fast::cpu {

@@ -1,4 +1,4 @@
-// leffn of leffn.h for the translation unit's instruction set.
+// leffn at the level it is compiled for.
 //
 // A thread goes down a strip of columns, `rows_per_step` rows of output at a time, and keeps the last hidden rows
 // (after GELU) in a ring. In a step, for one block of hidden channels after the other: expand the new rows of x, GELU

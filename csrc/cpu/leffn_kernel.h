@@ -55,4 +55,89 @@ struct LeffnKernels {
     static const LeffnKernels IPT_FAST_COMPILED_LEVELS;
 };
 
+// 0 <= i < total in `count` pieces, as even as can be.
+struct Cut {
+    int64_t total, count;
+
+    IPT_FAST_INLINE static Cut at_most(int64_t total, int64_t size) { return {total, (total + size - 1) / size}; }
+    IPT_FAST_INLINE int64_t first(int64_t piece) const { return piece * total / count; }
+    IPT_FAST_INLINE int64_t largest() const { return (total + count - 1) / count; }
+};
+
+struct LeffnBackwardParams {
+    DType dtype;       // of x, grad and grad_x
+    const void* x;     // channels-last, as grad and grad_x
+    const void* grad;  // of the output
+    void* grad_x;
+    int64_t batch, height, width, channels, hidden, out_channels, kernel;
+    Norm norm;                                  // of x's pixels, in front of the network
+    const float *expand, *project, *depthwise;  // [padded hidden][padded channels], [out][padded hidden], [taps][same]
+    const float* flipped;                       // the taps of `depthwise` in reverse order
+    float *packed_expand, *packed_project;      // written by `pack`: of every chunk, [channels or out][chunk]
+
+    Cut tile_rows, tile_columns;  // image rows and columns -> tiles
+    int64_t band_rows;            // rows of a tile that go through the convolution together
+    Cut shares;                   // tiles of all images -> shares, each with its own sums of the weights' gradients
+    Cut chunks;                   // hidden channels in units of kChannelPad -> chunks
+    Cut groups;                   // chunks -> groups, each with its own sum of grad_x
+    float *grad_expand, *grad_project, *grad_depthwise;  // zeroed: [shares][shape of expand, project, depthwise]
+    float* partial_grad_x;                               // [groups][batch, height, width, channels] if groups.count > 1
+};
+
+// Internal linkage: code of two levels must never be merged.
+namespace {
+
+// Where the pieces of one thread's scratch begin, in floats.
+struct LeffnBackwardScratch {
+    int64_t chunk;  // most channels of a chunk
+    int64_t
+        band_pitch;  // floats between the pixels of a band: an odd number of cache lines, to use all sets of a cache
+    int64_t ring_rows, ring_columns;
+    int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, part, taps, around,
+        size = 0;
+
+    explicit LeffnBackwardScratch(const LeffnBackwardParams& p) {
+        chunk = p.chunks.largest() * kChannelPad;
+        band_pitch = chunk / kChannelPad % 2 ? chunk : chunk + kChannelPad;
+        ring_rows = p.band_rows + p.kernel - 1;
+        ring_columns = p.tile_columns.largest() + p.kernel - 1;
+        const int64_t channels = padded(p.channels), out = padded(p.out_channels);
+        const int64_t tile = p.tile_rows.largest() * p.tile_columns.largest();
+        const int64_t staged = (p.tile_rows.largest() + p.kernel - 1) * ring_columns;
+        const int64_t ring = ring_rows * ring_columns * chunk;
+        const int64_t band = p.band_rows * p.tile_columns.largest() * band_pitch;
+        x = add(staged * channels);
+        grad = add(staged * out);
+        grad_x = add(tile * channels);
+        row = add(ring_columns * chunk);
+        activation = add(ring);
+        slope = add(ring);
+        upstream = add(ring);
+        convolved = add(band);
+        grad_hidden = add(band);
+        sums = add(chunk * (channels > out ? channels : out));
+        part = add(p.band_rows * p.tile_columns.largest() * channels);
+        taps = add(p.kernel * p.kernel * kChannelPad);
+        around = add(4 * p.kernel);  // two pointers for each row of the convolution
+    }
+
+  private:
+    int64_t add(int64_t floats) {
+        const int64_t offset = size;
+        size += floats;
+        return offset;
+    }
+};
+
+}  // namespace
+
+struct LeffnBackwardKernels {
+    // Writes packed_expand and packed_project for one chunk.
+    void (*pack)(const LeffnBackwardParams& params, int64_t chunk);
+    // The tiles of a share, the chunks of a group.
+    void (*run)(const LeffnBackwardParams& params, int64_t share, int64_t group, float* scratch);
+
+    static const LeffnBackwardKernels IPT_FAST_COMPILED_LEVELS;
+};
+
 }  // namespace ipt_fast::cpu

@@ -1,23 +1,21 @@
 // merge_pointwise and merge_depthwise with their backwards: products of matrices are PyTorch's, which nothing of ours
 // beat, and the kernels of a depthwise convolution are so small that the calls are what counts.
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "tensor.h"
+#include "arguments.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
 void check_weight(const at::Tensor& w, const char* name) {
-    const auto dtype = w.scalar_type();
-    TORCH_CHECK_VALUE(w.dim() == 4 && w.numel() > 0, name, " has shape ", w.sizes(),
-                      ", expected the weight of a convolution");
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name, " has dtype ", dtype,
-                     ", expected Float, BFloat16 or Half");
-    TORCH_CHECK_VALUE(w.is_cpu(), name, " is on ", w.device(), ", expected cpu");
+    TORCH_CHECK_VALUE(w.dim() == 4 && w.numel() > 0, name, " must be the weight of a convolution; got shape ",
+                      w.sizes());
+    check_dtype_and_device(w, name);
 }
 
 // left right in fp32, rounded once to their dtype: the weight of a pointwise convolution.

@@ -193,14 +193,14 @@ def test_empty_batch():
 
 
 BAD_ARGUMENTS = [
-    (ValueError, "x has 3 dimensions", {"x": torch.zeros(3, 4, 4)}),
-    (ValueError, "x has shape", {"x": torch.zeros(1, 3, 0, 4)}),
-    (TypeError, "x has dtype", {"x": torch.zeros(1, 3, 4, 4).double()}),
-    (ValueError, "weight has shape", {"weight": torch.ones(4)}),
-    (ValueError, "weight has shape", {"weight": torch.ones(3, 1)}),
-    (TypeError, "weight has dtype", {"weight": torch.ones(3).half()}),
-    (ValueError, "bias has shape", {"bias": torch.ones(1)}),
-    (TypeError, "bias has dtype", {"bias": torch.ones(3).long()}),
+    (ValueError, r"x must be \(B, C, H, W\) .*; got shape \[3, 4, 4\]", {"x": torch.zeros(3, 4, 4)}),
+    (ValueError, r"x must be \(B, C, H, W\) with at least one channel", {"x": torch.zeros(1, 3, 0, 4)}),
+    (TypeError, "x must be Float, BFloat16 or Half; got Double", {"x": torch.zeros(1, 3, 4, 4).double()}),
+    (ValueError, r"weight must have shape \[3\]; got", {"weight": torch.ones(4)}),
+    (ValueError, r"weight must have shape \[3\]; got", {"weight": torch.ones(3, 1)}),
+    (TypeError, "weight must be Float; got Half", {"weight": torch.ones(3).half()}),
+    (ValueError, r"bias must have shape \[3\]; got", {"bias": torch.ones(1)}),
+    (TypeError, "bias must be Float; got Long", {"bias": torch.ones(3).long()}),
 ]
 
 
@@ -217,8 +217,8 @@ def test_bad_arguments(exception, message, change):
 def test_bad_grad():
     x, weight = torch.zeros(1, 3, 4, 4), torch.ones(3)
     for exception, message, grad in [
-        (ValueError, "grad has shape", torch.zeros(1, 3, 4, 5)),
-        (TypeError, "grad has dtype", torch.zeros(1, 3, 4, 4).half()),
+        (ValueError, "grad must have shape", torch.zeros(1, 3, 4, 5)),
+        (TypeError, "grad must be Float; got Half", torch.zeros(1, 3, 4, 4).half()),
     ]:
         with pytest.raises(exception, match=message):
             torch.ops.ipt_fast_cpu.layer_norm_2d_backward(grad, x, weight, None, 1e-5, True)

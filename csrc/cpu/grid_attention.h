@@ -1,10 +1,11 @@
-// What the ATen sides of grid attention, its gradient and the layer share.
+// Grid attention and its gradient, which the backward of the grid attention layer is made of, and what the layer shares
+// with them.
 #pragma once
 
 #include <tuple>
 
+#include "arguments.h"
 #include "grid_attention_kernel.h"
-#include "tensor.h"
 
 namespace ipt_fast::cpu {
 

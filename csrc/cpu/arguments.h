@@ -1,0 +1,45 @@
+// The tensors that operators are called with: checks of them, and the forms that kernels take them in.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "kernels.h"
+
+namespace ipt_fast::cpu {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+DType dtype_of(const at::Tensor& x);
+
+// A (B, C, H, W) tensor that the kernels can read: on the CPU, fp32, bf16 or fp16, no empty axis but the batch.
+void check_image(const at::Tensor& x, const char* name);
+
+// A tensor of the given shape on the CPU, in the dtype of `like` or, where `small`, also in fp32.
+void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, const at::Tensor& like,
+                  bool small = false);
+
+// fp32, bf16 or fp16, on the CPU.
+void check_dtype_and_device(const at::Tensor& t, const char* name);
+
+// A third of the channels of a qkv map.
+int64_t attention_channels(const at::Tensor& qkv);
+
+// A dense channels-last tensor of this shape and x's dtype; large ones are backed by large pages where the system
+// allows it, since the first touch of small ones takes as long as a copy.
+at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x);
+
+// x itself where its strides are exactly those of a channels-last map, else a copy that has them.
+at::Tensor channels_last(const at::Tensor& x);
+
+// A small parameter as contiguous fp32, its last axis padded to `size` with zeros; all zeros if there is none.
+at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size);
+
+// The weight (columns, depth, ...) of a pointwise convolution, in any strides.
+inline Weight weight_of(const at::Tensor& w) {
+    return {w.const_data_ptr(), w.size(0), w.size(1), w.stride(0), w.stride(1)};
+}
+inline Weight transposed(const Weight& w) { return {w.data, w.depth, w.columns, w.depth_stride, w.column_stride}; }
+
+}  // namespace ipt_fast::cpu

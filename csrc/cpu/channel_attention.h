@@ -1,0 +1,34 @@
+// Focal channel attention and its gradient, which the backward of the focal attention layer is made of, and what the
+// layer shares with them.
+#pragma once
+
+#include <tuple>
+
+#include "arguments.h"
+#include "channel_attention_kernel.h"
+
+namespace ipt_fast::cpu {
+
+at::Tensor focal_channel_attention(const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
+                                   const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
+                                   int64_t window_size);
+
+// -> the gradients of qkv and of the parameters in this order.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
+    const at::Tensor& grad, const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
+    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size);
+
+// `name` is what has the channels.
+void check_heads(int64_t channels, int64_t num_heads, const char* name);
+
+// The groups of focal channel attention of a map `x` of all heads' channels, with the parameters in fp32. The slots are
+// still missing.
+struct FocalGroups {
+    FocalGroups(const at::Tensor& x, const at::Tensor& temperature, const at::Tensor& token_weight,
+                const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size);
+
+    at::Tensor scale, token_squares, top, bottom;
+    Groups groups;
+};
+
+}  // namespace ipt_fast::cpu
