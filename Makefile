@@ -13,7 +13,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip
 CSRC   := $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.h %.cpp,$(CSRC))
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(CSRC))
 
 .PHONY: demo test bench gpu-check gpu-bundle sanitize wheel lint clean
 

@@ -1,5 +1,5 @@
-// The emulator's scheduler: see emulator.h.
-#include "emulator.h"
+// The emulator's scheduler: see emulator.cuh.
+#include "emulator.cuh"
 
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-namespace ipt_fast::emulator {
+namespace ipt_fast::cuda::emulator {
 namespace {
 
 constexpr size_t kStack = 128 << 10;
@@ -41,7 +41,7 @@ struct Warp {
     unsigned generation;
 };
 
-struct Block {
+struct EmulatedBlock {
     int64_t index;
     int threads;
     std::vector<Thread> all;
@@ -53,11 +53,11 @@ struct Block {
     jmp_buf scheduler;
     void (*body)(const void*, const void*);
     const void* kernel;
-    const void* params;
+    const void* arguments;
     std::string error;
 };
 
-thread_local Block* block;
+thread_local EmulatedBlock* block;
 bool reversed;
 
 unsigned char* aligned(std::vector<unsigned char>& bytes) {
@@ -74,7 +74,7 @@ void wait_for(const unsigned& barrier) {
 }
 
 void begin() {
-    block->body(block->kernel, block->params);
+    block->body(block->kernel, block->arguments);
     Thread& self = block->all[block->current];
     if (!self.copies.empty()) {
         fail("a thread ended with asynchronous copies that it did not wait for");
@@ -262,7 +262,7 @@ void load_matrices_transposed_all(const Exchange (&lanes)[kWarp]) { load(lanes, 
 
 int multiprocessors() { return getenv("IPT_FAST_EMULATED_RECORD") == nullptr ? 1 : 132; }
 
-bool recorded(const void* kernel, const void* params, size_t params_bytes, int64_t blocks, int threads,
+bool recorded(const void* kernel, const void* arguments, size_t arguments_bytes, int64_t blocks, int threads,
               int shared_bytes) {
     const char* path = getenv("IPT_FAST_EMULATED_RECORD");
     if (path == nullptr) {
@@ -275,20 +275,20 @@ bool recorded(const void* kernel, const void* params, size_t params_bytes, int64
     }
     const size_t place = (size_t)((uintptr_t)kernel - (uintptr_t)library.dli_fbase);
     fprintf(file, "%zx %lld %d %d ", place, (long long)blocks, threads, shared_bytes);
-    for (size_t i = 0; i < params_bytes; ++i) {
-        fprintf(file, "%02x", static_cast<const unsigned char*>(params)[i]);
+    for (size_t i = 0; i < arguments_bytes; ++i) {
+        fprintf(file, "%02x", static_cast<const unsigned char*>(arguments)[i]);
     }
     fprintf(file, "\n");
     fclose(file);
     return true;
 }
 
-void run(void (*body)(const void*, const void*), const void* kernel, const void* params, int64_t blocks, int threads,
+void run(void (*body)(const void*, const void*), const void* kernel, const void* arguments, int64_t blocks, int threads,
          int shared_bytes) {
     if (threads % kWarp != 0 || threads > 1024 || shared_bytes > 227 << 10) {
         throw std::runtime_error("ipt_fast: no GPU takes such a launch");
     }
-    Block state = {};
+    EmulatedBlock state = {};
     state.threads = threads;
     state.all.resize((size_t)threads);
     static thread_local std::vector<std::unique_ptr<unsigned char[]>> stacks;
@@ -302,7 +302,7 @@ void run(void (*body)(const void*, const void*), const void* kernel, const void*
     state.shared.resize((size_t)shared_bytes + 127);
     state.body = body;
     state.kernel = kernel;
-    state.params = params;
+    state.arguments = arguments;
     block = &state;
     for (int64_t i = 0; i < blocks && state.error.empty(); ++i) {
         state.index = reversed ? blocks - 1 - i : i;
@@ -314,4 +314,4 @@ void run(void (*body)(const void*, const void*), const void* kernel, const void*
     }
 }
 
-}  // namespace ipt_fast::emulator
+}  // namespace ipt_fast::cuda::emulator

@@ -1,8 +1,8 @@
 // The library ipt_fast_cuda. Its operators are called by ipt_fast.ops only; each file registers its own.
 #include <Python.h>
 
-#include "merge.h"
-#include "tensor.h"
+#include "bindings.cuh"
+#include "merge.cuh"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ipt_fast_cuda, m) {
     m.def("device() -> str");
@@ -13,12 +13,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ipt_fast_cuda, m) {
 }
 
 namespace {
-std::string device() { return ipt_fast::device_name(); }
+std::string device() { return ipt_fast::cuda::device_name(); }
 
 // Why kernels cannot run on the GPU of this index; empty if they can.
 std::string device_error(int64_t index) {
     const torch::stable::accelerator::DeviceGuard guard((torch::stable::accelerator::DeviceIndex)index);
-    return ipt_fast::merge_error();
+    return ipt_fast::cuda::merge_error();
 }
 }  // namespace
 
@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
     m.impl("device", TORCH_BOX(&device));
     m.impl("device_error", TORCH_BOX(&device_error));
 #ifdef IPT_FAST_EMULATED
-    m.impl("set_reversed", TORCH_BOX(&ipt_fast::emulator::set_reversed));
+    m.impl("set_reversed", TORCH_BOX(&ipt_fast::cuda::emulator::set_reversed));
 #endif
 }
 

@@ -1,11 +1,11 @@
-#include "focal_attention_layer.h"
+#include "focal_attention_layer.cuh"
 
 #include <algorithm>
 
+#include "bindings.cuh"
 #include "common/windows.h"
-#include "tensor.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 namespace {
 
 constexpr int64_t kSplitTokens = 1024;  // of a block of the map for each thread block, while these are at most
@@ -49,7 +49,7 @@ Tensor focal_attention_layer_forward(Tensor x, Tensor norm_weight, OptionalTenso
                   &project_weight, &temperature, &token_weight, &top_weight, &bottom_weight});
 
     Tensor out = new_image(x, channels);
-    FocalLayerParams p = {};
+    FocalAttentionLayerArguments p = {};
     p.x = x.data_ptr();
     p.out = out.data_ptr();
     p.qkv_weight = qkv_weight.data_ptr();
@@ -89,8 +89,8 @@ Tensor focal_attention_layer_forward(Tensor x, Tensor norm_weight, OptionalTenso
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
-    m.impl("focal_attention_layer", TORCH_BOX(&ipt_fast::focal_attention_layer_forward));
+    m.impl("focal_attention_layer", TORCH_BOX(&ipt_fast::cuda::focal_attention_layer_forward));
 }

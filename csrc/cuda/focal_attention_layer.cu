@@ -1,12 +1,12 @@
-#include "focal_apply_kernel.h"
-#include "focal_attend_kernel.h"
-#include "focal_gram_kernel.h"
+#include "focal_apply_kernel.cuh"
+#include "focal_attend_kernel.cuh"
+#include "focal_gram_kernel.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 namespace {
 
 template <class T, int C, int D>
-void run(const FocalLayerParams& p, void* stream) {
+void run(const FocalAttentionLayerArguments& p, void* stream) {
     const int64_t blocks = focal_blocks(p);
     using Gram = GramShared<T, C, D>;
     using Apply = ApplyShared<T, C, D>;
@@ -19,7 +19,7 @@ void run(const FocalLayerParams& p, void* stream) {
 }  // namespace
 
 template <class T>
-void focal_attention_layer(const FocalLayerParams& p, void* stream) {
+void focal_attention_layer(const FocalAttentionLayerArguments& p, void* stream) {
     if (p.channels / p.heads == 48) {
         return p.channels == 48 ? run<T, 48, 48>(p, stream) : run<T, 96, 48>(p, stream);
     }
@@ -33,8 +33,8 @@ void focal_attention_layer(const FocalLayerParams& p, void* stream) {
     }
 }
 
-template void focal_attention_layer<float>(const FocalLayerParams&, void*);
-template void focal_attention_layer<bf16>(const FocalLayerParams&, void*);
-template void focal_attention_layer<fp16>(const FocalLayerParams&, void*);
+template void focal_attention_layer<float>(const FocalAttentionLayerArguments&, void*);
+template void focal_attention_layer<bf16>(const FocalAttentionLayerArguments&, void*);
+template void focal_attention_layer<fp16>(const FocalAttentionLayerArguments&, void*);
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -1,8 +1,8 @@
-#include "grid_attention_layer.h"
+#include "grid_attention_layer.cuh"
 
-#include "tensor.h"
+#include "bindings.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 namespace {
 
 Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor norm_bias, Tensor qkv_weight,
@@ -37,31 +37,31 @@ Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor nor
                   bias_table.has_value() ? &*bias_table : &x});
 
     Tensor out = new_image(x, channels);
-    GridAttentionLayerParams params = {};
-    params.x = x.data_ptr();
-    params.qkv_weight = qkv_weight.data_ptr();
-    params.project_weight = project_weight.data_ptr();
-    params.norm_weight = norm_weight.data_ptr();
-    params.norm_bias = values(norm_bias);
-    params.table = values(bias_table);
-    params.narrow = norm_weight.scalar_type() != ScalarType::Float;
-    params.out = out.data_ptr();
-    params.lattices = lattices;
-    params.grid = grid_size;
-    params.groups = (int)groups;
-    params.eps = (float)eps;
-    params.centered = centered;
-    params.tf32 = tf32;
+    GridAttentionLayerArguments arguments = {};
+    arguments.x = x.data_ptr();
+    arguments.qkv_weight = qkv_weight.data_ptr();
+    arguments.project_weight = project_weight.data_ptr();
+    arguments.norm_weight = norm_weight.data_ptr();
+    arguments.norm_bias = values(norm_bias);
+    arguments.table = values(bias_table);
+    arguments.narrow = norm_weight.scalar_type() != ScalarType::Float;
+    arguments.out = out.data_ptr();
+    arguments.lattices = lattices;
+    arguments.grid = grid_size;
+    arguments.groups = (int)groups;
+    arguments.eps = (float)eps;
+    arguments.centered = centered;
+    arguments.tf32 = tf32;
     const Device device(x);
     with_type(x, [&](auto type) {
-        grid_attention_layer<decltype(type)>(params, (int)channels, (int)num_heads, device.stream);
+        grid_attention_layer<decltype(type)>(arguments, (int)channels, (int)num_heads, device.stream);
     });
     return out;
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
-    m.impl("grid_attention_layer", TORCH_BOX(&ipt_fast::run_grid_attention_layer));
+    m.impl("grid_attention_layer", TORCH_BOX(&ipt_fast::cuda::run_grid_attention_layer));
 }

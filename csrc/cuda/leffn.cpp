@@ -1,8 +1,8 @@
-#include "leffn.h"
+#include "leffn.cuh"
 
-#include "tensor.h"
+#include "bindings.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 namespace {
 
 // Without a norm (`norm_weight` is absent) there is no residual either.
@@ -36,25 +36,25 @@ Tensor run(const Tensor& x, const OptionalTensor& norm_weight, const OptionalTen
     }
 
     Tensor y = new_image(x, channels);
-    LeffnParams params = {};
-    params.x = x.data_ptr();
-    params.norm_weight = values(norm_weight);
-    params.norm_bias = values(norm_bias);
-    params.narrow = norm_weight.has_value() && norm_weight->scalar_type() != ScalarType::Float;
-    params.expand = expand_weight.data_ptr();
-    params.depthwise = depthwise_weight.data_ptr();
-    params.project = project_weight.data_ptr();
-    params.y = y.data_ptr();
-    params.batch = x.size(0);
-    params.height = (int)x.size(2);
-    params.width = (int)x.size(3);
-    params.hidden = (int)hidden;
-    params.eps = (float)eps;
-    params.centered = centered;
-    params.residual = norm_weight.has_value();
-    params.tf32 = tf32;
+    LeffnArguments arguments = {};
+    arguments.x = x.data_ptr();
+    arguments.norm_weight = values(norm_weight);
+    arguments.norm_bias = values(norm_bias);
+    arguments.narrow = norm_weight.has_value() && norm_weight->scalar_type() != ScalarType::Float;
+    arguments.expand = expand_weight.data_ptr();
+    arguments.depthwise = depthwise_weight.data_ptr();
+    arguments.project = project_weight.data_ptr();
+    arguments.y = y.data_ptr();
+    arguments.batch = x.size(0);
+    arguments.height = (int)x.size(2);
+    arguments.width = (int)x.size(3);
+    arguments.hidden = (int)hidden;
+    arguments.eps = (float)eps;
+    arguments.centered = centered;
+    arguments.residual = norm_weight.has_value();
+    arguments.tf32 = tf32;
     const Device device(x);
-    with_type(x, [&](auto type) { leffn<decltype(type)>(params, (int)channels, device.stream); });
+    with_type(x, [&](auto type) { leffn<decltype(type)>(arguments, (int)channels, device.stream); });
     return y;
 }
 
@@ -68,9 +68,9 @@ Tensor run_leffn_layer(Tensor x, Tensor norm_weight, OptionalTensor norm_bias, T
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
-    m.impl("leffn", TORCH_BOX(&ipt_fast::run_leffn));
-    m.impl("leffn_layer", TORCH_BOX(&ipt_fast::run_leffn_layer));
+    m.impl("leffn", TORCH_BOX(&ipt_fast::cuda::run_leffn));
+    m.impl("leffn_layer", TORCH_BOX(&ipt_fast::cuda::run_leffn_layer));
 }

@@ -1,10 +1,10 @@
-#include "merge.h"
+#include "merge.cuh"
 
 #include <tuple>
 
-#include "tensor.h"
+#include "bindings.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 namespace {
 
 void check_pair(const Tensor& first, const Tensor& second) {
@@ -88,11 +88,11 @@ std::tuple<Tensor, Tensor, Tensor> merge_depthwise_backward(Tensor grad, Tensor 
 }
 
 }  // namespace
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(ipt_fast_cuda, CompositeExplicitAutograd, m) {
-    m.impl("merge_pointwise", TORCH_BOX(&ipt_fast::merge_pointwise));
-    m.impl("merge_pointwise_backward", TORCH_BOX(&ipt_fast::merge_pointwise_backward));
-    m.impl("merge_depthwise", TORCH_BOX(&ipt_fast::merge_depthwise));
-    m.impl("merge_depthwise_backward", TORCH_BOX(&ipt_fast::merge_depthwise_backward));
+    m.impl("merge_pointwise", TORCH_BOX(&ipt_fast::cuda::merge_pointwise));
+    m.impl("merge_pointwise_backward", TORCH_BOX(&ipt_fast::cuda::merge_pointwise_backward));
+    m.impl("merge_depthwise", TORCH_BOX(&ipt_fast::cuda::merge_depthwise));
+    m.impl("merge_depthwise_backward", TORCH_BOX(&ipt_fast::cuda::merge_depthwise_backward));
 }

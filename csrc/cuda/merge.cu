@@ -1,6 +1,6 @@
-#include "merge_kernel.h"
+#include "merge_kernel.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 template <class T>
 void merge(const MergeArguments& arguments, void* stream) {
@@ -26,4 +26,4 @@ template void merge<float>(const MergeArguments&, void*);
 template void merge<bf16>(const MergeArguments&, void*);
 template void merge<fp16>(const MergeArguments&, void*);
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

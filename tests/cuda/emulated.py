@@ -1,6 +1,6 @@
 """``python -m tests.cuda.emulated`` builds the CUDA kernels for an emulated GPU and prints the library's path.
 
-With IPT_FAST_EMULATED_CUDA=<path> in the environment the backend "cuda" takes CPU tensors (csrc/cuda/emulator.h).
+With IPT_FAST_EMULATED_CUDA=<path> in the environment the backend "cuda" takes CPU tensors (csrc/cuda/emulator.cuh).
 """
 
 import concurrent.futures
@@ -35,10 +35,10 @@ def _run(command):
 def build():
     """The path of the library, built if its sources changed."""
     torch_dir = pathlib.Path(torch.__file__).parent
-    includes = ["-isystem", torch_dir / "include", "-isystem", sysconfig.get_path("include"), "-I", SOURCES]
-    command = [compiler(), *FLAGS.split(), *includes, "-I", HEADERS]
+    includes = ["-isystem", torch_dir / "include", "-isystem", sysconfig.get_path("include"), "-I", HEADERS]
+    command = [compiler(), *FLAGS.split(), *includes]
     digest = hashlib.sha256(repr((command, torch.__version__)).encode())
-    for path in sorted([*SOURCES.iterdir(), *HEADERS.rglob("*.h")]):
+    for path in sorted([*SOURCES.iterdir(), *(HEADERS / "common").iterdir()]):
         digest.update(path.read_bytes())
     folder = ROOT / "build" / f"emulated-{digest.hexdigest()[:12]}"
     library = folder / "ipt_fast_cuda.so"

@@ -31,8 +31,8 @@ def test_parity(environment):
 
 
 BROKEN = r"""
-#include "device.h"
-namespace ipt_fast {
+#include "cuda/device.cuh"
+namespace ipt_fast::cuda {
 struct Params { float* out; int fault; };
 void kernel(const Params p) {
     float* shared = shared_memory<float>();
@@ -50,7 +50,7 @@ void kernel(const Params p) {
 #include <stdio.h>
 #include <exception>
 int main() {
-    using namespace ipt_fast;
+    using namespace ipt_fast::cuda;
     for (int fault = 0; fault < 6; ++fault) {
         alignas(16) float forward[64], backward[64];
         try {
@@ -76,7 +76,7 @@ def test_the_emulator_finds_mistakes(tmp_path):
         "-O1",
         "-U_FORTIFY_SOURCE",
         "-I",
-        emulated.SOURCES,
+        emulated.HEADERS,
         "-o",
         tmp_path / "broken",
         *sources,
@@ -90,15 +90,15 @@ def test_the_emulator_finds_mistakes(tmp_path):
 
 AXES = r"""
 #include <stdio.h>
-#include "cuda/focal_attention_layer.h"
+#include "cuda/focal_attention_layer.cuh"
 #include "common/windows.h"
-using namespace ipt_fast;
+using namespace ipt_fast::cuda;
 // Windows of both branches, pixel by pixel: the windows of branch 1 begin half a window later, cyclically.
 int main() {
     long wrong = 0, blocks = 0;
     for (int size = 1; size < 70; ++size) {
         for (int window = 1; window < 40; ++window) {
-            const Axis cut = Axis::windows_of(size, window, 2);
+            const ipt_fast::Axis cut = ipt_fast::Axis::windows_of(size, window, 2);
             const FocalAxis axis = {size, window, (int)cut.part, (int)cut.parts, (int)cut.windows(), (int)cut.blocks()};
             const int padded = axis.windows * window, shift = window / 2;
             int next = 0;

@@ -22,7 +22,7 @@ PRODUCTS = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_att
 IMAGES = ("leffn_kernel", "focal_gram_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
 OUTPUTS = ("leffn_kernel", "focal_apply_kernel", "grid_attention_layer_kernel")
 # Where a lane has 8 neighbouring bytes, not 16.
-HALVES = re.compile("(leffn|grid_attention_layer)_kernelINS_4(bf|fp)16ELi48E")
+HALVES = re.compile("(leffn|grid_attention_layer)_kernelINS0_4(bf|fp)16ELi48E")
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@
 // would round them once more.
 #pragma once
 
-#include "grid_attention_layer.h"
-#include "tiles.h"
+#include "grid_attention_layer.cuh"
+#include "warp_tiles.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // ---- points --------------------------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ constexpr int kBiasCount = kBiasRow<Side> * kBiasRow<Side>;
 
 // Those of a head, by row and column of the query less those of the first key, from 1 - Side on; by the whole block.
 template <class T, int Side>
-IPT_FAST_DEVICE void load_biases(BiasPair* to, const GridAttentionLayerParams& p, int heads, int head) {
+IPT_FAST_DEVICE void load_biases(BiasPair* to, const GridAttentionLayerArguments& p, int heads, int head) {
     auto bias = [&](int row, int column) {
         const int64_t grid = p.grid, at = ((row + grid - 1) * (2 * grid - 1) + column + grid - 1) * heads + head;
         const bool there = p.table != nullptr && row > -grid && row < grid && column > -grid && column < grid;
@@ -104,10 +104,10 @@ struct LatticeAttention {
     static constexpr int kStride = padded_row<T>(Width);
 
     BlockA operands[Down][kSteps];  // the queries; at the end what they have attended to
-    Sums<16, Width> out[Down];
+    WarpSums<16, Width> out[Down];
     float shift[Down][2], total[Down][2];  // of rows i / 4 and i / 4 + 8; totals of this lane's columns only
 
-    IPT_FAST_DEVICE void begin(Sums<16, Width> (&q)[Down]) {
+    IPT_FAST_DEVICE void begin(WarpSums<16, Width> (&q)[Down]) {
         const float scale = kScoreUnit<T> / sqrtf((float)Width);
 #pragma unroll
         for (int i = 0; i < Down; ++i) {
@@ -131,7 +131,7 @@ struct LatticeAttention {
     // `biases` are those of the first query and key (biases_of). Keys that the group lacks count nothing.
     IPT_FAST_DEVICE void attend(const T* keys, const T* values, const BiasPair* biases, int first_key,
                                 const Points& points, bool tf32) {
-        Sums<16, Chunk> scores[Down];
+        WarpSums<16, Chunk> scores[Down];
         if constexpr (sizeof(T) == 2) {
             add_biases(scores, biases);
         } else {
@@ -199,7 +199,7 @@ struct LatticeAttention {
     // Of 16 bits the biases are the first values of the sums; of float each of the sums' steps would round at their
     // size.
     IPT_FAST_DEVICE static void add_bias(float& score, float bias) { score = sizeof(T) == 2 ? bias : score + bias; }
-    IPT_FAST_DEVICE static void add_biases(Sums<16, Chunk> (&scores)[Down], const BiasPair* biases) {
+    IPT_FAST_DEVICE static void add_biases(WarpSums<16, Chunk> (&scores)[Down], const BiasPair* biases) {
         // Rows i / 4 + 8, and columns from 8 on, are as many lattice columns away, or in the next lattice row.
         constexpr int half_step = Side == 16 ? 8 : kBiasRow<Side>, block_step = 16 / Side * kBiasRow<Side>;
 #pragma unroll
@@ -222,7 +222,7 @@ struct LatticeAttention {
     }
 
     // first_key is a multiple of 16.
-    IPT_FAST_DEVICE static void mask(Sums<16, Chunk> (&scores)[Down], int first_key, const Points& points) {
+    IPT_FAST_DEVICE static void mask(WarpSums<16, Chunk> (&scores)[Down], int first_key, const Points& points) {
         const int left = lane_index() % 4 * 2, rows = points.rows - row_of<Side>(first_key);
 #pragma unroll
         for (int n = 0; n < Chunk / 4; ++n) {
@@ -248,7 +248,7 @@ struct LatticeAttention {
     }
 
     // Where a row's largest score grows by more than the slack.
-    IPT_FAST_DEVICE void raise_shifts(const Sums<16, Chunk> (&scores)[Down]) {
+    IPT_FAST_DEVICE void raise_shifts(const WarpSums<16, Chunk> (&scores)[Down]) {
         float top[Down][2];
         bool grows = false;
 #pragma unroll
@@ -280,7 +280,7 @@ struct LatticeAttention {
         }
     }
 
-    IPT_FAST_DEVICE void exponentiate(int i, Sums<16, Chunk>& scores) {
+    IPT_FAST_DEVICE void exponentiate(int i, WarpSums<16, Chunk>& scores) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float finite = shift[i][half] == -INFINITY ? 0.0f : shift[i][half];
@@ -294,4 +294,4 @@ struct LatticeAttention {
     }
 };
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

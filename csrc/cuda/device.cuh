@@ -1,5 +1,5 @@
 // What kernels need of a GPU, one name each: compiled by nvcc it is the GPU's, by a C++ compiler it is emulated
-// (emulator.h), so that every kernel also runs, slowly, where there is no GPU.
+// (emulator.cuh), so that every kernel also runs, slowly, where there is no GPU.
 //
 // A kernel takes one structure of parameters by value, all its shared memory is dynamic, and it is started by
 // launch(kernel, parameters, configuration). Collective functions are called by all lanes of a warp together.
@@ -7,12 +7,12 @@
 
 #include <stdint.h>
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 constexpr int kSharedMemory = 163 << 10;  // bytes that a thread block may need
 }
 
 #ifndef __CUDACC__
-#include "emulator.h"
+#include "emulator.cuh"
 #else
 
 #include <cuda_bf16.h>
@@ -27,9 +27,9 @@ constexpr int kSharedMemory = 163 << 10;  // bytes that a thread block may need
 #define IPT_FAST_KERNEL __global__ void
 #define IPT_FAST_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define IPT_FAST_DEVICE __device__ __forceinline__
-#define IPT_FAST_PARAMS(type) const __grid_constant__ type
+#define IPT_FAST_ARGUMENTS(type) const __grid_constant__ type
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 struct bf16 {
     uint16_t bits;
@@ -152,7 +152,7 @@ IPT_FAST_DEVICE void load_matrices_transposed(uint32_t (&words)[4], const void* 
                  : "memory");
 }
 
-// c (16, 8) += a (16, 16) b (16, 8), collective; tiles.h tells which lane holds what.
+// c (16, 8) += a (16, 16) b (16, 8), collective; warp_tiles.cuh tells which lane holds what.
 IPT_FAST_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -215,7 +215,7 @@ inline void allow_shared_memory(const void* kernel, int bytes) {
 }
 
 template <class P>
-void launch(void (*kernel)(P), const P& params, const Configuration& c) {
+void launch(void (*kernel)(P), const P& arguments, const Configuration& c) {
     if (c.blocks == 0) {
         return;
     }
@@ -225,11 +225,11 @@ void launch(void (*kernel)(P), const P& params, const Configuration& c) {
     if (c.shared_bytes > 0) {
         allow_shared_memory((const void*)kernel, c.shared_bytes);
     }
-    void* arguments[] = {const_cast<P*>(&params)};
-    check_cuda(cudaLaunchKernel((const void*)kernel, dim3((unsigned)c.blocks), dim3((unsigned)c.threads), arguments,
+    void* pointers[] = {const_cast<P*>(&arguments)};
+    check_cuda(cudaLaunchKernel((const void*)kernel, dim3((unsigned)c.blocks), dim3((unsigned)c.threads), pointers,
                                 (size_t)c.shared_bytes, (cudaStream_t)c.stream),
                "launch");
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda
 #endif

@@ -20,9 +20,9 @@
 // which 50 M count), 1.56 M GELUs of 8 instructions.
 #pragma once
 
-#include "leffn_small_tile.h"
+#include "leffn_small_tile.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // GELU of 16 channels x 8 pixels, to the map from `to` on.
 template <class T, int C>
@@ -124,7 +124,7 @@ IPT_FAST_DEVICE void leffn_convolve(T* convolved, const T* map, const uint32_t* 
 
 // Step 3, of a warp's rows.
 template <class T, int C>
-IPT_FAST_DEVICE void leffn_project(Sums<LeffnSmallTile<T, C>::kRows, C>& sums, const T* convolved, const T* weights,
+IPT_FAST_DEVICE void leffn_project(WarpSums<LeffnSmallTile<T, C>::kRows, C>& sums, const T* convolved, const T* weights,
                                    int warp) {
     using Tile = LeffnSmallTile<T, C>;
     constexpr int down = Tile::kRows / 16;
@@ -148,7 +148,8 @@ IPT_FAST_DEVICE void leffn_project(Sums<LeffnSmallTile<T, C>::kRows, C>& sums, c
 }
 
 template <class T, int C>
-IPT_FAST_DEVICE void leffn_expanding_warp(LeffnSmallTile<T, C>& tile, const LeffnParams& p, const LeffnPlace& place) {
+IPT_FAST_DEVICE void leffn_expanding_warp(LeffnSmallTile<T, C>& tile, const LeffnArguments& p,
+                                          const LeffnPlace& place) {
     using Tile = LeffnSmallTile<T, C>;
     const T *x = static_cast<const T*>(p.x), *weights = static_cast<const T*>(p.expand);
     const T *depthwise = static_cast<const T*>(p.depthwise), *project = static_cast<const T*>(p.project);
@@ -203,7 +204,8 @@ IPT_FAST_DEVICE void leffn_expanding_warp(LeffnSmallTile<T, C>& tile, const Leff
 }
 
 template <class T, int C>
-IPT_FAST_DEVICE void leffn_projecting_warp(LeffnSmallTile<T, C>& tile, const LeffnParams& p, const LeffnPlace& place) {
+IPT_FAST_DEVICE void leffn_projecting_warp(LeffnSmallTile<T, C>& tile, const LeffnArguments& p,
+                                           const LeffnPlace& place) {
     using Tile = LeffnSmallTile<T, C>;
     using Input = LeffnInput<C>;
     int warp = warp_index() - Tile::kWarps;
@@ -237,7 +239,7 @@ IPT_FAST_DEVICE void leffn_projecting_warp(LeffnSmallTile<T, C>& tile, const Lef
     }
     sync_block();
 
-    Sums<Tile::kRows, C> sums;
+    WarpSums<Tile::kRows, C> sums;
     sums.clear();
 #pragma unroll 1
     for (int span = 0; span < chunks + 2; ++span) {
@@ -284,7 +286,7 @@ IPT_FAST_DEVICE void leffn_projecting_warp(LeffnSmallTile<T, C>& tile, const Lef
 }
 
 template <class T, int C>
-IPT_FAST_DEVICE void leffn_small(const LeffnParams& p) {
+IPT_FAST_DEVICE void leffn_small(const LeffnArguments& p) {
     using Tile = LeffnSmallTile<T, C>;
     auto& tile = *shared_memory<Tile>();
     const LeffnPlace place = leffn_place<Tile>(p);
@@ -295,4 +297,4 @@ IPT_FAST_DEVICE void leffn_small(const LeffnParams& p) {
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -12,12 +12,13 @@
 
 #include <type_traits>
 
-#include "focal_tile_kernel.h"
+#include "focal_convolve.cuh"
+#include "focal_tile.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // The squared token weights of the branches, divided by the largest where that is needed.
-struct alignas(8) TokenWeights {
+struct alignas(8) BranchWeights {
     float of[2];
 };
 
@@ -25,7 +26,7 @@ struct alignas(8) TokenWeights {
 struct alignas(16) ChannelNorms {
     float of[2][2];  // branch, channel
 
-    IPT_FAST_DEVICE void add(const TokenWeights& weights, float first, float second) {
+    IPT_FAST_DEVICE void add(const BranchWeights& weights, float first, float second) {
 #pragma unroll
         for (int branch = 0; branch < 2; ++branch) {
             of[branch][0] += weights.of[branch] * (first * first);
@@ -63,8 +64,8 @@ struct GramShared {
     alignas(16) T weight[2 * D * kWeightStride];
     FocalNorm<C> norm;
     alignas(16) T taps[9 * 2 * D];
-    TokenWeights token_weight[kTokens];  // in rows of kFocalColumns, zeros where the tile has no token
-    ChannelNorms norms[2][kThreads];     // of each thread's channels, as registers are few
+    BranchWeights token_weight[kTokens];  // in rows of kFocalColumns, zeros where the tile has no token
+    ChannelNorms norms[2][kThreads];      // of each thread's channels, as registers are few
     float most[2][kWarps];
     FocalBlock block;  // not in registers either
     int first, last;   // of its tiles
@@ -80,7 +81,7 @@ constexpr int gram_blocks() {
 
 // The largest squared token weight of each branch in a block, 1 if that is 0. By the whole block.
 template <class T, int Warps>
-IPT_FAST_DEVICE void most_weight(float (&most)[2], float (&shared)[2][Warps], const FocalLayerParams& p,
+IPT_FAST_DEVICE void most_weight(float (&most)[2], float (&shared)[2][Warps], const FocalAttentionLayerArguments& p,
                                  const FocalBlock& block, int64_t head_weight) {
     const int window = p.vertical.window;
 #pragma unroll
@@ -115,7 +116,7 @@ IPT_FAST_DEVICE void most_weight(float (&most)[2], float (&shared)[2][Warps], co
 
 // Columns of a block of A, which are tokens, times their weights.
 template <class T>
-IPT_FAST_DEVICE void scale_columns(BlockA& a, const TokenWeights* weights, int branch) {
+IPT_FAST_DEVICE void scale_columns(BlockA& a, const BranchWeights* weights, int branch) {
     const int lane = lane_index();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -167,7 +168,7 @@ IPT_FAST_DEVICE void convolve_tokens(GramShared<T, C, D>& shared, const FocalTil
 
 template <class T, int C, int D>
 IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, (gram_blocks<T, C, D>()))
-    focal_gram_kernel(IPT_FAST_PARAMS(FocalLayerParams) p) {
+    focal_gram_kernel(IPT_FAST_ARGUMENTS(FocalAttentionLayerArguments) p) {
     using S = GramShared<T, C, D>;
     constexpr int heads = C / D;
     S& shared = *shared_memory<S>();
@@ -195,7 +196,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, (gram_blocks<T, C, D>()))
     sync_block();
 
     const int branch = warp_index() / (D / 16), first_q = warp_index() % (D / 16) * 16;
-    Sums<16, D> gram;
+    WarpSums<16, D> gram;
     gram.clear();
     shared.norms[0][thread_index()] = shared.norms[1][thread_index()] = {};
     const int own = warp_index() * 2 * kConvolvedChannels;  // channels of the convolution
@@ -270,4 +271,4 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(4 * D, (gram_blocks<T, C, D>()))
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -5,7 +5,7 @@
 
 #include "common/lattice.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // Lattices of a map in 32 bits, as a division of 64 is a long function on a GPU: cubby_rows x cubby_columns groups an
 // image, the first of which, the largest, has rows x columns points.
@@ -20,7 +20,7 @@ inline Lattices lattices_of(const Lattice& l) {
             (int)cubby(l.width, l), (int)first.rows, (int)first.columns};
 }
 
-struct GridAttentionLayerParams {
+struct GridAttentionLayerArguments {
     const void *x, *qkv_weight, *project_weight;  // channels-last; (3C, C); (C, C)
     const void *norm_weight, *norm_bias, *table;  // the last two may be absent
     void* out;
@@ -37,6 +37,6 @@ constexpr int kMostLatticePoints = 16;  // in a row or column of a group
 
 // `channels` is 32, 48, 64 or 96, channels / heads 32 or 48.
 template <class T>
-void grid_attention_layer(GridAttentionLayerParams params, int channels, int heads, void* stream);
+void grid_attention_layer(GridAttentionLayerArguments arguments, int channels, int heads, void* stream);
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -12,13 +12,13 @@
 // pixels, gathered in pieces of C values, 64 bytes or more: whole sectors; blocks side by side share the lines.
 #pragma once
 
-#include "grid_attention_layer_parts.h"
+#include "grid_attention_layer_parts.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 template <class T, int Channels, int Width, int Side, class Layer = GridLayer<T, Channels, Width, Side>>
 IPT_FAST_KERNEL IPT_FAST_BOUNDS(Layer::kThreads, Layer::kBlocks)
-    grid_attention_layer_kernel(IPT_FAST_PARAMS(GridAttentionLayerParams) p) {
+    grid_attention_layer_kernel(IPT_FAST_ARGUMENTS(GridAttentionLayerArguments) p) {
     auto& shared = *shared_memory<typename Layer::Shared>();
     const T* x = static_cast<const T*>(p.x);
     constexpr int tokens = Layer::kTokens, rows = Layer::kRows, stage = Layer::kStage, own = Layer::kOwn;
@@ -67,7 +67,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(Layer::kThreads, Layer::kBlocks)
                 copy_commit();
             }
             typename Layer::Attention attention;
-            Sums<16, Width> q[Layer::kDown];
+            WarpSums<16, Width> q[Layer::kDown];
 #pragma unroll
             for (auto& sums : q) {
                 sums.clear();
@@ -113,7 +113,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(Layer::kThreads, Layer::kBlocks)
 #pragma unroll 1
                 for (int task = warp; task < 2 * stage / rows; task += Layer::kWarps) {
                     const int row = task % (stage / rows) * rows, part = task / (stage / rows);
-                    Sums<16, Width> sums[Layer::kDown];
+                    WarpSums<16, Width> sums[Layer::kDown];
 #pragma unroll
                     for (int i = 0; i < Layer::kDown; ++i) {
                         sums[i].clear();
@@ -179,4 +179,4 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(Layer::kThreads, Layer::kBlocks)
     copy_wait<0>();
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

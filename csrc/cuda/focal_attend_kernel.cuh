@@ -3,9 +3,9 @@
 // Reads up to four slots of d (d + 1) fp32 values for each matrix of d^2.
 #pragma once
 
-#include "focal_tile_kernel.h"
+#include "focal_tile.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 constexpr int kAttendThreads = 128, kAttendWarps = kAttendThreads / kWarp;
 constexpr int kAttendRows = 2;  // that a warp has under way
@@ -82,7 +82,8 @@ IPT_FAST_DEVICE void attend_row(T* to, const float* products, float q_norm, cons
 }
 
 template <class T>
-IPT_FAST_KERNEL IPT_FAST_BOUNDS(kAttendThreads, 8) focal_attend_kernel(IPT_FAST_PARAMS(FocalLayerParams) p) {
+IPT_FAST_KERNEL IPT_FAST_BOUNDS(kAttendThreads, 8)
+    focal_attend_kernel(IPT_FAST_ARGUMENTS(FocalAttentionLayerArguments) p) {
     const int d = p.channels / p.heads;
     const int matrix = (int)block_index(), branch = matrix % 2, head = matrix / 2 % p.heads;
     const int window = matrix / 2 / p.heads, across = window % p.horizontal.windows;
@@ -132,4 +133,4 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kAttendThreads, 8) focal_attend_kernel(IPT_FAST_
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -3,10 +3,10 @@
 
 #include <stdint.h>
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // y = [x +] project(depthwise 5x5(GELU(expand([norm](x))))); images (batch, height, width, channels).
-struct LeffnParams {
+struct LeffnArguments {
     const void* x;
     const void *norm_weight, *norm_bias;  // no norm without norm_weight
     const void *expand, *depthwise, *project;
@@ -22,6 +22,6 @@ constexpr int kLeffnHiddenStep = 32;
 
 // `channels` is 32, 48, 64 or 96, `hidden` a multiple of kLeffnHiddenStep.
 template <class T>
-void leffn(const LeffnParams& params, int channels, void* stream);
+void leffn(const LeffnArguments& arguments, int channels, void* stream);
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -14,9 +14,9 @@
 
 #include <cstddef>
 
-#include "leffn_tile.h"
+#include "leffn_parts.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 template <int C>
 struct LeffnFloatTile {
@@ -67,7 +67,7 @@ IPT_FAST_DEVICE void leffn_load_input(LeffnFloatTile<C>& tile, const float* x, c
 }
 
 template <int C>
-IPT_FAST_DEVICE void leffn_load_norm(LeffnFloatTile<C>& tile, const LeffnParams& p) {
+IPT_FAST_DEVICE void leffn_load_norm(LeffnFloatTile<C>& tile, const LeffnArguments& p) {
     if (p.norm_weight != nullptr && thread_index() < C) {
         const int i = thread_index();
         tile.norm_weight[i] = small_value<float>(p.norm_weight, i, p.narrow);
@@ -77,7 +77,7 @@ IPT_FAST_DEVICE void leffn_load_norm(LeffnFloatTile<C>& tile, const LeffnParams&
 
 // The norm of the tile's input, two threads a pixel. Outside of the image zeros stay.
 template <int C>
-IPT_FAST_DEVICE void leffn_normalise(LeffnFloatTile<C>& tile, const LeffnParams& p, const LeffnPlace& place) {
+IPT_FAST_DEVICE void leffn_normalise(LeffnFloatTile<C>& tile, const LeffnArguments& p, const LeffnPlace& place) {
     using Tile = LeffnFloatTile<C>;
     constexpr int vectors = C / 8;
     const int half = thread_index() % 2;
@@ -154,7 +154,7 @@ IPT_FAST_DEVICE void leffn_expand(LeffnFloatTile<C>& tile, const float* weights,
     }
 #pragma unroll 1
     for (int block = warp_index(); block < Tile::kInPixels / 16; block += Tile::kWarps) {
-        Sums<16, 16> sums;
+        WarpSums<16, 16> sums;
         sums.clear();
 #pragma unroll
         for (int k = 0; k < C; k += 8) {
@@ -203,7 +203,8 @@ IPT_FAST_DEVICE void leffn_convolve(LeffnFloatTile<C>& tile) {
 
 // Step 3, of this warp's rows.
 template <int C>
-IPT_FAST_DEVICE void leffn_project(Sums<16, C>& sums, const LeffnFloatTile<C>& tile, const float* weights, bool tf32) {
+IPT_FAST_DEVICE void leffn_project(WarpSums<16, C>& sums, const LeffnFloatTile<C>& tile, const float* weights,
+                                   bool tf32) {
     using Tile = LeffnFloatTile<C>;
 #pragma unroll
     for (int k = 0; k < Tile::kChunk; k += 8) {
@@ -218,7 +219,7 @@ IPT_FAST_DEVICE void leffn_project(Sums<16, C>& sums, const LeffnFloatTile<C>& t
 }
 
 template <int C>
-IPT_FAST_DEVICE void leffn_float(const LeffnParams& p) {
+IPT_FAST_DEVICE void leffn_float(const LeffnArguments& p) {
     using Tile = LeffnFloatTile<C>;
     auto& tile = *shared_memory<Tile>();
     const LeffnPlace place = leffn_place<Tile>(p);
@@ -254,7 +255,7 @@ IPT_FAST_DEVICE void leffn_float(const LeffnParams& p) {
     }
     leffn_expand<C>(tile, tile.expand[1], p.tf32);
 
-    Sums<Tile::kRows, C> sums;
+    WarpSums<Tile::kRows, C> sums;
     sums.clear();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -307,4 +308,4 @@ IPT_FAST_DEVICE void leffn_float(const LeffnParams& p) {
     });
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

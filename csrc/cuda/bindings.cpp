@@ -1,4 +1,4 @@
-#include "tensor.h"
+#include "bindings.cuh"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -6,7 +6,7 @@
 #include <dlfcn.h>
 #endif
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 namespace {
 
 std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
@@ -112,4 +112,4 @@ Tensor new_image(const Tensor& x, int64_t channels) {
     return torch::stable::transpose(torch::stable::transpose(y, 2, 3), 1, 2);
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -2,15 +2,15 @@
 //
 // T is bf16, fp16 or float. A block of A is 16 rows of depth<T>() columns, a block of B as many rows of 16 columns. In
 // shared memory rows start 16 bytes aligned, and a stride of a multiple of 32 bytes plus 16 (see padded_row) keeps the
-// rows of a block in different banks. Sums are float; products of float are exact unless TF32 is allowed.
+// rows of a block in different banks. WarpSums are float; products of float are exact unless TF32 is allowed.
 //
 // Lane i holds of a 16 x 8 block of sums: rows i / 4 and i / 4 + 8 in values {0, 1} and {2, 3}, columns 2 (i % 4) and
 // the next.
 #pragma once
 
-#include "device.h"
+#include "device.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 constexpr int kWarp = 32;
 
@@ -158,7 +158,7 @@ IPT_FAST_DEVICE void multiply_add(float (&c)[2][4], const BlockA& a, const Block
 
 // Rows x columns of sums, in blocks of 16 x 16.
 template <int Rows, int Columns>
-struct Sums {
+struct WarpSums {
     static_assert(Rows % 16 == 0 && Columns % 16 == 0);
     static constexpr int kDown = Rows / 16, kAcross = Columns / 16;
 
@@ -197,7 +197,7 @@ struct Sums {
 
 // Columns k .. k + depth<T>() of sums in one row of blocks, rounded to T, as a block of A; k is a multiple of it.
 template <class T, int Columns>
-IPT_FAST_DEVICE BlockA as_a(const Sums<16, Columns>& sums, int k) {
+IPT_FAST_DEVICE BlockA as_a(const WarpSums<16, Columns>& sums, int k) {
     BlockA a;
     const auto& c = sums.values[0][k / 16];
     if constexpr (sizeof(T) == 2) {
@@ -220,7 +220,7 @@ IPT_FAST_DEVICE BlockA as_a(const Sums<16, Columns>& sums, int k) {
 
 // sums += a b, with a (Rows, k) at a[row * a_stride + k] and b (k, Columns) at b[column * b_stride + k].
 template <class T, int Depth, int Rows, int Columns>
-IPT_FAST_DEVICE void multiply(Sums<Rows, Columns>& sums, const T* a, int a_stride, const T* b, int b_stride,
+IPT_FAST_DEVICE void multiply(WarpSums<Rows, Columns>& sums, const T* a, int a_stride, const T* b, int b_stride,
                               bool tf32) {
     static_assert(Depth % depth<T>() == 0);
 #pragma unroll
@@ -289,7 +289,7 @@ struct Vector {
         return vector;
     }
     IPT_FAST_DEVICE void store(T* to) const { store_words(to, words); }
-    IPT_FAST_DEVICE void store_global(T* to) const { ipt_fast::store_global(to, words); }
+    IPT_FAST_DEVICE void store_global(T* to) const { ipt_fast::cuda::store_global(to, words); }
 
     IPT_FAST_DEVICE void unpack(float (&values)[kValues]) const {
 #pragma unroll
@@ -387,4 +387,4 @@ IPT_FAST_DEVICE bool any_lane(bool x) {
 #endif
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

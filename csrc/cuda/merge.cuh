@@ -5,7 +5,7 @@
 
 #include "common/marks.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // y (rows, columns) = a (rows, inner) b (inner, columns): a and b with any strides, y contiguous.
 struct Product {
@@ -45,4 +45,4 @@ void merge(const MergeArguments& arguments, void* stream);
 // Why this library's kernels cannot run on the current GPU; empty if they can.
 const char* merge_error();
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -1,13 +1,13 @@
 // What the feed-forward network's kernel in 16 bits has in shared memory, and how its input, weights and taps come
-// there: see leffn_small_kernel.h.
+// there: see leffn_small.cuh.
 #pragma once
 
-#include "leffn_tile.h"
+#include "leffn_parts.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // The input of 8 pixels. As it comes from memory lane i has pixel i / 4, and of every kGroup channels the kLane from
-// kLane (i % 4) on, two a word; as operands of products, for every 16 terms, two words as tiles.h tells.
+// kLane (i % 4) on, two a word; as operands of products, for every 16 terms, two words as warp_tiles.cuh tells.
 template <int C>
 struct LeffnInput {
     static constexpr int kLane = C % 32 ? 4 : 8, kGroup = 4 * kLane, kWords = kLane / 2, kGroups = C / kGroup;
@@ -105,7 +105,7 @@ IPT_FAST_DEVICE void leffn_load(LeffnInput<C>& input, const T* pixel) {
 
 // Outside of the image zeros stay.
 template <class T, int C>
-IPT_FAST_DEVICE void leffn_normalise(LeffnInput<C>& input, const LeffnSmallTile<T, C>& tile, const LeffnParams& p,
+IPT_FAST_DEVICE void leffn_normalise(LeffnInput<C>& input, const LeffnSmallTile<T, C>& tile, const LeffnArguments& p,
                                      bool inside) {
     using Input = LeffnInput<C>;
     float sum = 0, squares = 0;
@@ -216,4 +216,4 @@ IPT_FAST_DEVICE void leffn_spread_taps(uint32_t* to, const T* from, int thread) 
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

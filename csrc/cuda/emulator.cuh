@@ -1,4 +1,4 @@
-// The functions of device.h on the CPU: blocks run one after another, every thread of a block on a stack of its own.
+// The functions of device.cuh on the CPU: blocks run one after another, every thread of a block on a stack of its own.
 //
 // It checks more than a GPU does: shared memory begins as NaN and its accesses through collectives stay inside it,
 // addresses are aligned, asynchronous copies arrive no sooner than they are waited for, lanes of a warp call the same
@@ -14,9 +14,9 @@
 #define IPT_FAST_KERNEL void
 #define IPT_FAST_BOUNDS(threads, blocks)
 #define IPT_FAST_DEVICE inline
-#define IPT_FAST_PARAMS(type) const type
+#define IPT_FAST_ARGUMENTS(type) const type
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 struct bf16 {
     uint16_t bits;
@@ -99,10 +99,10 @@ void copy_wait(int pending);
 int multiprocessors();
 // Instead of running it, writes a launch to the file that IPT_FAST_EMULATED_RECORD names, if it does: a line of the
 // kernel's place in this library, blocks, threads, bytes of shared memory, and the parameters, all but the numbers hex.
-bool recorded(const void* kernel, const void* params, size_t params_bytes, int64_t blocks, int threads,
+bool recorded(const void* kernel, const void* arguments, size_t arguments_bytes, int64_t blocks, int threads,
               int shared_bytes);
-void run(void (*body)(const void* kernel, const void* params), const void* kernel, const void* params, int64_t blocks,
-         int threads, int shared_bytes);
+void run(void (*body)(const void* kernel, const void* arguments), const void* kernel, const void* arguments,
+         int64_t blocks, int threads, int shared_bytes);
 void set_reversed(bool reversed);
 
 void shuffle_all(const Exchange (&lanes)[kWarp]);
@@ -236,13 +236,13 @@ struct Configuration {
 
 // Throws std::runtime_error if a check fails.
 template <class P>
-void launch(void (*kernel)(P), const P& params, const Configuration& c) {
-    auto body = [](const void* kernel, const void* params) {
-        reinterpret_cast<void (*)(P)>(const_cast<void*>(kernel))(*static_cast<const P*>(params));
+void launch(void (*kernel)(P), const P& arguments, const Configuration& c) {
+    auto body = [](const void* kernel, const void* arguments) {
+        reinterpret_cast<void (*)(P)>(const_cast<void*>(kernel))(*static_cast<const P*>(arguments));
     };
-    if (!emulator::recorded((const void*)kernel, &params, sizeof(P), c.blocks, c.threads, c.shared_bytes)) {
-        emulator::run(body, (const void*)kernel, &params, c.blocks, c.threads, c.shared_bytes);
+    if (!emulator::recorded((const void*)kernel, &arguments, sizeof(P), c.blocks, c.threads, c.shared_bytes)) {
+        emulator::run(body, (const void*)kernel, &arguments, c.blocks, c.threads, c.shared_bytes);
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -10,9 +10,10 @@
 // tokens 27 KB, the weights of v 20 KB, attention 21 KB.
 #pragma once
 
-#include "focal_tile_kernel.h"
+#include "focal_convolve.cuh"
+#include "focal_tile.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 constexpr int kApplyThreads = 256;
 
@@ -65,7 +66,7 @@ IPT_FAST_DEVICE void attend_tokens(T* own, const T* attention, bool tf32, Weight
         for (int v = 0; v < 4; ++v) {
             weights[v / 2][v % 2] = weight(head, v / 2, v % 2);
         }
-        Sums<16, D> top, bottom;
+        WarpSums<16, D> top, bottom;
         top.clear();
         bottom.clear();
         const T* matrix = attention + head * 2 * D * a_stride;
@@ -96,8 +97,9 @@ IPT_FAST_DEVICE void attend_tokens(T* own, const T* attention, bool tf32, Weight
 
 template <class T, int C, int D>
 IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
-                                               : C > 48 ? 2
-                                                        : 3) focal_apply_kernel(IPT_FAST_PARAMS(FocalLayerParams) p) {
+                                               : C > 48       ? 2
+                                                              : 3)
+    focal_apply_kernel(IPT_FAST_ARGUMENTS(FocalAttentionLayerArguments) p) {
     using S = ApplyShared<T, C, D>;
     constexpr int vectors = C / Vector<T>::kValues;
     S& shared = *shared_memory<S>();
@@ -163,7 +165,7 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
         copy_wait<0>();
         sync_block();
         if (busy) {
-            Sums<16, C> sums;
+            WarpSums<16, C> sums;
             sums.clear();
 #pragma unroll 1
             for (int k = 0; k < C; k += depth<T>()) {
@@ -202,4 +204,4 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kApplyThreads, sizeof(T) == 4 ? 1
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

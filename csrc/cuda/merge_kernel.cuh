@@ -1,10 +1,10 @@
 // A block makes 64 x 32 values of a product, or 1024 of a depthwise sum. The weights are a few hundred kilobytes.
 #pragma once
 
-#include "merge.h"
-#include "tiles.h"
+#include "merge.cuh"
+#include "warp_tiles.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 template <class T>
 struct MergeShared {
@@ -33,7 +33,7 @@ IPT_FAST_DEVICE void make_product(const Product& p, int block, bool tf32) {
     const int row = block / across * kMergeRows, column = block % across * kMergeColumns;
     const T* a = static_cast<const T*>(p.a) + row * p.a_row;
     const T* b = static_cast<const T*>(p.b) + column * p.b_column;
-    Sums<16, kMergeColumns> sums;
+    WarpSums<16, kMergeColumns> sums;
     sums.clear();
     for (int k = 0; k < p.inner; k += kMergeInner) {
         sync_block();
@@ -89,7 +89,7 @@ IPT_FAST_DEVICE void make_sum(const DepthwiseSum& s, int block) {
 }
 
 template <class T>
-IPT_FAST_KERNEL IPT_FAST_BOUNDS(kMergeThreads, 4) merge_kernel(IPT_FAST_PARAMS(MergeArguments) p) {
+IPT_FAST_KERNEL IPT_FAST_BOUNDS(kMergeThreads, 4) merge_kernel(IPT_FAST_ARGUMENTS(MergeArguments) p) {
     int block = (int)block_index();
 #pragma unroll
     for (int i = 0; i < kMergeProducts; ++i) {
@@ -104,4 +104,4 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS(kMergeThreads, 4) merge_kernel(IPT_FAST_PARAMS(M
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

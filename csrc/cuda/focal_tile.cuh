@@ -1,11 +1,11 @@
-// What both passes of the focal attention layer share: tiles of the map in shared memory, normalised, projected and
-// convolved, pixel by pixel in rows of channels. A tile has a border of one pixel, which is zero outside of the image.
+// What both passes of the focal attention layer share: tiles of the map in shared memory, normalised and projected,
+// pixel by pixel in rows of channels. A tile has a border of one pixel, which is zero outside of the image.
 #pragma once
 
-#include "focal_attention_layer.h"
-#include "tiles.h"
+#include "focal_attention_layer.cuh"
+#include "warp_tiles.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 constexpr int kFocalColumns = 16;  // most columns of a tile
 
@@ -40,7 +40,7 @@ struct FocalBlock {
     int tiles_across, tiles;
     int tile_rows, tile_columns;  // but for the last
 
-    IPT_FAST_DEVICE static FocalBlock at(const FocalLayerParams& p, int index, int most_rows) {
+    IPT_FAST_DEVICE static FocalBlock at(const FocalAttentionLayerArguments& p, int index, int most_rows) {
         FocalBlock b;
         b.across = index % p.horizontal.blocks;
         index /= p.horizontal.blocks;
@@ -59,7 +59,7 @@ struct FocalBlock {
     }
 
     // The first attention matrix of its window.
-    IPT_FAST_DEVICE int64_t matrix(const FocalLayerParams& p, int branch) const {
+    IPT_FAST_DEVICE int64_t matrix(const FocalAttentionLayerArguments& p, int branch) const {
         const int64_t window = (int64_t)image * p.vertical.windows + p.vertical.window_of(branch, down);
         return (window * p.horizontal.windows + p.horizontal.window_of(branch, across)) * p.heads * 2;
     }
@@ -107,7 +107,7 @@ struct FocalNorm {
 // norm and depthwise taps, [tap][channel], of channels channel(i), i < Channels, to shared memory. By the whole block
 // of Threads, which asks for several values before it stores one.
 template <class T, int C, int Channels, int Threads, class Channel>
-IPT_FAST_DEVICE void load_small(const FocalLayerParams& p, FocalNorm<C>& norm, T* taps, Channel channel) {
+IPT_FAST_DEVICE void load_small(const FocalAttentionLayerArguments& p, FocalNorm<C>& norm, T* taps, Channel channel) {
     constexpr int each = (9 * Channels + Threads - 1) / Threads;
     static_assert(C <= Threads);
     const T* weight = static_cast<const T*>(p.depthwise_weight);
@@ -153,7 +153,7 @@ struct PixelShare {
     // f(pixel, its row and column in the map, whether that has it) for the thread's pixels. Of a warp all lanes go on
     // together, maybe to pixels that the tile does not have.
     template <class F>
-    IPT_FAST_DEVICE void for_pixels(const FocalLayerParams& p, F f) const {
+    IPT_FAST_DEVICE void for_pixels(const FocalAttentionLayerArguments& p, F f) const {
         const int step = block_threads() / kLanes, own = (int)((unsigned)thread_index() / kLanes);
 #pragma unroll 1
         for (int first = 0; first < pixels; first += step) {
@@ -167,7 +167,8 @@ struct PixelShare {
 
 // The pixels of a tile and its border, asynchronously; to be committed, waited for and normalised. By the whole block.
 template <class T, int C>
-IPT_FAST_DEVICE void copy_pixels(T* to, int stride, const FocalLayerParams& p, int image, const FocalTile& tile) {
+IPT_FAST_DEVICE void copy_pixels(T* to, int stride, const FocalAttentionLayerArguments& p, int image,
+                                 const FocalTile& tile) {
     const PixelShare<T, C> share(tile);
     const T* x = static_cast<const T*>(p.x) + (int64_t)image * p.height * p.width * C;
     share.for_pixels(p, [&](int pixel, int map_y, int map_x, bool there) {
@@ -184,8 +185,8 @@ IPT_FAST_DEVICE void copy_pixels(T* to, int stride, const FocalLayerParams& p, i
 // What copy_pixels() has brought becomes normalised, and zeros outside of the image. Every thread has its own copies.
 // Of a lane's vectors `Held` have their weights in registers.
 template <class T, int C, int Held>
-IPT_FAST_DEVICE void normalise_pixels(T* pixels, int stride, const FocalLayerParams& p, const FocalTile& tile,
-                                      const FocalNorm<C>& norm) {
+IPT_FAST_DEVICE void normalise_pixels(T* pixels, int stride, const FocalAttentionLayerArguments& p,
+                                      const FocalTile& tile, const FocalNorm<C>& norm) {
     constexpr int values = Vector<T>::kValues;
     using Share = PixelShare<T, C>;
     const Share share(tile);
@@ -272,7 +273,7 @@ IPT_FAST_DEVICE void project_in_place(T* pixels, int stride, int count, const T*
         sync_warp();
 #pragma unroll 1
         for (int column = 0; column < Columns; column += chunk) {
-            Sums<Rows, chunk> sums;
+            WarpSums<Rows, chunk> sums;
             sums.clear();
 #pragma unroll
             for (int k = 0; k < steps; ++k) {
@@ -292,114 +293,4 @@ IPT_FAST_DEVICE void project_in_place(T* pixels, int stride, int count, const T*
     }
 }
 
-// ---- depthwise convolution, 3 x 3 ----------------------------------------------------------------------------------
-
-constexpr int kConvolvedChannels = 8, kConvolvedRows = 4;  // of convolve_rows
-
-// Two channels of float, two columns wide and `rows` down, begun at the pixel above and left of the first:
-// emit(row, sums of [column][channel]).
-template <class Emit>
-IPT_FAST_DEVICE void convolve_strip(const float* from, int stride, int across, int rows, const float* taps,
-                                    int tap_stride, Emit emit) {
-    float tap[9][2];
-#pragma unroll
-    for (int i = 0; i < 9; ++i) {
-        load_pair(taps + i * tap_stride, tap[i][0], tap[i][1]);
-    }
-    // Every row of pixels is the lowest of one row of sums, the middle of the next, and the highest of that after it.
-    float low[2][2] = {}, middle[2][2] = {};
-#pragma unroll 1
-    for (int row = 0; row < rows + 2; ++row) {
-        float in[4][2];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            load_pair(from + (row * across + i) * stride, in[i][0], in[i][1]);
-        }
-        float sums[2][2];
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-            const int i = v / 2, c = v % 2;
-            float done = low[i][c], next = middle[i][c], begun = 0;
-#pragma unroll
-            for (int x = 0; x < 3; ++x) {
-                done += in[i + x][c] * tap[6 + x][c];
-                next += in[i + x][c] * tap[3 + x][c];
-                begun += in[i + x][c] * tap[x][c];
-            }
-            sums[i][c] = done;
-            low[i][c] = next;
-            middle[i][c] = begun;
-        }
-        sync_warp();
-        if (row >= 2) {
-            emit(row - 2, sums);
-        }
-    }
-}
-
-// Eight channels of up to four rows of `columns` pixels by a warp, begun at the pixel above and left of the first:
-// emit(row, column, channel, sum, sum of the next channel), which may write to that row and column of `from`, as no
-// lane reads the row any more. Values of 16 bits by tensor cores: a row of pixels, moved by a tap, times the tap's
-// weights on the diagonal of a matrix, two taps at a time.
-template <class T, class Emit>
-IPT_FAST_DEVICE void convolve_rows(const T* from, int stride, int across, int columns, int rows, const T* taps,
-                                   int tap_stride, Emit emit) {
-    const int lane = lane_index();
-    if constexpr (sizeof(T) == 4) {
-        const int channel = lane % 4 * 2, x = lane / 4 * 2;
-        convolve_strip(from + (x < columns ? x : 0) * stride + channel, stride, across, rows, taps + channel,
-                       tap_stride, [&](int y, const float (&sums)[2][2]) {
-                           if (x < columns) {
-                               emit(y, x, channel, sums[0][0], sums[0][1]);
-                           }
-                           if (x + 1 < columns) {
-                               emit(y, x + 1, channel, sums[1][0], sums[1][1]);
-                           }
-                       });
-    } else {
-        uint32_t diagonal[9];
-#pragma unroll
-        for (int i = 0; i < 9; ++i) {
-            const uint32_t bits = taps[i * tap_stride + lane / 4].bits;
-            const int place = lane / 4 - lane % 4 * 2;
-            diagonal[i] = place == 0 ? bits : place == 1 ? bits << 16 : 0;
-        }
-        // Columns beyond the last repeat it, and rows too: their sums go nowhere.
-        const T* own = from + (lane % 16 < columns ? lane % 16 : columns - 1) * stride;
-        const int side = lane / 16, line = across * stride;
-        const auto row_at = [&](int row) { return own + (row < rows + 1 ? row : rows + 1) * line; };
-        // As loaded they are operands: of each row its left and middle taps, of two rows their right taps.
-        uint32_t left[kConvolvedRows + 2][4], right[kConvolvedRows / 2 + 1][4];
-#pragma unroll
-        for (int y = -1; y < kConvolvedRows; ++y) {
-#pragma unroll
-            for (int row = y < 0 ? 0 : y + 2; row < y + 3; ++row) {
-                load_matrices(left[row], row_at(row) + side * stride);
-                if (row % 2 == 0) {
-                    load_matrices(right[row / 2], row_at(row + side) + 2 * stride);
-                }
-            }
-            if (y >= 0 && y < rows) {
-                // The right tap that remains of three: twice, as zeros times any other could be no zeros.
-                const bool even = y % 2 == 0;
-                const uint32_t* its = right[(even ? y + 2 : y) / 2] + (even ? 0 : 2);
-                const uint32_t last[4] = {its[0], its[1], its[0], its[1]};
-                float sums[4] = {};
-                multiply_add(sums, left[y], diagonal[0], diagonal[1], T{});
-                multiply_add(sums, left[y + 1], diagonal[3], diagonal[4], T{});
-                multiply_add(sums, left[y + 2], diagonal[6], diagonal[7], T{});
-                multiply_add(sums, right[(y + 1) / 2], diagonal[even ? 2 : 5], diagonal[even ? 5 : 8], T{});
-                multiply_add(sums, last, diagonal[even ? 8 : 2], 0, T{});
-                sync_warp();
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    if (lane / 4 + i * 8 < columns) {
-                        emit(y, lane / 4 + i * 8, lane % 4 * 2, sums[2 * i], sums[2 * i + 1]);
-                    }
-                }
-            }
-        }
-    }
-}
-
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -9,9 +9,9 @@
 #include <optional>
 #include <vector>
 
-#include "device.h"
+#include "device.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -73,4 +73,4 @@ T* values(Tensor& x) {
     return static_cast<T*>(x.data_ptr());
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

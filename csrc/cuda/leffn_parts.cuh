@@ -1,10 +1,10 @@
 // What the feed-forward network's kernels in 16 bits and of float share: GELU, and where a tile lies.
 #pragma once
 
-#include "leffn.h"
-#include "tiles.h"
+#include "leffn.cuh"
+#include "warp_tiles.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // x Phi(x). To be rounded to 16 bits: max(x, 0) - t Phi(-t) for t = |x|, with a polynomial for log2 Phi(-t) (minimax in
 // the error of t Phi(-t), which is at most 6e-7, and at most 8e-5 of it for t below 3).
@@ -35,11 +35,11 @@ struct LeffnPlace {
 };
 
 template <class Tile>
-IPT_FAST_DEVICE LeffnPlace leffn_place(const LeffnParams& p) {
+IPT_FAST_DEVICE LeffnPlace leffn_place(const LeffnArguments& p) {
     const int across = (p.width + Tile::kWide - 1) / Tile::kWide, down = (p.height + Tile::kHigh - 1) / Tile::kHigh;
     const int64_t block = block_index(), row = block / across;
     return {row / down * p.height * p.width, (int)(row % down) * Tile::kHigh, (int)(block % across) * Tile::kWide,
             p.height, p.width};
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -1,9 +1,9 @@
 // What a block of the grid attention layer does besides attention: weights, pixels, norm, products with weights.
 #pragma once
 
-#include "lattice_attention.h"
+#include "lattice_attention.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 template <class T, int Channels, int Width, int Side>
 struct GridLayer {
@@ -38,10 +38,10 @@ struct GridLayer {
     using Attention = LatticeAttention<T, Width, Side, kDown, kChunk>;
 };
 
-// sums += a b as multiply() of tiles.h has it, for `Down` blocks of 16 rows.
+// sums += a b as multiply() of warp_tiles.cuh has it, for `Down` blocks of 16 rows.
 template <class T, int Depth, int Down, int Columns>
-IPT_FAST_DEVICE void multiply_rows(Sums<16, Columns> (&sums)[Down], const T* a, int a_stride, const T* b, int b_stride,
-                                   bool tf32) {
+IPT_FAST_DEVICE void multiply_rows(WarpSums<16, Columns> (&sums)[Down], const T* a, int a_stride, const T* b,
+                                   int b_stride, bool tf32) {
     constexpr int step = sizeof(T) == 2 ? 16 : 8;
 #pragma unroll(sizeof(T) == 2 ? Depth / step : 1)  // exact products of float are long
     for (int k = 0; k < Depth; k += step) {
@@ -62,7 +62,7 @@ IPT_FAST_DEVICE void multiply_rows(Sums<16, Columns> (&sums)[Down], const T* a, 
 }
 
 template <class T, class Layer>
-IPT_FAST_DEVICE void copy_qkv_weight(T* to, const GridAttentionLayerParams& p, int head) {
+IPT_FAST_DEVICE void copy_qkv_weight(T* to, const GridAttentionLayerArguments& p, int head) {
     const T* from = static_cast<const T*>(p.qkv_weight) + (int64_t)head * Layer::kWidth * Layer::kChannels;
     copy_rows(to, Layer::kPixel, 3 * Layer::kWidth, Layer::kChannels, [&](int row) {
         return from + (row / Layer::kWidth * Layer::kChannels + row % Layer::kWidth) * Layer::kChannels;
@@ -70,7 +70,7 @@ IPT_FAST_DEVICE void copy_qkv_weight(T* to, const GridAttentionLayerParams& p, i
 }
 
 template <class T, class Layer>
-IPT_FAST_DEVICE void copy_project_weight(T* to, const GridAttentionLayerParams& p, int head) {
+IPT_FAST_DEVICE void copy_project_weight(T* to, const GridAttentionLayerArguments& p, int head) {
     const T* from = static_cast<const T*>(p.project_weight) + head * Layer::kWidth;
     copy_rows(to, Layer::kHead, Layer::kChannels, Layer::kWidth, [&](int row) {
         const int in_span = row % Layer::kSpan;  // column 2 m + v of block j gets channel m kSpan / 4 + 2 j + v
@@ -96,7 +96,7 @@ IPT_FAST_DEVICE void gather(T* to, const T* x, const Points& points, int first) 
 // The norm's parameters to the padding of y's rows: weights of channels 2 i and 2 i + 1, then biases, in row i. By the
 // whole block.
 template <class T, class Layer>
-IPT_FAST_DEVICE void load_norm(T* y, const GridAttentionLayerParams& p) {
+IPT_FAST_DEVICE void load_norm(T* y, const GridAttentionLayerArguments& p) {
     static_assert(Layer::kChannels / 2 <= Layer::kStage && Layer::kPixel - Layer::kChannels == Vector<T>::kValues);
     for (int i = thread_index(); i < Layer::kChannels / 2; i += Layer::kThreads) {
         uint32_t words[4];
@@ -111,7 +111,7 @@ IPT_FAST_DEVICE void load_norm(T* y, const GridAttentionLayerParams& p) {
 
 // norm(x) in place of x, zeros where the group has no point; by the warp, four lanes a row. `y` has the parameters.
 template <class T, class Layer>
-IPT_FAST_DEVICE void normalise(T* rows, const T* y, const GridAttentionLayerParams& p, const Points& points,
+IPT_FAST_DEVICE void normalise(T* rows, const T* y, const GridAttentionLayerArguments& p, const Points& points,
                                int first) {
     constexpr int pairs = Layer::kChannels / 8;
     const int lane = lane_index(), column = lane % 4 * 2;
@@ -245,4 +245,4 @@ IPT_FAST_DEVICE void add_projection(float* out, const float* x, Offset offset,
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -3,17 +3,17 @@
 
 #include <type_traits>
 
-#include "leffn_float_kernel.h"
-#include "leffn_small_kernel.h"
+#include "leffn_float.cuh"
+#include "leffn_small.cuh"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 template <class T, int C>
 using LeffnTile = std::conditional_t<sizeof(T) == 2, LeffnSmallTile<T, C>, LeffnFloatTile<C>>;
 
 template <class T, int C>
 IPT_FAST_KERNEL IPT_FAST_BOUNDS((LeffnTile<T, C>::kThreads), (LeffnTile<T, C>::kBlocks))
-    leffn_kernel(IPT_FAST_PARAMS(LeffnParams) p) {
+    leffn_kernel(IPT_FAST_ARGUMENTS(LeffnArguments) p) {
     if constexpr (sizeof(T) == 2) {
         leffn_small<T, C>(p);
     } else {
@@ -21,4 +21,4 @@ IPT_FAST_KERNEL IPT_FAST_BOUNDS((LeffnTile<T, C>::kThreads), (LeffnTile<T, C>::k
     }
 }
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda

@@ -8,7 +8,7 @@
 
 #include "common/marks.h"
 
-namespace ipt_fast {
+namespace ipt_fast::cuda {
 
 // An axis of the map in blocks: Axis of windows.h for two branches, in numbers that fit 32 bits.
 struct FocalAxis {
@@ -42,7 +42,7 @@ struct FocalAxis {
     IPT_FAST_BOTH int next_part(int block) const { return block % 2 == 0 ? part : window - part; }
 };
 
-struct FocalLayerParams {
+struct FocalAttentionLayerArguments {
     const void *x, *qkv_weight, *depthwise_weight, *project_weight;
     const void *norm_weight, *norm_bias;  // the bias may be null
     const void *temperature, *token_weight, *top_weight, *bottom_weight;
@@ -60,10 +60,10 @@ struct FocalLayerParams {
 // Two products of q and k, then for each the squared norms of q's channels and of k's.
 IPT_FAST_BOTH constexpr int focal_slot(int depth) { return 2 * depth * (depth + 2); }
 
-inline int64_t focal_blocks(const FocalLayerParams& p) {
+inline int64_t focal_blocks(const FocalAttentionLayerArguments& p) {
     return (int64_t)p.images * p.vertical.blocks * p.horizontal.blocks * p.splits;
 }
-inline int64_t focal_matrices(const FocalLayerParams& p) {
+inline int64_t focal_matrices(const FocalAttentionLayerArguments& p) {
     return (int64_t)p.images * p.vertical.windows * p.horizontal.windows * p.heads * 2;
 }
 
@@ -74,6 +74,6 @@ constexpr bool focal_layer_takes(int64_t channels, int64_t depth) {
 }
 
 template <class T>
-void focal_attention_layer(const FocalLayerParams& params, void* stream);
+void focal_attention_layer(const FocalAttentionLayerArguments& arguments, void* stream);
 
-}  // namespace ipt_fast
+}  // namespace ipt_fast::cuda
