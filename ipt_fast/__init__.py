@@ -7,11 +7,11 @@ Models by name (:func:`create_model`), restoration of images (:func:`restore`), 
 from typing import TYPE_CHECKING, Any
 
 from . import models, modules, ops, reference
+from ._version import __version__ as __version__
 from .models import create_model, list_models, load_checkpoint
 from .ops._explain import explain
 from .ops._select import keep_backend, use_backend
 
-__version__ = "0.1.0"
 __all__ = [
     "create_model",
     "explain",

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
+from .models.contract import BYTES_PER_PIXEL_AND_CHANNEL as BYTES_PER_PIXEL_AND_CHANNEL
+from .models.contract import BYTES_WITH_FUSED_LAYERS as BYTES_WITH_FUSED_LAYERS
+from .models.contract import Memory
+
 BLENDS = ("cosine", "average")
 PROCEDURES = ("blend", "paper", "official")  # of models with one size of input
 PROCEDURE_OVERLAP = 10
 DEFAULT_TILE = 512
 SMALLEST_AUTO_TILE = 128
-BYTES_PER_PIXEL_AND_CHANNEL = 250
-BYTES_WITH_FUSED_LAYERS = 50
 
 
 def count_tiles(length: int, tile: int, overlap: int) -> int:
@@ -98,20 +100,21 @@ def official_end(length: int, tile: int, scale: int) -> int:
     return (length - rest) * scale - (tile - rest) * scale // 2
 
 
-def tile_limit(config: object, available: int, batch: int = 1, fused: bool = False) -> int:
-    """The largest square tile that a model of ``config`` should be run on with ``available`` bytes, at least 128.
+def largest_tile(memory: Memory | None, available: int, batch: int = 1, fused: bool = False) -> int:
+    """The largest square tile, at least 128, for a forward pass that takes so much memory.
 
-    The forward pass of a model takes about 250 bytes for each pixel and each channel of ``config.width``, 50 where the
-    layers run on the C++ kernels (``fused``); half of what is available may be taken. Measured as peak resident memory
-    (VmHWM) less that after an image of 64 x 64 (VmRSS) of merged models, fp32, CPU: tiny 243 at 256 x 256 and 246 at
-    512 x 512, small 204 and 183, base 229 at 256 x 256; autocast to bf16 took as much. The C++ kernels took 39 for
-    small at 3840 x 2160. A model without a ``width`` in its config gets 512.
+    Half of the ``available`` bytes may be taken. 512 where the memory is not known.
     """
-    width = getattr(config, "width", None)
-    if width is None:
+    if memory is None:
         return DEFAULT_TILE
-    size = BYTES_WITH_FUSED_LAYERS if fused else BYTES_PER_PIXEL_AND_CHANNEL
-    return max(math.isqrt(available // (2 * size * width * max(batch, 1))), SMALLEST_AUTO_TILE)
+    size = memory.per_pixel_fused if fused else memory.per_pixel
+    return max(math.isqrt(available // (2 * size * max(batch, 1))), SMALLEST_AUTO_TILE)
+
+
+def tile_limit(config: object, available: int, batch: int = 1, fused: bool = False) -> int:
+    """:func:`largest_tile` of a U-shaped model by the ``width`` of its config; 512 for a config without one."""
+    width = getattr(config, "width", None)
+    return largest_tile(None if width is None else Memory.of_width(width), available, batch, fused)
 
 
 def available_memory(device: torch.device) -> int:

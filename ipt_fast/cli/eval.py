@@ -5,7 +5,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -72,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if scale is not None and (args.sigma or args.target):
             raise ValueError(f"{args.task or args.model} magnifies {scale} times: leave out --sigma and --target")
         crop = (scale or 0) if args.crop is None else args.crop
-        # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
-        restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
+        restorer.try_one_pixel()
         for folder in args.data:
             for sigma in args.sigma or [None]:
                 evaluation = evaluate(

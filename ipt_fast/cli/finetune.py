@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         raise ValueError("--model must be the folder of a saved model, or one that ships")
     args.model = str(saved_folder(args.model))
-    tasks = getattr(open_model(args.model).config, "tasks", ())
+    tasks = open_model(args.model).contract.tasks
     if args.task is None and len(tasks) > 1:
         raise ValueError(f"--task must name the one of {', '.join(tasks)} to keep")
     return train.run(args)

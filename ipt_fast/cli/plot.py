@@ -15,7 +15,7 @@ from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
 from ..evaluation.runner import resized
 from ..inference import Restorer
-from ..models import IPT, open_model
+from ..models import open_model
 from ..models._pretrained import PretrainedModel
 from ._arguments import Subparsers
 
@@ -62,11 +62,9 @@ def run(args: argparse.Namespace) -> int:
 def _restoration(model: PretrainedModel, args: argparse.Namespace) -> PIL.Image.Image:
     pixels = read_image(args.image).pixels
     clean = torch.from_numpy(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max).permute(2, 0, 1)
-    if isinstance(model, IPT):
-        task = model.config.tasks[model.task_index(args.task)]
-        restorer = Restorer(model, task=task)
-    else:
-        task, restorer = args.task or "denoise50", Restorer(model)
+    tasks = model.contract.tasks
+    restorer = Restorer(model, task=args.task if tasks else None)  # refuses to choose among several
+    task = args.task or (tasks[0] if tasks else "denoise50")
     scale = restorer.scale
     if task.startswith("sr_x") and scale == 1:
         raise ValueError(f"--task {task} magnifies, but {args.model} does not")

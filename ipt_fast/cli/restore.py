@@ -22,7 +22,7 @@ from ..evaluation.metrics import psnr
 from ..evaluation.protocols import get_protocol
 from ..evaluation.runner import list_images, resized
 from ..inference import Restorer
-from ..models import IPT, IPTV2, create_model, load_checkpoint, open_model
+from ..models import create_model, load_checkpoint, open_model
 from ..ops._select import POLICIES, policy
 from ..tiling import BLENDS
 from ._arguments import TILE_HELP, Subparsers, tile_size
@@ -102,8 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.noise is not None and restorer.scale > 1:
         raise ValueError(f"--noise takes the input itself as target, but the task magnifies {restorer.scale} times")
-    # One pixel first: a backend that cannot run is a wrong call, not a failure of every image.
-    restorer(np.zeros((1, 1, restorer.config.in_channels), np.float32))
+    restorer.try_one_pixel()
     _make_writable(pending[0][1].parent)
     failed = 0
     # Fractions of an image count, so that one large image has a progress and an ETA too.
@@ -243,10 +242,12 @@ def _open_model(args: argparse.Namespace) -> torch.nn.Module:
     if args.checkpoint is None:
         return open_model(args.model)
     model = create_model(args.model)
-    if isinstance(model, IPT):
-        raise ValueError(f"--checkpoint: make {args.checkpoint} a folder for --model first, with ipt-fast convert")
-    if isinstance(model, IPTV2):
-        model.reparameterize()  # the merged form takes checkpoints of both forms
+    if model.shape_is_in_weights:
+        raise ValueError(
+            f"--checkpoint must be for a model whose name tells its shape; got {args.model}: make {args.checkpoint} a "
+            "folder for --model first, with ipt-fast convert"
+        )
+    model.reparameterize()  # the merged form takes checkpoints of both forms
     return load_checkpoint(model, args.checkpoint)
 
 

@@ -1,7 +1,6 @@
 """Pictures of what an IPT has learned: how alike its positions, and its tasks, are (supplement, figures 1 and 3)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -22,10 +21,10 @@ def position_similarity(model: PretrainedModel) -> np.ndarray:
     Raises:
         ValueError: the model has none.
     """
-    body: Any = getattr(model, "body", None)
-    if getattr(body, "position_encoding", None) is None:
-        raise ValueError(f"this {type(model).__name__} has no position embeddings")
-    return _cosines(body.position_encoding.pe.weight)
+    positions = model.position_embedding()
+    if positions is None:
+        raise ValueError(f"model must have position embeddings; got {type(model).__name__}, which has none")
+    return _cosines(positions)
 
 
 def task_similarity(model: PretrainedModel) -> dict[str, np.ndarray]:
@@ -34,12 +33,10 @@ def task_similarity(model: PretrainedModel) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the model has none.
     """
-    body: Any = getattr(model, "body", None)
-    if getattr(body, "query_embed", None) is None:
-        raise ValueError(f"this {type(model).__name__} has no task embeddings")
-    tokens = model.config.tokens
-    weights = body.query_embed.weight
-    return {task: _cosines(row.view(tokens, -1)) for task, row in zip(model.config.tasks, weights, strict=True)}
+    tasks = model.task_embeddings()
+    if not tasks:
+        raise ValueError(f"model must have task embeddings; got {type(model).__name__}, which has none")
+    return {task: _cosines(embedding) for task, embedding in tasks.items()}
 
 
 def _cosines(embeddings: Tensor) -> np.ndarray:

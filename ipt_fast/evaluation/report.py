@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
 from .._files import atomic_write
+from .._version import __version__
 from .runner import FIGURES, Evaluation
 
 CSV_COLUMNS = ("model", "dataset", "protocol", "sigma", "images", *FIGURES)

@@ -1,26 +1,77 @@
-"""Saving a model as config.json and model.safetensors, and opening it again."""
+"""The base class of the models: its contract, presets, and files; saved as config.json and model.safetensors."""
 
 import copy
 import dataclasses
 import json
 import os
 import pathlib
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import huggingface_hub
 import safetensors.torch
-from torch import nn
+from torch import Tensor
 
 from .._files import atomic_write
+from ..modules._fusion import Fusable
 from .checkpoint import load_state, read_state_dict
+from .contract import Contract
 
 
-class PretrainedModel(nn.Module):
-    """A module with ``config``, an instance of the frozen dataclass ``config_class``, saved beside its weights."""
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model that has a name: the fields in which its config differs from the defaults of the class.
+
+    ``ships`` says that trained weights lie in ipt_fast/assets, in a folder of the preset's name.
+    """
+
+    config: dict[str, Any]
+    ships: bool = False
+
+
+class PretrainedModel(Fusable):
+    """A module with ``config``, an instance of the frozen dataclass ``config_class``, saved beside its weights.
+
+    A model needs these two, ``contract`` and a forward; whatever it can do beyond that overrides a method here. The
+    decorator :func:`ipt_fast.models.register` lets it be made and opened by the names of its ``presets``.
+    """
 
     config: Any
-    config_class: type
-    plain = False  # True in a plain twin
+    config_class: ClassVar[type]
+    presets: ClassVar[dict[str, Preset]] = {}
+    # Fields of the config that may be others than those of saved weights, as the weights are brought into that form.
+    free_fields: ClassVar[frozenset[str]] = frozenset()
+    # Whether a file of weights is opened by its own shape, and a preset only tells what it does not: `open_weights`.
+    shape_is_in_weights: ClassVar[bool] = False
+
+    @property
+    def contract(self) -> Contract:
+        """What the model takes, gives and can do."""
+        raise NotImplementedError(f"{type(self).__name__} must have a contract")
+
+    def reparameterize(self) -> None:
+        """Merge the branches, in place; idempotent. A model without branches is left as it is."""
+
+    def only(self, task: str | int) -> "PretrainedModel":
+        """The model for one task; of a model that does one thing, itself.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        if task != "denoise":
+            raise ValueError(f"task must be denoise for {type(self).__name__}, which has no others; got {task!r}")
+        return self
+
+    def position_embedding(self) -> Tensor | None:
+        """The learned positions of its tokens (N, D), row by row of a square; None where it has none."""
+        return None
+
+    def task_embeddings(self) -> dict[str, Tensor]:
+        """The learned embedding of each task (N, D); empty where it has none."""
+        return {}
+
+    def forward_with_features(self, x: Tensor, task: str | int | None = None) -> tuple[Tensor, Tensor]:
+        """The output, and patch features (B, N, D) for the contrastive loss: of models for pre-training only."""
+        raise NotImplementedError(f"{type(self).__name__} has no patch features")
 
     def to_reference(self) -> Self:
         """A twin in plain PyTorch with copies of the same weights, for export to other runtimes.
@@ -30,9 +81,8 @@ class PretrainedModel(nn.Module):
         model's.
         """
         twin = copy.deepcopy(self)
-        module: Any
         for module in twin.modules():
-            if hasattr(type(module), "plain"):
+            if isinstance(module, Fusable):
                 module.plain = True
         return twin
 
@@ -74,8 +124,25 @@ class PretrainedModel(nn.Module):
         config = read_config(folder / "config.json")
         if config.pop("model", cls.__name__) != cls.__name__:
             raise ValueError(f"{folder} holds another architecture than {cls.__name__}")
-        model = cls(build_config(cls.config_class, {**config, **overrides}))
+        model = cls.from_fields({**config, **overrides})
         load_state(model, read_state_dict(folder), folder)
+        return model.eval()
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """A new model by the fields of its config."""
+        return cls(build_config(cls.config_class, fields))
+
+    @classmethod
+    def with_implied_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields that a user gave, and those that follow from them."""
+        return fields
+
+    @classmethod
+    def open_weights(cls, path: str | os.PathLike[str], preset: str, **fields: Any) -> Self:
+        """The model of a preset, in eval mode, with a file of weights; see :func:`ipt_fast.models.open_checkpoint`."""
+        model = cls.from_fields({**cls.presets[preset].config, **cls.with_implied_fields(fields)})
+        load_state(model, read_state_dict(path), path)
         return model.eval()
 
 

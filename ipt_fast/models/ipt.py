@@ -14,8 +14,10 @@ from ..modules.convolution import Conv2d, PixelShuffle, pixel_shuffle, pixel_uns
 from ..modules.transformer import DecoderLayer, EncoderLayer, in_dtype_of, without_autocast
 from ._ipt_config import MEAN, IPTConfig, config_of, scale_of
 from ._ipt_config import TASKS as TASKS
-from ._pretrained import PretrainedModel
+from ._pretrained import Preset, PretrainedModel
+from ._registry import register
 from .checkpoint import load_state, read_state_dict
+from .contract import Contract
 
 PART_TOKENS = 4096  # that a CPU infers at once: with more, memory that is new to the process costs a third of the time
 
@@ -116,6 +118,7 @@ class Body(nn.Module):
         super().__init__()
         self.config = config
         dim, hidden = config.dim, config.ratio * config.dim
+        self.query_embed: nn.Embedding | None = None
         if not config.no_mlp:
             self.linear_encoding = nn.Linear(dim, dim)
             # Where the published model has dropouts of 0 there is nothing.
@@ -138,7 +141,7 @@ class Body(nn.Module):
         if not config.no_mlp:
             x = self.linear_encoding(x) + x
         task = None
-        if hasattr(self, "query_embed"):
+        if self.query_embed is not None:
             number = torch.full((), index, dtype=torch.long, device=x.device)
             task = self.query_embed(number).view(config.tokens, -1)
         positions = None if config.no_pos else self.position_encoding()
@@ -150,6 +153,7 @@ class Body(nn.Module):
         return x if config.no_mlp else self.mlp_head(x) + x
 
 
+@register
 class IPT(PretrainedModel):
     """The image processing transformer: a head and a tail for each task around one encoder-decoder (section 3.1).
 
@@ -162,6 +166,14 @@ class IPT(PretrainedModel):
     """
 
     config_class = IPTConfig
+    shape_is_in_weights = True
+    presets = {
+        "ipt": Preset({}),
+        "ipt_tiny": Preset(
+            dict(tasks=("sr_x2", "derain", "denoise30", "denoise50"), features=16, layers=2, heads=6, ratio=4),
+            ships=True,
+        ),
+    }
 
     def __init__(self, config: IPTConfig) -> None:
         super().__init__()
@@ -176,6 +188,21 @@ class IPT(PretrainedModel):
         )
         self.body = Body(config)
         self.tail = nn.ModuleList(Tail(features, scale_of(task)) for task in config.tasks)
+
+    @property
+    def contract(self) -> Contract:
+        """Square colour images of one size, and several tasks, of which some magnify."""
+        config = self.config
+        return Contract(
+            in_channels=config.in_channels,
+            out_channels=config.in_channels,
+            image_size=config.image_size,
+            value_range=config.value_range,
+            tasks=config.tasks,
+            takes_task=True,
+            scale=self.scale,
+            objective="pretraining",
+        )
 
     def task_index(self, task: str | int | None = None) -> int:
         """The number of a task given by its name or number; None stands for the only one.
@@ -234,6 +261,15 @@ class IPT(PretrainedModel):
         self._check_image(x)
         return self._run(x, index)
 
+    def position_embedding(self) -> Tensor | None:
+        return None if self.config.no_pos else self.body.position_encoding.pe.weight
+
+    def task_embeddings(self) -> dict[str, Tensor]:
+        if self.body.query_embed is None:
+            return {}
+        rows = self.body.query_embed.weight
+        return {task: row.view(self.config.tokens, -1) for task, row in zip(self.config.tasks, rows, strict=True)}
+
     def _check_image(self, x: Tensor) -> None:
         _check.image(x, 3, self.sub_mean)
         size = self.config.image_size
@@ -258,6 +294,23 @@ class IPT(PretrainedModel):
         return pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
 
     @classmethod
+    def open_weights(cls, path: str | os.PathLike[str], preset: str, **fields: Any) -> "IPT":
+        state = read_state_dict(path)
+        if "heads" not in fields:
+            found, named = config_of(state, path, **{**fields, "heads": 1}), IPTConfig(**cls.presets[preset].config)
+            shapes = [(config.features, config.patch_size, config.layers) for config in (found, named)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"heads must be given: {path} has another shape than {preset}, which would tell them")
+            fields = {**fields, "heads": named.heads}
+        return cls._with_weights(state, path, fields)
+
+    @classmethod
+    def _with_weights(cls, state: dict[str, Tensor], path: str | os.PathLike, fields: dict[str, Any]) -> "IPT":
+        model = cls(config_of(state, path, **fields))
+        load_state(model, state, path)
+        return model.eval()
+
+    @classmethod
     def from_checkpoint(
         cls, path: str | os.PathLike, *, heads: int, tasks: Sequence[str] | None = None, **options: Any
     ) -> "IPT":
@@ -276,7 +329,4 @@ class IPT(PretrainedModel):
         Raises:
             ValueError: the file is no IPT, or an argument does not fit it.
         """
-        state = read_state_dict(path)
-        model = cls(config_of(state, path, heads=heads, tasks=tasks, **options))
-        load_state(model, state, path)
-        return model.eval()
+        return cls._with_weights(read_state_dict(path), path, {"heads": heads, "tasks": tasks, **options})

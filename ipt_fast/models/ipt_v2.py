@@ -1,15 +1,21 @@
 """IPT-V2 (Tu et al., IPT-V2: Efficient Image Processing Transformer using Hierarchical Attentions)."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN, _check
+from ..modules._fusion import Fusable
 from ..modules._layer import Branch, reason_against_fusing, residual
 from ..modules.convolution import Conv2d, PixelShuffle, PixelUnshuffle
 from ..modules.feed_forward import reparameterize
-from ._pretrained import PretrainedModel
+from ..modules.padding import crop, pad_to_multiple
+from ..modules.padding import pad_to_size as pad_to_size
+from ._pretrained import Preset, PretrainedModel
+from ._registry import register
+from .contract import Contract, Memory
 
 NORMS = ("bias_free", "with_bias")
 
@@ -81,7 +87,7 @@ class IPTV2Config:
             )
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(Fusable):
     """Half of a focal and global transformer block (eq. 1): attention and feed-forward, each normed and residual."""
 
     def __init__(self, channels: int, attention: Branch, config: IPTV2Config) -> None:
@@ -122,28 +128,7 @@ def _upsample(channels: int) -> nn.Sequential:
     return nn.Sequential(Conv2d(channels, 2 * channels, 3, padding=1, bias=False), PixelShuffle(2))
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) at the bottom and right to sides that are multiples, see :func:`pad_to_size`."""
-    height, width = ((size + multiple - 1) // multiple * multiple for size in x.shape[2:])
-    return pad_to_size(x, height, width)
-
-
-def pad_to_size(x: Tensor, height: int, width: int) -> Tensor:
-    """Pad (B, C, H, W) at the bottom and right: reflect up to size - 1 rows or columns, then replicate."""
-    for axis, length in ((2, height), (3, width)):
-        size = x.shape[axis]
-        index = torch.arange(length, device=x.device)
-        x = x.index_select(axis, ((size - 1) - (size - 1 - index).abs()).clamp(min=0))
-    return x
-
-
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The top left (height, width) of a map, as a copy: a view's strides would tie a compiled graph to one size."""
-    for axis, size in ((2, height), (3, width)):
-        x = x.index_select(axis, torch.arange(size, device=x.device))
-    return x
-
-
+@register
 class IPTV2(PretrainedModel):
     """IPT-V2, a U-shaped transformer for image restoration (section 3.2, table 10).
 
@@ -154,6 +139,16 @@ class IPTV2(PretrainedModel):
     """
 
     config_class = IPTV2Config
+    free_fields = frozenset({"merged"})
+    presets = {
+        "ipt_v2_tiny": Preset(
+            dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1),
+            ships=True,
+        ),
+        "ipt_v2_small": Preset(dict(width=32, depths=(4, 6, 6, 8), refinement=0, window_size=32, grid_size=8)),
+        "ipt_v2_base": Preset(dict(width=48, depths=(4, 6, 6, 8), refinement=4, window_size=32, grid_size=16)),
+        "ipt_v2_base_plus": Preset(dict(width=48, depths=(6, 8, 8, 10), refinement=6, window_size=32, grid_size=16)),
+    }
 
     def __init__(self, config: IPTV2Config) -> None:
         super().__init__()
@@ -194,6 +189,25 @@ class IPTV2(PretrainedModel):
         if config.in_channels == 2 * config.out_channels:
             return (x[:, : config.out_channels] + x[:, config.out_channels :]) / 2
         return x.expand(-1, config.out_channels, -1, -1)
+
+    @classmethod
+    def with_implied_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """``out_channels`` follows ``in_channels``: as many, and 3 for two views in 6 channels."""
+        if "in_channels" not in fields:
+            return fields
+        channels = fields["in_channels"]
+        return {"out_channels": 3 if channels == 6 else channels, **fields}
+
+    @property
+    def contract(self) -> Contract:
+        """Images of any size, one thing to do."""
+        config = self.config
+        return Contract(
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            memory=Memory.of_width(config.width),
+            reparameterize=self.reparameterize,
+        )
 
     @property
     def config(self) -> IPTV2Config:

@@ -28,6 +28,16 @@ _STOCK: dict[type[nn.Module], Callable[..., Any]] = {cls: cls.forward for cls in
 _CONV_FORWARD = Conv2d._conv_forward
 
 
+class Fusable(nn.Module):
+    """A module that runs parts of itself as fused operators, unless it is ``plain``, or calls modules that do."""
+
+    plain = False  # True in the twins that `to_reference` makes
+
+    def reasons_against_fusing(self) -> dict[str, str | None]:
+        """{part: None if one operator computes it, else why its modules are called}, of parts that it fuses itself."""
+        return {}
+
+
 def stock(cls: type[ModuleT]) -> type[ModuleT]:
     """Class decorator: a fused operator may stand in for modules of exactly this class."""
     _STOCK[cls] = cls.forward

@@ -8,10 +8,8 @@ from .. import ops, reference
 from . import _fusion
 
 
-class OperatorModule(nn.Module):
+class OperatorModule(_fusion.Fusable):
     """A module that calls operators: those of :mod:`ipt_fast.ops` or, in a plain twin, their references."""
-
-    plain = False  # True in the twins that `to_reference` makes
 
     @property
     def operators(self) -> ModuleType:

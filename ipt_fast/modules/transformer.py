@@ -118,7 +118,7 @@ def _plus(x: Tensor, added: Tensor | None) -> Tensor:
     return x if added is None else x + added
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(_fusion.Fusable):
     """z = x + MSA(y + p, y + p, y) with y = LN(x); z + FFN(LN(z)) (eq. 1; p only where positions are added every time).
 
     Shape: (B, N, D) -> (B, N, D); positions (N, D) or None.
@@ -132,7 +132,6 @@ class EncoderLayer(nn.Module):
     norm1: nn.Module
     norm2: nn.Module
     norms = 2
-    plain = False  # True in the twins that `to_reference` makes
 
     def __init__(self, dim: int, num_heads: int, ratio: int = 4, norm: bool = True) -> None:
         super().__init__()

@@ -37,12 +37,7 @@ def build_model(config: TrainingConfig) -> PretrainedModel:
         model = open_model(config.model)
     else:
         model = create_model(config.model, **config.model_config)
-    only: Any = getattr(model, "only", None)
-    if config.task is None or (config.task == "denoise" and only is None):
-        return model
-    if only is None:
-        raise ValueError(f"task must be denoise for {type(model).__name__}, which has no others; got {config.task!r}")
-    return only(config.task)
+    return model if config.task is None else model.only(config.task)
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:

@@ -1,7 +1,6 @@
 """What a model is trained for: where its batches come from, and the loss and the quick PSNR of a model."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.utils.data import Dataset
 from ..data.dataset import ImageFolder, NoisyPatches, TaskPatches
 from ..data.stream import ImageStream
 from ..models._pretrained import PretrainedModel
-from ..models.ipt import scale_of
+from ..models.ipt import scale_of as scale_of  # programs import it from here
 from .config import TrainingConfig, per_stage
 from .distributed import World
 from .losses import LOSSES, contrastive_loss
@@ -21,9 +20,9 @@ class Denoising:
     """Blind Gaussian denoising with a model of images of any size."""
 
     def __init__(self, config: TrainingConfig, model: PretrainedModel, world: World):
-        channels = model.config.in_channels
+        channels = model.contract.in_channels
         if channels not in (1, 3):
-            raise ValueError(f"a denoising model must have 1 or 3 input channels, got in_channels={channels}")
+            raise ValueError(f"in_channels must be 1 or 3 for a denoising model; got {channels}")
         if config.contrastive:
             raise ValueError(f"contrastive must be 0 for {type(model).__name__}, which has no patch features")
         self.config = config
@@ -51,14 +50,17 @@ class Pretraining:
     """
 
     def __init__(self, config: TrainingConfig, model: PretrainedModel, world: World):
-        size = model.config.image_size
-        self.config, self.world, self.value_range = config, world, model.config.value_range
+        contract = model.contract
+        size = contract.image_size
+        if size is None:
+            raise ValueError(f"image_size must be a size for pre-training; got none in {type(model).__name__}")
+        self.config, self.world, self.value_range = config, world, contract.value_range
         self.patch_sizes = per_stage(config.patch_size or (size,) * len(per_stage(config.iterations)))
         if set(self.patch_sizes) != {size}:
             raise ValueError(f"patch_size must be {size}, the model's image_size, or left out; got {self.patch_sizes}")
         if config.contrastive and min(per_stage(config.batch_size)) < 2:
-            raise ValueError(f"batch_size must be at least 2 for the contrastive loss, got {config.batch_size}")
-        self.tasks = {task: scale_of(task) for task in model.config.tasks}
+            raise ValueError(f"batch_size must be at least 2 for the contrastive loss; got {config.batch_size}")
+        self.tasks = {task: contract.scale(task) for task in contract.tasks}
         self.images = ImageStream(config.data)
         self.loss_function = LOSSES[config.loss]
         for task in self.tasks.items():  # one without a degradation, or larger than the images, must show now
@@ -68,11 +70,10 @@ class Pretraining:
     def dataset(self, patch_size: int, batch_size: int) -> Dataset:
         return TaskPatches(self.images, patch_size, self.tasks, batch_size, self.config.sigma, self.config.seed)
 
-    def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    def loss(self, model: PretrainedModel, batch: Sequence[Tensor]) -> Tensor:
         degraded, clean, task = batch
         with _autocast(self.config, degraded):
-            with_features: Any = model.forward_with_features
-            output, features = with_features(degraded * self.value_range, int(task[0]))
+            output, features = model.forward_with_features(degraded * self.value_range, int(task[0]))
         loss = self.loss_function(output, clean * self.value_range)
         if self.config.contrastive:
             everyone = self.world.gather(features)
@@ -82,9 +83,13 @@ class Pretraining:
         return loss
 
 
+# By the names that models' contracts have for them.
+OBJECTIVES: dict[str, type[Denoising] | type[Pretraining]] = {"denoising": Denoising, "pretraining": Pretraining}
+
+
 def objective_of(config: TrainingConfig, model: PretrainedModel, world: World) -> Denoising | Pretraining:
     """What ``model`` can be trained for."""
-    return (Pretraining if hasattr(model.config, "tasks") else Denoising)(config, model, world)
+    return OBJECTIVES[model.contract.objective](config, model, world)
 
 
 def _autocast(config: TrainingConfig, images: Tensor) -> torch.autocast:

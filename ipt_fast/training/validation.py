@@ -64,7 +64,7 @@ class TaskValidation:
     def psnr(self, model: PretrainedModel, device: torch.device) -> float:
         """Mean PSNR in dB over images and tasks, outputs clipped to [0, 1], all channels together."""
         model.eval()
-        top, means = model.config.value_range, []
+        top, means = model.contract.value_range, []
         for name, inputs, targets in self.tasks:
             output = (model(inputs.to(device) * top, name).float() / top).clamp(0, 1)
             error = (output - targets.to(device)).square().flatten(1).mean(1)

@@ -295,7 +295,7 @@ def test_unwritable_folder_is_told_before_any_work(run, photos, tmp_path, capsys
         (["{photos}", "{out}", "--noise", "-5"], "--noise must be finite and at least 0"),
         (["{photos}", "{out}", "--tile", "3"], "tile must be"),
         (["{photos}", "{out}", "--task", "denoise"], "task must be None for IPTV2"),
-        (["{photos}", "{out}", "--device", "nowhere"], "device nowhere cannot be used"),
+        (["{photos}", "{out}", "--device", "nowhere"], "device must be usable; got nowhere"),
     ],
 )
 def test_wrong_calls_exit_with_2(run, photos, tmp_path, capsys, arguments, message):

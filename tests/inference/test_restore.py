@@ -372,9 +372,9 @@ def test_other_errors_of_the_model_are_not_swallowed():
 def test_non_finite_images_are_refused(bad):
     image = np.zeros((5, 5, 3), np.float32)
     image[2, 3, 1] = bad
-    with pytest.raises(ValueError, match="image holds NaN or infinity"):
+    with pytest.raises(ValueError, match="image must be finite; got NaN or infinity"):
         restore(image, nn.Identity())
-    with pytest.raises(ValueError, match="image holds NaN or infinity"):
+    with pytest.raises(ValueError, match="image must be finite; got NaN or infinity"):
         restore(torch.from_numpy(image)[None], nn.Identity())
 
 
@@ -425,8 +425,8 @@ def test_wrong_channels_and_modes(tiny):
         ({"dtype": "int8"}, "dtype must be"),
         ({"dtype": torch.float64}, "dtype must be"),
         ({"dtype": None}, "dtype must be"),
-        ({"device": "nowhere"}, "device nowhere cannot be used"),
-        ({"device": "cuda:99"}, "device cuda:99 cannot be used"),
+        ({"device": "nowhere"}, "device must be usable; got nowhere"),
+        ({"device": "cuda:99"}, "device must be usable; got cuda:99"),
     ],
 )
 def test_bad_arguments(arguments, message):

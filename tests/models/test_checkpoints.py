@@ -393,7 +393,7 @@ def test_pretrained_elsewhere_is_refused():
     with pytest.raises(ValueError):
         ipt_fast.create_model("ipt_v2_tiny", pretrained=True, **CONFIG)
     for change in ({"heads": 12}, {"pos_every": True}, {"tasks": ("sr_x2", "derain", "denoise30", "denoise40")}):
-        with pytest.raises(ValueError, match="pretrained: the weights of ipt_tiny are for"):
+        with pytest.raises(ValueError, match="as in the weights that ship for ipt_tiny; got"):
             ipt_fast.create_model("ipt_tiny", pretrained=True, **change)
     same = {"heads": 6, "tasks": ("sr_x2", "derain", "denoise30", "denoise50")}
     assert ipt_fast.create_model("ipt_tiny", pretrained=True, **same).config.heads == 6

@@ -86,7 +86,7 @@ def test_restoring_with_changed_models():
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert ipt_fast.restore(image, quantised).isfinite().all()
     model.to("meta")
-    with pytest.raises(ValueError, match="model has weights on the meta device"):
+    with pytest.raises(ValueError, match="model must have its weights in memory; got the meta device"):
         ipt_fast.restore(image, model)
     model, _ = build("ipt_v2")
     assert ipt_fast.inference.Restorer(model)._layers_are_fused() == _extension.load()

@@ -212,7 +212,7 @@ def test_bad_input(make_config, tmp_path):
         train(make_config("new", val=tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="patch_size 41 is larger"):
         train(make_config("new", iterations=(1, 1), patch_size=(16, 41), batch_size=(1, 1)))
-    with pytest.raises(ValueError, match="in_channels=6"):
+    with pytest.raises(ValueError, match="in_channels must be 1 or 3 for a denoising model; got 6"):
         train(make_config("new", model_config=make_config().model_config | {"in_channels": 6}))
     with pytest.raises(ValueError, match="no_such_model"):
         train(make_config("new", model="no_such_model"))

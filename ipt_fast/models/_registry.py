@@ -1,0 +1,122 @@
+"""The models by name: made, opened from a file of weights or from a folder that was saved."""
+
+import os
+import pathlib
+from typing import Any, TypeVar
+
+from ._pretrained import PretrainedModel, read_config
+
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+CLASSES: dict[str, type[PretrainedModel]] = {}  # by the name of the class, which a saved model holds
+PRESETS: dict[str, type[PretrainedModel]] = {}  # by the names of presets
+
+ModelT = TypeVar("ModelT", bound=type[PretrainedModel])
+
+
+def register(model: ModelT) -> ModelT:
+    """Class decorator: the model can be made and opened by the names of its ``presets``.
+
+    Raises:
+        ValueError: there is a model of that name.
+    """
+    if taken := sorted(model.presets.keys() & PRESETS.keys()) or [model.__name__] * (model.__name__ in CLASSES):
+        raise ValueError(f"presets must have new names; got {', '.join(taken)}")
+    CLASSES[model.__name__] = model
+    PRESETS.update(dict.fromkeys(model.presets, model))
+    return model
+
+
+def list_models() -> list[str]:
+    """The names :func:`create_model` knows."""
+    return list(PRESETS)
+
+
+def create_model(name: str, pretrained: bool = False, **config: Any) -> PretrainedModel:
+    """Build a model by name, in training form unless ``merged=True``.
+
+    Args:
+        name: one of :func:`list_models`.
+        pretrained: load the weights that ship with the package ("ipt_v2_tiny": blind colour Gaussian denoising,
+            σ 5 to 50 on the 0..255 scale; "ipt_tiny": its four tasks).
+        config: fields of the model's config to change, such as ``in_channels=1`` or ``norm="with_bias"``.
+            ``out_channels`` follows ``in_channels`` unless given (3 for two views in 6 channels).
+
+    Returns:
+        The module: a new one in training mode, a pretrained one in eval mode.
+
+    Raises:
+        ValueError: an unknown name or config field, or no shipped weights (for this config).
+    """
+    model = _class_of(name)
+    config = model.with_implied_fields(config)
+    if not pretrained:
+        return model.from_fields({**model.presets[name].config, **config})
+    folder = _shipped_folder(name)
+    saved = read_config(folder / "config.json")
+    for field in sorted(config.keys() & saved.keys() - model.free_fields):  # they could spoil the weights unnoticed
+        value = list(config[field]) if type(config[field]) is tuple else config[field]
+        if saved[field] != value:
+            raise ValueError(
+                f"{field} must be {saved[field]} as in the weights that ship for {name}; got {config[field]!r}"
+            )
+    return model.from_pretrained(folder, **config)
+
+
+def open_checkpoint(path: str | os.PathLike[str], name: str, **config: Any) -> PretrainedModel:
+    """A model in eval mode from a file of weights, which must fit one to one.
+
+    Args:
+        path: see :func:`load_checkpoint`.
+        name: its architecture, one of :func:`list_models`. Of an IPT the shape is read from the tensors, and the name
+            tells the number of heads, which they do not have.
+        config: fields of the model's config that differ from the name's; of an IPT those of
+            :meth:`IPT.from_checkpoint`.
+
+    Raises:
+        ValueError: an unknown name or config field, or a file that does not fit.
+    """
+    return _class_of(name).open_weights(path, name, **config)
+
+
+def open_model(source: str | os.PathLike[str]) -> PretrainedModel:
+    """A trained model in eval mode: a name with shipped weights, or a folder written by ``save_pretrained``.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    folder = saved_folder(source)
+    name = read_config(folder / "config.json").get("model")
+    if not isinstance(name, str) or name not in CLASSES:
+        raise ValueError(f"model in {folder}/config.json must be one of {', '.join(CLASSES)}; got {name!r}")
+    return CLASSES[name].from_pretrained(folder)
+
+
+def saved_folder(source: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of a saved model, which ``source`` is or, as the name of one that ships, stands for.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if str(source) in PRESETS:
+        return _shipped_folder(str(source))
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        raise ValueError(f"model must be a folder written by save_pretrained or one of {_shipped()}; got {source}")
+    return folder
+
+
+def _class_of(name: object) -> type[PretrainedModel]:
+    model = PRESETS.get(name) if isinstance(name, str) else None
+    if model is None:
+        raise ValueError(f"name must be one of {', '.join(PRESETS)}; got {name!r}")
+    return model
+
+
+def _shipped() -> str:
+    return ", ".join(name for name, model in PRESETS.items() if model.presets[name].ships)
+
+
+def _shipped_folder(name: str) -> pathlib.Path:
+    if not PRESETS[name].presets[name].ships:
+        raise ValueError(f"name must be one of {_shipped()}, for which trained weights ship; got {name!r}")
+    return ASSETS / name
