@@ -66,8 +66,8 @@ struct WindowGroups {
     Groups groups;
 };
 
-// x where its pixels lie at one distance and its channels are contiguous (a part of a wider channels-last map does),
-// else a channels-last copy.
+// x itself where its channels are contiguous and its pixels equally far apart, as they are in a part of a wider
+// channels-last map; else a channels-last copy.
 at::Tensor with_pixels(const at::Tensor& x) {
     const int64_t pixel = x.stride(3), row = x.size(3) * pixel;
     const bool dense = pixel >= x.size(1) && x.strides() == at::IntArrayRef({x.size(2) * row, 1, row, pixel});

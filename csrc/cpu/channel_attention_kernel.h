@@ -7,10 +7,13 @@
 
 namespace ipt_fast::cpu {
 
-// What one block of the map keeps for one head, in fp32 ("slot"): for each branch the matrix [depth of k][depth of q],
-// then for each branch the squared norms of q's and of k's channels, then the factors of q's and of k's channels:
-// powers of two by which the block's values are multiplied in all of these, other than 1 where fp32 could not hold
-// their squares. The matrix is first the block's Gram matrix, then the transposed attention of the block's window.
+// A slot is what one block of the map keeps for one head, in fp32. It consists of
+//   for each branch, a matrix [depth of k][depth of q],
+//   for each branch, the squared norms of q's channels and of k's,
+//   the factors of q's channels and of k's.
+// The matrix is the block's Gram matrix at first, and later the transposed attention of the block's window. A factor is
+// a power of two by which a channel's values are multiplied in the matrices and norms. It is 1 unless fp32 could not
+// hold the squares of the values.
 namespace {
 inline int64_t slot_size(int64_t branches, int64_t depth) { return depth * (branches * (depth + 2) + 2); }
 }  // namespace
@@ -87,12 +90,18 @@ struct ChannelAttentionBackwardParams {
     Pixels q, k, v, grad;
     void *grad_q, *grad_k, *grad_v;  // channels of head 0 first
     int64_t grad_pixel;              // values between their pixels
-    // (blocks, heads): for each branch the Gram matrix of w^2 k and q, [k][q], and that of the merge weight times v and
-    // grad, [v][grad], then the squared norms and the factors as in a slot of the forward.
+    // (blocks, heads) slots. Each consists of
+    //   for each branch, the Gram matrix of w^2 k and q, [k][q],
+    //   for each branch, the Gram matrix of the merge weight times v and grad, [v][grad],
+    //   the squared norms and the factors as in a slot of the forward.
     float* slots;
-    // (windows, heads, branches): the gradient of the Gram matrix as [k][q] and as [q][k], the attention [q][k], what
-    // the norms add to the gradients of q and k for each of their values, and the units of q and of k: powers of two by
-    // which values are multiplied to meet these, and gradients that come of them; 1 where fp32 holds them without.
+    // (windows, heads, branches): what the gradients of a window's values are computed with. Each consists of
+    //   the gradient of the Gram matrix as [k][q] and as [q][k],
+    //   the attention [q][k],
+    //   for each channel of q and of k, what its norm adds to the gradient of a value, as a multiple of the value,
+    //   for each channel of q and of k, its unit.
+    // A unit is a power of two: values are multiplied by it before they meet these matrices, and so are the gradients
+    // that come of them. It is 1 unless fp32 could not hold the products.
     float* matrices;
     double* grad_scale;  // (windows, heads, branches)
     // (4, heads, images, rows, columns), two branches only: the sums over channels that the gradients of the token

@@ -14,8 +14,9 @@ struct GridAttention {
     Lattice lattice;
     int64_t batch, heads, depth;  // depth: channels of a head
     float scale;                  // of the scores
-    // The biases of a head times kLog2E, for a query a rows and b columns after the key in row a + grid - 1 and column
-    // b + grid - 1 of [bias_rows()][bias_row()]: those of a row of queries lie side by side. The rest is zeros.
+    // For each head, a matrix [bias_rows()][bias_row()] of biases times kLog2E. The bias of a query that lies a rows
+    // and b columns after its key is in row a + grid - 1 and column b + grid - 1, so those of a row of queries lie side
+    // by side. What is left of the matrix is zeros.
     const float* bias;
 };
 

@@ -9,7 +9,7 @@
 namespace ipt_fast::cpu {
 namespace {
 
-// One after the other from one piece of memory; all sizes are multiples of kChannelPad.
+// Hands out pieces of a thread's memory, one after the other. All sizes are multiples of kChannelPad.
 struct Scratch {
     float* next;
 

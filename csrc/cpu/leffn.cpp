@@ -132,8 +132,8 @@ at::Tensor leffn_layer(const at::Tensor& x, const at::Tensor& norm_weight, const
 constexpr int64_t kTileRows = 32, kTileColumns = 64;  // most of a tile
 constexpr int64_t kChunk = 64;                        // most hidden channels of a chunk
 constexpr int64_t kBand = 128;                        // pixels of a band, about: sums over so many are added up in fp32
-constexpr int64_t kShares = 64;  // most sums of the weights' gradients, and most bytes of all of them:
-constexpr int64_t kShareBytes = 32 << 20;
+constexpr int64_t kShares = 64;                       // most sums of the weights' gradients
+constexpr int64_t kShareBytes = 32 << 20;             // most bytes of all these sums
 
 // A matrix as contiguous fp32, padded with zeros.
 at::Tensor padded_matrix(const at::Tensor& matrix, int64_t rows, int64_t columns) {

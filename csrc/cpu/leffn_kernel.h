@@ -90,8 +90,8 @@ namespace {
 // Where the pieces of one thread's scratch begin, in floats.
 struct LeffnBackwardScratch {
     int64_t chunk;  // most channels of a chunk
-    int64_t
-        band_pitch;  // floats between the pixels of a band: an odd number of cache lines, to use all sets of a cache
+    // Floats between the pixels of a band: an odd number of cache lines, so that all sets of a cache are in use.
+    int64_t band_pitch;
     int64_t ring_rows, ring_columns;
     int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, part, taps, around,
         size = 0;

@@ -6,10 +6,11 @@
 namespace ipt_fast::cpu {
 namespace {
 
-// Replaces `count` vectors by 2^(score - largest) within two units in the last place and adds them to `sums`. The power
-// is 2^n 2^r with whole n and |r| <= 1/2. Less than 2^-64 counts nothing beside the largest one, but products with it
-// could be subnormal numbers, which are slow: the difference stops there. Step by step for all vectors, since one
-// vector's chain of dependent instructions is longer than what the processor looks ahead.
+// Replaces `count` vectors of scores by 2^(score - largest), within two units in the last place, and adds them to
+// `sums`. The power is 2^n 2^r with whole n and |r| <= 1/2. Differences below -64 are taken as -64: such a power counts
+// nothing beside the largest one, but products with smaller ones could be subnormal numbers, which are slow. Each step
+// is done for all vectors before the next one, because the steps of one vector wait for each other for longer than the
+// processor looks ahead.
 template <int count>
 inline __attribute__((always_inline)) void powers_of(float* scores, const Vec (&largest)[count], Vec (&sums)[count]) {
     const Vec shifter = broadcast(0x1.8p23f);  // adding it rounds to an integer, which the low bits then hold
