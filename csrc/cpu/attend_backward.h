@@ -67,7 +67,7 @@ inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image
                 continue;
             }
             const int64_t index = (image * g.vertical.blocks() + y) * g.horizontal.blocks() + x;
-            const Block block(g.vertical, g.horizontal, index);
+            const WindowBlock block(g.vertical, g.horizontal, index);
             tokens += block.rows * block.columns;
             float* const slot = p.slot(index, head);
             add_slot(slot + branch * matrix, slot + 2 * (g.branches * matrix + branch * depth), p.factors(slot), depth,

@@ -37,7 +37,7 @@ struct Tokens {
     const T* first;
     int64_t pixel, row;
 
-    Tokens(const Groups& g, const Pixels& map, const Block& block, const Tile& tile, int64_t head)
+    Tokens(const Groups& g, const Pixels& map, const WindowBlock& block, const Tile& tile, int64_t head)
         : pixel(map.stride), row(map.stride * g.horizontal.size) {
         const int64_t index = (block.image * g.vertical.size + tile.y) * g.horizontal.size + tile.x;
         first = static_cast<const T*>(map.data) + index * pixel + head * g.head_channels;
@@ -96,7 +96,7 @@ void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
     const int64_t depth = g.depth;
     const GramTile<branches> staged(g, scratch);
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(g.vertical, g.horizontal, index / g.heads);
+        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
         float* const slot = p.slot(index / g.heads, head);
         float* const norms = slot + 2 * branches * depth * depth;
@@ -146,7 +146,7 @@ template <typename T, int branches>
 struct ApplyTile {
     const Params& p;
     const Groups& g;
-    const Block& block;
+    const WindowBlock& block;
     const Tile& tile;
     int64_t head;
     const float* const* matrices;  // of the branches
@@ -328,7 +328,7 @@ void apply(const Params& p, int64_t begin, int64_t end, float* scratch) {
     float *const q = scratch, *const k = q + kTileTokens * g.depth, *const products = k + kTileTokens * g.depth;
     float* const moved = products + branches * kTileTokens * g.depth;
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(g.vertical, g.horizontal, index / g.heads);
+        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
         const float* matrices[branches];
         for (int branch = 0; branch < branches; ++branch) {

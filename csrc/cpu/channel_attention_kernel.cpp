@@ -16,7 +16,7 @@ inline const T* pixel_of(const Groups& g, const Pixels& map, int64_t image, int6
 
 // Asks for the head's channels of a tile, if the block has it.
 template <typename T>
-inline void prefetch(const Groups& g, const Pixels& map, const Block& block, int64_t t, int64_t head) {
+inline void prefetch(const Groups& g, const Pixels& map, const WindowBlock& block, int64_t t, int64_t head) {
     if (t < block.tiles()) {
         const Tile tile = block.tile(t);
         for (int64_t y = 0; y < tile.rows; ++y) {
@@ -33,7 +33,7 @@ void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* sc
     const Groups& g = p.groups;
     const GramTile<branches> staged(g, scratch);
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(g.vertical, g.horizontal, index / g.heads);
+        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
         float* slot = g.slot(index / g.heads, head);
         for (int64_t t = 0; t < block.tiles(); ++t) {
@@ -84,7 +84,7 @@ void apply(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* s
     const int64_t channels = g.heads * g.head_channels;
     float* rows = scratch + apply_scratch(g);
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(g.vertical, g.horizontal, index / g.heads);
+        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
         for (int64_t t = 0; t < block.tiles(); ++t) {
             const Tile tile = block.tile(t);

@@ -88,14 +88,14 @@ void pointwise_weight_any(const PointwiseWeightParams& p, int64_t begin, int64_t
 // One strip of an image and its last `kernel` rows in fp32: [vector of channels][row % kernel][pixel][lane], with
 // kernel / 2 pixels of the neighbours, or zeros, at both ends.
 template <typename T, int kernel>
-struct Strip {
+struct DepthwiseStrip {
     static constexpr int64_t kHalf = kernel / 2;
 
     const DepthwiseParams& p;
     int64_t image, first, count, ring_row;
     float* ring;
 
-    Strip(const DepthwiseParams& params, int64_t index, float* scratch) : p(params), ring(scratch) {
+    DepthwiseStrip(const DepthwiseParams& params, int64_t index, float* scratch) : p(params), ring(scratch) {
         image = index / p.strips;
         first = index % p.strips * p.width / p.strips;
         count = (index % p.strips + 1) * p.width / p.strips - first;
@@ -136,7 +136,7 @@ template <typename T, int kernel, typename Body>
 inline void for_rows(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, const Body& body) {
     constexpr int64_t kHalf = kernel / 2;
     while (begin < end) {
-        const Strip<T, kernel> strip(p, begin / p.height, scratch);
+        const DepthwiseStrip<T, kernel> strip(p, begin / p.height, scratch);
         const int64_t first = begin % p.height;
         const int64_t last = first + end - begin < p.height ? first + end - begin : p.height;
         for (int64_t y = first - kHalf; y < first + kHalf; ++y) {
@@ -152,7 +152,7 @@ inline void for_rows(const DepthwiseParams& p, int64_t begin, int64_t end, float
 
 template <typename T, int kernel>
 void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch) {
-    for_rows<T, kernel>(p, begin, end, scratch, [&](const Strip<T, kernel>& strip, int64_t y) {
+    for_rows<T, kernel>(p, begin, end, scratch, [&](const DepthwiseStrip<T, kernel>& strip, int64_t y) {
         T* const out = static_cast<T*>(p.out) + strip.offset(y, strip.first);
         // a few pixels at a time, so that memory is written in order
         for (int64_t first = 0; first < strip.count; first += kDepthwisePixels) {
@@ -172,7 +172,7 @@ void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scra
 template <typename T, int kernel>
 void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums) {
     float* const staged = scratch + padded(p.channels) * kernel * (p.widest() + kernel - 1);
-    for_rows<T, kernel>(p, begin, end, scratch, [&](const Strip<T, kernel>& strip, int64_t y) {
+    for_rows<T, kernel>(p, begin, end, scratch, [&](const DepthwiseStrip<T, kernel>& strip, int64_t y) {
         const int64_t staged_row = p.widest() * kLanes;
         strip.stage(p.grad, y, strip.first, strip.count, staged, staged_row);
         for (int64_t c = 0; c < p.channels; c += kLanes) {

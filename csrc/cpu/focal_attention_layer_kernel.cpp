@@ -65,9 +65,9 @@ inline __attribute__((always_inline)) void depthwise_rows(const float* const* ro
 
 // A strip of the image and a group of heads in pass 1.
 template <typename T, typename Unit>
-class Strip {
+class GramStrip {
   public:
-    Strip(const Params& p, const Unit& unit, int64_t index, float* scratch)
+    GramStrip(const Params& p, const Unit& unit, int64_t index, float* scratch)
         : p_(p), unit_(unit), g_(p.groups), pixels_(scratch) {
         image_ = index / p.strips / p.head_groups;
         const int64_t group = index / p.strips % p.head_groups, strip = index % p.strips;
@@ -84,7 +84,7 @@ class Strip {
 
     // One row of blocks. The one above it may have left rows in the ring.
     void block_row(int64_t index, bool continued) {
-        const Block first(g_.vertical, g_.horizontal, block_index(index, first_block_));
+        const WindowBlock first(g_.vertical, g_.horizontal, block_index(index, first_block_));
         int64_t next = continued ? first.y + 1 : first.y - 1;
         for (int64_t top = 0; top < first.rows; top += first.tile_rows()) {
             const int64_t bottom = top + first.tile_rows() < first.rows ? top + first.tile_rows() : first.rows;
@@ -92,7 +92,7 @@ class Strip {
             next = first.y + bottom + 1;
             for (int64_t b = first_block_; b < last_block_; ++b) {
                 const int64_t at = block_index(index, b);
-                const Block block(g_.vertical, g_.horizontal, at);
+                const WindowBlock block(g_.vertical, g_.horizontal, at);
                 for (int64_t i = 0; i < block.tiles_across(); ++i) {
                     const int64_t t = top / block.tile_rows() * block.tiles_across() + i;
                     for (int64_t head = first_head_; head < last_head_; ++head) {
@@ -234,13 +234,13 @@ void gram(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* 
     memset(scratch, 0, p.gram_scratch() * sizeof(float));  // the padding of channels stays zero
     const int64_t down = p.groups.vertical.blocks();
     for (int64_t index = begin; index < end; ++index) {
-        Strip<T, Unit>(p, unit, index / down, scratch).block_row(index % down, index > begin && index % down > 0);
+        GramStrip<T, Unit>(p, unit, index / down, scratch).block_row(index % down, index > begin && index % down > 0);
     }
 }
 
 // Asks for x and v of a tile.
 template <typename T>
-void prefetch(const Params& p, const Block& block, int64_t t) {
+void prefetch(const Params& p, const WindowBlock& block, int64_t t) {
     const Tile tile = block.tile(t);
     const Groups& g = p.groups;
     for (int64_t y = 0; y < tile.rows; ++y) {
@@ -263,7 +263,7 @@ void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float*
     }
     for (int64_t index = begin; index < end; ++index) {
         const int64_t b = index / p.block_shares, share = index % p.block_shares;
-        const Block block(g.vertical, g.horizontal, b);
+        const WindowBlock block(g.vertical, g.horizontal, b);
         const int64_t last = (share + 1) * block.tiles() / p.block_shares;
         for (int64_t t = share * block.tiles() / p.block_shares; t < last; ++t) {
             const Tile tile = block.tile(t);
@@ -272,7 +272,7 @@ void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float*
             if (t + 1 < block.tiles()) {
                 prefetch<T>(p, block, t + 1);
             } else if (b + 1 < g.blocks()) {
-                prefetch<T>(p, Block(g.vertical, g.horizontal, b + 1), 0);
+                prefetch<T>(p, WindowBlock(g.vertical, g.horizontal, b + 1), 0);
             }
             for (int64_t head = 0; head < g.heads; ++head) {
                 // the padding of a head's columns is overwritten by the next head

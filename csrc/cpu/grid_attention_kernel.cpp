@@ -16,7 +16,7 @@ namespace {
 
 template <typename T>
 void forward(const GridAttentionParams& p, int64_t begin, int64_t end, float* memory) {
-    Scratch scratch{memory};
+    ScratchStack scratch{memory};
     const int64_t channels = channels_of(p), depth = p.depth, row = padded(depth);
     const int64_t groups = group_count(p.lattice), pixels = p.lattice.height * p.lattice.width;
     float* rows[3];
@@ -121,7 +121,7 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
     const int64_t channels = channels_of(p), depth = padded(p.depth), groups = group_count(p.lattice);
     const int64_t pixels = p.lattice.height * p.lattice.width;
     const float* bias = p.bias + head * bias_size(p);
-    Scratch scratch{memory};
+    ScratchStack scratch{memory};
     float* rows[3];
     for (float*& piece : rows) {
         piece = scratch.take(head_size(p));

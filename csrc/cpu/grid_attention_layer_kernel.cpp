@@ -39,11 +39,11 @@ void pack(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin, in
 }
 
 // Consecutive groups of one image.
-struct Block {
+struct GroupBlock {
     const Lattice& lattice;
     int64_t image, first, last;
 
-    Block(const GridAttentionLayerParams& p, int64_t index)
+    GroupBlock(const GridAttentionLayerParams& p, int64_t index)
         : lattice(p.lattice), image(index / blocks_of_image(p)), first(index % blocks_of_image(p) * block_groups(p)) {
         const int64_t end = first + block_groups(p), groups = group_count(p.lattice);
         last = end < groups ? end : groups;
@@ -69,14 +69,14 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
     const int64_t row = padded(channels), head_row = padded(depth), value_row = attended_row(p);
     const int64_t image_size = p.lattice.height * p.lattice.width * channels, piece = piece_size<Unit>(p);
     const char* packed = static_cast<const char*>(p.packed);
-    Scratch scratch{memory};
+    ScratchStack scratch{memory};
     float* rows = scratch.take(most_rows * row);
     Value* normal = reinterpret_cast<Value*>(scratch.take(most_rows * row));
     Value* attended = reinterpret_cast<Value*>(scratch.take(most_rows * value_row));
     float* qkv = scratch.take(3 * most_rows * head_row);
     memset(attended, 0, most_rows * value_row * sizeof(Value));
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(p, index);
+        const GroupBlock block(p, index);
         const T* x = static_cast<const T*>(p.x) + block.image * image_size;
         T* out = static_cast<T*>(p.out) + block.image * image_size;
         const int64_t count = block.for_groups(

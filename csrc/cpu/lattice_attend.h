@@ -9,8 +9,8 @@
 namespace ipt_fast::cpu {
 namespace {
 
-// One after the other from one piece of memory; all sizes are multiples of kChannelPad.
-struct Scratch {
+// Pieces are taken one after the other from one piece of memory; all sizes are multiples of kChannelPad.
+struct ScratchStack {
     float* next;
 
     float* take(int64_t size) {
@@ -118,7 +118,7 @@ inline void start_scores(const GridAttention& p, const Group& g, const float* bi
 // Scores lie as [keys][queries]: the softmax then needs no sum over the lanes of a vector, and pads no keys.
 template <typename Emit>
 inline void attend(const GridAttention& p, const Group& g, const float* bias, const float* q, const float* k,
-                   const float* v, Scratch scratch, const Emit& emit) {
+                   const float* v, ScratchStack scratch, const Emit& emit) {
     const int64_t tokens = g.tokens(), depth = padded(p.depth);
     float* queries = scratch.take(chunk_size(p));
     float* scores = scratch.take(scores_size(p));

@@ -11,10 +11,10 @@ namespace ipt_fast::cpu {
 namespace {
 
 // A block of pixels: which image, the first pixel in it, and how many.
-struct Block {
+struct PixelBlock {
     int64_t image, first, count;
 
-    Block(const LayerNorm2dParams& p, int64_t index) {
+    PixelBlock(const LayerNorm2dParams& p, int64_t index) {
         const int64_t blocks = (p.pixels + kBlockPixels - 1) / kBlockPixels;
         image = index / blocks;
         first = index % blocks * kBlockPixels;
@@ -57,7 +57,7 @@ Rows load_planar(const T* in, int64_t count, int64_t channels, int64_t stride, i
 }
 
 template <typename T>
-Rows load_rows(const LayerNorm2dParams& p, const Map& map, const Block& block, float* scratch) {
+Rows load_rows(const LayerNorm2dParams& p, const Map& map, const PixelBlock& block, float* scratch) {
     const T* image = static_cast<const T*>(map.data) + block.image * p.pixels * p.channels;
     if (!map.channels_last) {
         return load_planar(image + block.first, block.count, p.channels, p.padded_channels, p.pixels, scratch);
@@ -115,7 +115,7 @@ struct Statistics {
 template <typename T>
 void forward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch) {
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(p, index);
+        const PixelBlock block(p, index);
         const Rows x = load_rows<T>(p, p.x, block, scratch);
         const Statistics s(p, x, block.count);
         T* out = static_cast<T*>(p.out) + (block.image * p.pixels + block.first) * p.channels;
@@ -146,7 +146,7 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
     const float channels = static_cast<float>(p.channels);
     const bool centered = p.centered;
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(p, index);
+        const PixelBlock block(p, index);
         const Rows x = load_rows<T>(p, p.x, block, scratch);
         const Rows grad = load_rows<T>(p, p.grad, block, scratch + forward_scratch(p.padded_channels));
         const Statistics s(p, x, block.count);

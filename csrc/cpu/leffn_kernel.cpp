@@ -40,10 +40,10 @@ inline void depthwise_row_any(int64_t kernel, const float* const* rows, int64_t 
 
 // Where the pieces of a thread's scratch memory begin; the offset behind the last one is its size.
 template <typename Value>
-struct Scratch {
+struct LeffnScratchLayout {
     int64_t ring, rows, tile, filtered, sums, in, end;
 
-    explicit Scratch(const LeffnParams& p) {
+    explicit LeffnScratchLayout(const LeffnParams& p) {
         const int64_t width = p.strip_width() + 2 * p.radius(), channels = padded(p.channels);
         const int64_t widest = channels > kHiddenBlock ? channels : kHiddenBlock,
                       pixels = p.rows_per_step * p.strip_width();
@@ -87,7 +87,7 @@ struct Share {
         width = right - left + 2 * p.radius();
         begin = left < p.radius() ? p.radius() - left : 0;
         stop = right + p.radius() > p.width ? p.width - left + p.radius() : width;
-        const Scratch<Value> offset(p);
+        const LeffnScratchLayout<Value> offset(p);
         char* memory = static_cast<char*>(scratch);
         ring = reinterpret_cast<float*>(memory + offset.ring);
         rows = reinterpret_cast<Value*>(memory + offset.rows);
@@ -242,7 +242,9 @@ struct Share {
 
 template <typename T, typename Unit>
 struct Leffn {
-    static int64_t scratch_size(const LeffnParams& p, const Unit&) { return Scratch<typename Unit::Value>(p).end; }
+    static int64_t scratch_size(const LeffnParams& p, const Unit&) {
+        return LeffnScratchLayout<typename Unit::Value>(p).end;
+    }
 
     static void pack(const LeffnParams& p, const Unit& unit, int64_t begin, int64_t end) {
         auto* expand = static_cast<float*>(p.packed_expand);
