@@ -47,9 +47,10 @@ struct Tokens {
 
 template <typename T>
 inline void load_tile(const Tokens<T>& tokens, const Tile& tile, const Groups& g, float* rows) {
+    const Matrix all{rows, tile.tokens(), g.depth, g.depth};
     for (int64_t y = 0; y < tile.rows; ++y) {
-        load_rows(tokens.at(y, 0), tokens.pixel, tile.columns, g.head_channels, rows + y * tile.columns * g.depth,
-                  g.depth);
+        load_rows(Matrix{tokens.at(y, 0), tile.columns, g.head_channels, tokens.pixel},
+                  all.slice(y * tile.columns, tile.columns));
     }
 }
 
@@ -167,9 +168,10 @@ struct ApplyTile {
     // products = rows times matrix `which` of every branch
     void multiply(const float* rows, int64_t which) const {
         for (int branch = 0; branch < branches; ++branch) {
-            product(tile.tokens(), g.depth, g.head_channels, rows, g.depth,
-                    matrices[branch] + which * g.depth * g.depth, g.depth, products + branch * g.depth,
-                    branches * g.depth, false);
+            const Matrix left{rows, tile.tokens(), g.head_channels, g.depth};
+            const Matrix right{matrices[branch] + which * g.depth * g.depth, g.head_channels, g.depth, g.depth};
+            const Matrix target{products + branch * g.depth, tile.tokens(), g.depth, branches * g.depth};
+            product(left, right, target, Accumulate::no);
         }
     }
 

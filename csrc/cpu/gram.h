@@ -126,8 +126,9 @@ struct GramTile {
 
     // Adds the products alone.
     void multiply(int64_t tokens, float* matrices, bool begin) const {
-        float* target = begin ? matrices : sums;
-        product_transposed(branches * depth, depth, tokens, k, branches * depth, q, depth, target, depth, false);
+        const Matrix weighted{k, tokens, branches * depth, branches * depth}, plain{q, tokens, depth, depth};
+        const Matrix target{begin ? matrices : sums, branches * depth, depth, depth};
+        product(transposed(weighted), plain, target, Accumulate::no);
         if (!begin) {
             for (int64_t i = 0; i < branches * depth * depth; i += kLanes) {
                 store(matrices + i, load(matrices + i) + load(sums + i));
@@ -309,23 +310,25 @@ inline Vec load_channels(const T* pixel, int64_t c, int64_t channels) {
     return c < channels ? load(pixel + c, channels - c) : Vec{};
 }
 
-// out[tokens][depth] = sum over the branches of w * attention v, for one tile; v begins at the tile's first pixel.
-// Each branch is a sum of its own, which rounds less than one sum over both. `scratch` holds apply_scratch(g) floats.
+// out[tokens][depth] = sum over the branches of w * attention v, for one tile; v is the head's channels of the map from
+// the tile's first pixel on. Each branch is a sum of its own, which rounds less than one sum over both. `scratch` holds
+// apply_scratch(g) floats.
 template <int branches, typename T>
-inline void apply_tile(const Groups& g, int64_t head, const Tile& tile, const float* slot, const T* v, int64_t v_pixel,
-                       float* out, int64_t out_row, float* scratch) {
+inline void apply_tile(const Groups& g, int64_t head, const Tile& tile, const float* slot, Matrix<T> v,
+                       Matrix<float> out, float* scratch) {
     const int64_t depth = g.depth, tokens = tile.tokens();
-    float* values = scratch;
+    const Matrix values{scratch, tokens, depth, depth};
     for (int64_t y = 0; y < tile.rows; ++y) {
-        load_rows(v + y * g.horizontal.size * v_pixel, v_pixel, tile.columns, g.head_channels,
-                  values + y * tile.columns * depth, depth);
+        load_rows(v.slice(y * g.horizontal.size, tile.columns), values.slice(y * tile.columns, tile.columns));
     }
+    const Matrix attention{slot, depth, depth, depth};
     if constexpr (branches == 1) {
-        product(tokens, depth, depth, values, depth, slot, depth, out, out_row, false);
+        product(values, attention, out, Accumulate::no);
     } else {
+        const Matrix of_shifted{slot + depth * depth, depth, depth, depth};
         float *top = scratch + kTileTokens * depth, *bottom = top + kTileTokens * depth;
-        product(tokens, depth, depth, values, depth, slot, depth, top, depth, false);
-        product(tokens, depth, depth, values, depth, slot + depth * depth, depth, bottom, depth, false);
+        product(values, attention, Matrix{top, tokens, depth, depth}, Accumulate::no);
+        product(values, of_shifted, Matrix{bottom, tokens, depth, depth}, Accumulate::no);
         const float* top_weight = g.weights(g.merge[0], 0, head, tile);  // both are laid out by the unshifted windows
         const float* bottom_weight = g.weights(g.merge[1], 0, head, tile);
         for (int64_t y = 0; y < tile.rows; ++y) {
@@ -335,7 +338,7 @@ inline void apply_tile(const Groups& g, int64_t head, const Tile& tile, const fl
                 for (int64_t c = 0; c < depth; c += kLanes) {
                     const Vec sum =
                         fma(w_bottom, load(bottom + token * depth + c), w_top * load(top + token * depth + c));
-                    store(out + token * out_row + c, sum);
+                    store(out.row(token) + c, sum);
                 }
             }
         }
