@@ -40,7 +40,7 @@ void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* sc
             const Tile tile = block.tile(t);
             prefetch<T>(g, p.q, block, t + 1, head);
             prefetch<T>(g, p.k, block, t + 1, head);
-            const TokenWeights<branches> weights(g, head, tile);
+            const TileWeights<branches> weights = token_squares<branches>(g, head, tile);
             const auto first_of = [&](const Pixels& map) {
                 return pixel_of<T>(g, map, block.image, tile.y, tile.x) + head * g.head_channels;
             };

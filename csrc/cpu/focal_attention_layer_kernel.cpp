@@ -161,7 +161,7 @@ class GramStrip {
 
     void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
         const GramTile<2> staged(g_, tile_scratch_);
-        const TokenWeights<2> weights(g_, head, tile);
+        const TileWeights<2> weights = token_squares<2>(g_, head, tile);
         const int64_t channels = p_.channels();
         convolve(
             tile, head, 0,

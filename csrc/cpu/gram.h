@@ -12,22 +12,37 @@
 namespace ipt_fast::cpu {
 namespace {
 
-// The squared weights of a tile's tokens for each branch, or 1 where there is only one branch. A tile lies in one
-// window of each branch, so its weights are a rectangle of the map.
+// Weights of a tile's tokens for each branch, or 1 where there is only one branch. A tile lies in one window of each
+// branch, so its weights are a rectangle of a (p, p) map.
 template <int branches>
-struct TokenWeights {
+struct TileWeights {
     const float* first[branches];
     int64_t row;
 
-    TokenWeights(const Groups& g, int64_t head, const Tile& tile) : row(g.vertical.window) {
-        for (int branch = 0; branch < branches && branches == 2; ++branch) {
-            first[branch] = g.weights(g.token_squares, branch, head, tile);
-        }
-    }
     Vec at(int branch, int64_t y, int64_t x) const {
         return broadcast(branches == 1 ? 1.0f : first[branch][y * row + x]);
     }
 };
+
+// The squares of the token weights.
+template <int branches>
+inline TileWeights<branches> token_squares(const Groups& g, int64_t head, const Tile& tile) {
+    TileWeights<branches> weights{{}, g.vertical.window};
+    for (int branch = 0; branch < branches && branches == 2; ++branch) {
+        weights.first[branch] = g.weights(g.token_squares, branch, head, tile);
+    }
+    return weights;
+}
+
+// The weights of the branches' outputs, both laid out by the unshifted windows.
+template <int branches>
+inline TileWeights<branches> merge_weights(const Groups& g, int64_t head, const Tile& tile) {
+    TileWeights<branches> weights{{}, g.vertical.window};
+    for (int branch = 0; branch < branches && branches == 2; ++branch) {
+        weights.first[branch] = g.weights(g.merge[branch], 0, head, tile);
+    }
+    return weights;
+}
 
 inline bool all_of(IntVec lanes) {
     int64_t pairs[kLanes / 2], all = -1;
@@ -79,7 +94,7 @@ struct GramTile {
           factors(squares + 2 * branches * depth) {}
 
     // Channels c to c + kLanes of the token (y, x) of a tile; adds the squares of w q and of w k.
-    void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TokenWeights<branches>& w,
+    void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TileWeights<branches>& w,
                Vec (&sum)[branches]) const {
         store(q + (y * tile.columns + x) * depth + c, value);
         const Vec square = value * value;
@@ -87,7 +102,7 @@ struct GramTile {
             sum[branch] = fma(w.at(branch, y, x), square, sum[branch]);
         }
     }
-    void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TokenWeights<branches>& w,
+    void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TileWeights<branches>& w,
                Vec (&sum)[branches]) const {
         float* target = k + (y * tile.columns + x) * branches * depth + c;
         for (int branch = 0; branch < branches; ++branch) {
@@ -106,7 +121,7 @@ struct GramTile {
     // Adds the tile to a slot's matrices, squared norms and factors, or begins them. One sum over all of a large block
     // would lose digits. read_k(rows) puts k without weights to [tokens][depth], if it is needed again.
     template <typename ReadK>
-    void add(const Tile& tile, const TokenWeights<branches>& w, float* matrices, float* norms, float* slot_factors,
+    void add(const Tile& tile, const TileWeights<branches>& w, float* matrices, float* norms, float* slot_factors,
              bool begin, const ReadK& read_k) const {
         for (int64_t i = 0; i < 2 * depth && begin; i += kLanes) {
             store(slot_factors + i, broadcast(1.0f));
@@ -159,7 +174,7 @@ struct GramTile {
 
     // Finds the factors of q and of k (raw, in `rows`) that bring channels out of range to about 1, and stages them
     // again. A channel of zeros takes the slot's factor.
-    void scale(const Tile& tile, const TokenWeights<branches>& w, const float* rows, const float* slot_factors) const {
+    void scale(const Tile& tile, const TileWeights<branches>& w, const float* rows, const float* slot_factors) const {
         for (int64_t i = 0; i < 2 * depth; i += kLanes) {
             const float* values = i < depth ? q + i : rows + i - depth;
             Bits largest{};
@@ -329,12 +344,11 @@ inline void apply_tile(const Groups& g, int64_t head, const Tile& tile, const fl
         float *top = scratch + kTileTokens * depth, *bottom = top + kTileTokens * depth;
         product(values, attention, Matrix{top, tokens, depth, depth}, Accumulate::no);
         product(values, of_shifted, Matrix{bottom, tokens, depth, depth}, Accumulate::no);
-        const float* top_weight = g.weights(g.merge[0], 0, head, tile);  // both are laid out by the unshifted windows
-        const float* bottom_weight = g.weights(g.merge[1], 0, head, tile);
+        const TileWeights<branches> weights = merge_weights<branches>(g, head, tile);
         for (int64_t y = 0; y < tile.rows; ++y) {
             for (int64_t x = 0; x < tile.columns; ++x) {
-                const int64_t token = y * tile.columns + x, at = y * g.vertical.window + x;
-                const Vec w_top = broadcast(top_weight[at]), w_bottom = broadcast(bottom_weight[at]);
+                const int64_t token = y * tile.columns + x;
+                const Vec w_top = weights.at(0, y, x), w_bottom = weights.at(1, y, x);
                 for (int64_t c = 0; c < depth; c += kLanes) {
                     const Vec sum =
                         fma(w_bottom, load(bottom + token * depth + c), w_top * load(top + token * depth + c));
