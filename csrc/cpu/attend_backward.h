@@ -4,8 +4,8 @@
 #include <string.h>
 
 #include "channel_attention_kernel.h"
-#include "gram.h"
 #include "vec.h"
+#include "window_attend.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -124,25 +124,17 @@ struct WindowBackward {
         memset(scores, 0, matrix * sizeof(double));
         memset(grads, 0, matrix * sizeof(double));
         memset(inverses, 0, 2 * depth * sizeof(double));
-        for (int64_t i = 0; i < g.vertical.parts; ++i) {
-            for (int64_t j = 0; j < g.horizontal.parts; ++j) {
-                const int64_t y = g.vertical.block_of(branch, window_y, i);
-                const int64_t x = g.horizontal.block_of(branch, window_x, j);
-                if (y >= g.vertical.blocks() || x >= g.horizontal.blocks()) {
-                    continue;
-                }
-                const int64_t index = (image * g.vertical.blocks() + y) * g.horizontal.blocks() + x;
-                const WindowBlock block(g.vertical, g.horizontal, index);
-                tokens += block.rows * block.columns;
-                float* const slot = p.slot(index, head);
-                const float* const norms = slot + 2 * (g.branches * matrix + branch * depth);
-                add_slot(slot + branch * matrix, norms, p.factors(slot), depth, scores, inverses, norm_slopes);
-                const float* const of_values = slot + (g.branches + branch) * matrix;
-                for (int64_t n = 0; n < matrix; ++n) {
-                    grads[n] += of_values[n];
-                }
+        for_window_blocks(g, branch, image, window_y, window_x, [&](int64_t index) {
+            const WindowBlock block(g.vertical, g.horizontal, index);
+            tokens += block.rows * block.columns;
+            float* const slot = p.slot(index, head);
+            const float* const norms = slot + 2 * (g.branches * matrix + branch * depth);
+            add_slot(slot + branch * matrix, norms, p.factors(slot), depth, scores, inverses, norm_slopes);
+            const float* const of_values = slot + (g.branches + branch) * matrix;
+            for (int64_t n = 0; n < matrix; ++n) {
+                grads[n] += of_values[n];
             }
-        }
+        });
     }
 
     // The inverses of the norms, and the slopes of normalisation but for a factor that write() finds.

@@ -96,7 +96,7 @@ void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
             };
             stage(Constant<0>{}, p.q, weights, staged.q, staged.squares);
             stage(Constant<1>{}, p.k, weights, staged.k, staged.squares + depth);
-            staged.add(tile, weights, slot, norms, p.factors(slot), t == 0,
+            staged.add(tile, weights, {slot, norms, p.factors(slot)}, t == 0,
                        [&](float* rows) { load_tile(Tokens<T>(g, p.k, block, tile, head), tile, g, rows); });
             stage(Constant<0>{}, p.grad, merge, staged.q, nullptr);
             stage(Constant<1>{}, p.v, merge, staged.k, nullptr);

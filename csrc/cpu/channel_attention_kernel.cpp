@@ -3,7 +3,7 @@
 // Three passes: the Gram matrices of every block and head (reads q and k once, for both branches), their sums over
 // windows and the softmax, and the output (reads v once, writes out once). Bytes a pixel: 4 * C * sizeof(T) and the
 // slots, slot_size * 4 / (pixels of a block) for each head. FLOP a pixel: 4 * C * d for each branch.
-#include "gram.h"
+#include "window_attend.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -59,7 +59,7 @@ void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* sc
             };
             stage(p.q, 0, [&](auto&&... token) { staged.put_q(token...); });
             stage(p.k, 1, [&](auto&&... token) { staged.put_k(token...); });
-            staged.add(tile, weights, slot, g.norms(slot, 0), g.factors(slot), t == 0, [&](float* rows) {
+            staged.add(tile, weights, {slot, g.norms(slot, 0), g.factors(slot)}, t == 0, [&](float* rows) {
                 for (int64_t y = 0; y < tile.rows; ++y) {
                     const T* const pixels = first_of(p.k) + y * g.horizontal.size * p.k.stride;
                     load_rows(Matrix{pixels, tile.columns, g.head_channels, p.k.stride},

@@ -8,8 +8,8 @@
 #include "focal_attention_layer_kernel.h"
 
 #include "depthwise.h"
-#include "gram.h"
 #include "rows.h"
+#include "window_attend.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -187,7 +187,7 @@ class GramStrip {
                 }
             },
             [](int64_t, const auto&) {});
-        staged.add(tile, weights, slot, g_.norms(slot, 0), g_.factors(slot), begin, [&](float* rows) {
+        staged.add(tile, weights, {slot, g_.norms(slot, 0), g_.factors(slot)}, begin, [&](float* rows) {
             convolve(
                 tile, head, 1,
                 [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {

@@ -157,6 +157,7 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
             const Matrix chunk_q = q.slice(first, count), chunk_grad = all_grad.slice(first, count);
             const Matrix grad_q = chunk_grad_q.slice(0, count);
             const Matrix weights{for_weights, tokens, row, row}, slopes{for_slopes, tokens, row, row};
+            // the same without the padding, as P and dS
             const Matrix p_of_chunk{for_weights, tokens, count, row}, ds_of_chunk{for_slopes, tokens, count, row};
             float inverses[kChunk];
             const Matrix queries = transpose_rows(chunk_q, p.scale * kLog2E, for_queries);

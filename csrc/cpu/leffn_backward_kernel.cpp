@@ -149,8 +149,8 @@ class Sweep {
     // The staged pixels of x and of the gradient from this one on.
     Matrix<float> staged_x(int64_t first) const { return staged_rows(x, p.channels, first); }
     Matrix<float> staged_grad(int64_t first) const { return staged_rows(grad, p.out_channels, first); }
-    Matrix<float> staged_rows(float* all, int64_t width_, int64_t first) const {
-        return Matrix{all, near_rows.size() * near_columns.size(), width_, padded(width_)}.from(first, 0);
+    Matrix<float> staged_rows(float* all, int64_t map_channels, int64_t first) const {
+        return Matrix{all, near_rows.size() * near_columns.size(), map_channels, padded(map_channels)}.from(first, 0);
     }
     // Where, in a ring, kLanes channels from m of an image row begin, kernel / 2 pixels before the tile. A ring is
     // [chunk / kLanes][ring rows][ring columns][kLanes]: the convolution runs through it in order.
