@@ -66,10 +66,10 @@ struct Tile {
 };
 
 // The block (block_y, block_x) of image `image`; index counts blocks in this order.
-struct Block {
+struct WindowBlock {
     int64_t image, y, x, rows, columns;
 
-    IPT_FAST_BOTH Block(const Axis& vertical, const Axis& horizontal, int64_t index) {
+    IPT_FAST_BOTH WindowBlock(const Axis& vertical, const Axis& horizontal, int64_t index) {
         const int64_t across = horizontal.blocks(), down = vertical.blocks();
         const int64_t block_y = index / across % down, block_x = index % across;
         image = index / across / down;

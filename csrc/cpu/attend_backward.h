@@ -4,8 +4,8 @@
 #include <string.h>
 
 #include "channel_attention_kernel.h"
-#include "gram.h"
 #include "vec.h"
+#include "window_attend.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -49,123 +49,206 @@ inline void find_units(const double* inverses, int64_t channels, int64_t depth, 
 }
 
 // Everything of one window, head and branch that is d x d, in fp64 because the gradients of normalised vectors are
-// differences of nearly equal terms. Rows of a matrix are k's (v's) channels, columns q's (grad's).
-inline void attend_window(const ChannelAttentionBackwardParams& p, int64_t image, int64_t window_y, int64_t window_x,
-                          int64_t head, int branch, double* scratch, float* out, double* grad_scale) {
-    const Groups& g = p.groups;
-    const int64_t depth = g.depth, channels = g.head_channels, matrix = depth * depth;
-    double *const scores = scratch, *const grads = scores + matrix;  // both Gram matrices at first
-    double *const q = grads + matrix, *const k = q + depth;          // squared norms at first
-    double *const q_slopes = k + depth, *const k_slopes = q_slopes + depth;
-    memset(scratch, 0, (2 * matrix + 2 * depth) * sizeof(double));
-    int64_t tokens = 0;
-    for (int64_t i = 0; i < g.vertical.parts; ++i) {
-        for (int64_t j = 0; j < g.horizontal.parts; ++j) {
-            const int64_t y = g.vertical.block_of(branch, window_y, i);
-            const int64_t x = g.horizontal.block_of(branch, window_x, j);
-            if (y >= g.vertical.blocks() || x >= g.horizontal.blocks()) {
-                continue;
-            }
-            const int64_t index = (image * g.vertical.blocks() + y) * g.horizontal.blocks() + x;
-            const Block block(g.vertical, g.horizontal, index);
+// differences of nearly equal terms.
+//
+// Rows of a matrix are k's (v's) channels, columns q's (grad's). "[2]" is of q, then of k.
+struct WindowBackward {
+    const ChannelAttentionBackwardParams& p;
+    const Groups& g;
+    const int64_t head;
+    const int branch;
+    const int64_t channels, depth, matrix;
+
+    // In scratch memory.
+    double* const scores;       // [depth][depth], the Gram matrix of w^2 k and q, then their cosines
+    double* const grads;        // [depth][depth], the gradients of the attention, then of the cosines
+    double* const inverses;     // [2][depth], the squared norms, then the norms' inverses, then those in units
+    double* const norm_slopes;  // [2][depth], what the norms add to the gradient of each value, divided by the value
+    double* const most;         // [depth], the largest logit of each column
+    double* const sums;         // [depth], of a column's exponentials, then their inverses
+    double* const means;        // [depth], of the gradients of a column's attention, weighted with it
+    double* const slopes;       // [depth], the sums over a column of gradient times cosine
+    double* const of_scales;    // [depth], a column's part of the gradient of the scale
+    double* const attention;    // [depth][depth], the exponentials
+
+    // The result, `matrices` of channel_attention_backward_kernel.h.
+    float* const of_gram;             // [depth][depth]
+    float* const of_gram_transposed;  // [depth][depth]; holds the attention until that is transposed
+    float* const attention_transposed;
+    float* const out_slopes;  // [2][depth]
+    float* const units;       // [2][depth]
+
+    int64_t tokens = 0;     // of the window
+    bool clamped = false;   // whether a norm is too small to divide by
+    double largest = 0;     // gradient of a cosine
+    double grad_scale = 0;  // gradient of the scale
+
+    WindowBackward(const ChannelAttentionBackwardParams& params, int64_t head_, int branch_, double* scratch,
+                   float* out)
+        : p(params),
+          g(params.groups),
+          head(head_),
+          branch(branch_),
+          channels(g.head_channels),
+          depth(g.depth),
+          matrix(depth * depth),
+          scores(scratch),
+          grads(scores + matrix),
+          inverses(grads + matrix),
+          norm_slopes(inverses + 2 * depth),
+          most(norm_slopes + 2 * depth),
+          sums(most + depth),
+          means(sums + depth),
+          slopes(means + depth),
+          of_scales(slopes + depth),
+          attention(of_scales + depth),
+          of_gram(out),
+          of_gram_transposed(out + matrix),
+          attention_transposed(out + 2 * matrix),
+          out_slopes(out + 3 * matrix),
+          units(out_slopes + 2 * depth) {}
+
+    void run(int64_t image, int64_t window_y, int64_t window_x) {
+        gather_blocks(image, window_y, window_x);
+        invert_norms();
+        normalise();
+        softmax();
+        find_gradients();
+        choose_units();
+        write();
+    }
+
+  private:
+    // The sums over the window's blocks of both Gram matrices and of the squared norms.
+    void gather_blocks(int64_t image, int64_t window_y, int64_t window_x) {
+        memset(scores, 0, matrix * sizeof(double));
+        memset(grads, 0, matrix * sizeof(double));
+        memset(inverses, 0, 2 * depth * sizeof(double));
+        for_window_blocks(g, branch, image, window_y, window_x, [&](int64_t index) {
+            const WindowBlock block(g.vertical, g.horizontal, index);
             tokens += block.rows * block.columns;
             float* const slot = p.slot(index, head);
-            add_slot(slot + branch * matrix, slot + 2 * (g.branches * matrix + branch * depth), p.factors(slot), depth,
-                     scores, q, q_slopes);
+            const float* const norms = slot + 2 * (g.branches * matrix + branch * depth);
+            add_slot(slot + branch * matrix, norms, p.factors(slot), depth, scores, inverses, norm_slopes);
             const float* const of_values = slot + (g.branches + branch) * matrix;
             for (int64_t n = 0; n < matrix; ++n) {
                 grads[n] += of_values[n];
             }
+        });
+    }
+
+    // The inverses of the norms, and the slopes of normalisation but for a factor that write() finds.
+    void invert_norms() {
+        for (int64_t i = 0; i < 2 * depth; ++i) {
+            const double norm = __builtin_sqrt(inverses[i]);
+            clamped = clamped || (norm < 1e-12 && i % depth < channels);
+            inverses[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
+            norm_slopes[i] = norm < 1e-12 ? 0.0 : -inverses[i] * inverses[i];
         }
     }
-    bool clamped = false;
-    for (int64_t i = 0; i < 2 * depth; ++i) {  // of q, then of k
-        const double norm = __builtin_sqrt(q[i]);
-        clamped = clamped || (norm < 1e-12 && i % depth < channels);
-        q[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
-        q_slopes[i] = norm < 1e-12 ? 0.0 : -q[i] * q[i];
-    }
-    double *const most = k_slopes + depth, *const sums = most + depth, *const means = sums + depth;
-    double *const slopes = means + depth, *const of_scales = slopes + depth, *const attention = of_scales + depth;
-    memset(sums, 0, 4 * depth * sizeof(double));
-    const double scale = g.scale[head];
-    for (int64_t j = 0; j < channels; ++j) {
-        double* const score = scores + j * depth;
-        for (int64_t i = 0; i < depth; ++i) {
-            score[i] *= q[i] * k[j];
-            const double logit = score[i] * scale;
-            most[i] = j == 0 || logit > most[i] ? logit : most[i];
-        }
-    }
-    for (int64_t j = 0; j < channels; ++j) {
-        float* const logits = out;  // not yet in use
-        for (int64_t i = 0; i < depth; ++i) {
-            logits[i] = static_cast<float>(scores[j * depth + i] * scale - most[i]);
-        }
-        for (int64_t i = 0; i < depth; i += kLanes) {
-            store(logits + i, exp(load(logits + i)));
-        }
-        for (int64_t i = 0; i < depth; ++i) {
-            attention[j * depth + i] = logits[i];
-            sums[i] += logits[i];
-            means[i] += grads[j * depth + i] * logits[i];
-        }
-    }
-    for (int64_t i = 0; i < depth; ++i) {
-        sums[i] = i < channels ? 1.0 / sums[i] : 0.0;
-        means[i] *= sums[i];
-    }
-    float *const of_gram = out, *const of_values = out + matrix;  // the latter is moved at the end
-    memset(of_gram + channels * depth, 0, (depth - channels) * depth * sizeof(float));
-    memset(of_values + channels * depth, 0, (depth - channels) * depth * sizeof(float));
-    // a channel of one token is normalised to its sign, unless it is too small
-    const double through = tokens == 1 && !clamped ? 0.0 : scale;
-    double sizes[kChannelPad]{}, size = 0;  // of the largest gradient of a score
-    for (int64_t j = 0; j < channels; ++j) {
-        double row[kChannelPad]{};
-        for (int64_t first = 0; first < depth; first += kChannelPad) {
-            for (int64_t lane = 0; lane < kChannelPad; ++lane) {
-                const int64_t i = first + lane;
-                const double a = attention[j * depth + i] * sums[i], score = scores[j * depth + i];
-                const double of_logit = a * (grads[j * depth + i] - means[i]), of_score = of_logit * through;
-                const double magnitude = __builtin_fabs(of_score);
-                of_scales[i] += of_logit * score;
-                slopes[i] += of_score * score;
-                row[lane] += of_score * score;
-                grads[j * depth + i] = of_score;
-                sizes[lane] = magnitude > sizes[lane] ? magnitude : sizes[lane];
-                of_values[j * depth + i] = static_cast<float>(a);
+
+    // Products become cosines; the largest logit of each column.
+    void normalise() {
+        const double *const q = inverses, *const k = inverses + depth;
+        const double scale = g.scale[head];
+        for (int64_t j = 0; j < channels; ++j) {
+            double* const score = scores + j * depth;
+            for (int64_t i = 0; i < depth; ++i) {
+                score[i] *= q[i] * k[j];
+                const double logit = score[i] * scale;
+                most[i] = j == 0 || logit > most[i] ? logit : most[i];
             }
         }
-        double slope = 0;
-        for (int64_t lane = 0; lane < kChannelPad; ++lane) {
-            slope += row[lane];
+    }
+
+    // The attention but for the sums of its columns, and its weighted means of the gradients.
+    void softmax() {
+        const double scale = g.scale[head];
+        memset(sums, 0, depth * sizeof(double));
+        memset(means, 0, depth * sizeof(double));
+        float* const logits = of_gram;  // not yet in use
+        for (int64_t j = 0; j < channels; ++j) {
+            for (int64_t i = 0; i < depth; ++i) {
+                logits[i] = static_cast<float>(scores[j * depth + i] * scale - most[i]);
+            }
+            for (int64_t i = 0; i < depth; i += kLanes) {
+                store(logits + i, exp(load(logits + i)));
+            }
+            for (int64_t i = 0; i < depth; ++i) {
+                attention[j * depth + i] = logits[i];
+                sums[i] += logits[i];
+                means[i] += grads[j * depth + i] * logits[i];
+            }
         }
-        k_slopes[j] *= slope;
-    }
-    for (const double each : sizes) {
-        size = each > size ? each : size;
-    }
-    *grad_scale = 0;
-    for (int64_t i = 0; i < depth; ++i) {
-        *grad_scale += of_scales[i];
-        q_slopes[i] *= slopes[i];
-    }
-    float* const units = out + depth * (3 * depth + 2);
-    find_units(q, channels, depth, size, units);
-    for (int64_t i = 0; i < 2 * depth; ++i) {  // of q, then of k
-        q[i] /= units[i];
-        const double slope = q_slopes[i] / units[i] / units[i];
-        out[3 * matrix + i] = i % depth < channels ? static_cast<float>(slope) : 0.0f;
-    }
-    for (int64_t j = 0; j < channels; ++j) {
         for (int64_t i = 0; i < depth; ++i) {
-            of_gram[j * depth + i] = static_cast<float>(grads[j * depth + i] * q[i] * k[j]);
+            sums[i] = i < channels ? 1.0 / sums[i] : 0.0;
+            means[i] *= sums[i];
         }
     }
-    transpose_matrix(of_values, depth, out + 2 * matrix);
-    transpose_matrix(of_gram, depth, out + matrix);
-}
+
+    // The gradients of the logits, the cosines and the scale, and the sums that the slopes of the norms are made of.
+    void find_gradients() {
+        memset(slopes, 0, depth * sizeof(double));
+        memset(of_scales, 0, depth * sizeof(double));
+        float* const softmax = of_gram_transposed;
+        memset(of_gram + channels * depth, 0, (depth - channels) * depth * sizeof(float));
+        memset(softmax + channels * depth, 0, (depth - channels) * depth * sizeof(float));
+        // a channel of one token is normalised to its sign, unless it is too small
+        const double through = tokens == 1 && !clamped ? 0.0 : g.scale[head];
+        double sizes[kChannelPad]{};
+        for (int64_t j = 0; j < channels; ++j) {
+            double row[kChannelPad]{};
+            for (int64_t first = 0; first < depth; first += kChannelPad) {
+                for (int64_t lane = 0; lane < kChannelPad; ++lane) {
+                    const int64_t i = first + lane;
+                    const double a = attention[j * depth + i] * sums[i], score = scores[j * depth + i];
+                    const double of_logit = a * (grads[j * depth + i] - means[i]), of_score = of_logit * through;
+                    const double magnitude = __builtin_fabs(of_score);
+                    of_scales[i] += of_logit * score;
+                    slopes[i] += of_score * score;
+                    row[lane] += of_score * score;
+                    grads[j * depth + i] = of_score;
+                    sizes[lane] = magnitude > sizes[lane] ? magnitude : sizes[lane];
+                    softmax[j * depth + i] = static_cast<float>(a);
+                }
+            }
+            double slope = 0;
+            for (int64_t lane = 0; lane < kChannelPad; ++lane) {
+                slope += row[lane];
+            }
+            norm_slopes[depth + j] *= slope;
+        }
+        for (const double each : sizes) {
+            largest = each > largest ? each : largest;
+        }
+        for (int64_t i = 0; i < depth; ++i) {
+            grad_scale += of_scales[i];
+            norm_slopes[i] *= slopes[i];
+        }
+    }
+
+    // The units, and what is multiplied by values in them.
+    void choose_units() {
+        find_units(inverses, channels, depth, largest, units);
+        for (int64_t i = 0; i < 2 * depth; ++i) {
+            inverses[i] /= units[i];
+            const double slope = norm_slopes[i] / units[i] / units[i];
+            out_slopes[i] = i % depth < channels ? static_cast<float>(slope) : 0.0f;
+        }
+    }
+
+    // The gradient of the Gram matrix, the transpose of both matrices.
+    void write() {
+        const double *const q = inverses, *const k = inverses + depth;
+        for (int64_t j = 0; j < channels; ++j) {
+            for (int64_t i = 0; i < depth; ++i) {
+                of_gram[j * depth + i] = static_cast<float>(grads[j * depth + i] * q[i] * k[j]);
+            }
+        }
+        transpose_matrix(of_gram_transposed, depth, attention_transposed);
+        transpose_matrix(of_gram, depth, of_gram_transposed);
+    }
+};
 
 }  // namespace
 }  // namespace ipt_fast::cpu

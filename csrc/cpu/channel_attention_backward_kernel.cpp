@@ -15,29 +15,13 @@ namespace {
 
 using Params = ChannelAttentionBackwardParams;
 
-// The merge weights of a tile's tokens for each branch, or 1 where there is only one branch; see TokenWeights.
-template <int branches>
-struct MergeWeights {
-    const float* first[branches];
-    int64_t row;
-
-    MergeWeights(const Groups& g, int64_t head, const Tile& tile) : row(g.vertical.window) {
-        for (int branch = 0; branch < branches && branches == 2; ++branch) {
-            first[branch] = g.weights(g.merge[branch], 0, head, tile);  // both are laid out by the unshifted windows
-        }
-    }
-    Vec at(int branch, int64_t y, int64_t x) const {
-        return broadcast(branches == 1 ? 1.0f : first[branch][y * row + x]);
-    }
-};
-
 // The tokens of a tile of one head, as a map has them.
 template <typename T>
 struct Tokens {
     const T* first;
     int64_t pixel, row;
 
-    Tokens(const Groups& g, const Pixels& map, const Block& block, const Tile& tile, int64_t head)
+    Tokens(const Groups& g, const Pixels& map, const WindowBlock& block, const Tile& tile, int64_t head)
         : pixel(map.stride), row(map.stride * g.horizontal.size) {
         const int64_t index = (block.image * g.vertical.size + tile.y) * g.horizontal.size + tile.x;
         first = static_cast<const T*>(map.data) + index * pixel + head * g.head_channels;
@@ -47,9 +31,10 @@ struct Tokens {
 
 template <typename T>
 inline void load_tile(const Tokens<T>& tokens, const Tile& tile, const Groups& g, float* rows) {
+    const Matrix all{rows, tile.tokens(), g.depth, g.depth};
     for (int64_t y = 0; y < tile.rows; ++y) {
-        load_rows(tokens.at(y, 0), tokens.pixel, tile.columns, g.head_channels, rows + y * tile.columns * g.depth,
-                  g.depth);
+        load_rows(Matrix{tokens.at(y, 0), tile.columns, g.head_channels, tokens.pixel},
+                  all.slice(y * tile.columns, tile.columns));
     }
 }
 
@@ -96,14 +81,14 @@ void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
     const int64_t depth = g.depth;
     const GramTile<branches> staged(g, scratch);
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(g.vertical, g.horizontal, index / g.heads);
+        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
         float* const slot = p.slot(index / g.heads, head);
         float* const norms = slot + 2 * branches * depth * depth;
         for (int64_t t = 0; t < block.tiles(); ++t) {
             const Tile tile = block.tile(t);
-            const TokenWeights<branches> weights(g, head, tile);
-            const MergeWeights<branches> merge(g, head, tile);
+            const TileWeights<branches> weights = token_squares<branches>(g, head, tile);
+            const TileWeights<branches> merge = merge_weights<branches>(g, head, tile);
             const auto stage = [&](auto scaled, const Pixels& map, const auto& with, float* out, float* squares) {
                 const Tokens<T> tokens(g, map, block, tile, head);
                 stage_tokens<decltype(scaled)::value, branches>(tokens, tile, g.head_channels, depth, with, out,
@@ -111,7 +96,7 @@ void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
             };
             stage(Constant<0>{}, p.q, weights, staged.q, staged.squares);
             stage(Constant<1>{}, p.k, weights, staged.k, staged.squares + depth);
-            staged.add(tile, weights, slot, norms, p.factors(slot), t == 0,
+            staged.add(tile, weights, {slot, norms, p.factors(slot)}, t == 0,
                        [&](float* rows) { load_tile(Tokens<T>(g, p.k, block, tile, head), tile, g, rows); });
             stage(Constant<0>{}, p.grad, merge, staged.q, nullptr);
             stage(Constant<1>{}, p.v, merge, staged.k, nullptr);
@@ -128,8 +113,10 @@ void attend(const Params& p, int64_t begin, int64_t end, float* scratch) {
     for (int64_t index = begin; index < end; ++index) {
         const int branch = static_cast<int>(index % g.branches);
         const int64_t head = index / g.branches % g.heads, window = index / g.branches / g.heads;
-        attend_window(p, window / across / down, window / across % down, window % across, head, branch,
-                      reinterpret_cast<double*>(scratch), p.matrices_of(window, head, branch), p.grad_scale + index);
+        WindowBackward backward(p, head, branch, reinterpret_cast<double*>(scratch),
+                                p.matrices_of(window, head, branch));
+        backward.run(window / across / down, window / across % down, window % across);
+        p.grad_scale[index] = backward.grad_scale;
     }
 }
 
@@ -141,44 +128,113 @@ inline int64_t window_of(const Axis& axis, int branch, int64_t pixel) {
     return (pixel + all - branch * axis.part) % all / axis.window;
 }
 
+// A gradient is the sum over the branches of the token's weight times a term. A term is made of `product`, the
+// channel's value of the staged rows times a matrix of the branch (ApplyTile::multiply), and of the values staged in q
+// and k, at place `at` of them, c being the channel. What it adds to `sum`, summed over the channels, is the gradient
+// of the weight and goes to token map kTokenMap + branch; -1: nowhere.
+
+// dG k + slope q; the gradient of w is w times the token sum.
+template <int branches>
+struct TermOfQ {
+    static constexpr int kTokenMap = 0;
+
+    const float *q, *k;
+    const float *q_slopes[branches], *k_slopes[branches];
+
+    inline __attribute__((always_inline)) Vec operator()(int branch, int64_t at, int64_t c, Vec product,
+                                                         Vec& sum) const {
+        const Vec q_value = load(q + at), k_value = load(k + at), k_square = k_value * k_value;
+        const Vec gradient = fma(load(q_slopes[branch] + c), q_value, product);
+        sum = fma(q_value, gradient + product, sum);
+        sum = fma(load(k_slopes[branch] + c), k_square, sum);
+        return gradient;
+    }
+};
+
+// dG^T q + slope k
+template <int branches>
+struct TermOfK {
+    static constexpr int kTokenMap = -1;
+
+    const float* k;
+    const float* k_slopes[branches];
+
+    inline __attribute__((always_inline)) Vec operator()(int branch, int64_t at, int64_t c, Vec product, Vec&) const {
+        return fma(load(k_slopes[branch] + c), load(k + at), product);
+    }
+};
+
+// A^T grad; the gradient of the merge weight is v A^T grad.
+struct TermOfV {
+    static constexpr int kTokenMap = 2;
+
+    const float* v;
+
+    inline __attribute__((always_inline)) Vec operator()(int, int64_t at, int64_t, Vec product, Vec& sum) const {
+        sum = fma(load(v + at), product, sum);
+        return product;
+    }
+};
+
 // One tile of one head. Rows of scratch have `depth` floats for each token, products one row for each branch.
 template <typename T, int branches>
 struct ApplyTile {
     const Params& p;
     const Groups& g;
-    const Block& block;
+    const WindowBlock& block;
     const Tile& tile;
     int64_t head;
     const float* const* matrices;  // of the branches
     const float* units;            // of q, then of k, in which they and their gradients are; nullptr: 1
     float *q, *k, *products;
 
+    void run() const {
+        const TileWeights<branches> squares = token_squares<branches>(g, head, tile);
+        const TileWeights<branches> merge = merge_weights<branches>(g, head, tile);
+        const float *const q_units = units, *const k_units = units ? units + g.depth : nullptr;
+        TermOfQ<branches> of_q{q, k, {}, {}};
+        TermOfK<branches> of_k{k, {}};
+        for (int branch = 0; branch < branches; ++branch) {
+            const float* const slopes = matrices[branch] + 3 * g.depth * g.depth;
+            of_q.q_slopes[branch] = slopes;
+            of_q.k_slopes[branch] = of_k.k_slopes[branch] = slopes + g.depth;
+        }
+        stage(p.q, q, q_units);
+        stage(p.k, k, k_units);
+        multiply(k, 0);
+        gradient(of_q, squares, q_units, p.grad_q);
+        multiply(q, 1);
+        gradient(of_k, squares, k_units, p.grad_k);
+        stage(p.grad, q);
+        multiply(q, 2);
+        stage(p.v, k);
+        gradient(TermOfV{k}, merge, nullptr, p.grad_v);
+    }
+
+  private:
     void stage(const Pixels& map, float* out, const float* factors = nullptr) const {
         load_tile(Tokens<T>(g, map, block, tile, head), tile, g, out);
         for (int64_t i = 0; i < tile.tokens() * g.depth && factors; i += kLanes) {
             store(out + i, load(out + i) * load(factors + i % g.depth));
         }
     }
-    void stage_q_and_k() const {
-        stage(p.q, q, units);
-        stage(p.k, k, units ? units + g.depth : nullptr);
-    }
 
     // products = rows times matrix `which` of every branch
     void multiply(const float* rows, int64_t which) const {
         for (int branch = 0; branch < branches; ++branch) {
-            product(tile.tokens(), g.depth, g.head_channels, rows, g.depth,
-                    matrices[branch] + which * g.depth * g.depth, g.depth, products + branch * g.depth,
-                    branches * g.depth, false);
+            const Matrix left{rows, tile.tokens(), g.head_channels, g.depth};
+            const Matrix right{matrices[branch] + which * g.depth * g.depth, g.head_channels, g.depth, g.depth};
+            const Matrix target{products + branch * g.depth, tile.tokens(), g.depth, branches * g.depth};
+            product(left, right, target, Accumulate::no);
         }
     }
 
-    const float* slopes(int branch, int64_t of_k) const { return matrices[branch] + g.depth * (3 * g.depth + of_k); }
-
-    // body(token, pixel's gradient, weights of the branches, sums of the branches) for all tokens of the tile. Writes
-    // the sums over the lanes to token map first_map and the next (-1: nowhere); body adds to them.
-    template <int first_map, typename Weights, typename Body>
-    inline __attribute__((always_inline)) void for_tokens(void* out, const Weights& weights, const Body& body) const {
+    // Writes one gradient of the tile, times its channels' units (nullptr: 1), and the token sums.
+    template <typename Term>
+    inline __attribute__((always_inline)) void gradient(const Term& term, const TileWeights<branches>& weights,
+                                                        const float* unit, void* out) const {
+        const float* const all_products = products;
+        const int64_t depth = g.depth, channels = g.head_channels;
         for (int64_t y = 0, token = 0; y < tile.rows; ++y) {
             const int64_t pixel = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
             T* target = static_cast<T*>(out) + pixel * p.grad_pixel + head * g.head_channels;
@@ -190,99 +246,32 @@ struct ApplyTile {
                     for (int branch = 0; branch < branches; ++branch) {
                         weight[branch] = weights.at(branch, y, first + i);
                     }
-                    body(token, target, weight, sum);
+                    const float* const of_token = all_products + token * branches * depth;
+                    for_vectors(channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                        Vec total{};
+                        for (int branch = 0; branch < branches; ++branch) {
+                            const Vec product = load(of_token + branch * depth + c);
+                            const Vec part = term(branch, token * depth + c, c, product, sum[branch]);
+                            total = fma(weight[branch], part, total);
+                        }
+                        store(target + c, unit ? total * load(unit + c) : total, n);
+                    });
                     for (int branch = 0; branch < branches; ++branch) {
                         sums[branch][i] = sum[branch];
                     }
                 }
-                if constexpr (branches == 2 && first_map >= 0) {
+                if constexpr (branches == 2 && Term::kTokenMap >= 0) {
                     for (int branch = 0; branch < branches; ++branch) {
                         for (int64_t i = count; i < kLanes; ++i) {
                             sums[branch][i] = Vec{};
                         }
-                        store(p.token_row(first_map + branch, head, block.image, tile.y + y, tile.x + first),
-                              sum_each(sums[branch]), count);
+                        float* const row =
+                            p.token_row(Term::kTokenMap + branch, head, block.image, tile.y + y, tile.x + first);
+                        store(row, sum_each(sums[branch]), count);
                     }
                 }
             }
         }
-    }
-
-    // dq = sum over the branches of w^2 (dG k + slope q); the gradient of w is w times the token sum.
-    void gradient_of_q() const {
-        multiply(k, 0);
-        const float *const all_q = q, *const all_k = k, *const all_products = products, *of_q[branches],
-                           *of_k[branches];
-        for (int branch = 0; branch < branches; ++branch) {
-            of_q[branch] = slopes(branch, 0);
-            of_k[branch] = slopes(branch, 1);
-        }
-        const float* const unit = units;
-        const int64_t depth = g.depth, channels = g.head_channels;
-        for_tokens<0>(p.grad_q, TokenWeights<branches>(g, head, tile),
-                      [&](int64_t token, T* out, const Vec* weight, Vec* sums) __attribute__((always_inline)) {
-                          const float* const dg_k = all_products + token * branches * depth;
-                          for_vectors(channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                              const Vec q_value = load(all_q + token * depth + c);
-                              const Vec k_value = load(all_k + token * depth + c), k_square = k_value * k_value;
-                              Vec total{};
-                              for (int branch = 0; branch < branches; ++branch) {
-                                  const Vec product = load(dg_k + branch * depth + c);
-                                  const Vec gradient = fma(load(of_q[branch] + c), q_value, product);
-                                  sums[branch] = fma(q_value, gradient + product, sums[branch]);
-                                  sums[branch] = fma(load(of_k[branch] + c), k_square, sums[branch]);
-                                  total = fma(weight[branch], gradient, total);
-                              }
-                              store(out + c, unit ? total * load(unit + c) : total, n);
-                          });
-                      });
-    }
-
-    // dk = sum over the branches of w^2 (dG^T q + slope k)
-    void gradient_of_k() const {
-        multiply(q, 1);
-        const float *const all_k = k, *const all_products = products, *of_k[branches];
-        for (int branch = 0; branch < branches; ++branch) {
-            of_k[branch] = slopes(branch, 1);
-        }
-        const float* const unit = units ? units + g.depth : nullptr;
-        const int64_t depth = g.depth, channels = g.head_channels;
-        for_tokens<-1>(p.grad_k, TokenWeights<branches>(g, head, tile),
-                       [&](int64_t token, T* out, const Vec* weight, Vec*) __attribute__((always_inline)) {
-                           const float* const dg_q = all_products + token * branches * depth;
-                           for_vectors(channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                               const Vec k_value = load(all_k + token * depth + c);
-                               Vec total{};
-                               for (int branch = 0; branch < branches; ++branch) {
-                                   const Vec product = load(dg_q + branch * depth + c);
-                                   total = fma(weight[branch], fma(load(of_k[branch] + c), k_value, product), total);
-                               }
-                               store(out + c, unit ? total * load(unit + c) : total, n);
-                           });
-                       });
-    }
-
-    // dv = sum over the branches of merge A^T grad; the gradient of merge is v A^T grad.
-    void gradient_of_v() const {
-        stage(p.grad, q);
-        multiply(q, 2);
-        stage(p.v, k);
-        const float *const all_v = k, *const all_products = products;
-        const int64_t depth = g.depth, channels = g.head_channels;
-        for_tokens<2>(p.grad_v, MergeWeights<branches>(g, head, tile),
-                      [&](int64_t token, T* out, const Vec* weight, Vec* sums) __attribute__((always_inline)) {
-                          const float* const a_grad = all_products + token * branches * depth;
-                          for_vectors(channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                              const Vec v_value = load(all_v + token * depth + c);
-                              Vec total{};
-                              for (int branch = 0; branch < branches; ++branch) {
-                                  const Vec product = load(a_grad + branch * depth + c);
-                                  sums[branch] = fma(v_value, product, sums[branch]);
-                                  total = fma(weight[branch], product, total);
-                              }
-                              store(out + c, total, n);
-                          });
-                      });
     }
 };
 
@@ -328,7 +317,7 @@ void apply(const Params& p, int64_t begin, int64_t end, float* scratch) {
     float *const q = scratch, *const k = q + kTileTokens * g.depth, *const products = k + kTileTokens * g.depth;
     float* const moved = products + branches * kTileTokens * g.depth;
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(g.vertical, g.horizontal, index / g.heads);
+        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
         const float* matrices[branches];
         for (int branch = 0; branch < branches; ++branch) {
@@ -339,11 +328,7 @@ void apply(const Params& p, int64_t begin, int64_t end, float* scratch) {
         const float* const units = common_units(p, matrices, moved);
         for (int64_t t = 0; t < block.tiles(); ++t) {
             const Tile tile = block.tile(t);
-            const ApplyTile<T, branches> apply_tile{p, g, block, tile, head, matrices, units, q, k, products};
-            apply_tile.stage_q_and_k();
-            apply_tile.gradient_of_q();
-            apply_tile.gradient_of_k();
-            apply_tile.gradient_of_v();
+            ApplyTile<T, branches>{p, g, block, tile, head, matrices, units, q, k, products}.run();
         }
     }
 }

@@ -38,16 +38,18 @@ void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_
         const int64_t count = p.pixels - first < kPointwiseBlock ? p.pixels - first : kPointwiseBlock;
         const T* const in = static_cast<const T*>(p.x) + first * p.channels;
         T* const out = static_cast<T*>(p.out) + first * p.columns;
+        const Matrix pixels{in, count, p.channels, p.channels};
         if constexpr (kIsFloat<T>) {
             if (p.columns % kLanes == 0) {
-                unit.multiply(count, p.columns, p.channels, in, p.channels, p.packed, out, p.columns, false);
+                unit.multiply(pixels, p.packed, {out, count, p.columns, p.columns}, Accumulate::no);
                 continue;
             }
         }
-        load_rows(in, p.channels, count, p.channels, staged, padded(p.channels));
-        unit.multiply(count, p.columns, p.channels, staged, padded(p.channels), p.packed, products, padded(p.columns),
-                      false);
-        store_rows(products, padded(p.columns), count, p.columns, static_cast<const T*>(nullptr), out);
+        const Matrix left{staged, count, p.channels, padded(p.channels)};
+        const Matrix result{products, count, p.columns, padded(p.columns)};
+        load_rows(pixels, left);
+        unit.multiply(left, p.packed, result, Accumulate::no);
+        store_rows<T>(result, nullptr, out);
     }
 }
 
@@ -63,17 +65,19 @@ void pointwise_weight(const PointwiseWeightParams& p, int64_t begin, int64_t end
     const int64_t rows = p.columns - first_row < kPointwiseTile ? p.columns - first_row : kPointwiseTile;
     float* const x = scratch;
     float* const grad = x + kPointwiseRun * width;
-    float* const product = grad + kPointwiseRun * kPointwiseTile;
+    float* const of_run = grad + kPointwiseRun * kPointwiseTile;
     float* const total = sums + first_row * width;
     for (int64_t first = begin; first < end; first += kPointwiseRun) {
         const int64_t count = end - first < kPointwiseRun ? end - first : kPointwiseRun;
-        load_rows(static_cast<const T*>(p.x) + first * p.channels, p.channels, count, p.channels, x, width);
-        load_rows(static_cast<const T*>(p.grad) + first * p.columns + first_row, p.columns, count, rows, grad,
-                  kPointwiseTile);
-        float* const target = first == begin ? total : product;
-        product_transposed(rows, width, count, grad, kPointwiseTile, x, width, target, width, false);
+        const T* const first_x = static_cast<const T*>(p.x) + first * p.channels;
+        const T* const first_grad = static_cast<const T*>(p.grad) + first * p.columns + first_row;
+        const Matrix pixels{x, count, width, width}, gradients{grad, count, rows, kPointwiseTile};
+        load_rows(Matrix{first_x, count, p.channels, p.channels}, pixels);
+        load_rows(Matrix{first_grad, count, rows, p.columns}, gradients);
+        const Matrix target{first == begin ? total : of_run, rows, width, width};
+        product(transposed(gradients), pixels, target, Accumulate::no);
         for (int64_t i = 0; i < rows * width && first > begin; i += kLanes) {
-            store(total + i, load(total + i) + load(product + i));
+            store(total + i, load(total + i) + load(of_run + i));
         }
     }
 }
@@ -88,14 +92,14 @@ void pointwise_weight_any(const PointwiseWeightParams& p, int64_t begin, int64_t
 // One strip of an image and its last `kernel` rows in fp32: [vector of channels][row % kernel][pixel][lane], with
 // kernel / 2 pixels of the neighbours, or zeros, at both ends.
 template <typename T, int kernel>
-struct Strip {
+struct DepthwiseStrip {
     static constexpr int64_t kHalf = kernel / 2;
 
     const DepthwiseParams& p;
     int64_t image, first, count, ring_row;
     float* ring;
 
-    Strip(const DepthwiseParams& params, int64_t index, float* scratch) : p(params), ring(scratch) {
+    DepthwiseStrip(const DepthwiseParams& params, int64_t index, float* scratch) : p(params), ring(scratch) {
         image = index / p.strips;
         first = index % p.strips * p.width / p.strips;
         count = (index % p.strips + 1) * p.width / p.strips - first;
@@ -136,7 +140,7 @@ template <typename T, int kernel, typename Body>
 inline void for_rows(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, const Body& body) {
     constexpr int64_t kHalf = kernel / 2;
     while (begin < end) {
-        const Strip<T, kernel> strip(p, begin / p.height, scratch);
+        const DepthwiseStrip<T, kernel> strip(p, begin / p.height, scratch);
         const int64_t first = begin % p.height;
         const int64_t last = first + end - begin < p.height ? first + end - begin : p.height;
         for (int64_t y = first - kHalf; y < first + kHalf; ++y) {
@@ -152,7 +156,7 @@ inline void for_rows(const DepthwiseParams& p, int64_t begin, int64_t end, float
 
 template <typename T, int kernel>
 void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch) {
-    for_rows<T, kernel>(p, begin, end, scratch, [&](const Strip<T, kernel>& strip, int64_t y) {
+    for_rows<T, kernel>(p, begin, end, scratch, [&](const DepthwiseStrip<T, kernel>& strip, int64_t y) {
         T* const out = static_cast<T*>(p.out) + strip.offset(y, strip.first);
         // a few pixels at a time, so that memory is written in order
         for (int64_t first = 0; first < strip.count; first += kDepthwisePixels) {
@@ -160,7 +164,8 @@ void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scra
             for_vectors(p.channels, [&](int64_t c, int64_t n) {
                 const float* rows[kernel];
                 strip.rows(y, first, c, rows);
-                depthwise_row<kernel>(rows, kLanes, count, p.weight + c, padded(p.channels), [&](int64_t i, Vec sum) {
+                const Taps taps{p.weight + c, padded(p.channels)};
+                depthwise_row<kernel>({rows, kLanes}, count, taps, [&](int64_t i, Vec sum) {
                     T* const target = out + (first + i) * p.channels + c;
                     n == kLanes ? store(target, sum) : store(target, sum, n);
                 });
@@ -172,7 +177,7 @@ void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scra
 template <typename T, int kernel>
 void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums) {
     float* const staged = scratch + padded(p.channels) * kernel * (p.widest() + kernel - 1);
-    for_rows<T, kernel>(p, begin, end, scratch, [&](const Strip<T, kernel>& strip, int64_t y) {
+    for_rows<T, kernel>(p, begin, end, scratch, [&](const DepthwiseStrip<T, kernel>& strip, int64_t y) {
         const int64_t staged_row = p.widest() * kLanes;
         strip.stage(p.grad, y, strip.first, strip.count, staged, staged_row);
         for (int64_t c = 0; c < p.channels; c += kLanes) {

@@ -1,5 +1,4 @@
-// One row of a depthwise convolution, one vector of channels at a time. Pixels of a row are `stride` floats apart; a
-// row of input begins kernel / 2 pixels before the row of output and ends as many after it.
+// One row of a depthwise convolution, one vector of channels at a time.
 #pragma once
 
 #include "gemm.h"
@@ -14,39 +13,49 @@ constexpr int kDepthwisePixels = 12;
 // Values of a row are kept in registers where there are 32 of them, else read again for every tap.
 constexpr int kDepthwiseUnroll = kRegisters >= 32 ? 5 : 1;
 
+// The rows of input under a kernel, of kLanes channels: pixel x of row y is at rows[y] + x * stride. A row begins
+// kernel / 2 pixels before the row of output and ends as many after it.
+struct InputRows {
+    const float* const* rows;
+    int64_t stride;
+};
+
+// A kernel's weights of kLanes channels: tap (y, x) is at data + (y * kernel + x) * stride.
+struct Taps {
+    const float* data;
+    int64_t stride;
+};
+
 template <int kernel, int pixels>
-inline __attribute__((always_inline)) void depthwise_pixels(const float* const* rows, int64_t first, int64_t stride,
-                                                            const float* weight, int64_t weight_stride, Vec* sums) {
+inline __attribute__((always_inline)) void depthwise_pixels(InputRows in, int64_t first, Taps taps, Vec* sums) {
 #pragma GCC unroll 12
     for (int i = 0; i < pixels; ++i) {
         sums[i] = Vec{};
     }
 #pragma GCC unroll 1
     for (int y = 0; y < kernel; ++y) {
-        const float* row = rows[y] + first * stride;
+        const float* row = in.rows[y] + first * in.stride;
         asm("" : "+r"(row));  // else gcc keeps the offsets of all pixels in registers it does not have
 #pragma GCC unroll kDepthwiseUnroll
         for (int x = 0; x < kernel; ++x) {
-            const Vec tap = load(weight + (y * kernel + x) * weight_stride);
+            const Vec tap = load(taps.data + (y * kernel + x) * taps.stride);
 #pragma GCC unroll 12
             for (int i = 0; i < pixels; ++i) {
-                sums[i] = fma(load(row + (i + x) * stride), tap, sums[i]);
+                sums[i] = fma(load(row + (i + x) * in.stride), tap, sums[i]);
             }
         }
     }
 }
 
-// body(pixel, sum) for every pixel of a row of output, kLanes channels; tap (y, x) of the kernel is at
-// weight + (y * kernel + x) * weight_stride.
+// body(pixel, sum) for the `count` pixels of a row of output.
 template <int kernel, typename Body>
-inline void depthwise_row(const float* const* rows, int64_t stride, int64_t count, const float* weight,
-                          int64_t weight_stride, const Body& body) {
+inline void depthwise_row(InputRows in, int64_t count, Taps taps, const Body& body) {
     int64_t first = 0;
     const auto run = [&](auto pixels) __attribute__((always_inline)) {
         constexpr int kPixels = decltype(pixels)::value;
         for (; first + kPixels <= count; first += kPixels) {
             Vec sums[kPixels];
-            depthwise_pixels<kernel, kPixels>(rows, first, stride, weight, weight_stride, sums);
+            depthwise_pixels<kernel, kPixels>(in, first, taps, sums);
 #pragma GCC unroll 12
             for (int i = 0; i < kPixels; ++i) {
                 body(first + i, sums[i]);
@@ -57,6 +66,21 @@ inline void depthwise_row(const float* const* rows, int64_t stride, int64_t coun
     run(Constant<8>{});
     run(Constant<4>{});
     run(Constant<1>{});
+}
+
+// The same for a kernel of any size.
+template <typename Body>
+inline void depthwise_row_any(int64_t kernel, InputRows in, int64_t count, Taps taps, const Body& body) {
+    for (int64_t i = 0; i < count; ++i) {
+        Vec sum{};
+        for (int64_t y = 0; y < kernel; ++y) {
+            for (int64_t x = 0; x < kernel; ++x) {
+                sum =
+                    fma(load(in.rows[y] + (i + x) * in.stride), load(taps.data + (y * kernel + x) * taps.stride), sum);
+            }
+        }
+        body(i, sum);
+    }
 }
 
 // sums[i % chains][x] += grad[i] row[i + x] for every pixel i and tap x: more chains of FMAs wait less for each other.

@@ -7,8 +7,9 @@
 // FLOP a pixel: 8 * C * C + 8 * C * d + 54 * C.
 #include "focal_attention_layer_kernel.h"
 
-#include "gram.h"
+#include "depthwise.h"
 #include "rows.h"
+#include "window_attend.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -31,15 +32,13 @@ void pack(const Params& p, const Unit& unit, int64_t begin, int64_t end) {
     }
 }
 
-// A 3x3 depthwise convolution of `count` columns of a few rows at once, one vector of channels: body(y, x, value).
-// Columns are `stride` floats apart, taps `tap_stride`.
+// A 3x3 depthwise convolution of `count` columns of `height` rows at once, one vector of channels: body(y, x, value).
 template <int height, typename Body>
-inline __attribute__((always_inline)) void depthwise_rows(const float* const* rows, int64_t stride, int64_t count,
-                                                          const float* weight, int64_t tap_stride, const Body& body) {
+inline __attribute__((always_inline)) void depthwise_rows(InputRows in, int64_t count, Taps weight, const Body& body) {
     Vec taps[3][3];
 #pragma GCC unroll 9
     for (int i = 0; i < 9; ++i) {
-        taps[i / 3][i % 3] = load(weight + i * tap_stride);
+        taps[i / 3][i % 3] = load(weight.data + i * weight.stride);
     }
     for (int64_t x = 0; x < count; ++x) {
         Vec sums[height]{};
@@ -47,7 +46,7 @@ inline __attribute__((always_inline)) void depthwise_rows(const float* const* ro
         for (int i = 0; i < height + 2; ++i) {
 #pragma GCC unroll 3
             for (int j = 0; j < 3; ++j) {
-                const Vec value = load(rows[i] + (x + j) * stride);
+                const Vec value = load(in.rows[i] + (x + j) * in.stride);
 #pragma GCC unroll 4
                 for (int y = 0; y < height; ++y) {
                     if (i - y >= 0 && i - y < 3) {
@@ -65,9 +64,9 @@ inline __attribute__((always_inline)) void depthwise_rows(const float* const* ro
 
 // A strip of the image and a group of heads in pass 1.
 template <typename T, typename Unit>
-class Strip {
+class GramStrip {
   public:
-    Strip(const Params& p, const Unit& unit, int64_t index, float* scratch)
+    GramStrip(const Params& p, const Unit& unit, int64_t index, float* scratch)
         : p_(p), unit_(unit), g_(p.groups), pixels_(scratch) {
         image_ = index / p.strips / p.head_groups;
         const int64_t group = index / p.strips % p.head_groups, strip = index % p.strips;
@@ -84,7 +83,7 @@ class Strip {
 
     // One row of blocks. The one above it may have left rows in the ring.
     void block_row(int64_t index, bool continued) {
-        const Block first(g_.vertical, g_.horizontal, block_index(index, first_block_));
+        const WindowBlock first(g_.vertical, g_.horizontal, block_index(index, first_block_));
         int64_t next = continued ? first.y + 1 : first.y - 1;
         for (int64_t top = 0; top < first.rows; top += first.tile_rows()) {
             const int64_t bottom = top + first.tile_rows() < first.rows ? top + first.tile_rows() : first.rows;
@@ -92,7 +91,7 @@ class Strip {
             next = first.y + bottom + 1;
             for (int64_t b = first_block_; b < last_block_; ++b) {
                 const int64_t at = block_index(index, b);
-                const Block block(g_.vertical, g_.horizontal, at);
+                const WindowBlock block(g_.vertical, g_.horizontal, at);
                 for (int64_t i = 0; i < block.tiles_across(); ++i) {
                     const int64_t t = top / block.tile_rows() * block.tiles_across() + i;
                     for (int64_t head = first_head_; head < last_head_; ++head) {
@@ -132,9 +131,11 @@ class Strip {
             for (int64_t i = 0; i < count; ++i) {
                 normalize(y + i, normal_ + i * width_ * row);
             }
+            const Matrix pixels{normal_, count * width_, channels, row};
             for (int64_t part = 3 * first_head_; part < 3 * last_head_; ++part) {
-                unit_.multiply(count * width_, g_.head_channels, channels, normal_, row, packed_part(p_, part),
-                               ring(part / 3, at) + part % 3 * g_.depth, 3 * g_.depth, false);
+                float* const first = ring(part / 3, at) + part % 3 * g_.depth;
+                unit_.multiply(pixels, packed_part(p_, part), {first, count * width_, g_.head_channels, 3 * g_.depth},
+                               Accumulate::no);
             }
         }
     }
@@ -147,17 +148,20 @@ class Strip {
         const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + skipped) * channels;
         memset(out, 0, skipped * row * sizeof(*out));
         memset(out + (width_ - after) * row, 0, after * row * sizeof(*out));
+        const Matrix pixels{x, count, channels, channels};
+        const Matrix normal{out + skipped * row, count, row, row};
         if (channels == row) {
-            normalize_rows(x, channels, count, channels, p_.norm, out + skipped * row, row);
+            normalize_rows(pixels, p_.norm, normal);
         } else {
-            load_rows(x, channels, count, channels, pixels_, row);
-            normalize_rows(pixels_, row, count, channels, p_.norm, out + skipped * row, row);
+            const Matrix staged{pixels_, count, channels, row};
+            load_rows(pixels, staged);
+            normalize_rows(staged, p_.norm, normal);
         }
     }
 
     void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
         const GramTile<2> staged(g_, tile_scratch_);
-        const TokenWeights<2> weights(g_, head, tile);
+        const TileWeights<2> weights = token_squares<2>(g_, head, tile);
         const int64_t channels = p_.channels();
         convolve(
             tile, head, 0,
@@ -183,7 +187,7 @@ class Strip {
                 }
             },
             [](int64_t, const auto&) {});
-        staged.add(tile, weights, slot, g_.norms(slot, 0), g_.factors(slot), begin, [&](float* rows) {
+        staged.add(tile, weights, {slot, g_.norms(slot, 0), g_.factors(slot)}, begin, [&](float* rows) {
             convolve(
                 tile, head, 1,
                 [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {
@@ -204,14 +208,14 @@ class Strip {
             for (int64_t i = 0; i < tile.rows + 2; ++i) {
                 rows[i] = ring(head, ring_row(tile.y + i - 1)) + (tile.x - 1 - left_) * pixel + first;
             }
-            const float* taps = p_.depthwise + head * 9 * pixel + first;
+            const Taps taps{p_.depthwise + head * 9 * pixel + first, pixel};
             Vec squares[2]{};
             const auto put = [&](int64_t y, int64_t x, Vec value) { body(y, x, c, value, squares); };
             if (tile.rows == kTileRows) {
-                depthwise_rows<kTileRows>(rows, pixel, tile.columns, taps, pixel, put);
+                depthwise_rows<kTileRows>({rows, pixel}, tile.columns, taps, put);
             } else {
                 for (int64_t y = 0; y < tile.rows; ++y) {
-                    depthwise_rows<1>(rows + y, pixel, tile.columns, taps, pixel,
+                    depthwise_rows<1>({rows + y, pixel}, tile.columns, taps,
                                       [&](int64_t, int64_t x, Vec value) { put(y, x, value); });
                 }
             }
@@ -234,13 +238,13 @@ void gram(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* 
     memset(scratch, 0, p.gram_scratch() * sizeof(float));  // the padding of channels stays zero
     const int64_t down = p.groups.vertical.blocks();
     for (int64_t index = begin; index < end; ++index) {
-        Strip<T, Unit>(p, unit, index / down, scratch).block_row(index % down, index > begin && index % down > 0);
+        GramStrip<T, Unit>(p, unit, index / down, scratch).block_row(index % down, index > begin && index % down > 0);
     }
 }
 
 // Asks for x and v of a tile.
 template <typename T>
-void prefetch(const Params& p, const Block& block, int64_t t) {
+void prefetch(const Params& p, const WindowBlock& block, int64_t t) {
     const Tile tile = block.tile(t);
     const Groups& g = p.groups;
     for (int64_t y = 0; y < tile.rows; ++y) {
@@ -263,7 +267,7 @@ void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float*
     }
     for (int64_t index = begin; index < end; ++index) {
         const int64_t b = index / p.block_shares, share = index % p.block_shares;
-        const Block block(g.vertical, g.horizontal, b);
+        const WindowBlock block(g.vertical, g.horizontal, b);
         const int64_t last = (share + 1) * block.tiles() / p.block_shares;
         for (int64_t t = share * block.tiles() / p.block_shares; t < last; ++t) {
             const Tile tile = block.tile(t);
@@ -272,24 +276,26 @@ void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float*
             if (t + 1 < block.tiles()) {
                 prefetch<T>(p, block, t + 1);
             } else if (b + 1 < g.blocks()) {
-                prefetch<T>(p, Block(g.vertical, g.horizontal, b + 1), 0);
+                prefetch<T>(p, WindowBlock(g.vertical, g.horizontal, b + 1), 0);
             }
             for (int64_t head = 0; head < g.heads; ++head) {
                 // the padding of a head's columns is overwritten by the next head
-                apply_tile<2>(g, head, tile, g.slot(b, head), out + head * g.head_channels, channels,
-                              attended + head * g.head_channels, row, scratch);
+                const int64_t c = head * g.head_channels;
+                const Matrix v{out + c, tile.rows * g.horizontal.size, g.head_channels, channels};
+                const Matrix values{attended + c, tile.tokens(), g.depth, row};
+                apply_tile<2>(g, head, tile, g.slot(b, head), v, values, scratch);
             }
             if constexpr (sizeof(*left) != sizeof(float)) {
                 for (int64_t i = 0; i < tile.tokens() * row; i += kLanes) {
                     store(left + i, load(attended + i));
                 }
             }
-            unit.multiply(tile.tokens(), channels, channels, left, row, packed_part(p, 3 * g.heads), result, row,
-                          false);
+            const Matrix projected{result, tile.tokens(), channels, row};
+            unit.multiply({left, tile.tokens(), channels, row}, packed_part(p, 3 * g.heads), projected, Accumulate::no);
             for (int64_t y = 0; y < tile.rows; ++y) {
                 const int64_t offset = y * g.horizontal.size * channels;
-                store_rows(result + y * tile.columns * row, row, tile.columns, channels,
-                           static_cast<const T*>(p.x) + first + offset, out + offset);
+                store_rows(projected.slice(y * tile.columns, tile.columns), static_cast<const T*>(p.x) + first + offset,
+                           out + offset);
             }
         }
     }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "matrix.h"
 #include "vec.h"
 
 namespace ipt_fast::cpu {
@@ -47,12 +48,25 @@ inline __attribute__((always_inline)) void with_width(int64_t vectors, const Bod
     return body(Constant<most>{});
 }
 
-// c[rows][vectors] (+)= a[rows][depth] b[depth][vectors]; element (i, k) of a is at i * a_row + k * a_depth. What c
-// holds is added to the finished sums: a few short sums round less than one long one.
+// The left operand of a product: element (i, k) is data[i * row_stride + k * depth_stride], so that it may as well be a
+// transposed matrix.
+struct LeftOperand {
+    const float* data;
+    int64_t rows, depth;
+    int64_t row_stride, depth_stride;
+
+    LeftOperand from(int64_t i, int64_t k) const {
+        return {data + i * row_stride + k * depth_stride, rows - i, depth - k, row_stride, depth_stride};
+    }
+};
+
+inline LeftOperand transposed(Matrix<const float> a) { return {a.data, a.columns, a.rows, 1, a.stride}; }
+
+// c (+)= a b for the first `rows` rows of a and c and `vectors` vectors of columns. What c holds is added to the
+// finished sums: a few short sums round less than one long one.
 template <int rows, int vectors>
-inline __attribute__((always_inline)) void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
-                                                const float* b, int64_t b_row, float* c, int64_t c_row,
-                                                bool accumulate) {
+inline __attribute__((always_inline)) void tile(LeftOperand a, Matrix<const float> b, Matrix<float> c,
+                                                Accumulate accumulate) {
     Vec sums[rows][vectors];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
@@ -61,15 +75,15 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const float* a, i
             sums[i][j] = Vec{};
         }
     }
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < a.depth; ++k) {
         Vec right[vectors];
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; ++j) {
-            right[j] = load(b + k * b_row + j * kLanes);
+            right[j] = load(b.row(k) + j * kLanes);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < rows; ++i) {
-            const Vec left = broadcast(a[i * a_row + k * a_depth]);
+            const Vec left = broadcast(a.data[i * a.row_stride + k * a.depth_stride]);
 #pragma GCC unroll 4
             for (int j = 0; j < vectors; ++j) {
                 sums[i][j] = fma(left, right[j], sums[i][j]);
@@ -80,71 +94,60 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const float* a, i
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; ++j) {
-            float* target = c + i * c_row + j * kLanes;
-            store(target, accumulate ? load(target) + sums[i][j] : sums[i][j]);
+            float* target = c.row(i) + j * kLanes;
+            store(target, accumulate == Accumulate::yes ? load(target) + sums[i][j] : sums[i][j]);
         }
     }
 }
 
-// All rows of one panel.
+// The same for all rows of a.
 template <int vectors>
-void panel_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                   int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+void panel_product(LeftOperand a, Matrix<const float> b, Matrix<float> c, Accumulate accumulate) {
     constexpr int kRows = panel_rows(vectors);
     int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) {
-        tile<kRows, vectors>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, accumulate);
+    for (; i + kRows <= a.rows; i += kRows) {
+        tile<kRows, vectors>(a.from(i, 0), b, c.from(i, 0), accumulate);
     }
-    for (; i + 4 <= rows; i += 4) {
-        tile<4, vectors>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, accumulate);
+    for (; i + 4 <= a.rows; i += 4) {
+        tile<4, vectors>(a.from(i, 0), b, c.from(i, 0), accumulate);
     }
-    for (; i < rows; ++i) {
-        tile<1, vectors>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, accumulate);
+    for (; i < a.rows; ++i) {
+        tile<1, vectors>(a.from(i, 0), b, c.from(i, 0), accumulate);
     }
 }
 
 // Depth of one pass: a panel of this depth stays in the first cache, and one sum has no more terms.
 constexpr int64_t kDepthBlock = 128;
 
-// c[rows][columns] (+)= a b. Element (i, k) of a is at i * a_row + k * a_depth; b(panel, k) points to row k of a
-// panel's columns, b_row(panel) floats apart. Whole vectors of columns are read and written.
-template <typename B, typename BRow>
-inline void product_of(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
-                       const B& b, const BRow& b_row, float* c, int64_t c_row, bool accumulate) {
-    const Panels panels(columns);
+// c (+)= a b, where b(panels, panel) is a panel's columns of b. Whole vectors of columns are read and written.
+template <typename B>
+inline void product_of(LeftOperand a, const B& b, Matrix<float> c, Accumulate accumulate) {
+    const Panels panels(c.columns);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
-        float* target = c + panels.first(panel) * kLanes;
+        const Matrix<const float> right = b(panels, panel);
+        const Matrix<float> target = c.from(0, panels.first(panel) * kLanes);
         with_width(panels.width(panel), [&](auto vectors) __attribute__((always_inline)) {
             int64_t k = 0;
             do {  // once for a depth of 0
-                const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
-                panel_product<decltype(vectors)::value>(rows, block, a + k * a_depth, a_row, a_depth, b(panel, k),
-                                                        b_row(panel), target, c_row, accumulate || k > 0);
-                k += block;
-            } while (k < depth);
+                LeftOperand left = a.from(0, k);
+                left.depth = left.depth < kDepthBlock ? left.depth : kDepthBlock;
+                panel_product<decltype(vectors)::value>(left, right.from(k, 0), target,
+                                                        k > 0 ? Accumulate::yes : accumulate);
+                k += left.depth;
+            } while (k < a.depth);
         });
     }
 }
 
-// c[rows][columns] (+)= a[rows][depth] b[depth][columns], all with contiguous rows. Columns are padded to whole vectors
-// in b and c.
-inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const float* b,
-                    int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-    const Panels panels(columns);
-    product_of(
-        rows, columns, depth, a, a_row, 1,
-        [&](int64_t panel, int64_t k) { return b + k * b_row + panels.first(panel) * kLanes; },
-        [&](int64_t) { return b_row; }, c, c_row, accumulate);
+// c (+)= a b. Columns are padded to whole vectors in b and c.
+inline void product(LeftOperand a, Matrix<const float> b, Matrix<float> c, Accumulate accumulate) {
+    const auto panel_of_b = [&](const Panels& panels, int64_t panel) {
+        return b.from(0, panels.first(panel) * kLanes);
+    };
+    product_of(a, panel_of_b, c, accumulate);
 }
-
-// c[rows][columns] (+)= a[depth][rows]^T b[depth][columns], as `product`: Gram matrices and gradients of weights.
-inline void product_transposed(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                               const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-    const Panels panels(columns);
-    product_of(
-        rows, columns, depth, a, 1, a_row,
-        [&](int64_t panel, int64_t k) { return b + k * b_row + panels.first(panel) * kLanes; },
-        [&](int64_t) { return b_row; }, c, c_row, accumulate);
+inline void product(Matrix<const float> a, Matrix<const float> b, Matrix<float> c, Accumulate accumulate) {
+    product(LeftOperand{a.data, a.rows, a.columns, a.stride, 1}, b, c, accumulate);
 }
 
 // rows[i] = row k + i of a weight matrix, kLanes columns from `column` on, as fp32; 0 outside.
@@ -198,17 +201,15 @@ struct VectorUnit {
         }
     }
 
-    // c[rows][columns] (+)= a[rows][depth] w; columns are padded to kChannelPad in c.
-    void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const void* packed,
-                  float* c, int64_t c_row, bool accumulate) const {
-        const Panels panels(columns);
+    // c (+)= a w; columns are padded to kChannelPad in c.
+    void multiply(Matrix<const float> a, const void* packed, Matrix<float> c, Accumulate accumulate) const {
         const float* b = static_cast<const float*>(packed);
-        product_of(
-            rows, columns, depth, a, a_row, 1,
-            [&](int64_t panel, int64_t k) {
-                return b + (panels.first(panel) * depth + k * panels.width(panel)) * kLanes;
-            },
-            [&](int64_t panel) { return panels.width(panel) * kLanes; }, c, c_row, accumulate);
+        const int64_t depth = a.columns;
+        const auto panel_of_b = [&](const Panels& panels, int64_t panel) {
+            const int64_t width = panels.width(panel) * kLanes;
+            return Matrix{b + panels.first(panel) * kLanes * depth, depth, width, width};
+        };
+        product_of({a.data, a.rows, depth, a.stride, 1}, panel_of_b, c, accumulate);
     }
 };
 
@@ -246,13 +247,13 @@ struct MatrixUnit {
         }
     }
 
-    void multiply(int64_t rows, int64_t columns, int64_t depth, const BFloat16* a, int64_t a_row, const void* packed,
-                  float* c, int64_t c_row, bool accumulate) const {
-        const int64_t all = padded(columns), even = padded(depth);
+    void multiply(Matrix<const BFloat16> a, const void* packed, Matrix<float> c, Accumulate accumulate) const {
+        const int64_t columns = padded(c.columns), depth = padded(a.columns);
         const BFloat16* b = static_cast<const BFloat16*>(packed);
-        for (int64_t first = 0; first < all; first += kBlock) {
-            const int64_t count = all - first < kBlock ? all - first : kBlock;
-            brgemm(rows, count, even, a_row, count, c_row, accumulate, &a->bits, &b[first * even].bits, c + first);
+        for (int64_t first = 0; first < columns; first += kBlock) {
+            const int64_t width = columns - first < kBlock ? columns - first : kBlock;
+            brgemm({&a.data->bits, a.rows, depth, a.stride}, &b[first * depth].bits,
+                   {c.data + first, c.rows, width, c.stride}, accumulate);
         }
     }
 };

@@ -1,4 +1,4 @@
-// The pieces of channel attention: Gram matrices of tiles of tokens, softmax, and the product with v.
+// The first piece of channel attention: Gram matrices of tiles of tokens. window_attend.h has the rest.
 //
 // softmax(scale * q^ k^T) with q^, k^ normalised over a group's tokens needs q and k only through their products and
 // norms, which are summed over the blocks of the group. Token weights w multiply both q and k, so w^2 k serves instead.
@@ -12,22 +12,37 @@
 namespace ipt_fast::cpu {
 namespace {
 
-// The squared weights of a tile's tokens for each branch, or 1 where there is only one branch. A tile lies in one
-// window of each branch, so its weights are a rectangle of the map.
+// Weights of a tile's tokens for each branch, or 1 where there is only one branch. A tile lies in one window of each
+// branch, so its weights are a rectangle of a (p, p) map.
 template <int branches>
-struct TokenWeights {
+struct TileWeights {
     const float* first[branches];
     int64_t row;
 
-    TokenWeights(const Groups& g, int64_t head, const Tile& tile) : row(g.vertical.window) {
-        for (int branch = 0; branch < branches && branches == 2; ++branch) {
-            first[branch] = g.weights(g.token_squares, branch, head, tile);
-        }
-    }
     Vec at(int branch, int64_t y, int64_t x) const {
         return broadcast(branches == 1 ? 1.0f : first[branch][y * row + x]);
     }
 };
+
+// The squares of the token weights.
+template <int branches>
+inline TileWeights<branches> token_squares(const Groups& g, int64_t head, const Tile& tile) {
+    TileWeights<branches> weights{{}, g.vertical.window};
+    for (int branch = 0; branch < branches && branches == 2; ++branch) {
+        weights.first[branch] = g.weights(g.token_squares, branch, head, tile);
+    }
+    return weights;
+}
+
+// The weights of the branches' outputs, both laid out by the unshifted windows.
+template <int branches>
+inline TileWeights<branches> merge_weights(const Groups& g, int64_t head, const Tile& tile) {
+    TileWeights<branches> weights{{}, g.vertical.window};
+    for (int branch = 0; branch < branches && branches == 2; ++branch) {
+        weights.first[branch] = g.weights(g.merge[branch], 0, head, tile);
+    }
+    return weights;
+}
 
 inline bool all_of(IntVec lanes) {
     int64_t pairs[kLanes / 2], all = -1;
@@ -59,6 +74,22 @@ inline void prefetch_values(const T* first, int64_t count) {
     }
 }
 
+// Channels c to c + kLanes of a pixel; zeros from `channels` on.
+template <typename T>
+inline Vec load_channels(const T* pixel, int64_t c, int64_t channels) {
+    if (c + kLanes <= channels) {
+        return load(pixel + c);
+    }
+    return c < channels ? load(pixel + c, channels - c) : Vec{};
+}
+
+// What tiles are summed up to, of one block and head; the parts of a slot, see channel_attention_kernel.h.
+struct GramSums {
+    float* matrices;  // [branches][depth][depth]
+    float* norms;     // [branches][2][depth], squared, of q and k
+    float* factors;   // [2][depth]
+};
+
 // q and k of a tile of tokens, w^2 k of all branches side by side.
 template <int branches>
 struct GramTile {
@@ -79,7 +110,7 @@ struct GramTile {
           factors(squares + 2 * branches * depth) {}
 
     // Channels c to c + kLanes of the token (y, x) of a tile; adds the squares of w q and of w k.
-    void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TokenWeights<branches>& w,
+    void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TileWeights<branches>& w,
                Vec (&sum)[branches]) const {
         store(q + (y * tile.columns + x) * depth + c, value);
         const Vec square = value * value;
@@ -87,7 +118,7 @@ struct GramTile {
             sum[branch] = fma(w.at(branch, y, x), square, sum[branch]);
         }
     }
-    void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TokenWeights<branches>& w,
+    void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TileWeights<branches>& w,
                Vec (&sum)[branches]) const {
         float* target = k + (y * tile.columns + x) * branches * depth + c;
         for (int branch = 0; branch < branches; ++branch) {
@@ -103,31 +134,31 @@ struct GramTile {
         }
     }
 
-    // Adds the tile to a slot's matrices, squared norms and factors, or begins them. One sum over all of a large block
-    // would lose digits. read_k(rows) puts k without weights to [tokens][depth], if it is needed again.
+    // Adds the tile to a slot, or begins it. One sum over all of a large block would lose digits. read_k(rows) puts k
+    // without weights to [tokens][depth], if it is needed again.
     template <typename ReadK>
-    void add(const Tile& tile, const TokenWeights<branches>& w, float* matrices, float* norms, float* slot_factors,
-             bool begin, const ReadK& read_k) const {
+    void add(const Tile& tile, const TileWeights<branches>& w, GramSums slot, bool begin, const ReadK& read_k) const {
         for (int64_t i = 0; i < 2 * depth && begin; i += kLanes) {
-            store(slot_factors + i, broadcast(1.0f));
+            store(slot.factors + i, broadcast(1.0f));
         }
-        if (!plain(slot_factors)) {
+        if (!plain(slot.factors)) {
             float* rows = k + (branches - 1) * kTileTokens * depth;  // at the end: they make room as they are weighted
             read_k(rows);
-            scale(tile, w, rows, slot_factors);
-            add_scaled(tile.tokens(), matrices, norms, slot_factors, begin);
+            scale(tile, w, rows, slot.factors);
+            add_scaled(tile.tokens(), slot, begin);
             return;
         }
-        multiply(tile.tokens(), matrices, begin);
+        multiply(tile.tokens(), slot.matrices, begin);
         for (int64_t i = 0; i < 2 * branches * depth; i += kLanes) {
-            add_to(norms + i, load(squares + i), begin);
+            add_to(slot.norms + i, load(squares + i), begin);
         }
     }
 
     // Adds the products alone.
     void multiply(int64_t tokens, float* matrices, bool begin) const {
-        float* target = begin ? matrices : sums;
-        product_transposed(branches * depth, depth, tokens, k, branches * depth, q, depth, target, depth, false);
+        const Matrix weighted{k, tokens, branches * depth, branches * depth}, values{q, tokens, depth, depth};
+        const Matrix target{begin ? matrices : sums, branches * depth, depth, depth};
+        product(transposed(weighted), values, target, Accumulate::no);
         if (!begin) {
             for (int64_t i = 0; i < branches * depth * depth; i += kLanes) {
                 store(matrices + i, load(matrices + i) + load(sums + i));
@@ -158,7 +189,7 @@ struct GramTile {
 
     // Finds the factors of q and of k (raw, in `rows`) that bring channels out of range to about 1, and stages them
     // again. A channel of zeros takes the slot's factor.
-    void scale(const Tile& tile, const TokenWeights<branches>& w, const float* rows, const float* slot_factors) const {
+    void scale(const Tile& tile, const TileWeights<branches>& w, const float* rows, const float* slot_factors) const {
         for (int64_t i = 0; i < 2 * depth; i += kLanes) {
             const float* values = i < depth ? q + i : rows + i - depth;
             Bits largest{};
@@ -194,21 +225,21 @@ struct GramTile {
 
     // add(), of a tile or to a slot with factors: both take the smaller one, unless a channel of the slot is still
     // zero.
-    void add_scaled(int64_t tokens, float* matrices, float* norms, float* slot_factors, bool begin) const {
-        multiply(tokens, begin ? matrices : sums, true);
+    void add_scaled(int64_t tokens, GramSums slot, bool begin) const {
+        multiply(tokens, begin ? slot.matrices : sums, true);
         float *const ours = q, *const theirs = ours + 2 * depth;  // what either is multiplied by; q is done with
         for (int64_t i = 0; i < 2 * depth; i += kLanes) {
-            const Vec factor = load(factors + i), of_slot = load(slot_factors + i);
+            const Vec factor = load(factors + i), of_slot = load(slot.factors + i);
             IntVec none = IntVec{} - 1;
             for (int branch = 0; branch < branches && !begin; ++branch) {
-                none &= load(norms + 2 * branch * depth + i) == Vec{};
+                none &= load(slot.norms + 2 * branch * depth + i) == Vec{};
             }
             const Vec common = none ? factor : min(factor, of_slot);
             store(ours + i, common / factor);
             store(theirs + i, none ? broadcast(1.0f) : common / of_slot);
-            store(slot_factors + i, common);
+            store(slot.factors + i, common);
             for (int branch = 0; branch < branches; ++branch) {
-                float* norm = norms + 2 * branch * depth + i;
+                float* norm = slot.norms + 2 * branch * depth + i;
                 const Vec a = load(ours + i), b = load(theirs + i);
                 const Vec square = load(squares + 2 * branch * depth + i) * a * a;
                 store(norm, begin ? square : load(norm) * b * b + square);
@@ -217,130 +248,13 @@ struct GramTile {
         for (int64_t row = 0; row < branches * depth && !begin; ++row) {
             const int64_t j = depth + row % depth;
             for (int64_t i = 0; i < depth; i += kLanes) {
-                float* sum = matrices + row * depth + i;
+                float* sum = slot.matrices + row * depth + i;
                 store(sum, load(sum) * theirs[j] * load(theirs + i) +
                                load(sums + row * depth + i) * ours[j] * load(ours + i));
             }
         }
     }
 };
-
-// Adds a slot's matrix of one branch and squared norms to sums in fp64, which holds the products of any two values of
-// fp32: without factors. `units` is room for 2 * depth values.
-inline void add_slot(const float* matrix, const float* norms, const float* factors, int64_t depth, double* products,
-                     double* squares, double* units) {
-    if (all_ones(factors, 2 * depth)) {
-        for (int64_t i = 0; i < depth * depth; ++i) {
-            products[i] += matrix[i];
-        }
-        for (int64_t i = 0; i < 2 * depth; ++i) {
-            squares[i] += norms[i];
-        }
-        return;
-    }
-    for (int64_t i = 0; i < 2 * depth; ++i) {
-        units[i] = 1.0 / factors[i];
-        squares[i] += norms[i] * units[i] * units[i];
-    }
-    for (int64_t i = 0; i < depth * depth; ++i) {
-        products[i] += matrix[i] * units[i % depth] * units[depth + i / depth];
-    }
-}
-
-// The matrix of one group and branch, summed over its blocks, becomes the transposed attention [k][q], a copy in each
-// of the blocks' slots; zeros in the padding. `scratch` holds attend_scratch(g) floats.
-inline void attend_group(const Groups& g, int64_t image, int64_t window_y, int64_t window_x, int64_t head, int branch,
-                         float* scratch) {
-    const int64_t depth = g.depth, matrix = depth * depth;
-    double* totals = reinterpret_cast<double*>(scratch);
-    double *const q = totals + matrix, *const k = q + depth;  // squared norms at first, then their inverses
-    double* const units = k + depth;
-    float* scores = scratch + 2 * (matrix + 4 * depth);
-    const auto for_slots = [&](const auto& body) {
-        for (int64_t i = 0; i < g.vertical.parts; ++i) {
-            for (int64_t j = 0; j < g.horizontal.parts; ++j) {
-                const int64_t y = g.vertical.block_of(branch, window_y, i);
-                const int64_t x = g.horizontal.block_of(branch, window_x, j);
-                if (y < g.vertical.blocks() && x < g.horizontal.blocks()) {
-                    body(g.slot((image * g.vertical.blocks() + y) * g.horizontal.blocks() + x, head));
-                }
-            }
-        }
-    };
-    memset(totals, 0, (matrix + 2 * depth) * sizeof(double));
-    for_slots([&](float* slot) {
-        add_slot(slot + branch * matrix, g.norms(slot, branch), g.factors(slot), depth, totals, q, units);
-    });
-    for (int64_t i = 0; i < 2 * depth; ++i) {
-        const double norm = __builtin_sqrt(q[i]);
-        q[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
-    }
-    for (int64_t j = 0; j < depth; ++j) {
-        const double factor = k[j] * g.scale[head];
-        for (int64_t i = 0; i < depth; ++i) {
-            scores[j * depth + i] = static_cast<float>(totals[j * depth + i] * q[i] * factor);
-        }
-    }
-    for (int64_t i = 0; i < depth; i += kLanes) {
-        Vec most = broadcast(-__builtin_inff()), sum{};
-        for (int64_t j = 0; j < g.head_channels; ++j) {
-            most = max(most, load(scores + j * depth + i));
-        }
-        for (int64_t j = 0; j < g.head_channels; ++j) {
-            const Vec e = exp(load(scores + j * depth + i) - most);
-            store(scores + j * depth + i, e);
-            sum += e;
-        }
-        const Vec inverse = lane_index() < static_cast<int32_t>(g.head_channels - i) ? 1.0f / sum : Vec{};
-        for (int64_t j = 0; j < depth; ++j) {
-            float* score = scores + j * depth + i;
-            store(score, j < g.head_channels ? load(score) * inverse : Vec{});
-        }
-    }
-    for_slots([&](float* slot) { memcpy(slot + branch * matrix, scores, matrix * sizeof(float)); });
-}
-
-// Channels c to c + kLanes of a pixel; zeros from `channels` on.
-template <typename T>
-inline Vec load_channels(const T* pixel, int64_t c, int64_t channels) {
-    if (c + kLanes <= channels) {
-        return load(pixel + c);
-    }
-    return c < channels ? load(pixel + c, channels - c) : Vec{};
-}
-
-// out[tokens][depth] = sum over the branches of w * attention v, for one tile; v begins at the tile's first pixel.
-// Each branch is a sum of its own, which rounds less than one sum over both. `scratch` holds apply_scratch(g) floats.
-template <int branches, typename T>
-inline void apply_tile(const Groups& g, int64_t head, const Tile& tile, const float* slot, const T* v, int64_t v_pixel,
-                       float* out, int64_t out_row, float* scratch) {
-    const int64_t depth = g.depth, tokens = tile.tokens();
-    float* values = scratch;
-    for (int64_t y = 0; y < tile.rows; ++y) {
-        load_rows(v + y * g.horizontal.size * v_pixel, v_pixel, tile.columns, g.head_channels,
-                  values + y * tile.columns * depth, depth);
-    }
-    if constexpr (branches == 1) {
-        product(tokens, depth, depth, values, depth, slot, depth, out, out_row, false);
-    } else {
-        float *top = scratch + kTileTokens * depth, *bottom = top + kTileTokens * depth;
-        product(tokens, depth, depth, values, depth, slot, depth, top, depth, false);
-        product(tokens, depth, depth, values, depth, slot + depth * depth, depth, bottom, depth, false);
-        const float* top_weight = g.weights(g.merge[0], 0, head, tile);  // both are laid out by the unshifted windows
-        const float* bottom_weight = g.weights(g.merge[1], 0, head, tile);
-        for (int64_t y = 0; y < tile.rows; ++y) {
-            for (int64_t x = 0; x < tile.columns; ++x) {
-                const int64_t token = y * tile.columns + x, at = y * g.vertical.window + x;
-                const Vec w_top = broadcast(top_weight[at]), w_bottom = broadcast(bottom_weight[at]);
-                for (int64_t c = 0; c < depth; c += kLanes) {
-                    const Vec sum =
-                        fma(w_bottom, load(bottom + token * depth + c), w_top * load(top + token * depth + c));
-                    store(out + token * out_row + c, sum);
-                }
-            }
-        }
-    }
-}
 
 // body(T{}, Constant<branches>) for the storage type.
 template <typename Body>

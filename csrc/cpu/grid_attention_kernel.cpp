@@ -16,7 +16,7 @@ namespace {
 
 template <typename T>
 void forward(const GridAttentionParams& p, int64_t begin, int64_t end, float* memory) {
-    Scratch scratch{memory};
+    ScratchStack scratch{memory};
     const int64_t channels = channels_of(p), depth = p.depth, row = padded(depth);
     const int64_t groups = group_count(p.lattice), pixels = p.lattice.height * p.lattice.width;
     float* rows[3];
@@ -27,16 +27,18 @@ void forward(const GridAttentionParams& p, int64_t begin, int64_t end, float* me
         const int64_t head = item % p.heads, image = item / p.heads / groups;
         const Group group = group_of(p.lattice, item / p.heads % groups);
         const T* qkv = static_cast<const T*>(p.qkv) + image * pixels * 3 * channels + head * depth;
+        Matrix<float> tokens[3];
         for (int64_t i = 0; i < 3; ++i) {
-            gather(group, qkv + i * channels, 3 * channels, depth, rows[i], row);
+            tokens[i] = {rows[i], group.tokens(), depth, row};
+            gather(group, Matrix{qkv + i * channels, pixels, depth, 3 * channels}, tokens[i]);
         }
         T* out = static_cast<T*>(p.out) + image * pixels * channels + head * depth;
-        attend(p, group, p.bias + head * bias_size(p), rows[0], rows[1], rows[2], scratch,
-               [&](int64_t first, int64_t count, const float* attended, const float* factors) {
-                   for_pixels(group, first, count, [=](int64_t token, int64_t pixel) {
+        attend(p, group, p.bias + head * bias_size(p), tokens[0], tokens[1], tokens[2], scratch,
+               [&](int64_t first, Matrix<float> attended, const float* factors) {
+                   for_pixels(group, first, attended.rows, [=](int64_t token, int64_t pixel) {
                        const int64_t i = token - first;
                        for_vectors(depth, [=](int64_t c, int64_t n) {
-                           store(out + pixel * channels + c, load(attended + i * row + c) * factors[i], n);
+                           store(out + pixel * channels + c, load(attended.row(i) + c) * factors[i], n);
                        });
                    });
                });
@@ -63,11 +65,12 @@ inline Vec sum_rows(int64_t rows, const Body& body) {
     return total;
 }
 
-// From the powers of the scores (weights, with the inverses of their columns' sums) and dP (slopes), both
-// [rows][columns]: P and dS in their places. kLanes divides columns.
-void score_gradients(float* weights, float* slopes, int64_t rows, int64_t columns, const float* inverses) {
+// From the powers of the scores (weights, with the inverses of their columns' sums) and dP (slopes): P and dS in their
+// places. Both have the same stride, and kLanes divides their columns.
+void score_gradients(Matrix<float> weights, Matrix<float> slopes, const float* inverses) {
+    const int64_t rows = weights.rows, columns = weights.columns;
     for (int64_t c = 0; c < columns; c += kLanes) {
-        float *weight = weights + c, *slope = slopes + c;
+        float *weight = weights.data + c, *slope = slopes.data + c;
         const Vec inverse = load(inverses + c);
         const Vec mean =
             sum_rows(rows, [=](int64_t k) { return load(weight + k * columns) * load(slope + k * columns); }) * inverse;
@@ -86,15 +89,15 @@ void score_gradients(float* weights, float* slopes, int64_t rows, int64_t column
 
 // Adds the gradients of a chunk's scores to those of the biases they were started with: start_scores backwards.
 // Neighbours in a row of keys have biases that overlap, so the next key is the one in the next row.
-void add_bias_gradients(const GridAttention& p, const Group& g, const float* gradients, int64_t first, int64_t count,
-                        float* bias) {
-    const int64_t rows = g.rows, columns = g.columns, row = padded(count);
+void add_bias_gradients(const GridAttention& p, const Group& g, Matrix<const float> gradients, int64_t first,
+                        int64_t count, float* bias) {
+    const int64_t rows = g.rows, columns = g.columns, row = gradients.stride;
     const int64_t last = p.lattice.grid - 1, step = bias_row(p);
     for_pieces(g, first, count, [=](int64_t a, int64_t b, int64_t start, int64_t piece) {
         for (int64_t c = 0; c < piece; c += kLanes) {
             const IntVec valid = lane_index() < static_cast<int32_t>(piece - c);
             for (int64_t key_b = 0; key_b < columns; ++key_b) {
-                const float* source = gradients + key_b * row + start + c;
+                const float* source = gradients.row(key_b) + start + c;
                 float* target = bias + (a + last) * step + last + b - key_b + c;
                 for (int64_t key_a = 0; key_a < rows; ++key_a, source += columns * row, target -= step) {
                     store(target, load(target) + (valid ? load(source) : Vec{}));
@@ -104,13 +107,12 @@ void add_bias_gradients(const GridAttention& p, const Group& g, const float* gra
     });
 }
 
-// `count` rows of a group from token `first` on, times a factor, to a map of `pixel` values a pixel.
+// The rows of a group's tokens from `first` on, times a factor, to their pixels, the rows of a map.
 template <typename T>
-void scatter(const Group& g, int64_t first, int64_t count, const float* rows, int64_t row, int64_t channels,
-             float factor, T* map, int64_t pixel) {
-    for_pixels(g, first, count, [=](int64_t token, int64_t index) {
-        for_vectors(channels, [=](int64_t c, int64_t n) {
-            store(map + index * pixel + c, load(rows + (token - first) * row + c) * factor, n);
+void scatter(const Group& g, int64_t first, Matrix<const float> rows, float factor, Matrix<T> map) {
+    for_pixels(g, first, rows.rows, [=](int64_t token, int64_t pixel) {
+        for_vectors(rows.columns, [=](int64_t c, int64_t n) {
+            store(map.row(pixel) + c, load(rows.row(token - first) + c) * factor, n);
         });
     });
 }
@@ -121,21 +123,17 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
     const int64_t channels = channels_of(p), depth = padded(p.depth), groups = group_count(p.lattice);
     const int64_t pixels = p.lattice.height * p.lattice.width;
     const float* bias = p.bias + head * bias_size(p);
-    Scratch scratch{memory};
-    float* rows[3];
-    for (float*& piece : rows) {
-        piece = scratch.take(head_size(p));
-    }
-    const auto& [q, k, v] = rows;
-    float* grad_rows = scratch.take(head_size(p));
-    float* grad_k = scratch.take(head_size(p));
-    float* grad_v = scratch.take(head_size(p));
-    float* queries = scratch.take(chunk_size(p));
-    float* grad_queries = scratch.take(chunk_size(p));
-    float* grad_q = scratch.take(chunk_size(p));
-    float* weights = scratch.take(scores_size(p));
-    float* slopes = scratch.take(scores_size(p));
-    float* biases = scratch.take(bias_size(p));
+    const int64_t most = most_tokens(p.lattice);
+    ScratchStack scratch{memory};
+    const auto take_rows = [&] { return Matrix{scratch.take(head_size(p)), most, p.depth, depth}; };
+    const Matrix<float> of_head[3] = {take_rows(), take_rows(), take_rows()};
+    const Matrix all_grad = take_rows(), all_grad_k = take_rows(), all_grad_v = take_rows();
+    float* const for_queries = scratch.take(chunk_size(p));
+    float* const for_grad_queries = scratch.take(chunk_size(p));
+    const Matrix chunk_grad_q{scratch.take(chunk_size(p)), kChunk, p.depth, depth};
+    float* const for_weights = scratch.take(scores_size(p));
+    float* const for_slopes = scratch.take(scores_size(p));
+    float* const biases = scratch.take(bias_size(p));
     for (int64_t item = begin; item < end; ++item) {
         const int64_t image = item / groups;
         const Group group = group_of(p.lattice, item % groups);
@@ -143,32 +141,42 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
         const int64_t origin = image * pixels * channels + head * p.depth,
                       origin3 = origin + 2 * image * pixels * channels;
         for (int64_t i = 0; i < 3; ++i) {
-            gather(group, static_cast<const T*>(p.qkv) + origin3 + i * channels, 3 * channels, p.depth, rows[i], depth);
+            const T* const first = static_cast<const T*>(p.qkv) + origin3 + i * channels;
+            gather(group, Matrix{first, pixels, p.depth, 3 * channels}, of_head[i]);
         }
-        gather(group, static_cast<const T*>(p.grad) + origin, channels, p.depth, grad_rows, depth);
-        T* out = static_cast<T*>(p.grad_qkv) + origin3;
+        gather(group, Matrix{static_cast<const T*>(p.grad) + origin, pixels, p.depth, channels}, all_grad);
+        const Matrix q = of_head[0].slice(0, tokens), k = of_head[1].slice(0, tokens), v = of_head[2].slice(0, tokens);
+        const Matrix grad_k = all_grad_k.slice(0, tokens), grad_v = all_grad_v.slice(0, tokens);
+        const auto map_of = [&](int64_t i) {  // of the gradients of q, k and v
+            return Matrix{static_cast<T*>(p.grad_qkv) + origin3 + i * channels, pixels, p.depth, 3 * channels};
+        };
         memset(biases, 0, bias_size(p) * sizeof(float));
         for (int64_t first = 0; first < tokens; first += kChunk) {
             const int64_t count = tokens - first < kChunk ? tokens - first : kChunk, row = padded(count);
-            const float *chunk_q = q + first * depth, *chunk_grad = grad_rows + first * depth;
+            const Accumulate add = first > 0 ? Accumulate::yes : Accumulate::no;
+            const Matrix chunk_q = q.slice(first, count), chunk_grad = all_grad.slice(first, count);
+            const Matrix grad_q = chunk_grad_q.slice(0, count);
+            const Matrix weights{for_weights, tokens, row, row}, slopes{for_slopes, tokens, row, row};
+            // the same without the padding, as P and dS
+            const Matrix p_of_chunk{for_weights, tokens, count, row}, ds_of_chunk{for_slopes, tokens, count, row};
             float inverses[kChunk];
-            transpose_rows(chunk_q, count, p.depth, p.scale * kLog2E, queries);
-            transpose_rows(chunk_grad, count, p.depth, 1.0f, grad_queries);
+            const Matrix queries = transpose_rows(chunk_q, p.scale * kLog2E, for_queries);
+            const Matrix grad_queries = transpose_rows(chunk_grad, 1.0f, for_grad_queries);
             start_scores(p, group, bias, first, count, weights);
-            product(tokens, row, p.depth, k, depth, queries, row, weights, row, true);
-            powers(weights, tokens, row, inverses);
-            product(tokens, row, p.depth, v, depth, grad_queries, row, slopes, row, false);
-            score_gradients(weights, slopes, tokens, row, inverses);
-            product(tokens, p.depth, count, weights, row, chunk_grad, depth, grad_v, depth, first > 0);
-            product(tokens, p.depth, count, slopes, row, chunk_q, depth, grad_k, depth, first > 0);
-            product_transposed(count, p.depth, tokens, slopes, row, k, depth, grad_q, depth, false);
-            scatter(group, first, count, grad_q, depth, p.depth, p.scale, out, 3 * channels);
+            product(k, queries, weights, Accumulate::yes);
+            powers(weights, inverses);
+            product(v, grad_queries, slopes, Accumulate::no);
+            score_gradients(weights, slopes, inverses);
+            product(p_of_chunk, chunk_grad, grad_v, add);
+            product(ds_of_chunk, chunk_q, grad_k, add);
+            product(transposed(ds_of_chunk), k, grad_q, Accumulate::no);
+            scatter(group, first, grad_q, p.scale, map_of(0));
             if (grad_bias != nullptr) {
                 add_bias_gradients(p, group, slopes, first, count, biases);
             }
         }
-        scatter(group, 0, tokens, grad_k, depth, p.depth, p.scale, out + channels, 3 * channels);
-        scatter(group, 0, tokens, grad_v, depth, p.depth, 1.0f, out + 2 * channels, 3 * channels);
+        scatter(group, 0, grad_k, p.scale, map_of(1));
+        scatter(group, 0, grad_v, 1.0f, map_of(2));
         if (grad_bias != nullptr) {
             for (int64_t i = 0; i < bias_size(p); ++i) {
                 grad_bias[i] += biases[i];

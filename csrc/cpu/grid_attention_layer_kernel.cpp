@@ -39,11 +39,11 @@ void pack(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin, in
 }
 
 // Consecutive groups of one image.
-struct Block {
+struct GroupBlock {
     const Lattice& lattice;
     int64_t image, first, last;
 
-    Block(const GridAttentionLayerParams& p, int64_t index)
+    GroupBlock(const GridAttentionLayerParams& p, int64_t index)
         : lattice(p.lattice), image(index / blocks_of_image(p)), first(index % blocks_of_image(p) * block_groups(p)) {
         const int64_t end = first + block_groups(p), groups = group_count(p.lattice);
         last = end < groups ? end : groups;
@@ -67,47 +67,53 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
     using Value = typename Unit::Value;
     const int64_t channels = channels_of(p), depth = p.depth, most_rows = block_rows(p);
     const int64_t row = padded(channels), head_row = padded(depth), value_row = attended_row(p);
-    const int64_t image_size = p.lattice.height * p.lattice.width * channels, piece = piece_size<Unit>(p);
+    const int64_t pixels = p.lattice.height * p.lattice.width, image_size = pixels * channels,
+                  piece = piece_size<Unit>(p);
     const char* packed = static_cast<const char*>(p.packed);
-    Scratch scratch{memory};
+    ScratchStack scratch{memory};
     float* rows = scratch.take(most_rows * row);
     Value* normal = reinterpret_cast<Value*>(scratch.take(most_rows * row));
     Value* attended = reinterpret_cast<Value*>(scratch.take(most_rows * value_row));
     float* qkv = scratch.take(3 * most_rows * head_row);
     memset(attended, 0, most_rows * value_row * sizeof(Value));
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(p, index);
+        const GroupBlock block(p, index);
         const T* x = static_cast<const T*>(p.x) + block.image * image_size;
         T* out = static_cast<T*>(p.out) + block.image * image_size;
-        const int64_t count = block.for_groups(
-            [&](const Group& group, int64_t start) { gather(group, x, channels, channels, rows + start * row, row); });
-        normalize_rows(rows, row, count, channels, p.norm, normal, row);
+        const Matrix map{x, pixels, channels, channels};
+        const Matrix all_rows{rows, most_rows, channels, row};
+        const int64_t count =
+            block.for_groups([&](const Group& group, int64_t start) { gather(group, map, all_rows.from(start, 0)); });
+        const Matrix tokens = all_rows.slice(0, count);
+        const Matrix normalized{normal, count, channels, row};
+        normalize_rows(tokens, p.norm, normalized);
         for (int64_t head = 0; head < p.heads; ++head) {
             const float* bias = p.bias + head * bias_size(p);
-            const float *q = qkv, *k = q + most_rows * head_row, *v = k + most_rows * head_row;
+            Matrix<float> of_head[3];
             for (int64_t i = 0; i < 3; ++i) {
-                unit.multiply(count, depth, channels, normal, row, packed + (i * p.heads + head) * piece,
-                              qkv + i * most_rows * head_row, head_row, false);
+                of_head[i] = {qkv + i * most_rows * head_row, count, depth, head_row};
+                unit.multiply(normalized, packed + (i * p.heads + head) * piece, of_head[i], Accumulate::no);
             }
+            const Matrix q = of_head[0], k = of_head[1], v = of_head[2];
             block.for_groups([&](const Group& group, int64_t start) {
                 Value* target = attended + start * value_row + head * depth;
-                const int64_t at = start * head_row;
-                attend(p, group, bias, q + at, k + at, v + at, scratch,
-                       [=](int64_t query, int64_t queries, const float* values, const float* factors) {
-                           for (int64_t i = 0; i < queries; ++i) {
+                const int64_t count = group.tokens();
+                attend(p, group, bias, q.slice(start, count), k.slice(start, count), v.slice(start, count), scratch,
+                       [=](int64_t first, Matrix<float> values, const float* factors) {
+                           for (int64_t i = 0; i < values.rows; ++i) {
                                for (int64_t c = 0; c < depth; c += kLanes) {
-                                   const Vec value = load(values + i * head_row + c) * factors[i];
-                                   store(target + (query + i) * value_row + c, value);
+                                   const Vec value = load(values.row(i) + c) * factors[i];
+                                   store(target + (first + i) * value_row + c, value);
                                }
                            }
                        });
             });
         }
-        unit.multiply(count, channels, channels, attended, value_row, packed + 3 * p.heads * piece, rows, row, false);
+        unit.multiply({attended, count, channels, value_row}, packed + 3 * p.heads * piece, tokens, Accumulate::no);
         block.for_groups([&](const Group& group, int64_t start) {
             for_pixels(group, 0, group.tokens(), [=](int64_t token, int64_t pixel) {
                 const int64_t at = pixel * channels;
-                store_rows(rows + (start + token) * row, row, 1, channels, x + at, out + at);
+                store_rows(tokens.slice(start + token, 1), x + at, out + at);
             });
         });
     }

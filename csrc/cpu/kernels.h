@@ -9,6 +9,7 @@
 
 #include "common/marks.h"
 #include "levels.h"
+#include "matrix.h"
 
 namespace ipt_fast::cpu {
 
@@ -38,9 +39,8 @@ struct Norm {
     bool centered;
 };
 
-// c[rows][columns] (+)= a[rows][depth] b[depth][columns] on the matrix unit: a bf16, b in pairs of rows
-// ([depth / 2][b_row][2]), c fp32. nullptr where there is no such unit.
-using Brgemm = void (*)(int64_t rows, int64_t columns, int64_t depth, int64_t a_row, int64_t b_row, int64_t c_row,
-                        bool accumulate, const uint16_t* a, const uint16_t* b, float* c);
+// c (+)= a b on the matrix unit: a in bf16, c in fp32; b, in bf16, is dense and in pairs of rows:
+// [depth / 2][columns][2]. nullptr where there is no such unit.
+using Brgemm = void (*)(Matrix<const uint16_t> a, const uint16_t* b, Matrix<float> c, Accumulate accumulate);
 
 }  // namespace ipt_fast::cpu

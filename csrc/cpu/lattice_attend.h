@@ -10,7 +10,7 @@ namespace ipt_fast::cpu {
 namespace {
 
 // Hands out pieces of a thread's memory, one after the other. All sizes are multiples of kChannelPad.
-struct Scratch {
+struct ScratchStack {
     float* next;
 
     float* take(int64_t size) {
@@ -20,12 +20,12 @@ struct Scratch {
     }
 };
 
-// A group's rows from a map of `pixel` values a pixel.
+// A group's rows from a map, whose rows are pixels.
 template <typename T, typename Value>
-void gather(const Group& g, const T* map, int64_t pixel, int64_t channels, Value* out, int64_t out_row) {
+void gather(const Group& g, Matrix<T> map, Matrix<Value> out) {
     for (int64_t a = 0; a < g.rows; ++a) {
-        load_rows(map + g.pixel(a, 0) * pixel, g.column_step * pixel, g.columns, channels,
-                  out + a * g.columns * out_row, out_row);
+        const Matrix pixels{map.row(g.pixel(a, 0)), g.columns, map.columns, g.column_step * map.stride};
+        load_rows(pixels, out.from(a * g.columns, 0));
     }
 }
 
@@ -44,15 +44,15 @@ inline void for_pixels(const Group& g, int64_t first, int64_t count, const Body&
     }
 }
 
-// out[column][row] = in[row][column] * factor, with zeros up to padded(rows).
-inline void transpose_rows(const float* in, int64_t rows, int64_t columns, float factor, float* out) {
-    const int64_t row = padded(columns), out_row = padded(rows);
+// out = the transpose of in * factor, its rows with zeros up to padded(in.rows). Returns a view of it.
+inline Matrix<float> transpose_rows(Matrix<const float> in, float factor, float* out) {
+    const int64_t rows = in.rows, columns = in.columns, row = in.stride, out_row = padded(rows);
     for (int64_t i = 0; i < out_row; i += kLanes) {
         for (int64_t c = 0; c < columns; c += kLanes) {
             Vec tile[kLanes];
 #pragma GCC unroll 16
             for (int64_t j = 0; j < kLanes; ++j) {
-                tile[j] = i + j < rows ? load(in + (i + j) * row + c) * factor : Vec{};
+                tile[j] = i + j < rows ? load(in.data + (i + j) * row + c) * factor : Vec{};
             }
             transpose(tile);
 #pragma GCC unroll 16
@@ -61,6 +61,7 @@ inline void transpose_rows(const float* in, int64_t rows, int64_t columns, float
             }
         }
     }
+    return {out, columns, out_row, out_row};
 }
 
 // body(a, b, start, count) for the pieces of lattice rows that `count` tokens from `first` on are made of.
@@ -74,15 +75,15 @@ inline void for_pieces(const Group& g, int64_t first, int64_t count, const Body&
     }
 }
 
-// The biases of `piece` queries, next to each other in a row of the lattice, for all keys; `room` in a row of scores.
-// They are copied in runs, which may go too far where there is room.
+// The biases of `piece` queries, next to each other in a row of the lattice, for all keys: `bias` is where the table
+// has that of the first query and key, `step` the length of its rows. They are copied in runs, which may go too far, up
+// to the last column of the scores.
 template <int64_t run>
-inline void copy_biases(const Group& g, const float* bias, int64_t step, int64_t piece, int64_t room, float* scores,
-                        int64_t row) {
-    const int64_t rows = g.rows, columns = g.columns;
+inline void copy_biases(const Group& g, const float* bias, int64_t step, int64_t piece, Matrix<float> scores) {
+    const int64_t rows = g.rows, columns = g.columns, room = scores.columns, row = scores.stride;
     for (int64_t c = 0; c < piece; c += run) {
         const float* source = bias + c;
-        float* target = scores + c;
+        float* target = scores.data + c;
         for (int64_t a = 0; a < rows; ++a, source -= step) {
             for (int64_t b = 0; b < columns; ++b, target += row) {
                 if (room - c >= run) {
@@ -95,43 +96,45 @@ inline void copy_biases(const Group& g, const float* bias, int64_t step, int64_t
     }
 }
 
-// The biases of `count` queries from `first` on, [keys][padded(count)], what their scores are added to.
+// The biases of `count` queries (columns) from `first` on, what their scores are added to; zeros in the padding.
 inline void start_scores(const GridAttention& p, const Group& g, const float* bias, int64_t first, int64_t count,
-                         float* scores) {
-    const int64_t row = padded(count), step = bias_row(p), last = p.lattice.grid - 1;
+                         Matrix<float> scores) {
+    const int64_t row = scores.columns, step = bias_row(p), last = p.lattice.grid - 1;
     for_pieces(g, first, count, [&](int64_t a, int64_t b, int64_t start, int64_t piece) {
         const float* source = bias + (a + last) * step + last + b;
         // What goes too far is written later.
         if (piece < 16) {
-            copy_biases<8>(g, source, step, piece, row - start, scores + start, row);
+            copy_biases<8>(g, source, step, piece, scores.from(0, start));
         } else {
-            copy_biases<16>(g, source, step, piece, row - start, scores + start, row);
+            copy_biases<16>(g, source, step, piece, scores.from(0, start));
         }
     });
     for (int64_t k = 0; k < g.tokens() && count < row; ++k) {
-        memset(scores + k * row + count, 0, (row - count) * sizeof(float));
+        memset(scores.row(k) + count, 0, (row - count) * sizeof(float));
     }
 }
 
-// One head of one group: rows of queries, keys and values, padded(p.depth) apart. emit(first, count, rows, factors):
-// the attended values of queries first to first + count are rows times their factors.
+// One head of one group, whose tokens are the rows of q, k and v. emit(first, rows, factors): the attended values of
+// the queries from `first` on are rows times their factors.
 // Scores lie as [keys][queries]: the softmax then needs no sum over the lanes of a vector, and pads no keys.
 template <typename Emit>
-inline void attend(const GridAttention& p, const Group& g, const float* bias, const float* q, const float* k,
-                   const float* v, Scratch scratch, const Emit& emit) {
-    const int64_t tokens = g.tokens(), depth = padded(p.depth);
-    float* queries = scratch.take(chunk_size(p));
-    float* scores = scratch.take(scores_size(p));
-    float* out = scratch.take(chunk_size(p));
+inline void attend(const GridAttention& p, const Group& g, const float* bias, Matrix<const float> q,
+                   Matrix<const float> k, Matrix<const float> v, ScratchStack scratch, const Emit& emit) {
+    const int64_t tokens = g.tokens();
+    float* const for_queries = scratch.take(chunk_size(p));
+    float* const for_scores = scratch.take(scores_size(p));
+    float* const for_values = scratch.take(chunk_size(p));
     for (int64_t first = 0; first < tokens; first += kChunk) {
         const int64_t count = tokens - first < kChunk ? tokens - first : kChunk, row = padded(count);
+        const Matrix scores{for_scores, tokens, row, row};
+        const Matrix values{for_values, count, p.depth, padded(p.depth)};
         float factors[kChunk];
-        transpose_rows(q + first * depth, count, p.depth, p.scale * kLog2E, queries);
+        const Matrix queries = transpose_rows(q.slice(first, count), p.scale * kLog2E, for_queries);
         start_scores(p, g, bias, first, count, scores);
-        product(tokens, row, p.depth, k, depth, queries, row, scores, row, true);
-        powers(scores, tokens, row, factors);
-        product_transposed(count, p.depth, tokens, scores, row, v, depth, out, depth, false);
-        emit(first, count, out, factors);
+        product(k, queries, scores, Accumulate::yes);
+        powers(scores, factors);
+        product(transposed({for_scores, tokens, count, row}), v, values, Accumulate::no);
+        emit(first, values, factors);
     }
 }
 

@@ -5,16 +5,17 @@
 // about 8 FLOP a value forward; 3 * sizeof(x) bytes and about 20 FLOP backward. Rows stay in the first or second cache.
 #include "layer_norm_2d_kernel.h"
 
+#include "matrix.h"
 #include "vec.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
 // A block of pixels: which image, the first pixel in it, and how many.
-struct Block {
+struct PixelBlock {
     int64_t image, first, count;
 
-    Block(const LayerNorm2dParams& p, int64_t index) {
+    PixelBlock(const LayerNorm2dParams& p, int64_t index) {
         const int64_t blocks = (p.pixels + kBlockPixels - 1) / kBlockPixels;
         image = index / blocks;
         first = index % blocks * kBlockPixels;
@@ -22,13 +23,8 @@ struct Block {
     }
 };
 
-struct Rows {
-    const float* data;
-    int64_t stride;
-};
-
 template <typename T>
-Rows load_channels_last(const T* in, int64_t count, int64_t channels, int64_t stride, float* scratch) {
+Matrix<const float> load_channels_last(const T* in, int64_t count, int64_t channels, int64_t stride, float* scratch) {
     for (int64_t i = 0; i < count; ++i) {
         float* row = scratch + i * stride;
         for_vectors(channels, [&](int64_t c, int64_t n) { store(row + c, load(in + i * channels + c, n)); });
@@ -36,11 +32,12 @@ Rows load_channels_last(const T* in, int64_t count, int64_t channels, int64_t st
             store(row + c, Vec{});
         }
     }
-    return {scratch, stride};
+    return {scratch, count, channels, stride};
 }
 
 template <typename T>
-Rows load_planar(const T* in, int64_t count, int64_t channels, int64_t stride, int64_t pixels, float* scratch) {
+Matrix<const float> load_planar(const T* in, int64_t count, int64_t channels, int64_t stride, int64_t pixels,
+                                float* scratch) {
     for (int64_t c = 0; c < stride; c += kLanes) {
         for_vectors(count, [&](int64_t i, int64_t n) {
             Vec tile[kLanes];
@@ -53,11 +50,11 @@ Rows load_planar(const T* in, int64_t count, int64_t channels, int64_t stride, i
             }
         });
     }
-    return {scratch, stride};
+    return {scratch, count, channels, stride};
 }
 
 template <typename T>
-Rows load_rows(const LayerNorm2dParams& p, const Map& map, const Block& block, float* scratch) {
+Matrix<const float> load_rows(const LayerNorm2dParams& p, const Map& map, const PixelBlock& block, float* scratch) {
     const T* image = static_cast<const T*>(map.data) + block.image * p.pixels * p.channels;
     if (!map.channels_last) {
         return load_planar(image + block.first, block.count, p.channels, p.padded_channels, p.pixels, scratch);
@@ -65,7 +62,7 @@ Rows load_rows(const LayerNorm2dParams& p, const Map& map, const Block& block, f
     const T* first = image + block.first * p.channels;
     if constexpr (sizeof(T) == sizeof(float)) {
         if (p.channels == p.padded_channels) {
-            return {first, p.channels};
+            return {first, block.count, p.channels, p.channels};
         }
     }
     return load_channels_last(first, block.count, p.channels, p.padded_channels, scratch);
@@ -76,7 +73,8 @@ Rows load_rows(const LayerNorm2dParams& p, const Map& map, const Block& block, f
 struct Statistics {
     float mean[kBlockPixels], rest[kBlockPixels], variance[kBlockPixels], rstd[kBlockPixels];
 
-    Statistics(const LayerNorm2dParams& p, const Rows& rows, int64_t count) {
+    Statistics(const LayerNorm2dParams& p, Matrix<const float> rows) {
+        const int64_t count = rows.rows;
         const float channels = static_cast<float>(p.channels);
         for (int64_t first = 0; first < count; first += kLanes) {
             const int64_t last = first + kLanes < count ? first + kLanes : count;
@@ -84,7 +82,7 @@ struct Statistics {
             for (int64_t i = first; i < last; ++i) {
                 Vec sum{};
                 for (int64_t c = 0; c < p.padded_channels; c += kLanes) {
-                    sum += load(rows.data + i * rows.stride + c);
+                    sum += load(rows.row(i) + c);
                 }
                 sums[i - first] = sum;
             }
@@ -92,7 +90,7 @@ struct Statistics {
             for (int64_t i = first; i < last; ++i) {
                 Vec sum{}, square{};
                 for_vectors(p.channels, [&](int64_t c, int64_t n) {
-                    Vec difference = load(rows.data + i * rows.stride + c) - mean[i];
+                    Vec difference = load(rows.row(i) + c) - mean[i];
                     if (n < kLanes) {
                         difference = lane_index() < static_cast<int32_t>(n) ? difference : Vec{};
                     }
@@ -115,12 +113,12 @@ struct Statistics {
 template <typename T>
 void forward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch) {
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(p, index);
-        const Rows x = load_rows<T>(p, p.x, block, scratch);
-        const Statistics s(p, x, block.count);
+        const PixelBlock block(p, index);
+        const Matrix<const float> x = load_rows<T>(p, p.x, block, scratch);
+        const Statistics s(p, x);
         T* out = static_cast<T*>(p.out) + (block.image * p.pixels + block.first) * p.channels;
         for (int64_t i = 0; i < block.count; ++i) {
-            const float* row = x.data + i * x.stride;
+            const float* row = x.row(i);
             const float mean = p.centered ? s.mean[i] : 0.0f, rest = p.centered ? s.rest[i] : 0.0f, rstd = s.rstd[i];
             for_vectors(p.channels, [&](int64_t c, int64_t n) {
                 const Vec y = (load(row + c) - mean - rest) * rstd * load(p.weight + c) + load(p.bias + c);
@@ -146,10 +144,10 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
     const float channels = static_cast<float>(p.channels);
     const bool centered = p.centered;
     for (int64_t index = begin; index < end; ++index) {
-        const Block block(p, index);
-        const Rows x = load_rows<T>(p, p.x, block, scratch);
-        const Rows grad = load_rows<T>(p, p.grad, block, scratch + forward_scratch(p.padded_channels));
-        const Statistics s(p, x, block.count);
+        const PixelBlock block(p, index);
+        const Matrix<const float> x = load_rows<T>(p, p.x, block, scratch);
+        const Matrix<const float> grad = load_rows<T>(p, p.grad, block, scratch + forward_scratch(p.padded_channels));
+        const Statistics s(p, x);
         for (int64_t first = 0; first < block.count; first += kLanes) {
             const int64_t last = first + kLanes < block.count ? first + kLanes : block.count;
             Vec sums_h[kLanes]{}, sums_hn[kLanes]{};
@@ -157,9 +155,9 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
                 const float mean = centered ? s.mean[i] : 0.0f, rest = centered ? s.rest[i] : 0.0f;
                 Vec sum_h{}, sum_hn{};
                 for (int64_t c = 0; c < p.padded_channels; c += kLanes) {
-                    const Vec h = load(grad.data + i * grad.stride + c) * load(p.weight + c);
+                    const Vec h = load(grad.row(i) + c) * load(p.weight + c);
                     sum_h += h;
-                    sum_hn += h * (load(x.data + i * x.stride + c) - mean - rest);
+                    sum_hn += h * (load(x.row(i) + c) - mean - rest);
                 }
                 sums_h[i - first] = sum_h;
                 sums_hn[i - first] = sum_hn;
@@ -175,8 +173,8 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
                 const int64_t stop = run + kRun < block.count ? run + kRun : block.count;
                 Vec sum_g{}, sum_gn{};
                 for (int64_t i = run; i < stop; ++i) {
-                    const Vec value = load(x.data + i * x.stride + c);
-                    const Vec g = load(grad.data + i * grad.stride + c);
+                    const Vec value = load(x.row(i) + c);
+                    const Vec g = load(grad.row(i) + c);
                     const Vec d = value - s.mean[i] - s.rest[i];
                     sum_g += g;
                     sum_gn += g * ((centered ? d : value) * s.rstd[i]);

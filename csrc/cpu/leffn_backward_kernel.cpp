@@ -26,22 +26,13 @@ inline int64_t size_of(const LeffnBackwardParams& p) {
     return fixed ? fixed : p.kernel;
 }
 
-// body(pixel, sum) for a row of the depthwise convolution, kLanes channels next to each other. rows[y] begins
-// kernel / 2 pixels before the row of output.
+// body(pixel, sum) for a row of the depthwise convolution, kLanes channels next to each other.
 template <int fixed, typename Body>
-inline void convolve_row(const float* const* rows, int64_t count, int64_t kernel, const float* weight,
-                         int64_t weight_stride, const Body& body) {
+inline void convolve_row(InputRows in, int64_t count, int64_t kernel, Taps taps, const Body& body) {
     if constexpr (fixed != 0) {
-        depthwise_row<fixed>(rows, kLanes, count, weight, weight_stride, body);
+        depthwise_row<fixed>(in, count, taps, body);
     } else {
-        for (int64_t i = 0; i < count; ++i) {
-            Vec sum{};
-            for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
-                const float* input = rows[tap / kernel] + (i + tap % kernel) * kLanes;
-                sum = fma(load(input), load(weight + tap * weight_stride), sum);
-            }
-            body(i, sum);
-        }
+        depthwise_row_any(kernel, in, count, taps, body);
     }
 }
 
@@ -80,12 +71,12 @@ inline void add_tap_gradients(const float* grad, const float* const* input, int6
     }
 }
 
-// total[rows][columns] += sums, whole vectors.
-inline void add_to(float* total, int64_t total_row, const float* sums, int64_t rows, int64_t columns) {
-    for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; j += kLanes) {
-            float* target = total + i * total_row + j;
-            store(target, load(target) + load(sums + i * columns + j));
+// total += sums, whole vectors.
+inline void add_to(Matrix<float> total, Matrix<const float> sums) {
+    for (int64_t i = 0; i < sums.rows; ++i) {
+        for (int64_t j = 0; j < sums.columns; j += kLanes) {
+            float* target = total.row(i) + j;
+            store(target, load(target) + load(sums.row(i) + j));
         }
     }
 }
@@ -155,6 +146,12 @@ class Sweep {
     int64_t staged(int64_t row, int64_t column) const {
         return (row - near_rows.begin) * near_columns.size() + column - near_columns.begin;
     }
+    // The staged pixels of x and of the gradient from this one on.
+    Matrix<float> staged_x(int64_t first) const { return staged_rows(x, p.channels, first); }
+    Matrix<float> staged_grad(int64_t first) const { return staged_rows(grad, p.out_channels, first); }
+    Matrix<float> staged_rows(float* all, int64_t map_channels, int64_t first) const {
+        return Matrix{all, near_rows.size() * near_columns.size(), map_channels, padded(map_channels)}.from(first, 0);
+    }
     // Where, in a ring, kLanes channels from m of an image row begin, kernel / 2 pixels before the tile. A ring is
     // [chunk / kLanes][ring rows][ring columns][kLanes]: the convolution runs through it in order.
     int64_t in_ring(int64_t row, int64_t m) const {
@@ -165,27 +162,27 @@ class Sweep {
     void stage() {
         for (int64_t row = near_rows.begin; row < near_rows.end; ++row) {
             const int64_t source = pixel(row, near_columns.begin), target = staged(row, near_columns.begin);
-            load_rows(static_cast<const T*>(p.x) + source * p.channels, p.channels, near_columns.size(), p.channels,
-                      x + target * channels, channels);
-            load_rows(static_cast<const T*>(p.grad) + source * p.out_channels, p.out_channels, near_columns.size(),
-                      p.out_channels, grad + target * out, out);
+            const T* const first_x = static_cast<const T*>(p.x) + source * p.channels;
+            const T* const first_grad = static_cast<const T*>(p.grad) + source * p.out_channels;
+            load_rows(Matrix{first_x, near_columns.size(), p.channels, p.channels}, staged_x(target));
+            load_rows(Matrix{first_grad, near_columns.size(), p.out_channels, p.out_channels}, staged_grad(target));
         }
         if (p.norm.weight) {
-            normalize_rows(x, channels, near_rows.size() * near_columns.size(), p.channels, p.norm, x, channels);
+            const Matrix all = staged_x(0).slice(0, near_rows.size() * near_columns.size());
+            normalize_rows(all, p.norm, all);
         }
     }
 
     void store_grad_x() {
         for (int64_t row = rows.begin; row < rows.end; ++row) {
-            const float* source = grad_x + (row - rows.begin) * columns.size() * channels;
+            const float* first = grad_x + (row - rows.begin) * columns.size() * channels;
+            const Matrix source{first, columns.size(), p.channels, channels};
             const int64_t target = pixel(row, columns.begin) * p.channels;
             if (p.groups.count == 1) {
-                store_rows<T>(source, channels, columns.size(), p.channels, nullptr,
-                              static_cast<T*>(p.grad_x) + target);
+                store_rows<T>(source, nullptr, static_cast<T*>(p.grad_x) + target);
             } else {
                 const int64_t map = group * p.batch * p.height * p.width * p.channels;
-                store_rows<float>(source, channels, columns.size(), p.channels, nullptr,
-                                  p.partial_grad_x + map + target);
+                store_rows<float>(source, nullptr, p.partial_grad_x + map + target);
             }
         }
     }
@@ -225,8 +222,9 @@ class Sweep {
             return;
         }
         const int64_t first = staged(row, near_columns.begin);
-        product(count, width, p.channels, x + first * channels, channels, p.packed_expand + first_channel * channels,
-                width, row_hidden, width, false);
+        const Matrix of_row{row_hidden, count, width, width};
+        const Matrix expand{p.packed_expand + first_channel * channels, p.channels, width, width};
+        product(staged_x(first).slice(0, count), expand, of_row, Accumulate::no);
         for (int64_t m = 0; m < width; m += kLanes) {
             const int64_t target = in_ring(row, m) + before * kLanes, step = width;
             const float* h = row_hidden + m;
@@ -238,8 +236,8 @@ class Sweep {
                 store(s, slope_value);
             }
         }
-        product(count, width, p.out_channels, grad + first * out, out,
-                p.packed_project + first_channel * p.out_channels, width, row_hidden, width, false);
+        const Matrix project{p.packed_project + first_channel * p.out_channels, p.out_channels, width, width};
+        product(staged_grad(first).slice(0, count), project, of_row, Accumulate::no);
         for (int64_t m = 0; m < width; m += kLanes) {
             const int64_t step = width;
             const float* source = row_hidden + m;
@@ -273,11 +271,12 @@ class Sweep {
                 const int64_t centre = in_ring(row, m) + reach * kLanes, pitch = layout.band_pitch;
                 float *b = convolved + first, *gh = grad_hidden + first;
                 const float* slopes = slope + centre;
-                convolve_row<fixed>(around_activation, columns.size(), kernel, p.depthwise + first_channel + m, hidden,
+                convolve_row<fixed>({around_activation, kLanes}, columns.size(), kernel,
+                                    {p.depthwise + first_channel + m, hidden},
                                     [=](int64_t i, Vec sum) { store(b + i * pitch, sum); });
                 add_tap_gradients<fixed>(upstream + centre, around_activation, columns.size(), kernel, taps);
                 convolve_row<fixed>(
-                    around_upstream, columns.size(), kernel, p.flipped + first_channel + m, hidden,
+                    {around_upstream, kLanes}, columns.size(), kernel, {p.flipped + first_channel + m, hidden},
                     [=](int64_t i, Vec sum) { store(gh + i * pitch, sum * load(slopes + i * kLanes)); });
             }
             for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
@@ -290,25 +289,30 @@ class Sweep {
     // grad_project += g b^T, grad_expand += gh x^T and grad_x (+)= expand^T gh over a band.
     void multiply(const Range& band, bool accumulate) {
         const int64_t pixels = band.size() * columns.size(), pitch = layout.band_pitch;
+        const Matrix b{convolved, pixels, width, pitch}, gh{grad_hidden, pixels, width, pitch};
         // Staged rows without a halo are one run of pixels.
         const int64_t run = near_columns.size() == columns.size() ? pixels : columns.size();
+        const auto add = [](int64_t i) { return i > 0 ? Accumulate::yes : Accumulate::no; };
+        const auto first_staged = [&](int64_t i) { return staged(band.begin + i / columns.size(), columns.begin); };
+        const Matrix of_project{sums, p.out_channels, width, width}, of_expand{sums, width, p.channels, channels};
         for (int64_t i = 0; i < pixels; i += run) {
-            const float* g = grad + staged(band.begin + i / columns.size(), columns.begin) * out;
-            product_transposed(p.out_channels, width, run, g, out, convolved + i * pitch, pitch, sums, width, i > 0);
+            const Matrix g = staged_grad(first_staged(i)).slice(0, run);
+            product(transposed(g), b.slice(i, run), of_project, add(i));
         }
-        add_to(p.grad_project + share * p.out_channels * hidden + first_channel, hidden, sums, p.out_channels, width);
+        float* const project_sums = p.grad_project + share * p.out_channels * hidden + first_channel;
+        add_to({project_sums, p.out_channels, width, hidden}, of_project);
         for (int64_t i = 0; i < pixels; i += run) {
-            const float* input = x + staged(band.begin + i / columns.size(), columns.begin) * channels;
-            product_transposed(width, p.channels, run, grad_hidden + i * pitch, pitch, input, channels, sums, channels,
-                               i > 0);
+            const Matrix input = staged_x(first_staged(i)).slice(0, run);
+            product(transposed(gh.slice(i, run)), input, of_expand, add(i));
         }
-        add_to(p.grad_expand + (share * hidden + first_channel) * channels, channels, sums, width, channels);
+        float* const expand_sums = p.grad_expand + (share * hidden + first_channel) * channels;
+        add_to({expand_sums, width, channels, channels}, {sums, width, channels, channels});
         // Each chunk's part is summed on its own: one long sum over all hidden channels would round more.
-        float* const target = grad_x + (band.begin - rows.begin) * columns.size() * channels;
-        product(pixels, p.channels, width, grad_hidden, pitch, p.expand + first_channel * channels, channels,
-                accumulate ? part : target, channels, false);
+        float* const first_grad_x = grad_x + (band.begin - rows.begin) * columns.size() * channels;
+        const Matrix target{accumulate ? part : first_grad_x, pixels, p.channels, channels};
+        product(gh, Matrix{p.expand + first_channel * channels, width, p.channels, channels}, target, Accumulate::no);
         if (accumulate) {
-            add_to(target, channels, part, pixels, channels);
+            add_to({first_grad_x, pixels, channels, channels}, {part, pixels, channels, channels});
         }
     }
 

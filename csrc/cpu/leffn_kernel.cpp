@@ -23,27 +23,12 @@ constexpr int64_t kTilePixels = 48;   // of one product of the expansion: the ti
 constexpr int64_t kChunkPixels = 32;  // columns of the depthwise convolution that are done for all rows of a step
 constexpr int64_t kFilteredRow = kHiddenBlock + kChannelPad;  // a power of two would use a quarter of the cache's sets
 
-// One row of a depthwise convolution of any size, as depthwise_row.
-template <typename Body>
-inline void depthwise_row_any(int64_t kernel, const float* const* rows, int64_t count, const float* weight,
-                              const Body& body) {
-    for (int64_t i = 0; i < count; ++i) {
-        Vec sum{};
-        for (int64_t y = 0; y < kernel; ++y) {
-            for (int64_t x = 0; x < kernel; ++x) {
-                sum = fma(load(rows[y] + (i + x) * kChannelPad), load(weight + (y * kernel + x) * kChannelPad), sum);
-            }
-        }
-        body(i, sum);
-    }
-}
-
 // Where the pieces of a thread's scratch memory begin; the offset behind the last one is its size.
 template <typename Value>
-struct Scratch {
+struct LeffnScratchLayout {
     int64_t ring, rows, tile, filtered, sums, in, end;
 
-    explicit Scratch(const LeffnParams& p) {
+    explicit LeffnScratchLayout(const LeffnParams& p) {
         const int64_t width = p.strip_width() + 2 * p.radius(), channels = padded(p.channels);
         const int64_t widest = channels > kHiddenBlock ? channels : kHiddenBlock,
                       pixels = p.rows_per_step * p.strip_width();
@@ -87,7 +72,7 @@ struct Share {
         width = right - left + 2 * p.radius();
         begin = left < p.radius() ? p.radius() - left : 0;
         stop = right + p.radius() > p.width ? p.width - left + p.radius() : width;
-        const Scratch<Value> offset(p);
+        const LeffnScratchLayout<Value> offset(p);
         char* memory = static_cast<char*>(scratch);
         ring = reinterpret_cast<float*>(memory + offset.ring);
         rows = reinterpret_cast<Value*>(memory + offset.rows);
@@ -117,19 +102,21 @@ struct Share {
         const int64_t channels = padded(p.channels);
         for (int64_t y = first < 0 ? 0 : first; y < last && y < p.height; ++y) {
             const T* source = static_cast<const T*>(p.x) + pixel(y, begin - p.radius()) * p.channels;
-            Value* target = rows + (y - first) * width * channels;
+            const Matrix pixels{source, stop - begin, p.channels, p.channels};
+            const Matrix target{rows + (y - first) * width * channels, stop - begin, p.channels, channels};
             if (p.norm.weight == nullptr) {
-                load_rows(source, p.channels, stop - begin, p.channels, target, channels);
+                load_rows(pixels, target);
                 continue;
             }
             if (channels == p.channels) {
-                normalize_rows(source, channels, stop - begin, channels, p.norm, target, channels);
+                normalize_rows(pixels, p.norm, target);
                 continue;
             }
             for (int64_t i = 0; i < stop - begin; i += kTilePixels) {
                 const int64_t count = stop - begin - i < kTilePixels ? stop - begin - i : kTilePixels;
-                load_rows(source + i * p.channels, p.channels, count, p.channels, tile, channels);
-                normalize_rows(tile, channels, count, p.channels, p.norm, target + i * channels, channels);
+                const Matrix staged{tile, count, p.channels, channels};
+                load_rows(pixels.slice(i, count), staged);
+                normalize_rows(staged, p.norm, target.slice(i, count));
             }
         }
     }
@@ -156,8 +143,8 @@ struct Share {
             const Value* source = rows + (y - first) * width * channels;
             for (int64_t i = begin; i < stop; i += kTilePixels) {
                 const int64_t count = stop - i < kTilePixels ? stop - i : kTilePixels;
-                unit.multiply(count, size, p.channels, source + (i - begin) * channels, channels, weight, tile,
-                              kHiddenBlock, false);
+                unit.multiply({source + (i - begin) * channels, count, p.channels, channels}, weight,
+                              {tile, count, size, kHiddenBlock}, Accumulate::no);
                 for (int64_t c = 0; c < size; c += kLanes) {
                     float* out = row + c / kChannelPad * kChannelPad * p.slots() * width + i * kChannelPad;
                     for (int64_t j = 0; j < count; ++j) {
@@ -171,15 +158,16 @@ struct Share {
     // One row of output of the depthwise convolution, kLanes channels of the rows of input from `in` on.
     void filter_row(const float* const* in, int64_t channel, int64_t count, Value* out) const {
         const float* weight = p.depthwise + channel / kChannelPad * p.kernel * p.kernel * kChannelPad;
-        weight += channel % kChannelPad;
+        const Taps taps{weight + channel % kChannelPad, kChannelPad};
+        const InputRows rows_of_input{in, kChannelPad};
         const auto body = [=](int64_t i, Vec sum) { store(out + i * kFilteredRow, sum); };
         switch (p.kernel) {
             case 3:
-                return depthwise_row<3>(in, kChannelPad, count, weight, kChannelPad, body);
+                return depthwise_row<3>(rows_of_input, count, taps, body);
             case 5:
-                return depthwise_row<5>(in, kChannelPad, count, weight, kChannelPad, body);
+                return depthwise_row<5>(rows_of_input, count, taps, body);
             default:
-                return depthwise_row_any(p.kernel, in, count, weight, body);
+                return depthwise_row_any(p.kernel, rows_of_input, count, taps, body);
         }
     }
 
@@ -199,8 +187,10 @@ struct Share {
                     filter_row(in + y, channel, count, filtered + y * count * kFilteredRow + c);
                 }
             }
-            unit.multiply((last - first) * count, p.out_channels, size, filtered, kFilteredRow, weight,
-                          sums + column * (last - first) * out, out, block > 0);
+            const int64_t pixels = (last - first) * count;
+            unit.multiply({filtered, pixels, size, kFilteredRow}, weight,
+                          {sums + column * (last - first) * out, pixels, p.out_channels, out},
+                          block > 0 ? Accumulate::yes : Accumulate::no);
         }
     }
 
@@ -210,7 +200,8 @@ struct Share {
             const int64_t count = chunk(column);
             for (int64_t y = first; y < last; ++y) {
                 const int64_t offset = pixel(y, column) * p.out_channels;
-                store_rows(sums + (column * (last - first) + (y - first) * count) * out, out, count, p.out_channels,
+                const float* const first_sum = sums + (column * (last - first) + (y - first) * count) * out;
+                store_rows({first_sum, count, p.out_channels, out},
                            p.residual ? static_cast<const T*>(p.x) + offset : nullptr, static_cast<T*>(p.out) + offset);
             }
         }
@@ -242,7 +233,9 @@ struct Share {
 
 template <typename T, typename Unit>
 struct Leffn {
-    static int64_t scratch_size(const LeffnParams& p, const Unit&) { return Scratch<typename Unit::Value>(p).end; }
+    static int64_t scratch_size(const LeffnParams& p, const Unit&) {
+        return LeffnScratchLayout<typename Unit::Value>(p).end;
+    }
 
     static void pack(const LeffnParams& p, const Unit& unit, int64_t begin, int64_t end) {
         auto* expand = static_cast<float*>(p.packed_expand);

@@ -11,26 +11,24 @@ namespace {
 
 std::atomic<bool> emulated = false;
 
-void emulated_brgemm(int64_t rows, int64_t columns, int64_t depth, int64_t a_row, int64_t b_row, int64_t c_row,
-                     bool accumulate, const uint16_t* a, const uint16_t* b, float* c) {
-    const auto* left = reinterpret_cast<const at::BFloat16*>(a);
+void emulated_brgemm(Matrix<const uint16_t> a, const uint16_t* b, Matrix<float> c, Accumulate accumulate) {
     const auto* right = reinterpret_cast<const at::BFloat16*>(b);
-    for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) {
-            float sum = accumulate ? c[i * c_row + j] : 0.0f;
-            for (int64_t k = 0; k < depth; ++k) {
-                sum += static_cast<float>(left[i * a_row + k]) *
-                       static_cast<float>(right[(k / 2 * b_row + j) * 2 + k % 2]);
+    for (int64_t i = 0; i < c.rows; ++i) {
+        const auto* left = reinterpret_cast<const at::BFloat16*>(a.row(i));
+        for (int64_t j = 0; j < c.columns; ++j) {
+            float sum = accumulate == Accumulate::yes ? c.row(i)[j] : 0.0f;
+            for (int64_t k = 0; k < a.columns; ++k) {
+                sum += static_cast<float>(left[k]) * static_cast<float>(right[(k / 2 * c.columns + j) * 2 + k % 2]);
             }
-            c[i * c_row + j] = sum;
+            c.row(i)[j] = sum;
         }
     }
 }
 
-void torch_brgemm(int64_t rows, int64_t columns, int64_t depth, int64_t a_row, int64_t b_row, int64_t c_row,
-                  bool accumulate, const uint16_t* a, const uint16_t* b, float* c) {
-    at::native::cpublas::brgemm(rows, columns, depth, a_row, b_row, c_row, accumulate,
-                                reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c);
+void torch_brgemm(Matrix<const uint16_t> a, const uint16_t* b, Matrix<float> c, Accumulate accumulate) {
+    at::native::cpublas::brgemm(c.rows, c.columns, a.columns, a.stride, c.columns, c.stride,
+                                accumulate == Accumulate::yes, reinterpret_cast<const at::BFloat16*>(a.data),
+                                reinterpret_cast<const at::BFloat16*>(b), c.data);
 }
 
 }  // namespace

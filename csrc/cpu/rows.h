@@ -2,18 +2,19 @@
 #pragma once
 
 #include "gemm.h"
+#include "matrix.h"
 #include "vec.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
-// out[i] = in[i] for `count` pixels, `in_row` and `out_row` apart.
+// out = in; a row is a pixel, a column a channel.
 template <typename T, typename Value>
-inline void load_rows(const T* in, int64_t in_row, int64_t count, int64_t channels, Value* out, int64_t out_row) {
-    const int64_t end = padded(channels);
-    for (int64_t i = 0; i < count; ++i) {
-        const T* source = in + i * in_row;
-        Value* row = out + i * out_row;
+inline void load_rows(Matrix<T> in, Matrix<Value> out) {
+    const int64_t channels = in.columns, end = padded(channels);
+    for (int64_t i = 0; i < in.rows; ++i) {
+        const T* source = in.row(i);
+        Value* row = out.row(i);
         int64_t c = 0;
         for (; c + kLanes <= channels; c += kLanes) {
             store(row + c, load(source + c));
@@ -24,21 +25,21 @@ inline void load_rows(const T* in, int64_t in_row, int64_t count, int64_t channe
     }
 }
 
-// The layer norm of `count` <= kLanes rows; `size` is the number of channels, or 0 where it is not known beforehand.
+// The layer norm of at most kLanes rows; `size` is the number of channels, or 0 where it is not known beforehand.
 template <int64_t size, typename T, typename Value>
-inline __attribute__((always_inline)) void normalize_block(const T* in, int64_t in_row, int64_t count, int64_t channels,
-                                                           const Norm& norm, Value* out, int64_t out_row) {
-    const int64_t known = size > 0 ? size : channels, end = padded(known), whole = known / kLanes * kLanes;
+inline __attribute__((always_inline)) void normalize_block(Matrix<T> in, const Norm& norm, Matrix<Value> out) {
+    const int64_t count = in.rows, known = size > 0 ? size : in.columns, end = padded(known),
+                  whole = known / kLanes * kLanes;
     const float scale = 1.0f / static_cast<float>(known);
     Vec sums[kLanes];
     for (int64_t i = count; i < kLanes; ++i) {
         sums[i] = Vec{};
     }
     for (int64_t i = 0; i < count; ++i) {
-        Vec sum = load(in + i * in_row);
+        Vec sum = load(in.row(i));
 #pragma GCC unroll 4
         for (int64_t c = kLanes; c < end; c += kLanes) {
-            sum += load(in + i * in_row + c);
+            sum += load(in.row(i) + c);
         }
         sums[i] = sum;
     }
@@ -48,11 +49,11 @@ inline __attribute__((always_inline)) void normalize_block(const T* in, int64_t 
         Vec square{};
 #pragma GCC unroll 4
         for (int64_t c = 0; c < whole; c += kLanes) {
-            const Vec difference = load(in + i * in_row + c) - mean[i];
+            const Vec difference = load(in.row(i) + c) - mean[i];
             square = fma(difference, difference, square);
         }
         if (whole < known) {
-            Vec difference = load(in + i * in_row + whole) - mean[i];
+            Vec difference = load(in.row(i) + whole) - mean[i];
             difference = lane_index() < static_cast<int32_t>(known - whole) ? difference : Vec{};
             square = fma(difference, difference, square);
         }
@@ -64,27 +65,25 @@ inline __attribute__((always_inline)) void normalize_block(const T* in, int64_t 
 #pragma GCC unroll 4
         for (int64_t c = 0; c < end; c += kLanes) {
             // weight and bias are padded with zeros, so the padding of a finite row stays zero
-            const Vec y = fma((load(in + i * in_row + c) - m) * r, load(norm.weight + c), load(norm.bias + c));
-            store(out + i * out_row + c, y);
+            const Vec y = fma((load(in.row(i) + c) - m) * r, load(norm.weight + c), load(norm.bias + c));
+            store(out.row(i) + c, y);
         }
     }
 }
 
 // The layer norm of rows that are padded with zeros, in place or into rows of another type.
 template <typename T, typename Value>
-inline void normalize_rows(const T* in, int64_t in_row, int64_t count, int64_t channels, const Norm& norm, Value* out,
-                           int64_t out_row) {
+inline void normalize_rows(Matrix<T> in, const Norm& norm, Matrix<Value> out) {
     const auto run = [&](auto size) __attribute__((always_inline)) {
         int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) {
-            normalize_block<decltype(size)::value>(in + i * in_row, in_row, kLanes, channels, norm, out + i * out_row,
-                                                   out_row);
+        for (; i + kLanes <= in.rows; i += kLanes) {
+            normalize_block<decltype(size)::value>(in.slice(i, kLanes), norm, out.from(i, 0));
         }
-        if (i < count) {
-            normalize_block<0>(in + i * in_row, in_row, count - i, channels, norm, out + i * out_row, out_row);
+        if (i < in.rows) {
+            normalize_block<0>(in.from(i, 0), norm, out.from(i, 0));
         }
     };
-    switch (channels) {
+    switch (in.columns) {
         case 32:
             return run(Constant<32>{});
         case 48:
@@ -96,12 +95,13 @@ inline void normalize_rows(const T* in, int64_t in_row, int64_t count, int64_t c
     }
 }
 
-// out[i] = rows[i] + residual[i] (nullptr: none) for `count` pixels of a dense map.
+// out = rows + residual (nullptr: none), pixels of dense maps.
 template <typename T>
-inline void store_rows(const float* rows, int64_t row, int64_t count, int64_t channels, const T* residual, T* out) {
-    for (int64_t i = 0; i < count; ++i) {
+inline void store_rows(Matrix<const float> rows, const T* residual, T* out) {
+    const int64_t channels = rows.columns;
+    for (int64_t i = 0; i < rows.rows; ++i) {
         for_vectors(channels, [&](int64_t c, int64_t n) {
-            const Vec value = load(rows + i * row + c, n);
+            const Vec value = load(rows.row(i) + c, n);
             store(out + i * channels + c, residual ? value + load(residual + i * channels + c, n) : value, n);
         });
     }

@@ -1,6 +1,7 @@
 // Softmax over the columns of scores that are given times log2(e): powers of two take their place.
 #pragma once
 
+#include "matrix.h"
 #include "vec.h"
 
 namespace ipt_fast::cpu {
@@ -40,18 +41,19 @@ inline __attribute__((always_inline)) void powers_of(float* scores, const Vec (&
     }
 }
 
-// The same for `count` columns of vectors, and the inverses of the columns' sums.
+// The same for the first `count` vectors of columns, and the inverses of the columns' sums.
 template <int count>
-inline void column_powers(float* scores, int64_t rows, int64_t row, float* inverses) {
+inline void column_powers(Matrix<float> scores, float* inverses) {
+    const int64_t rows = scores.rows;
     Vec largest[count], sums[count]{};
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
-        largest[i] = load(scores + i * kLanes);
+        largest[i] = load(scores.data + i * kLanes);
     }
     for (int64_t k = 1; k < rows; ++k) {
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i) {
-            largest[i] = max(largest[i], load(scores + k * row + i * kLanes));
+            largest[i] = max(largest[i], load(scores.row(k) + i * kLanes));
         }
     }
     constexpr int64_t kBlock = 8;  // rows added up by themselves: a few short sums round less than one long one
@@ -59,7 +61,7 @@ inline void column_powers(float* scores, int64_t rows, int64_t row, float* inver
         const int64_t last = first + kBlock < rows ? first + kBlock : rows;
         Vec parts[count]{};
         for (int64_t k = first; k < last; ++k) {
-            powers_of<count>(scores + k * row, largest, parts);
+            powers_of<count>(scores.row(k), largest, parts);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i) {
@@ -72,15 +74,15 @@ inline void column_powers(float* scores, int64_t rows, int64_t row, float* inver
     }
 }
 
-// 2^(score - the column's largest) in place of the scores, [rows][columns], and the inverse of each column's sum.
-// kLanes divides columns.
-inline void powers(float* scores, int64_t rows, int64_t columns, float* inverses) {
+// 2^(score - the column's largest) in place of the scores, and the inverse of each column's sum. kLanes divides the
+// number of columns.
+inline void powers(Matrix<float> scores, float* inverses) {
     int64_t c = 0;
-    for (; c + 4 * kLanes <= columns; c += 4 * kLanes) {
-        column_powers<4>(scores + c, rows, columns, inverses + c);
+    for (; c + 4 * kLanes <= scores.columns; c += 4 * kLanes) {
+        column_powers<4>(scores.from(0, c), inverses + c);
     }
-    for (; c < columns; c += kLanes) {
-        column_powers<1>(scores + c, rows, columns, inverses + c);
+    for (; c < scores.columns; c += kLanes) {
+        column_powers<1>(scores.from(0, c), inverses + c);
     }
 }
 

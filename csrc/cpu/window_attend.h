@@ -1,0 +1,133 @@
+// Channel attention between the Gram matrices and the output: the softmax, and the product with v.
+#pragma once
+
+#include <string.h>
+
+#include "gram.h"
+
+namespace ipt_fast::cpu {
+namespace {
+
+// Adds a slot's matrix of one branch and squared norms to sums in fp64, which holds the products of any two values of
+// fp32: without factors. `units` is room for 2 * depth values.
+inline void add_slot(const float* matrix, const float* norms, const float* factors, int64_t depth, double* products,
+                     double* squares, double* units) {
+    if (all_ones(factors, 2 * depth)) {
+        for (int64_t i = 0; i < depth * depth; ++i) {
+            products[i] += matrix[i];
+        }
+        for (int64_t i = 0; i < 2 * depth; ++i) {
+            squares[i] += norms[i];
+        }
+        return;
+    }
+    for (int64_t i = 0; i < 2 * depth; ++i) {
+        units[i] = 1.0 / factors[i];
+        squares[i] += norms[i] * units[i] * units[i];
+    }
+    for (int64_t i = 0; i < depth * depth; ++i) {
+        products[i] += matrix[i] * units[i % depth] * units[depth + i / depth];
+    }
+}
+
+// body(index) for the blocks that a window of a branch is made of.
+template <typename Body>
+inline void for_window_blocks(const Groups& g, int branch, int64_t image, int64_t window_y, int64_t window_x,
+                              const Body& body) {
+    for (int64_t i = 0; i < g.vertical.parts; ++i) {
+        for (int64_t j = 0; j < g.horizontal.parts; ++j) {
+            const int64_t y = g.vertical.block_of(branch, window_y, i);
+            const int64_t x = g.horizontal.block_of(branch, window_x, j);
+            if (y < g.vertical.blocks() && x < g.horizontal.blocks()) {
+                body((image * g.vertical.blocks() + y) * g.horizontal.blocks() + x);
+            }
+        }
+    }
+}
+
+// The softmax over the first `channels` rows of each of as many columns; zeros elsewhere.
+inline void softmax_of_columns(float* scores, int64_t channels, int64_t depth) {
+    for (int64_t i = 0; i < depth; i += kLanes) {
+        Vec most = broadcast(-__builtin_inff()), sum{};
+        for (int64_t j = 0; j < channels; ++j) {
+            most = max(most, load(scores + j * depth + i));
+        }
+        for (int64_t j = 0; j < channels; ++j) {
+            const Vec e = exp(load(scores + j * depth + i) - most);
+            store(scores + j * depth + i, e);
+            sum += e;
+        }
+        const Vec inverse = lane_index() < static_cast<int32_t>(channels - i) ? 1.0f / sum : Vec{};
+        for (int64_t j = 0; j < depth; ++j) {
+            float* score = scores + j * depth + i;
+            store(score, j < channels ? load(score) * inverse : Vec{});
+        }
+    }
+}
+
+// The matrix of one group and branch, summed over its blocks, becomes the transposed attention [k][q], a copy in each
+// of the blocks' slots; zeros in the padding. `scratch` holds attend_scratch(g) floats.
+inline void attend_group(const Groups& g, int64_t image, int64_t window_y, int64_t window_x, int64_t head, int branch,
+                         float* scratch) {
+    const int64_t depth = g.depth, matrix = depth * depth;
+    double* totals = reinterpret_cast<double*>(scratch);
+    double *const q = totals + matrix, *const k = q + depth;  // squared norms at first, then their inverses
+    double* const units = k + depth;
+    float* scores = scratch + 2 * (matrix + 4 * depth);
+    const auto for_slots = [&](const auto& body) {
+        for_window_blocks(g, branch, image, window_y, window_x, [&](int64_t index) { body(g.slot(index, head)); });
+    };
+    memset(totals, 0, (matrix + 2 * depth) * sizeof(double));
+    for_slots([&](float* slot) {
+        add_slot(slot + branch * matrix, g.norms(slot, branch), g.factors(slot), depth, totals, q, units);
+    });
+    for (int64_t i = 0; i < 2 * depth; ++i) {
+        const double norm = __builtin_sqrt(q[i]);
+        q[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
+    }
+    for (int64_t j = 0; j < depth; ++j) {
+        const double factor = k[j] * g.scale[head];
+        for (int64_t i = 0; i < depth; ++i) {
+            scores[j * depth + i] = static_cast<float>(totals[j * depth + i] * q[i] * factor);
+        }
+    }
+    softmax_of_columns(scores, g.head_channels, depth);
+    for_slots([&](float* slot) { memcpy(slot + branch * matrix, scores, matrix * sizeof(float)); });
+}
+
+// out[tokens][depth] = sum over the branches of w * attention v, for one tile; v is the head's channels of the map from
+// the tile's first pixel on. Each branch is a sum of its own, which rounds less than one sum over both. `scratch` holds
+// apply_scratch(g) floats.
+template <int branches, typename T>
+inline void apply_tile(const Groups& g, int64_t head, const Tile& tile, const float* slot, Matrix<T> v,
+                       Matrix<float> out, float* scratch) {
+    const int64_t depth = g.depth, tokens = tile.tokens();
+    const Matrix values{scratch, tokens, depth, depth};
+    for (int64_t y = 0; y < tile.rows; ++y) {
+        load_rows(v.slice(y * g.horizontal.size, tile.columns), values.slice(y * tile.columns, tile.columns));
+    }
+    const Matrix attention{slot, depth, depth, depth};
+    if constexpr (branches == 1) {
+        product(values, attention, out, Accumulate::no);
+    } else {
+        const Matrix of_shifted{slot + depth * depth, depth, depth, depth};
+        float *top = scratch + kTileTokens * depth, *bottom = top + kTileTokens * depth;
+        product(values, attention, Matrix{top, tokens, depth, depth}, Accumulate::no);
+        product(values, of_shifted, Matrix{bottom, tokens, depth, depth}, Accumulate::no);
+        const TileWeights<branches> weights = merge_weights<branches>(g, head, tile);
+        for (int64_t y = 0; y < tile.rows; ++y) {
+            for (int64_t x = 0; x < tile.columns; ++x) {
+                const int64_t token = y * tile.columns + x;
+                const Vec w_top = weights.at(0, y, x), w_bottom = weights.at(1, y, x);
+                for (int64_t c = 0; c < depth; c += kLanes) {
+                    const Vec sum =
+                        fma(w_bottom, load(bottom + token * depth + c), w_top * load(top + token * depth + c));
+                    store(out.row(token) + c, sum);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ipt_fast::cpu
