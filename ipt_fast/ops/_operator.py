@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from ..reference._precision import Reference
 from . import _autograd, _select
 from ._kernel import AUTOCAST_KEYS, VIEW_KEYS, Arguments, Kernel, as_channels_last, autograd_recording
 
@@ -46,7 +47,7 @@ class Operator:
         self,
         function: Callable[..., Tensor | tuple[Tensor, ...]],
         schema: str,
-        reference: Callable[..., Any],
+        reference: Reference[...],
         *,
         images: tuple[str, ...] = (),
         tokens: tuple[str, ...] = (),
@@ -238,7 +239,7 @@ class Operator:
         return [name for name in self.kept if self.residual is None or name != self.residual[2]]
 
     def _parts_of_backward(self, args: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Any], Sequence[Tensor]]:
-        """(gradients of the outputs, arguments by name, kept outputs) of the arguments of a backward but the backend."""
+        """(gradients, arguments by name, kept outputs) in the arguments of a backward, without the backend."""
         first, last = len(self.outputs), len(self.outputs) + len(self.arguments)
         return args[:first], self._by_name(args[first:last]), args[last:]
 
