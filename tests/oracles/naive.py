@@ -4,8 +4,8 @@ Nothing here reshapes, rolls, pads or calls a matrix product: each value is foun
 pixel, so a misunderstanding of an axis order in the library cannot be repeated by accident. All arguments are numpy
 float64 arrays (or anything numpy.asarray takes) and so are the results. Only for small tensors.
 
-Conventions: x is (B, C, H, W), of tokens (B, N, D); channel c belongs to head c // d with d = C / heads; qkv holds q, k,
-v along the channels, in that order; p is the window size, g the grid size.
+Conventions: x is (B, C, H, W), of tokens (B, N, D); channel c belongs to head c // d with d = C / heads; qkv holds q,
+k, v along the channels, in that order; p is the window size, g the grid size.
 """
 
 from math import erf, exp, sqrt
