@@ -111,13 +111,13 @@ class Operator:
                 raise ValueError(f"{self.name}: {name} must be on {device} as {self.tensors[0]}; got {value.device}")
             if name in self.images and (value.dim() != 4 or 0 in value.shape[1:]):
                 raise ValueError(
-                    f"{self.name}: {name} must be (B, C, H, W) with at least one channel, row and column; "
-                    f"got shape {tuple(value.shape)}"
+                    f"{self.name}: {name} must have shape (B, C, H, W) with at least one channel, row and column; "
+                    f"got {tuple(value.shape)}"
                 )
             if name in self.tokens and (value.dim() != 3 or 0 in value.shape[1:]):
                 raise ValueError(
-                    f"{self.name}: {name} must be (B, N, D) with at least one token and channel; "
-                    f"got shape {tuple(value.shape)}"
+                    f"{self.name}: {name} must have shape (B, N, D) with at least one token and channel; "
+                    f"got {tuple(value.shape)}"
                 )
             dtypes[name] = self._dtype_after_autocast(name, value)
             self._check_dtype(name, dtypes)
