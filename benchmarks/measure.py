@@ -24,12 +24,17 @@ def relative_error(out, exact):
     return ((out.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-300)).item()
 
 
+def as_one(out):
+    """The output; several outputs as one tensor, one behind the other."""
+    return out if isinstance(out, torch.Tensor) else torch.cat([each.flatten() for each in out])
+
+
 def check_parity(case, inputs, dtype):
     """Raise unless the operator's error against float64 is at most twice the plain formula's (or a few ulps)."""
     with torch.no_grad():
-        exact = case.rivals["eager"](*(t.double() for t in inputs), **case.keywords)
-        error = relative_error(case.ours(*inputs, **case.keywords), exact)
-        plain = relative_error(case.rivals["eager"](*inputs, **case.keywords), exact)
+        exact = as_one(case.rivals["eager"](*(t.double() for t in inputs), **case.keywords))
+        error = relative_error(as_one(case.ours(*inputs, **case.keywords)), exact)
+        plain = relative_error(as_one(case.rivals["eager"](*inputs, **case.keywords)), exact)
     limit = max(2 * plain, FLOOR_ULPS * torch.finfo(dtype).eps)
     assert error <= limit, f"{case.name} in {dtype}: error {error:.2e} is above {limit:.2e}; no speed is reported"
 
@@ -37,8 +42,13 @@ def check_parity(case, inputs, dtype):
 def with_backward(function, inputs, keywords):
     """A call that differentiates ``function`` with respect to all inputs; the same upstream gradient every time."""
     inputs = [t.detach().requires_grad_() for t in inputs]
-    upstream = torch.ones_like(function(*inputs, **keywords))
-    return lambda: torch.autograd.grad(function(*inputs, **keywords), inputs, upstream)
+
+    def results():
+        out = function(*inputs, **keywords)
+        return out if isinstance(out, tuple) else (out,)
+
+    upstream = [torch.ones_like(out) for out in results()]
+    return lambda: torch.autograd.grad(results(), inputs, upstream)
 
 
 def without_backward(function, inputs, keywords):

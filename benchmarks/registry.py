@@ -1,7 +1,7 @@
 """Every operator once: inputs, FLOPs, bytes and rivals.
 
-Operators have the sizes of IPT-V2 small, level 1, on a 256 x 256 image; layers also those of its widest and its
-smallest map.
+Operators on images have the sizes of IPT-V2 small, level 1, on a 256 x 256 image; layers also those of its widest and
+its smallest map. Operators on tokens have those of IPT, 16 tiles.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ class Case:
         return counter.get_total_flops()
 
     def bytes(self, inputs):
-        """Every input read once and the output written once."""
+        """Every input read once and every output written once."""
         with torch.no_grad():
             out = self.ours(*inputs, **self.keywords)
-        return sum(t.numel() * t.element_size() for t in (*inputs, out))
+        return sum(t.numel() * t.element_size() for t in (*inputs, *(out if isinstance(out, tuple) else (out,))))
 
 
 def image(channels, size=256, batch=1):
@@ -50,6 +50,11 @@ def image(channels, size=256, batch=1):
         return x.contiguous(memory_format=torch.channels_last)
 
     return make
+
+
+def tokens(batch, dim=576, count=256):
+    """Those of IPT's 48 x 48 tiles."""
+    return lambda dtype: torch.rand(batch, count, dim, dtype=dtype) - 0.5
 
 
 def parameter(*shape):
@@ -104,6 +109,22 @@ def _leffn_layer(channels, size):
     return _layer(f"leffn_layer 1x{channels}x{size}x{size}", "leffn_layer", makers, {})
 
 
+def _on_tokens(batch=16, dim=576, count=256):
+    """The three operators of a layer of IPT, self-attention's projection to q, k and v with offsets of q and k."""
+    stream, norm = tokens(batch, dim, count), [parameter(dim), parameter(dim)]
+    size, network = f"{batch}x{count}x{dim}", [(4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
+    qkv, query = [parameter(3 * dim, dim), parameter(count, 2 * dim)], [parameter(dim, dim), parameter(count, dim)]
+    return [
+        _operator(f"norm_projection {size}", "norm_projection", [stream, *norm, *qkv]),
+        _operator(f"add_norm_projection {size}", "add_norm_projection", [stream, stream, *norm, *query]),
+        _operator(
+            f"add_norm_feed_forward {size}",
+            "add_norm_feed_forward",
+            [stream, stream, *norm, *(parameter(*shape) for shape in network)],
+        ),
+    ]
+
+
 CASES = [
     _operator(
         "layer_norm_2d bias-free 1x32x256x256",
@@ -154,6 +175,7 @@ CASES = [
         "merge_depthwise",
         [parameter(1024, 1, 5, 5), parameter(1024, 1, 3, 3), parameter(1024, 1, 1, 1)],
     ),
+    *_on_tokens(),
 ]
 
 # On GPUs: full-resolution levels of IPT-V2 base (48 channels, 96 in the decoder) and small, 512 x 512.
@@ -190,4 +212,5 @@ GPU_CASES = [
         "merge_depthwise",
         [parameter(1536, 1, 5, 5), parameter(1536, 1, 3, 3), parameter(1536, 1, 1, 1)],
     ),
+    *_on_tokens(),
 ]

@@ -1,4 +1,4 @@
-"""Locally enhanced feed-forward network: see ipt_fast.ops.leffn, and leffn_layer in ipt_fast.ops.layers.
+"""Locally enhanced feed-forward network: see ipt_fast.ops.leffn and ipt_fast.ops.leffn_layer.
 
 Forward, two kernels: the pointwise expansion with GELU (and the layer's norm before it), then the projection, whose
 program convolves blocks of hidden channels for its 4 x BLOCK_W pixels and multiplies them on the spot, so that the

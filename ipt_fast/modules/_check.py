@@ -44,10 +44,12 @@ def image(x: object, channels: int, module: nn.Module | None, name: str = "x") -
         return
     weight = module.weight
     if x.device != weight.device:
-        raise ValueError(f"{name} is on {x.device}, the weights are on {weight.device}")
+        raise ValueError(f"{name} must be on {weight.device} as the weights; got {x.device}")
     if x.dtype == weight.dtype:
         return
     if not autocast(x.device.type):
         raise TypeError(f"{name} must have the weights' dtype {weight.dtype}, or run under autocast; got {x.dtype}")
     if torch.float64 in (x.dtype, weight.dtype):
-        raise TypeError(f"{name} is {x.dtype} beside weights of {weight.dtype}: autocast leaves float64 as it is")
+        raise TypeError(
+            f"{name} must have the weights' dtype {weight.dtype}, as autocast leaves float64 as it is; got {x.dtype}"
+        )

@@ -9,7 +9,7 @@ from ._layer import Branch, Norm
 
 def _check_heads(channels: int, num_heads: int) -> None:
     if channels % num_heads:
-        raise ValueError(f"channels must be divisible by num_heads; got {channels} and {num_heads}")
+        raise ValueError(f"num_heads must divide the {channels} channels; got {num_heads}")
 
 
 @_fusion.stock

@@ -6,6 +6,7 @@ keeps about half of what the formulas' own graph would.
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,29 @@ def in_dtype_of(module: nn.Module, x: Tensor) -> Tensor:
     return x.to(dtype)
 
 
-def _parameters(norm: nn.Module) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, float]]:
-    """((weight, bias), {"eps": eps}) of a norm that :func:`_fusion.token_norm` lets pass, ((None, None), {}) of none."""
-    return ((norm.weight, norm.bias), {"eps": norm.eps}) if isinstance(norm, LayerNorm) else ((None, None), {})
+def _parameters(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
+    """(weight, bias, eps) of what :func:`_fusion.token_norm` lets pass; of no norm (None, None, any eps)."""
+    return (norm.weight, norm.bias, norm.eps) if isinstance(norm, LayerNorm) else (None, None, 1.0)
+
+
+def norm_projection(
+    x: Tensor, branch: Tensor | None, norm: nn.Module, weight: Tensor, offset: Tensor | None = None
+) -> Any:
+    """:func:`ipt_fast.ops.add_norm_projection` with a norm given as a module, which may be no norm.
+
+    Where ``branch`` is None :func:`ipt_fast.ops.norm_projection`.
+    """
+    norm_weight, norm_bias, eps = _parameters(norm)
+    if branch is None:
+        return ops.norm_projection(x, norm_weight, norm_bias, weight, offset, eps=eps)
+    return ops.add_norm_projection(x, branch, norm_weight, norm_bias, weight, offset, eps=eps)
+
+
+def feed_forward(x: Tensor, branch: Tensor, norm: nn.Module, linear1: nn.Linear, linear2: nn.Linear) -> Tensor:
+    """:func:`ipt_fast.ops.add_norm_feed_forward` of modules."""
+    norm_weight, norm_bias, eps = _parameters(norm)
+    products = linear1.weight, linear1.bias, linear2.weight, linear2.bias
+    return ops.add_norm_feed_forward(x, branch, norm_weight, norm_bias, *products, eps=eps)
 
 
 def grid_core_is_faster(qkv: Tensor, num_heads: int) -> bool:
@@ -82,8 +103,7 @@ class MultiHeadAttention(nn.Module):
         """self(y + added, y + added, y) with y = LN(x), norm and projection as one: (B, N, D); added (N, D) or None."""
         rows = 2 * x.shape[2]
         offset = None if added is None else F.linear(added, self.in_proj_weight[:rows])
-        parameters, options = _parameters(norm)
-        qkv = ops.norm_projection(x, *parameters, self.in_proj_weight, offset, **options)
+        qkv = norm_projection(x, None, norm, self.in_proj_weight, offset)
         if grid_core_is_faster(qkv, self.num_heads):
             return self.out_proj(attend_as_a_grid(qkv, self.num_heads))
         return self._attend(*qkv.chunk(3, dim=2))
@@ -101,8 +121,7 @@ class MultiHeadAttention(nn.Module):
         dim = x.shape[2]
         q_weight, k_weight, _ = self.in_proj_weight.chunk(3)
         offset = None if added is None else F.linear(added, q_weight)
-        parameters, options = _parameters(norm)
-        total, q = ops.add_norm_projection(x, branch, *parameters, q_weight, offset, **options)
+        total, q = norm_projection(x, branch, norm, q_weight, offset)
         k, v = F.linear(memory, self.in_proj_weight[dim:]).chunk(2, dim=2)
         if added_to_keys is not None:
             k = k + F.linear(added_to_keys, k_weight)
@@ -152,9 +171,7 @@ class EncoderLayer(_fusion.Fusable):
 
     def _add_feed_forward(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
         if self._against_feed_forward(norm) is None:
-            parameters, options = _parameters(norm)
-            products = self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
-            return ops.add_norm_feed_forward(x, branch, *parameters, *products, **options)
+            return feed_forward(x, branch, norm, self.linear1, self.linear2)
         x = x + branch
         return x + self.linear2(F.relu(self.linear1(norm(x))))
 

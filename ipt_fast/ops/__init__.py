@@ -7,12 +7,15 @@ Tensors are (B, C, H, W) in shape; outputs are channels-last in memory. See :fun
 from .add_norm_feed_forward import add_norm_feed_forward
 from .add_norm_projection import add_norm_projection
 from .channel_attention import channel_attention
+from .focal_attention_layer import focal_attention_layer
 from .focal_channel_attention import focal_channel_attention
 from .grid_attention import grid_attention
+from .grid_attention_layer import grid_attention_layer
 from .layer_norm_2d import layer_norm_2d
-from .layers import focal_attention_layer, grid_attention_layer, leffn_layer
 from .leffn import leffn
-from .merge import merge_depthwise, merge_pointwise
+from .leffn_layer import leffn_layer
+from .merge_depthwise import merge_depthwise
+from .merge_pointwise import merge_pointwise
 from .norm_projection import norm_projection
 
 __all__ = [

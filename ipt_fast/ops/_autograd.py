@@ -45,7 +45,7 @@ class _Outline(NamedTuple):
 def register(operator: "Operator", library: torch.library.Library) -> None:
     """Differentiate ``ipt_fast::<name>`` by ``ipt_fast::<name>_backward``, and that one not at all."""
     n_outputs = len(operator.outputs)
-    x, branch, total = operator.residual or (None, None, None)
+    x, branch, total = operator.residual or ("", "", "")
 
     def setup_context(ctx: Any, inputs: Arguments, output: Tensor | tuple[Tensor, ...]) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
@@ -54,7 +54,7 @@ def register(operator: "Operator", library: torch.library.Library) -> None:
         ctx.mark_non_differentiable(*outputs[n_outputs:])
         results = dict(zip((*operator.outputs, *operator.kept), outputs, strict=True))
         values = dict(zip(operator.arguments, inputs, strict=True))
-        if x is not None:
+        if x:
             values[x] = results[total]
         for name in operator.unread:
             if values[name] is not None:
@@ -70,7 +70,7 @@ def register(operator: "Operator", library: torch.library.Library) -> None:
         values = dict(zip(operator.arguments, held, strict=False))
         found = operator.call_backward(grads[:n_outputs], values, held[len(values) :], ctx.backend)
         by_name = dict(zip(operator.differentiated, found, strict=True))
-        if branch is not None:
+        if branch:
             by_name[branch] = by_name[x].to(values[branch].dtype)
         return tuple(by_name[name] if isinstance(values[name], torch.Tensor) else None for name in operator.arguments)
 

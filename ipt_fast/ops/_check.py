@@ -27,7 +27,7 @@ def flag(operator: str, name: str, value: object) -> None:
 def heads_divide(operator: str, channels: int, num_heads: int) -> None:
     positive_int(operator, "num_heads", num_heads)
     if channels % num_heads:
-        raise ValueError(f"{operator}: {channels} channels must be divisible by num_heads; got {num_heads}")
+        raise ValueError(f"{operator}: num_heads must divide the {channels} channels; got {num_heads}")
 
 
 def shape(operator: str, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
@@ -39,7 +39,7 @@ def shape(operator: str, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -
 def packed_qkv(operator: str, qkv: Tensor, num_heads: int) -> int:
     """Check that ``qkv`` holds q, k and v of ``num_heads`` heads; returns the channels of one of them."""
     if qkv.dim() != 4 or qkv.shape[1] % 3 or qkv.shape[1] == 0:
-        raise ValueError(f"{operator}: qkv must be (B, 3C, H, W); got shape {tuple(qkv.shape)}")
+        raise ValueError(f"{operator}: qkv must have shape (B, 3C, H, W); got {tuple(qkv.shape)}")
     heads_divide(operator, qkv.shape[1] // 3, num_heads)
     return qkv.shape[1] // 3
 

@@ -28,13 +28,13 @@ def explain(op: Callable | str | nn.Module | None = None, *args: Any, **kwargs: 
     """
     if isinstance(op, nn.Module):
         if args or kwargs:
-            raise TypeError("explain: a module is explained without arguments")
+            raise TypeError(f"explain: args and kwargs must be absent beside a module; got {len(args) + len(kwargs)}")
         return _explain_module(op)
     names: list[Any] = list(OPERATORS) if op is None else [getattr(op, "__name__", op)]
     if not isinstance(names[0], str) or names[0] not in OPERATORS:
         raise ValueError(f"op must be one of {', '.join(OPERATORS)}; got {op!r}")
     if op is None and (args or kwargs):
-        raise TypeError("explain: arguments need the operator they are for")
+        raise TypeError(f"explain: args and kwargs must be absent where op is None; got {len(args) + len(kwargs)}")
     table = {}
     for name in names:
         operator = OPERATORS[name]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from ..reference._precision import Reference
 from . import _autograd, _select
 from ._kernel import AUTOCAST_KEYS, VIEW_KEYS, Arguments, Kernel, as_channels_last, autograd_recording
 
@@ -46,7 +47,7 @@ class Operator:
         self,
         function: Callable[..., Tensor | tuple[Tensor, ...]],
         schema: str,
-        reference: Callable[..., Any],
+        reference: Reference[...],
         *,
         images: tuple[str, ...] = (),
         tokens: tuple[str, ...] = (),
@@ -110,13 +111,13 @@ class Operator:
                 raise ValueError(f"{self.name}: {name} must be on {device} as {self.tensors[0]}; got {value.device}")
             if name in self.images and (value.dim() != 4 or 0 in value.shape[1:]):
                 raise ValueError(
-                    f"{self.name}: {name} must be (B, C, H, W) with at least one channel, row and column; "
-                    f"got shape {tuple(value.shape)}"
+                    f"{self.name}: {name} must have shape (B, C, H, W) with at least one channel, row and column; "
+                    f"got {tuple(value.shape)}"
                 )
             if name in self.tokens and (value.dim() != 3 or 0 in value.shape[1:]):
                 raise ValueError(
-                    f"{self.name}: {name} must be (B, N, D) with at least one token and channel; "
-                    f"got shape {tuple(value.shape)}"
+                    f"{self.name}: {name} must have shape (B, N, D) with at least one token and channel; "
+                    f"got {tuple(value.shape)}"
                 )
             dtypes[name] = self._dtype_after_autocast(name, value)
             self._check_dtype(name, dtypes)
@@ -238,7 +239,7 @@ class Operator:
         return [name for name in self.kept if self.residual is None or name != self.residual[2]]
 
     def _parts_of_backward(self, args: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Any], Sequence[Tensor]]:
-        """(gradients of the outputs, arguments by name, kept outputs) of the arguments of a backward but the backend."""
+        """(gradients, arguments by name, kept outputs) in the arguments of a backward, without the backend."""
         first, last = len(self.outputs), len(self.outputs) + len(self.arguments)
         return args[:first], self._by_name(args[first:last]), args[last:]
 

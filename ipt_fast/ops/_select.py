@@ -80,7 +80,7 @@ class use_backend:  # noqa: N801, it reads as a statement, as torch.no_grad does
         if isinstance(function, staticmethod | classmethod):
             return type(function)(self(function.__func__))  # type: ignore[return-value]
         if inspect.isclass(function) or not callable(function):
-            raise TypeError(f"use_backend decorates functions and methods; got {function!r}")
+            raise TypeError(f"use_backend: what it decorates must be a function or method; got {function!r}")
         # What is called: objects may have a __call__ of any kind.
         routine = inspect.isroutine(function) or isinstance(function, functools.partial)
         kind = function if routine else type(function).__call__

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from . import _aten, _check, _norm
+from . import _aten, _check, _flops, _norm
 from ._operator import Operator
-from .norm_projection import projection_flops
 
 
 def add_norm_feed_forward(
@@ -122,6 +121,6 @@ _operator = Operator(
     outputs={"out": "x"},
     kept={"total": "x", "hidden": "weight1"},
     residual=("x", "branch", "total"),
-    flops=lambda x, branch, norm_weight, norm_bias, weight1, *_: 2 * projection_flops(x, weight1),
+    flops=lambda x, branch, norm_weight, norm_bias, weight1, *_: 2 * _flops.linear(x, weight1),
 )
 _aten.register(_operator, _forward, _backward)

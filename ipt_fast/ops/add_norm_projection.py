@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from . import _aten, _check
+from . import _aten, _check, _flops
 from ._operator import Operator
-from .norm_projection import check_projection, project, project_backward, projection_flops
+from .norm_projection import check_projection, project, project_backward
 
 
 def add_norm_projection(
@@ -58,6 +58,6 @@ _operator = Operator(
     outputs={"total": "x", "out": "weight"},
     residual=("x", "branch", "total"),
     unread=("offset",),
-    flops=lambda x, branch, norm_weight, norm_bias, weight, *_: projection_flops(x, weight),
+    flops=lambda x, branch, norm_weight, norm_bias, weight, *_: _flops.linear(x, weight),
 )
 _aten.register(_operator, project, _backward)

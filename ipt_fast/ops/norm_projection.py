@@ -1,14 +1,13 @@
 """Layer normalisation of tokens and a linear projection of them."""
 
-import math
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from . import _aten, _check, _norm
-from ._operator import Operator, Shape
+from . import _aten, _check, _flops, _norm
+from ._operator import Operator
 
 
 def norm_projection(
@@ -61,11 +60,6 @@ def check_projection(
         raise ValueError(
             f"{name}: offset must have shape ({x.shape[1]}, at most {len(weight)}); got {tuple(offset.shape)}"
         )
-
-
-def projection_flops(x: Shape, weight: Shape) -> int:
-    """Operations of x W^T."""
-    return 2 * math.prod(x) * weight[0]
 
 
 def _forward(
@@ -131,6 +125,6 @@ _operator = Operator(
     output_shape=lambda x, norm_weight, norm_bias, weight, *_: (*x.shape[:2], weight.shape[0]),
     outputs={"out": "weight"},
     unread=("offset",),
-    flops=lambda x, norm_weight, norm_bias, weight, *_: projection_flops(x, weight),
+    flops=lambda x, norm_weight, norm_bias, weight, *_: _flops.linear(x, weight),
 )
 _aten.register(_operator, _forward, _backward)

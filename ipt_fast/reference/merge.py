@@ -1,19 +1,4 @@
-"""Merging the linear branches of Rep-LeFFN (IPT-V2, section 3.5, equation 6)."""
+"""The merges of Rep-LeFFN's branches. Each has a module of its own; this one keeps their old address."""
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from ._precision import in_full_precision
-
-
-@in_full_precision
-def merge_pointwise(first: Tensor, second: Tensor) -> Tensor:
-    """The weight of PW_second(PW_first(x)) as one pointwise convolution: W = W2 W1."""
-    return (second.flatten(1) @ first.flatten(1))[:, :, None, None]
-
-
-@in_full_precision
-def merge_depthwise(k5: Tensor, k3: Tensor, k1: Tensor, identity: bool = True) -> Tensor:
-    """The weight of DW5x5(x) + DW3x3(x) + DW1x1(x) (+ x) as one 5x5 depthwise convolution."""
-    centre = k1 + 1 if identity else k1
-    return k5 + F.pad(k3, (1, 1, 1, 1)) + F.pad(centre, (2, 2, 2, 2))
+from .merge_depthwise import merge_depthwise as merge_depthwise
+from .merge_pointwise import merge_pointwise as merge_pointwise

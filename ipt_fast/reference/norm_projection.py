@@ -7,12 +7,8 @@ from ._precision import in_full_precision_like
 
 
 def token_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * w + b over the channels of every token of (B, N, D); ``x`` without a weight."""
-    if weight is None:
-        return x
-    centred = x - x.mean(-1, keepdim=True)
-    y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-    return y if bias is None else y + bias
+    """Layer normalisation over the channels of every token of (B, N, D); without a weight ``x`` as it is."""
+    return x if weight is None else F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 @in_full_precision_like("weight")

@@ -105,10 +105,11 @@ def test_the_plain_form_of_ipt():
         ours = model(x)
         with baseline.plain_ipt():
             plain = model(x)
-            names = {type(node).__name__ for node in nodes(plain.grad_fn)}
+            by_plain = " ".join(type(node).__name__ for node in nodes(plain.grad_fn))
         assert (ours - plain).abs().max() < 1e-5 * 255
-        assert not any("FeedForward" in name or "NormProjection" in name for name in names)
-        assert any("FeedForward" in type(node).__name__ for node in nodes(ours.grad_fn))
+        by_ours = " ".join(type(node).__name__ for node in nodes(ours.grad_fn))
+        for name in ("ipt_fast_norm_projection", "ipt_fast_add_norm_projection", "ipt_fast_add_norm_feed_forward"):
+            assert name in by_ours and name not in by_plain
 
 
 def nodes(root):

@@ -11,7 +11,8 @@ import torch
 import ipt_fast
 from ipt_fast.modules import transformer
 from ipt_fast.modules.transformer import DecoderLayer, EncoderLayer
-from ipt_fast.ops import _tokens
+from ipt_fast.ops import _aten
+from ipt_fast.ops.add_norm_feed_forward import linear_relu
 from tests.ops import cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -59,11 +60,12 @@ def check(dtype, backend="triton", autocast=None, **options):
     x, grad = (torch.randn(3, 25, 36, dtype=torch.float64).to(cases.DEVICE, dtype) for _ in range(2))
 
     def plain(computed, grad, tensors):
-        """In float64, or as ``ours`` computes but by the reference."""
+        """In float64, or as ``ours`` computes but module by module."""
         weights, wide = {**tensors}, computed == torch.float64
         x, near = weights.pop("x"), copy.deepcopy(ours).to(computed if wide else dtype)
         near.load_state_dict(weights)
-        return results(near, x.to(computed) if wide else x, grad, "reference", None if wide else autocast)
+        near.encoder.plain = near.decoder.plain = True
+        return results(near, x.to(computed) if wide else x, grad, "auto", None if wide else autocast)
 
     tensors = {"x": x, **{name: value.detach() for name, value in ours.named_parameters()}}
     base = cases.Baseline(plain, autocast or dtype, grad, tensors)
@@ -107,7 +109,7 @@ def test_empty_batch_on_triton():
 def test_the_kernels_ran(monkeypatch):
     names = []
     monkeypatch.setattr(
-        _tokens._triton, "function", lambda name, of=_tokens._triton.function: names.append(name) or of(name)
+        _aten._triton, "function", lambda name, of=_aten._triton.function: names.append(name) or of(name)
     )
     x = torch.rand(1, 25, 36, device=cases.DEVICE)
     results(body(torch.float32), x, torch.ones_like(x), "triton")
@@ -127,7 +129,7 @@ def test_linear_relu(dtype):
     x, weight, bias = torch.randn(2, 5, 8), torch.randn(12, 8), torch.randn(12)
     x, weight, bias = (each.to(cases.DEVICE, dtype) for each in (x, weight, bias))
     expected = torch.relu(x.double() @ weight.double().T + bias.double())
-    error = (_tokens.linear_relu(x, weight, bias).double() - expected).abs().max()
+    error = (linear_relu(x, weight, bias).double() - expected).abs().max()
     assert error < 8 * torch.finfo(dtype).eps * expected.abs().max()
 
 

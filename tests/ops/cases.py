@@ -17,6 +17,8 @@ IMAGES = {"x", "q", "k", "v", "qkv"}
 WEIGHTS = {"expand_weight", "depthwise_weight", "project_weight", "qkv_weight", "first", "second", "k5", "k3", "k1"}
 OPERATORS = list(ops.__all__)
 MERGES = {"merge_pointwise", "merge_depthwise"}
+ON_TOKENS = {"norm_projection", "add_norm_projection", "add_norm_feed_forward"}
+TOKEN_WEIGHTS = {"weight", "offset", "weight1", "bias1", "weight2", "bias2"}
 
 
 def _random(*shape):
@@ -111,6 +113,33 @@ def _merge_depthwise(*_, identity=True):
     return {f"k{size}": _random(6, 1, size, size) for size in (5, 3, 1)}, {"identity": identity}
 
 
+def _linear(out, channels):
+    return _random(out, channels) * channels**-0.5
+
+
+def _token_norm(dim, norm):
+    tensors = {"norm_weight": 1 + 0.3 * _random(dim), "norm_bias": _random(dim)} if norm else {}
+    return tensors, {"eps": 1e-5, **({} if norm else {"norm_weight": None, "norm_bias": None})}
+
+
+def _norm_projection(batch, height, width, *, dim=6, out=10, offset=4, norm=True, branch=False):
+    tokens = height * width
+    parameters, options = _token_norm(dim, norm)
+    tensors = {"x": _random(batch, tokens, dim) + 0.5}
+    tensors |= {"branch": _random(batch, tokens, dim)} if branch else {}
+    tensors |= {**parameters, "weight": _linear(out, dim)}
+    return tensors | ({"offset": _random(tokens, offset)} if offset else {}), options
+
+
+def _add_norm_feed_forward(batch, height, width, *, dim=6, hidden=11, norm=True):
+    tensors, options = _norm_projection(batch, height, width, dim=dim, out=hidden, offset=0, norm=norm, branch=True)
+    tensors["weight1"] = tensors.pop("weight")
+    # Far from where the ReLU turns, lest rounding decide whether a gradient passes.
+    bias1 = _random(hidden) + 8 * (-1.0) ** torch.arange(hidden)
+    tensors |= {"bias1": bias1, "weight2": _linear(dim, hidden), "bias2": _random(dim)}
+    return tensors, options
+
+
 # name of the call: (operator, builder(batch, height, width, **fields), fields)
 CALLS = {
     "layer_norm_2d": ("layer_norm_2d", _layer_norm_2d, {}),
@@ -133,8 +162,15 @@ CALLS = {
     "merge_pointwise": ("merge_pointwise", _merge_pointwise, {}),
     "merge_depthwise": ("merge_depthwise", _merge_depthwise, {}),
     "merge_depthwise/no_identity": ("merge_depthwise", _merge_depthwise, {"identity": False}),
+    "norm_projection": ("norm_projection", _norm_projection, {}),
+    "norm_projection/no_norm": ("norm_projection", _norm_projection, {"norm": False, "offset": 0}),
+    "add_norm_projection": ("add_norm_projection", _norm_projection, {"branch": True}),
+    "add_norm_projection/no_norm": ("add_norm_projection", _norm_projection, {"branch": True, "norm": False}),
+    "add_norm_feed_forward": ("add_norm_feed_forward", _add_norm_feed_forward, {}),
+    "add_norm_feed_forward/no_norm": ("add_norm_feed_forward", _add_norm_feed_forward, {"norm": False}),
 }
-IMAGE_CALLS = [name for name, (operator, *_) in CALLS.items() if operator not in MERGES]
+IMAGE_CALLS = [name for name, (operator, *_) in CALLS.items() if operator not in MERGES | ON_TOKENS]
+TOKEN_CALLS = [name for name, (operator, *_) in CALLS.items() if operator in ON_TOKENS]
 
 
 def build(call, shape=(2, 7, 9), dtype=torch.float64, small_dtype=None):
@@ -145,20 +181,39 @@ def build(call, shape=(2, 7, 9), dtype=torch.float64, small_dtype=None):
 
 
 def cast(tensors, dtype, small_dtype=None):
-    def of(name):
-        return dtype if name in IMAGES | WEIGHTS else small_dtype or dtype
+    def of(name, value):
+        norm = name == "weight" and value.dim() == 1  # of layer_norm_2d
+        large = name in IMAGES | WEIGHTS | TOKEN_WEIGHTS | {"branch"} and not norm
+        return dtype if large else small_dtype or dtype
 
-    return {name: value.detach().to(DEVICE, of(name)) for name, value in tensors.items()}
+    return {name: value.detach().to(DEVICE, of(name, value)) for name, value in tensors.items()}
+
+
+def cast_by_autocast(operator, tensors, dtype):
+    """What autocast makes of tensors of float32: it casts images and weights, no tokens and no small parameters."""
+    names = TOKEN_WEIGHTS if operator in ON_TOKENS else IMAGES | WEIGHTS
+    return {name: value.detach().to(dtype) if name in names else value.detach() for name, value in tensors.items()}
+
+
+def outputs(operator, tensors, options):
+    """A tuple of the outputs."""
+    found = getattr(ops, operator)(**tensors, **options)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def as_one(found):
+    """The output; several outputs as one tensor, one behind the other."""
+    return found if isinstance(found, torch.Tensor) else torch.cat([each.flatten() for each in found])
 
 
 def public(operator, tensors, options):
-    return getattr(ops, operator)(**tensors, **options)
+    return as_one(getattr(ops, operator)(**tensors, **options))
 
 
 def forward_and_gradients(function, tensors, options, grad):
     """{"out": …, argument: its gradient} of ``function(**tensors, **options)``."""
     leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
-    out = function(**leaves, **options)
+    out = as_one(function(**leaves, **options))
     grads = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 

@@ -1,12 +1,13 @@
-"""Autocast casts images and convolution weights; small parameters stay fp32, float64 and the merges as they are."""
+"""Autocast casts images and weights; tokens and small parameters stay fp32, float64 and the merges as they are."""
 
 import pytest
 import torch
 
 import ipt_fast
-from tests.ops.cases import IMAGE_CALLS, IMAGES, MERGES, WEIGHTS, build, cast, error, exact, public
+from tests.ops.cases import CALLS, MERGES, TOKEN_CALLS, build, cast_by_autocast, error, exact, outputs, public
 
 HALF = [torch.bfloat16, torch.float16]
+CAST = [call for call, (operator, *_) in CALLS.items() if operator not in MERGES]
 
 
 def gradients(out, tensors, grad):
@@ -14,27 +15,44 @@ def gradients(out, tensors, grad):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("call", IMAGE_CALLS)
+@pytest.mark.parametrize("call", CAST)
 def test_casts_images_and_weights_only(call, dtype, ran):
     operator, tensors, options = build(call, (2, 5, 6), torch.float32)
     with torch.autocast("cpu", dtype=dtype):
-        out = public(operator, tensors, options)
-    assert out.dtype == dtype
+        found = outputs(operator, tensors, options)
     [(_, _, _, arguments)] = ran
     received = [a.dtype for a in arguments if isinstance(a, torch.Tensor)]
-    assert received == [dtype if name in IMAGES | WEIGHTS else torch.float32 for name in tensors]
-    assert torch.equal(out, public(operator, cast(tensors, dtype, torch.float32), options))
+    rounded = cast_by_autocast(operator, tensors, dtype)
+    assert received == [value.dtype for value in rounded.values()]
+    for out, expected in zip(found, outputs(operator, rounded, options), strict=True):
+        assert out.dtype == expected.dtype and torch.equal(out, expected)
+    if call not in TOKEN_CALLS:
+        assert found[0].dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("call", IMAGE_CALLS)
+def test_products_of_tokens_leave_in_half_precision_and_their_sums_as_they_came(dtype):
+    def dtypes(operator):
+        _, tensors, options = build(operator, (2, 5, 6), torch.float32)
+        tensors |= {"branch": tensors["branch"].to(dtype)} if "branch" in tensors else {}
+        with torch.autocast("cpu", dtype=dtype):
+            return [out.dtype for out in outputs(operator, tensors, options)]
+
+    assert dtypes("norm_projection") == [dtype]
+    assert dtypes("add_norm_projection") == [torch.float32, dtype]
+    assert dtypes("add_norm_feed_forward") == [torch.float32]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("call", CAST)
 def test_gradients_reach_fp32_leaves_in_fp32(call, dtype):
     operator, tensors, options = build(call, (2, 5, 6), torch.float32)
     leaves = {name: value.requires_grad_() for name, value in tensors.items()}
     with torch.autocast("cpu", dtype=dtype):
         out = public(operator, leaves, options)
     got = gradients(out, leaves, torch.ones_like(out))
-    rounded = {name: value.requires_grad_() for name, value in cast(tensors, dtype, torch.float32).items()}
+    rounded = cast_by_autocast(operator, tensors, dtype)
+    rounded = {name: value.clone().requires_grad_() for name, value in rounded.items()}
     expected = gradients(public(operator, rounded, options), rounded, torch.ones_like(out))
     for name, value in got.items():
         assert value.dtype == torch.float32, name

@@ -9,7 +9,7 @@ import torch
 
 import ipt_fast
 from ipt_fast import _extension
-from tests.ops.cases import CALLS, assert_within_rule, baseline, build, exact, forward_and_gradients
+from tests.ops.cases import CALLS, assert_within_rule, baseline, build, exact, forward_and_gradients, public
 from tests.ops.test_parity import gradient_of_output
 from tests.ops.test_range import ATTENTION, LAYER, check, scaled
 
@@ -157,13 +157,13 @@ def test_a_weight_written_without_notice_is_followed(call):
 
         def output(changed=changed):
             with ipt_fast.use_backend("cpu"), torch.no_grad():
-                return getattr(ipt_fast.ops, operator)(**changed, **options)
+                return public(operator, changed, options)
 
         before, version = output(), parameter._version
         parameter.data.mul_(1.5)
         assert parameter._version == version
         with ipt_fast.use_backend("reference"), torch.no_grad():
-            expected = getattr(ipt_fast.ops, operator)(**changed, **options)
+            expected = public(operator, changed, options)
         torch.testing.assert_close(output(), expected, rtol=1e-4, atol=1e-4)
         if name not in ("q", "k", "qkv"):  # normalised, or only in part
             assert not torch.equal(output(), before)

@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
-from tests.ops.cases import CALLS, OPERATORS, build, public
+from ipt_fast.ops._operator import OPERATORS as REGISTRY
+from tests.ops.cases import CALLS, ON_TOKENS, OPERATORS, build, outputs, public
 
 DTYPES = [torch.float32, torch.bfloat16]
 VARIANTS = [call for call in CALLS if "/" in call]
@@ -33,10 +34,18 @@ def test_opcheck_forward_of_other_options_and_a_pixel(call, shape):
 
 
 def assert_backward_checks(operator, tensors, options, backend):
-    grad = torch.randn_like(public(operator, tensors, options))
+    declared, arguments = REGISTRY[operator], positional(operator, tensors, options)
+    found = getattr(torch.ops.ipt_fast, operator).default(*arguments)
+    found = found if isinstance(found, tuple) else (found,)
+    grads = [torch.randn_like(out) for out in found[: len(declared.outputs)]]
+    kept = dict(zip([*declared.outputs, *declared.kept], found, strict=True))
+    if declared.residual is not None:
+        x, _, total = declared.residual
+        arguments[declared.arguments.index(x)] = kept[total]
+        declared.kept.get(total) and kept.pop(total)
+    kept = [kept[name] for name in declared.kept if name in kept]
     torch.library.opcheck(
-        getattr(torch.ops.ipt_fast, f"{operator}_backward").default,
-        [grad, *positional(operator, tensors, options), backend],
+        getattr(torch.ops.ipt_fast, f"{operator}_backward").default, [*grads, *arguments, *kept, backend]
     )
 
 
@@ -60,11 +69,12 @@ def test_opcheck_of_non_contiguous_images(call):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_meta_tensors(operator):
     _, tensors, options = build(operator, (2, 5, 6), torch.float32)
-    expected = public(operator, tensors, options)
+    expected = outputs(operator, tensors, options)
     leaves = {name: value.to("meta").requires_grad_() for name, value in tensors.items()}
-    out = public(operator, leaves, options)
-    assert out.is_meta and out.shape == expected.shape and out.stride() == expected.stride()
-    out.sum().backward()
+    found = outputs(operator, leaves, options)
+    for out, real in zip(found, expected, strict=True):
+        assert out.is_meta and (out.shape, out.stride(), out.dtype) == (real.shape, real.stride(), real.dtype)
+    sum(out.sum() for out in found).backward()
     assert all(value.grad.shape == value.shape for value in leaves.values())
 
 
@@ -75,6 +85,9 @@ def macs(operator, tensors, options):
         return tensors["second"].shape[0] * mid * cin
     if operator in ("layer_norm_2d", "merge_depthwise"):
         return 0
+    if operator in ON_TOKENS:
+        tokens = tensors["x"].shape[0] * tensors["x"].shape[1]
+        return tokens * sum(tensors[name].numel() for name in ("weight", "weight1", "weight2") if name in tensors)
     image = next(iter(tensors.values()))
     batch, channels, height, width = image.shape
     pixels = batch * height * width

@@ -4,27 +4,28 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ipt_fast import reference
-from tests.ops.cases import CALLS, MERGES, assert_within_rule, baseline, build, exact, forward_and_gradients
+from tests.ops.cases import CALLS, MERGES, as_one, assert_within_rule, baseline, build, exact, forward_and_gradients
 from tests.ops.test_levels import large
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PRODUCTS = {torch.Tensor.matmul, torch.conv2d}
+SUMMED = {torch.Tensor.matmul: (-1, -2), torch.conv2d: (1, 1), F.linear: (-1, -1)}  # axes of both factors
 WITH_PRODUCTS = [call for call, (operator, *_) in CALLS.items() if operator not in MERGES | {"layer_norm_2d"}]
 
 
 class Products(TorchFunctionMode):
-    """Replaces (a, b) of every matrix product and (image, weight) of every convolution by ``change`` of them."""
+    """Replaces the two factors of every matrix product, linear layer and convolution by ``change`` of them."""
 
     def __init__(self, change):
         self.change, self.changed = change, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in PRODUCTS:
+        if func in SUMMED:
             depthwise = func is torch.conv2d and (kwargs or {}).get("groups", 1) > 1
-            axes = None if depthwise else (1, 1) if func is torch.conv2d else (-1, -2)
+            axes = None if depthwise else SUMMED[func]
             operands = self.change(*args[:2], axes)
             self.changed |= operands[0] is not args[0] or operands[1] is not args[1]
             args = *operands, *args[2:]
@@ -79,7 +80,7 @@ class Prepared:
     def __init__(self, operator, tensors, options):
         self.operator, self.tensors, self.options = operator, tensors, options
         self.formula = getattr(reference, self.operator).formula
-        out = self.formula(**self.tensors, **self.options)
+        out = as_one(self.formula(**self.tensors, **self.options))
         self.grad = torch.randn(out.shape).to(out)
         arguments = self.operator, self.tensors, self.options, self.grad
         self.truth, self.base = exact(*arguments), baseline(*arguments)

@@ -4,8 +4,8 @@ Nothing here reshapes, rolls, pads or calls a matrix product: each value is foun
 pixel, so a misunderstanding of an axis order in the library cannot be repeated by accident. All arguments are numpy
 float64 arrays (or anything numpy.asarray takes) and so are the results. Only for small tensors.
 
-Conventions: x is (B, C, H, W); channel c belongs to head c // d with d = C / heads; qkv holds q, k, v along the
-channels, in that order; p is the window size, g the grid size.
+Conventions: x is (B, C, H, W), of tokens (B, N, D); channel c belongs to head c // d with d = C / heads; qkv holds q,
+k, v along the channels, in that order; p is the window size, g the grid size.
 """
 
 from math import erf, exp, sqrt
@@ -54,6 +54,51 @@ def layer_norm_2d(x, weight, bias=None, *, eps=1e-5, centered=True):
                     if bias is not None:
                         out[n, c, i, j] += float(bias[c])
     return out
+
+
+def _token_norm(x, weight, bias, eps):
+    """(x - mean) / sqrt(var + eps) * w + b over the channels of each token of (B, N, D); x where there is no weight."""
+    if weight is None:
+        return x
+    as_map = np.moveaxis(x, 2, 1)[..., None]
+    return np.moveaxis(layer_norm_2d(as_map, weight, bias, eps=eps)[..., 0], 1, 2)
+
+
+def _linear(x, weight, bias=None):
+    """out[n, i, o] = sum over d of weight[o, d] x[n, i, d] (+ bias[o])."""
+    batch, tokens, dim = x.shape
+    out = np.zeros((batch, tokens, len(weight)))
+    for n, i, o in np.ndindex(*out.shape):
+        out[n, i, o] = sum(float(weight[o][d]) * float(x[n, i, d]) for d in range(dim))
+        if bias is not None:
+            out[n, i, o] += float(bias[o])
+    return out
+
+
+def norm_projection(x, norm_weight, norm_bias, weight, offset=None, *, eps=1e-5):
+    """A linear layer of normalised tokens; channel c of token i gets offset[i, c] as far as there are such channels."""
+    out = _linear(_token_norm(np.asarray(x, dtype=np.float64), norm_weight, norm_bias, eps), weight)
+    if offset is not None:
+        for n in range(len(out)):
+            for i in range(len(offset)):
+                for c in range(len(offset[i])):
+                    out[n, i, c] += float(offset[i][c])
+    return out
+
+
+def add_norm_projection(x, branch, norm_weight, norm_bias, weight, offset=None, *, eps=1e-5):
+    """The sum of the residual stream and a branch, and the normalised and projected sum."""
+    total = np.asarray(x, dtype=np.float64) + np.asarray(branch, dtype=np.float64)
+    return total, norm_projection(total, norm_weight, norm_bias, weight, offset, eps=eps)
+
+
+def add_norm_feed_forward(x, branch, norm_weight, norm_bias, weight1, bias1, weight2, bias2, *, eps=1e-5):
+    """The sum of the residual stream and a branch, plus a network with ReLU of the normalised sum."""
+    total = np.asarray(x, dtype=np.float64) + np.asarray(branch, dtype=np.float64)
+    hidden = _linear(_token_norm(total, norm_weight, norm_bias, eps), weight1, bias1)
+    for index in np.ndindex(*hidden.shape):
+        hidden[index] = max(float(hidden[index]), 0.0)
+    return total + _linear(hidden, weight2, bias2)
 
 
 def _attend_channels(q, k, v, scale):

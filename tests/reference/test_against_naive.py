@@ -92,6 +92,31 @@ def test_leffn(size, kernel):
     assert_equal(reference.leffn(x, *weights), naive.leffn(x, *weights))
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("offset", [None, 1, 5])
+def test_projections_of_tokens(offset, norm):
+    x, branch, weight = random(2, 3, 4), random(2, 3, 4, seed=1), random(5, 4, seed=2)
+    parameters = (random(4, seed=3), random(4, seed=4)) if norm else (None, None)
+    offset = None if offset is None else random(3, offset, seed=5)
+    actual = reference.norm_projection(x, *parameters, weight, offset, eps=1e-3)
+    assert_equal(actual, naive.norm_projection(x, *parameters, weight, offset, eps=1e-3))
+    actual = reference.add_norm_projection(x, branch, *parameters, weight, offset, eps=1e-3)
+    for found, expected in zip(
+        actual, naive.add_norm_projection(x, branch, *parameters, weight, offset, eps=1e-3), strict=True
+    ):
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_add_norm_feed_forward(norm):
+    parameters = (random(4, seed=3), random(4, seed=4)) if norm else (None, None)
+    weights = random(7, 4, seed=5), random(7, seed=6), random(4, 7, seed=7), random(4, seed=8)
+    arguments = random(2, 3, 4), random(2, 3, 4, seed=1), *parameters, *weights
+    total, hidden = reference.add_norm_feed_forward.everything(*arguments)[1:]
+    assert torch.equal(total, arguments[0] + arguments[1]) and (hidden >= 0).all() and (hidden == 0).any()
+    assert_equal(reference.add_norm_feed_forward(*arguments), naive.add_norm_feed_forward(*arguments))
+
+
 def test_merge_pointwise():
     first, second = random(5, 3, 1, 1), random(7, 5, 1, 1, seed=1)
     merged = reference.merge_pointwise(first, second)

@@ -1,0 +1,86 @@
+"""Half a transformer layer of IPT-V2: norm, global grid self-attention and residual as one operator."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference
+from . import _check, _cpu, _cuda, _flops, _norm, _triton
+from ._operator import Operator, Shape
+from .grid_attention import squared_tokens
+
+
+def grid_attention_layer(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    project_weight: Tensor,
+    bias_table: Tensor | None = None,
+    *,
+    num_heads: int,
+    grid_size: int,
+    eps: float = 1e-5,
+    centered: bool = True,
+) -> Tensor:
+    """x + PW(GGSA(PW(norm(x)))), half of a transformer layer (IPT-V2, eq. 1 and 4).
+
+    Args:
+        x: (B, C, H, W), any floating dtype and strides.
+        norm_weight, norm_bias: (C,), the bias may be None, of :func:`layer_norm_2d`; dtype of ``x`` or float32.
+        qkv_weight: (3C, C, 1, 1), dtype of ``x``, as the next.
+        project_weight: (C, C, 1, 1).
+        bias_table, num_heads, grid_size: of :func:`grid_attention`.
+        eps, centered: of :func:`layer_norm_2d`.
+
+    Returns:
+        (B, C, H, W), dtype of ``x`` (under autocast: the autocast dtype), channels-last.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
+    """
+    name = "grid_attention_layer"
+    _operator.check_tensors(x, norm_weight, norm_bias, qkv_weight, project_weight, bias_table)
+    channels = _norm.norm_2d(name, x, norm_weight, norm_bias, eps, centered)
+    _check.heads_divide(name, channels, num_heads)
+    _check.positive_int(name, "grid_size", grid_size)
+    _check.shape(name, "qkv_weight", qkv_weight, (3 * channels, channels, 1, 1))
+    _check.shape(name, "project_weight", project_weight, (channels, channels, 1, 1))
+    if bias_table is not None:
+        _check.shape(name, "bias_table", bias_table, ((2 * grid_size - 1) ** 2, num_heads))
+    weights = (qkv_weight, project_weight)
+    return _operator(x, norm_weight, norm_bias, *weights, bias_table, num_heads, grid_size, eps, centered)
+
+
+def _operations(
+    x: Shape,
+    norm_weight: Shape,
+    norm_bias: Shape | None,
+    qkv: Shape,
+    project: Shape,
+    bias_table: Shape | None,
+    num_heads: int,
+    grid_size: int,
+    *others: Any,
+) -> int:
+    batch, channels, height, width = x
+    pairs = squared_tokens(height, grid_size) * squared_tokens(width, grid_size)
+    return _flops.convolutions(x, qkv, project) + 2 * 2 * batch * channels * pairs
+
+
+_operator = Operator(
+    grid_attention_layer,
+    "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor project_weight, Tensor? bias_table, "
+    "int num_heads, int grid_size, float eps, bool centered",
+    reference.grid_attention_layer,
+    images=("x",),
+    weights=("qkv_weight", "project_weight"),
+    output_shape=lambda x, *_: x.shape,
+    flops=_operations,
+)
+_cpu.register(_operator, rounds_between=True)
+_triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))
+_cuda.register(
+    _operator,
+    lambda x, num_heads, grid_size: _cuda.heads_limit(x.shape[1], num_heads) or _cuda.grid_limit(grid_size),
+)
