@@ -24,7 +24,9 @@ class Denoising:
         if channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 or 3 for a denoising model; got {channels}")
         if config.contrastive:
-            raise ValueError(f"contrastive must be 0 for {type(model).__name__}, which has no patch features")
+            raise ValueError(
+                f"contrastive must be 0 for {type(model).__name__}, without patch features; got {config.contrastive}"
+            )
         self.config, self.value_range = config, model.contract.value_range
         self.patch_sizes = per_stage(config.patch_size or (128,) * len(per_stage(config.iterations)))
         self.images = ImageFolder(config.data, channels)

@@ -52,7 +52,9 @@ class TaskValidation:
         for name, scale in tasks.items():
             chosen = [i for i, sides in enumerate(images.sizes) if min(sides) >= scale * size]
             if not chosen:
-                raise ValueError(f"val holds no image of at least {scale * size} pixels a side, which {name} needs")
+                raise ValueError(
+                    f"val must hold images of at least {scale * size} pixels a side for {name}; got none in {folder}"
+                )
             chosen = chosen[:: -(-len(chosen) // _MAX_IMAGES)]
             clean = [_centre_crop(images[i], scale * size).float() / 255 for i in chosen]
             inputs = [

@@ -85,7 +85,7 @@ def test_by_name(folder):
     assert "toy" in ipt_fast.list_models()
     model = ipt_fast.create_model("toy", width=6)
     assert isinstance(model, Toy) and model.config.width == 6 and model.training
-    with pytest.raises(ValueError, match="unknown config field depth; ToyConfig has width"):
+    with pytest.raises(ValueError, match="config must have fields of ToyConfig: width; got depth"):
         ipt_fast.create_model("toy", depth=1)
     with pytest.raises(ValueError, match="name must be one of ipt_tiny, ipt_v2_tiny, for which trained weights ship"):
         ipt_fast.create_model("toy", pretrained=True)
