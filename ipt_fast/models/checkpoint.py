@@ -139,7 +139,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
         hint = ""
         if _needs_branches(model, state):
             hint = "; it holds merged weights, from which the branches cannot be recovered: use merged=True"
-        raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(problems)}{hint}")
+        raise ValueError(f"path must fit this {type(model).__name__}; got {source}: {', '.join(problems)}{hint}")
     # Copying into the meta device would do nothing, without a word: there the tensors themselves are taken.
     assign = any(value.is_meta for value in expected.values())
     if assign:

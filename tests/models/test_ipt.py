@@ -286,7 +286,7 @@ def test_opening_published_files(tmp_path, options):
     torch.save(one.state_dict(), path)
     assert IPT.from_checkpoint(path, heads=one.config.heads, **given).config.tasks == ("sr_x3",)
     assert ipt_fast.load_checkpoint(model.only("sr_x3"), path)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="path must fit this IPT; got"):
         ipt_fast.load_checkpoint(model, path)
 
 
