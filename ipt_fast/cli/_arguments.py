@@ -28,5 +28,5 @@ def json_object(text: str) -> dict:
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"width\": 24}}', got {text}")
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"width\": 24}}'; got {text}")
     return value

@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"OUT must be a new folder, or an empty one; got {args.output}")
     if args.file.is_dir() or (args.file.name == "model.safetensors" and (args.file.parent / "config.json").exists()):
         raise ValueError(
-            f"FILE must be weights alone; {args.file} is a saved model already, whose folder --model takes"
+            f"FILE must be weights alone; got {args.file}, which is a saved model already, whose folder --model takes"
         )
     config = args.model_config
     if args.tasks is not None:
         if "tasks" in config:
-            raise ValueError("give the tasks once, by --tasks or by --model-config")
+            raise ValueError("--tasks must be left out where --model-config has tasks; got both")
         config = {**config, "tasks": tuple(args.tasks)}
     model = open_checkpoint(args.file, args.model, **config)
     model.save_pretrained(args.output)

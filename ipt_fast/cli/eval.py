@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
         RuntimeError: the demanded backend cannot run the model.
     """
     if args.sigma and args.target:
-        raise ValueError("give either --sigma (clean images) or --target (a paired set)")
+        raise ValueError("--data must have either --sigma (clean images) or --target (a paired set); got both")
     if args.target and len(args.data) > 1:
-        raise ValueError(f"--target belongs to one --data folder, got {len(args.data)}")
+        raise ValueError(f"--data must be one folder with --target; got {len(args.data)}")
     _check_reports(args)
     args.backend = args.backend or policy()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,9 +67,11 @@ def run(args: argparse.Namespace) -> int:
         restorer = Restorer(open_model(args.model), task=args.task, tile=args.tile, dtype=args.dtype, device=device)
         scale = restorer.scale if restorer.scale > 1 else None
         if scale is None and not (args.sigma or args.target):
-            raise ValueError("give either --sigma (clean images) or --target (a paired set)")
+            raise ValueError("--data must have either --sigma (clean images) or --target (a paired set); got neither")
         if scale is not None and (args.sigma or args.target):
-            raise ValueError(f"{args.task or args.model} magnifies {scale} times: leave out --sigma and --target")
+            raise ValueError(
+                f"--sigma and --target must be left out for a task that magnifies; got {args.task or args.model}"
+            )
         crop = (scale or 0) if args.crop is None else args.crop
         restorer.try_one_pixel()
         for folder in args.data:
@@ -106,11 +108,13 @@ def _check_reports(args: argparse.Namespace) -> None:
         if not path:
             continue
         if Path(path).is_dir():
-            raise ValueError(f"{option} must be a file, got the folder {path}")
+            raise ValueError(f"{option} must be a file; got the folder {path}")
         try:
             with tempfile.TemporaryFile(dir=Path(path).absolute().parent):
                 pass
         except OSError as error:
-            raise ValueError(f"{option}: cannot write to the folder of {path}: {error.strerror}") from error
+            raise ValueError(
+                f"{option} must be in a folder that can be written; got {path} ({error.strerror})"
+            ) from error
     if args.csv:
         read_csv(args.csv)

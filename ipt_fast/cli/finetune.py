@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
         ValueError: --model is no trained model, or it has several tasks and --task names none.
     """
     if args.model is None:
-        raise ValueError("--model must be the folder of a saved model, or one that ships")
+        raise ValueError("--model must be the folder of a saved model, or one that ships; got none")
     args.model = str(saved_folder(args.model))
     tasks = open_model(args.model).contract.tasks
     if args.task is None and len(tasks) > 1:
-        raise ValueError(f"--task must name the one of {', '.join(tasks)} to keep")
+        raise ValueError(f"--task must be the one of {', '.join(tasks)} to keep; got none")
     return train.run(args)

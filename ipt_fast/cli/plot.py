@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"OUT must be a .png file; got {args.output}")
     if (args.kind == "restorations") != (args.image is not None):
-        raise ValueError("restorations, and nothing else, need --image")
+        raise ValueError(f"--image must be given for restorations, and for nothing else; got {args.kind}, {args.image}")
     model = open_model(args.model)
     if args.kind == "restorations":
         picture = _restoration(model, args)
@@ -67,10 +67,10 @@ def _restoration(model: PretrainedModel, args: argparse.Namespace) -> PIL.Image.
     task = args.task or (tasks[0] if tasks else "denoise50")
     scale = restorer.scale
     if task.startswith("sr_x") and scale == 1:
-        raise ValueError(f"--task {task} magnifies, but {args.model} does not")
+        raise ValueError(f"--task must be one that keeps the size, as {args.model} does; got {task}")
     clean = clean[:, : clean.shape[1] // scale * scale, : clean.shape[2] // scale * scale]
     if 0 in clean.shape:
-        raise ValueError(f"--image is smaller than the magnification {scale}")
+        raise ValueError(f"--image must have at least {scale} pixels a side for this task; got {args.image}")
     degraded = degrade(clean, task, torch.Generator().manual_seed(0)).permute(1, 2, 0).numpy()
     restored, target = restorer(degraded), clean.permute(1, 2, 0).numpy()
     shown = resized(degraded, scale) if scale > 1 else degraded

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         RuntimeError: the demanded backend cannot run the model.
     """
     if args.noise is not None and args.target:
-        raise ValueError("--noise takes the input itself as target; leave out --target")
+        raise ValueError("--target must be left out with --noise, whose target is the input itself; got both")
     if args.noise is not None and not 0 <= args.noise < float("inf"):
         raise ValueError(f"--noise must be finite and at least 0; got {args.noise}")
     with use_backend(args.backend or policy()):
@@ -101,7 +101,9 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     if args.noise is not None and restorer.scale > 1:
-        raise ValueError(f"--noise takes the input itself as target, but the task magnifies {restorer.scale} times")
+        raise ValueError(
+            f"--noise must be left out for a task that magnifies, as its target is the input itself; got {args.task}"
+        )
     restorer.try_one_pixel()
     _make_writable(pending[0][1].parent)
     failed = 0
@@ -165,11 +167,13 @@ def _read_target(source: Path, image: Image, args: argparse.Namespace, scale: in
     if path.is_dir():
         path = next((each for each in list_images(path) if each.stem == source.stem), None)
         if path is None:
-            raise ValueError(f"no target of that name in {args.target}")
+            raise ValueError(
+                f"--target must hold an image by the name of each input; got none for {source.stem} in {args.target}"
+            )
     target = read_image(path).pixels
     shape = (scale * image.pixels.shape[0], scale * image.pixels.shape[1], image.pixels.shape[2])
     if target.shape != shape:
-        raise ValueError(f"target {path} must have shape {shape}; got {target.shape}")
+        raise ValueError(f"--target must have shape {shape}; got {target.shape} in {path}")
     return _unit(target)
 
 
@@ -191,7 +195,7 @@ def _plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
 
 def _check_target(args: argparse.Namespace, single_file: bool) -> None:
     if args.target is not None and not args.target.exists():
-        raise ValueError(f"no such target: {args.target}")
+        raise ValueError(f"--target must be an image or a folder of images; got {args.target}, which is not there")
     if args.target is not None and args.target.is_file() and not single_file:
         raise ValueError(f"--target must be a folder for several images; got {args.target}")
 
@@ -205,9 +209,11 @@ def _check_destinations(jobs: list[tuple[Path, Path]], args: argparse.Namespace)
     for source, destination in jobs:
         for path in _written(destination, args):
             if path.resolve() in inputs:
-                raise ValueError(f"{path} is an input and would be overwritten; choose another OUT")
+                raise ValueError(f"OUT must not overwrite an input; got {path}")
             if path.resolve() in seen:
-                raise ValueError(f"{source} and {seen[path.resolve()]} would both be written to {path}")
+                raise ValueError(
+                    f"OUT must have a place for each image; got {path} for both {source} and {seen[path.resolve()]}"
+                )
             seen[path.resolve()] = source
 
 
@@ -225,7 +231,7 @@ def _sources(text: str) -> list[Path]:
     matches = (Path(match) for match in sorted(glob.glob(text, recursive=True)))
     sources = [match for match in matches if is_image_file(match)]
     if not sources:
-        raise ValueError(f"no image to restore: {text}")
+        raise ValueError(f"IN must be an image, a folder of images or a pattern that some match; got {text}")
     return sources
 
 
@@ -235,7 +241,7 @@ def _make_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to folder {folder}: {error.strerror}") from error
+        raise ValueError(f"OUT must be a folder that can be written; got {folder} ({error.strerror})") from error
 
 
 def _open_model(args: argparse.Namespace) -> torch.nn.Module:

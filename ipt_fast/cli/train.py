@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     config = TrainingConfig(patch_size=args.patch, **settings)
     if args.threads is not None:
         if args.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {args.threads}")
+            raise ValueError(f"threads must be at least 1; got {args.threads}")
         torch.set_num_threads(args.threads)
     try:
         finished = train(config, resume=args.resume)

@@ -83,14 +83,15 @@ class Restorer:
     """A model made ready for inference: a merged copy in eval mode, called on images as :func:`restore` takes them.
 
     Args:
-        model: a module (B, C, H, W) -> (B, C', H, W), of values in [0, 1] or [0, ``config.value_range``]. One without
-            a ``config`` gets the image's channels as they are.
+        model: a module (B, C, H, W) -> (B, C', H, W). Its :class:`ipt_fast.models.Contract` says what it takes: of one
+            that carries none :func:`ipt_fast.models.describe` finds out, and where nothing is said it gets the image's
+            channels as they are, with values in [0, 1].
         task: name or number of one of the model's tasks, which may magnify; None where there is one or none.
         tile: None runs the image whole. A number of pixels, at least 16 and not necessarily a multiple of anything,
             cuts it into square tiles of exactly this size, moved together so that all lie inside. "auto" takes the
             whole image or as few equal tiles as half of the available memory allows (limit 512 for a model whose memory
             is not known). Attention that spans the whole image sees only its tile, so tiles change the result a little,
-            and not only at the seams. A model with one size of input (``config.image_size``) gets tiles of that size,
+            and not only at the seams. A model with one size of input (``image_size``) gets tiles of that size,
             joined as ``tile`` says: "blend" (the same as "auto"), "paper" or "official", see
             :func:`ipt_fast.tiling.procedure_tiles`; smaller images are padded.
         overlap: pixels that neighbouring tiles share at least; at most half of ``tile``, 32 where that fits.

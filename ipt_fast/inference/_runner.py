@@ -91,7 +91,7 @@ class Runner:
                 output = self._in_precision(tiles, torch.float32)
                 if output.isfinite().all():
                     return output
-        raise ValueError("the model's output is not finite in float32")
+        raise ValueError("model must return finite values; got NaN or infinity in float32")
 
     def _in_precision(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):

@@ -67,7 +67,7 @@ class IPTConfig:
             raise ValueError(f"tasks must differ; got {', '.join(self.tasks)}")
         for task in self.tasks:
             if scale_of(task) not in SCALES:
-                raise ValueError(f"tasks can magnify {', '.join(map(str, SCALES[1:]))} times; got {task!r}")
+                raise ValueError(f"tasks must magnify {', '.join(map(str, SCALES[1:]))} times, or not; got {task!r}")
         names = ("image_size", "patch_size", "features", "layers", "heads", "ratio")
         _check.positive_ints(**{name: getattr(self, name) for name in names})
         flags = ("no_norm", "no_pos", "pos_every", "no_mlp", "task_embedding")
@@ -101,21 +101,23 @@ def config_of(
     """The :class:`IPTConfig` of weights with the published names; arguments as :meth:`IPT.from_checkpoint`'s."""
     needed = ["head.0.0.weight", "tail.0.1.weight", *(f"body.encoder.layers.0.{n}.weight" for n in ("linear1",))]
     if missing := [name for name in needed if name not in state]:
-        raise ValueError(f"{source} holds no IPT: it lacks {', '.join(missing)}")
+        raise ValueError(f"path must hold an IPT; got {source}, which lacks {', '.join(missing)}")
     ranks = {r"(head|tail)\.\d+\.[\d.]*weight": 4, r"body\.encoder\.layers\.0\.linear1\.weight": 2}
     ranks |= {r"body\.(query_embed|position_encoding\.pe)\.weight": 2}
     for name, value in state.items():
         if any(
             re.fullmatch(pattern, name) and (value.dim() != rank or 0 in value.shape) for pattern, rank in ranks.items()
         ):
-            raise ValueError(f"{source} holds no IPT: {name} has shape {tuple(value.shape)}")
+            raise ValueError(f"path must hold an IPT; got {source}, whose {name} has shape {tuple(value.shape)}")
     features = state["head.0.0.weight"].shape[0]
     hidden, dim = state["body.encoder.layers.0.linear1.weight"].shape
     patch_size = math.isqrt(dim // features)
     positions = state.get("body.position_encoding.pe.weight")
     queries = state.get("body.query_embed.weight")
     if positions is None and queries is None and "image_size" not in options:
-        raise ValueError(f"image_size must be given: {source} has neither positions nor task embeddings to tell it")
+        raise ValueError(
+            f"image_size must be given where no positions or task embeddings tell it; got weights of {source}"
+        )
     tokens = len(positions) if positions is not None else queries.shape[1] // dim if queries is not None else None
     fields = {
         "tasks": _tasks_of(state, source, tasks),
@@ -164,7 +166,9 @@ def _tasks_of(state: dict[str, Tensor], source: object, tasks: str | Sequence[st
         return (f"sr_x{scales[0]}",)
     text = ", ".join(f"x{scale}" for scale in scales)
     if tasks is None:
-        raise ValueError(f"tasks must name what {source} is for: its tails magnify {text}, which several tasks do")
+        raise ValueError(
+            f"tasks must be given where tails magnify as several tasks do; got {source}, whose tails magnify {text}"
+        )
     tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     if [scale_of(task) for task in tasks] != scales:
         raise ValueError(f"tasks must fit {source}, whose tails magnify {text}; got {', '.join(tasks)}")

@@ -123,7 +123,7 @@ class PretrainedModel(Fusable):
             folder = _download(source)
         config = read_config(folder / "config.json")
         if config.pop("model", cls.__name__) != cls.__name__:
-            raise ValueError(f"{folder} holds another architecture than {cls.__name__}")
+            raise ValueError(f"source must hold a {cls.__name__}; got {folder}, which holds another architecture")
         model = cls.from_fields({**config, **overrides})
         load_state(model, read_state_dict(folder), folder)
         return model.eval()
@@ -151,9 +151,11 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} holds no saved model: {path.name} is missing") from error
+        raise ValueError(
+            f"source must be a folder of a saved model; got {path.parent}, which has no {path.name}"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+        raise ValueError(f"{path.name} must be readable JSON; got {path} ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold one JSON object; got {type(config).__name__}")
     return config
@@ -163,7 +165,9 @@ def build_config(config_class: type, fields: dict[str, Any]) -> Any:
     """``config_class(**fields)``; unknown fields raise a ValueError that lists the known ones."""
     known = [field.name for field in dataclasses.fields(config_class)]
     if unknown := sorted(fields.keys() - set(known)):
-        raise ValueError(f"unknown config field {', '.join(unknown)}; {config_class.__name__} has {', '.join(known)}")
+        raise ValueError(
+            f"config must have fields of {config_class.__name__}: {', '.join(known)}; got {', '.join(unknown)}"
+        )
     return config_class(**fields)
 
 
@@ -173,4 +177,6 @@ def _download(source: str | os.PathLike) -> pathlib.Path:
             huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=["config.json", "model.safetensors"])
         )
     except Exception as error:
-        raise ValueError(f"{source} is neither a folder nor a model that can be downloaded: {error}") from error
+        raise ValueError(
+            f"source must be a folder or a model that can be downloaded; got {source} ({error})"
+        ) from error

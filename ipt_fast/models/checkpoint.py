@@ -36,7 +36,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}")
+        raise ValueError(f"path must be a file of weights; got {path}, which is not there")
     try:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path)
@@ -46,18 +46,18 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     except PermissionError:
         raise
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+        raise ValueError(f"path must be a readable file of weights; got {path} ({_first_line(error)})") from error
 
     while isinstance(state, dict) and (wrapper := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
         state = state[wrapper]
     if not isinstance(state, dict) or not state:
-        raise ValueError(f"{path} holds no state dict (tensors by parameter name)")
+        raise ValueError(f"path must hold a state dict, tensors by parameter name; got {path}, which holds none")
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-        raise ValueError(f"{path} holds no state dict (tensors by parameter name)")
+        raise ValueError(f"path must hold a state dict, tensors by parameter name; got {path}, which holds none")
     state = {name: value for name, value in state.items() if name != "n_averaged" or value.dim() > 0}
     stripped = {_strip(name): value for name, value in state.items()}
     if len(stripped) < len(state):
-        raise ValueError(f"{path} holds several tensors of one name once the prefixes {PREFIXES} are stripped")
+        raise ValueError(f"path must hold one tensor of a name once {PREFIXES} are stripped; got several in {path}")
     return stripped
 
 
@@ -121,7 +121,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
     expected = {_strip(name): value for name, value in model.state_dict().items()}
     for name, value in expected.items():
         if is_traceable_wrapper_subclass(value):
-            raise ValueError(f"{name} of the model is a {type(value).__name__}: load before sharding or quantising it")
+            raise ValueError(
+                f"model must not be sharded or quantised before loading; got {name}, a {type(value).__name__}"
+            )
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [
         f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
@@ -137,7 +139,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
         hint = ""
         if _needs_branches(model, state):
             hint = "; it holds merged weights, from which the branches cannot be recovered: use merged=True"
-        raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(problems)}{hint}")
+        raise ValueError(f"path must fit this {type(model).__name__}; got {source}: {', '.join(problems)}{hint}")
     # Copying into the meta device would do nothing, without a word: there the tensors themselves are taken.
     assign = any(value.is_meta for value in expected.values())
     if assign:

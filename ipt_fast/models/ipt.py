@@ -300,7 +300,9 @@ class IPT(PretrainedModel):
             found, named = config_of(state, path, **{**fields, "heads": 1}), IPTConfig(**cls.presets[preset].config)
             shapes = [(config.features, config.patch_size, config.layers) for config in (found, named)]
             if shapes[0] != shapes[1]:
-                raise ValueError(f"heads must be given: {path} has another shape than {preset}, which would tell them")
+                raise ValueError(
+                    f"heads must be given for a shape other than that of {preset}, which would tell them; got {path}"
+                )
             fields = {**fields, "heads": named.heads}
         return cls._with_weights(state, path, fields)
 

@@ -82,8 +82,8 @@ class IPTV2Config:
             raise ValueError(f"merged must be True or False; got {self.merged!r}")
         if self.in_channels not in (1, self.out_channels, 2 * self.out_channels):
             raise ValueError(
-                f"in_channels must be 1, out_channels or twice out_channels; "
-                f"got in_channels={self.in_channels}, out_channels={self.out_channels}"
+                f"in_channels must be 1, out_channels or twice out_channels; got {self.in_channels} and "
+                f"out_channels={self.out_channels}"
             )
 
 
@@ -218,7 +218,7 @@ class IPTV2(PretrainedModel):
         """
         forms = {module.merged for module in self.modules() if isinstance(module, RepLeFFN)}
         if len(forms) > 1:
-            raise ValueError("the model is merged in part; reparameterize() merges the rest")
+            raise ValueError("model must be merged or not, reparameterize() merges the rest; got one merged in part")
         return dataclasses.replace(self._config, merged=forms.pop()) if forms else self._config
 
     def reparameterize(self) -> None:

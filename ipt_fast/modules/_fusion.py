@@ -18,6 +18,8 @@ from torch.nn.modules.linear import Identity, Linear
 from torch.nn.modules.normalization import LayerNorm
 from torch.utils.module_tracker import ModuleTracker
 
+from ..ops._explain import Fusable as Fusable
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # What kernels can read. Tracing puts fake tensors in the place of parameters.
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -26,16 +28,6 @@ _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS
 # {class: its forward when this module was imported}: programs replace classes and their methods.
 _STOCK: dict[type[nn.Module], Callable[..., Any]] = {cls: cls.forward for cls in (Conv2d, Linear, LayerNorm, Identity)}
 _CONV_FORWARD = Conv2d._conv_forward
-
-
-class Fusable(nn.Module):
-    """A module that runs parts of itself as fused operators, unless it is ``plain``, or calls modules that do."""
-
-    plain = False  # True in the twins that `to_reference` makes
-
-    def reasons_against_fusing(self) -> dict[str, str | None]:
-        """{part: None if one operator computes it, else why its modules are called}, of parts that it fuses itself."""
-        return {}
 
 
 def stock(cls: type[ModuleT]) -> type[ModuleT]:

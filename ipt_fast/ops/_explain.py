@@ -10,6 +10,16 @@ from ._operator import OPERATORS
 from ._select import BACKENDS, reason_against
 
 
+class Fusable(nn.Module):
+    """A module that runs parts of itself as fused operators, unless it is ``plain``, or calls modules that do."""
+
+    plain = False  # True in the twins that `to_reference` makes
+
+    def reasons_against_fusing(self) -> dict[str, str | None]:
+        """{part: None if one operator computes it, else why its modules are called}, of parts that it fuses itself."""
+        return {}
+
+
 def explain(op: Callable | str | nn.Module | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Which backends can run an operator, or which parts of a model run as fused operators.
 
@@ -52,6 +62,6 @@ def _explain_module(model: nn.Module) -> dict[str, str | None]:
     return {
         f"{path}.{part}" if path else part: reason
         for path, module in model.named_modules()
-        if hasattr(module, "reasons_against_fusing")
+        if isinstance(module, Fusable)
         for part, reason in module.reasons_against_fusing().items()
     }

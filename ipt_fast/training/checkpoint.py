@@ -24,13 +24,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, damaged or no training checkpoint.
     """
     if not path.is_file():
-        raise ValueError(f"no training checkpoint to resume from: {path}")
+        raise ValueError(f"checkpoint must be a file of a training run to resume; got {path}, which is not there")
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, depending on where the damage lies
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot read the training checkpoint {path}: {reason}") from error
+        raise ValueError(f"checkpoint must be a readable file of a training run; got {path} ({reason})") from error
     if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
-        raise ValueError(f"{path} is not a training checkpoint of this program (format {_FORMAT})")
+        raise ValueError(f"checkpoint must be a file of a training run of format {_FORMAT}; got {path}, which is not")
     return state

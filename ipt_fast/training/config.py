@@ -83,7 +83,7 @@ class TrainingConfig:
         stages = {len(getattr(self, name)) for name in stage_fields}
         if len(stages) != 1 or 0 in stages:
             raise ValueError(
-                "iterations, patch_size and batch_size must have one value for each stage, "
+                "iterations, patch_size and batch_size must have one value for each stage; "
                 f"got {self.iterations}, {self.patch_size} and {self.batch_size}"
             )
         for name, least in (("warmup", 0), ("seed", 0), ("log_every", 1), ("save_every", 1), ("workers", 0)):
@@ -93,19 +93,19 @@ class TrainingConfig:
         _check_number("lr", self.lr, self.lr_min, float("inf"))
         _check_number("ema", self.ema, 0, 1)
         if not isinstance(self.sigma, list | tuple) or len(self.sigma) != 2:
-            raise ValueError(f"sigma must be a pair (lowest, highest), got {self.sigma!r}")
+            raise ValueError(f"sigma must be a pair (lowest, highest); got {self.sigma!r}")
         for value in self.sigma:
             _check_number("sigma", value, 0, float("inf"))
         put("sigma", tuple(float(value) for value in self.sigma))
         if self.sigma[0] > self.sigma[1]:
-            raise ValueError(f"sigma must be a pair (lowest, highest), got {self.sigma}")
+            raise ValueError(f"sigma must be a pair (lowest, highest); got {self.sigma}")
         _check_choice("loss", self.loss, tuple(LOSSES))
         _check_choice("amp", self.amp, ("none", "bf16"))
         _check_choice("schedule", self.schedule, ("cosine", "step"))
         if self.task is not None and not isinstance(self.task, str):
-            raise TypeError(f"task must be a name, got {self.task!r}")
+            raise TypeError(f"task must be a name; got {self.task!r}")
         if not isinstance(self.model_config, dict):
-            raise TypeError(f"model_config must be a dict, got {type(self.model_config).__name__}")
+            raise TypeError(f"model_config must be a dict; got {type(self.model_config).__name__}")
 
     @property
     def total_iterations(self) -> int:
@@ -120,11 +120,9 @@ class TrainingConfig:
         current = self.to_dict()
         for name in (entry.name for entry in fields(self) if entry.name not in _FREE_ON_RESUME):
             if name not in saved:
-                raise ValueError(f"cannot resume: the checkpoint is of another version, which had no {name}")
+                raise ValueError(f"checkpoint must be of this version to be resumed; got one without {name}")
             if current[name] != saved[name]:
-                raise ValueError(
-                    f"cannot resume: {name} is {current[name]!r} but the checkpoint was made with {saved[name]!r}"
-                )
+                raise ValueError(f"{name} must be {saved[name]!r}, as in the run to resume; got {current[name]!r}")
 
 
 def per_stage(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
@@ -134,18 +132,18 @@ def per_stage(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
 
 def _check_integer(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer; got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def _check_number(name: str, value: Any, least: float, bound: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number; got {value!r}")
     if not least <= value < bound:
-        raise ValueError(f"{name} must be in [{least}, {bound}), got {value}")
+        raise ValueError(f"{name} must be in [{least}, {bound}); got {value}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

@@ -30,7 +30,7 @@ class World:
     def share(self, batch: int) -> range:
         """The places of a batch that are this process's."""
         if batch % self.size:
-            raise ValueError(f"batch_size must be a multiple of the {self.size} processes, got {batch}")
+            raise ValueError(f"batch_size must be a multiple of the {self.size} processes; got {batch}")
         own = batch // self.size
         return range(self.rank * own, (self.rank + 1) * own)
 

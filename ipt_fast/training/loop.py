@@ -33,7 +33,9 @@ def build_model(config: TrainingConfig) -> PretrainedModel:
     torch.manual_seed(config.seed)
     if Path(config.model).is_dir():
         if config.model_config:
-            raise ValueError(f"model_config must be empty where model is a folder ({config.model})")
+            raise ValueError(
+                f"model_config must be empty where model is a folder; got {config.model_config} for {config.model}"
+            )
         model = open_model(config.model)
     else:
         model = create_model(config.model, **config.model_config)
@@ -134,7 +136,7 @@ class _Run:
         self.checkpoint_path = config.out / "checkpoint.pth"
         self.log_path = config.out / "log.csv"
         if not resume and self.checkpoint_path.exists():
-            raise ValueError(f"{config.out} already holds a training run; resume it, or choose another folder")
+            raise ValueError(f"out must be a folder without a training run, or be resumed; got {config.out}")
         state = load_checkpoint(self.checkpoint_path) if resume else None
         if state is not None:
             config.check_resumable(state["config"])
@@ -161,7 +163,7 @@ class _Run:
         try:
             config.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"out must be a folder that can be made, got {config.out}: {error.strerror}") from error
+            raise ValueError(f"out must be a folder that can be made; got {config.out}: {error.strerror}") from error
         self._start_log()
         self.started = time.perf_counter() - self.seconds
 

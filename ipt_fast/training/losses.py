@@ -32,7 +32,9 @@ def contrastive_loss(features: Tensor, everyone: Tensor | None = None, first: in
     normal = F.normalize(features.float(), dim=2)
     others = normal if everyone is None else F.normalize(everyone.float(), dim=2)
     if len(others) < 2:
-        raise ValueError(f"the contrastive loss compares images: a batch needs at least 2, got {len(others)}")
+        raise ValueError(
+            f"features must be of at least 2 images, which the contrastive loss compares; got {len(others)}"
+        )
     means = [checkpoint(_contrast, own, others, first + j, use_reentrant=False) for j, own in enumerate(normal)]
     return torch.stack(means).mean()
 

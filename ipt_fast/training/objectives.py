@@ -17,15 +17,17 @@ from .validation import TaskValidation, ValidationSet
 
 
 class Denoising:
-    """Blind Gaussian denoising with a model of images of any size."""
+    """Blind Gaussian denoising with a model of images of any size; losses are taken in the model's range of values."""
 
     def __init__(self, config: TrainingConfig, model: PretrainedModel, world: World):
         channels = model.contract.in_channels
         if channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 or 3 for a denoising model; got {channels}")
         if config.contrastive:
-            raise ValueError(f"contrastive must be 0 for {type(model).__name__}, which has no patch features")
-        self.config = config
+            raise ValueError(
+                f"contrastive must be 0 for {type(model).__name__}, without patch features; got {config.contrastive}"
+            )
+        self.config, self.value_range = config, model.contract.value_range
         self.patch_sizes = per_stage(config.patch_size or (128,) * len(per_stage(config.iterations)))
         self.images = ImageFolder(config.data, channels)
         self.loss_function = LOSSES[config.loss]
@@ -39,8 +41,8 @@ class Denoising:
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         noisy, clean = (each.contiguous(memory_format=torch.channels_last) for each in batch)
         with _autocast(self.config, noisy):
-            output = model(noisy)
-        return self.loss_function(output, clean)
+            output = model(noisy * self.value_range)
+        return self.loss_function(output, clean * self.value_range)
 
 
 class Pretraining:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..data.dataset import ImageFolder
 from ..data.degradations import add_gaussian_noise, degrade
 from ..models._pretrained import PretrainedModel
+from ..models.contract import describe
 
 _MAX_IMAGES = 12
 _CROP = 128
@@ -29,9 +30,9 @@ class ValidationSet:
     def psnr(self, model: nn.Module, device: torch.device) -> float:
         """Mean PSNR in dB, outputs clipped to [0, 1], all channels together."""
         model.eval()
-        total = 0.0
+        white, total = describe(model).value_range, 0.0
         for noisy, clean in self.pairs:
-            output = model(noisy.to(device).unsqueeze(0)).float().clamp(0, 1)
+            output = (model(noisy.to(device).unsqueeze(0) * white).float() / white).clamp(0, 1)
             total -= 10 * torch.log10((output - clean.to(device)).square().mean()).item()
         return total / len(self.pairs)
 
@@ -51,7 +52,9 @@ class TaskValidation:
         for name, scale in tasks.items():
             chosen = [i for i, sides in enumerate(images.sizes) if min(sides) >= scale * size]
             if not chosen:
-                raise ValueError(f"val holds no image of at least {scale * size} pixels a side, which {name} needs")
+                raise ValueError(
+                    f"val must hold images of at least {scale * size} pixels a side for {name}; got none in {folder}"
+                )
             chosen = chosen[:: -(-len(chosen) // _MAX_IMAGES)]
             clean = [_centre_crop(images[i], scale * size).float() / 255 for i in chosen]
             inputs = [

@@ -105,12 +105,12 @@ def test_one_bad_file(model, photos, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either --sigma"),
-        (["--sigma", "25", "--target", "x"], "give either --sigma"),
+        ([], "--data must have either --sigma"),
+        (["--sigma", "25", "--target", "x"], "--data must have either --sigma"),
         (["--sigma", "-5"], "sigma must be positive and finite, got -5"),
         (["--sigma", "25", "--limit", "0"], "limit must be at least 1, got 0"),
         (["--sigma", "25", "--tile", "3"], "tile must be"),
-        (["--sigma", "25", "--device", "moon"], "device moon cannot be used"),
+        (["--sigma", "25", "--device", "moon"], "device must be usable; got moon"),
         (
             ["--sigma", "25", "--tile", "big"],
             "must be auto, whole, a size in pixels, blend, paper, official; got 'big'",

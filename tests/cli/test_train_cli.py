@@ -64,7 +64,7 @@ def test_stop_and_resume(main, arguments, tmp_path, monkeypatch, capsys):
         patch.setattr(loop._Run, "step", stopping)
         assert main(arguments) == 130
     assert "after 1 of 2 iterations; --resume continues" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="cannot resume: lr is"):
+    with pytest.raises(ValueError, match="lr must be 0.0003, as in the run to resume"):
         main([*arguments, "--resume", "--lr", "0.01"])
     assert main([*arguments, "--resume"]) == 0
 
@@ -105,7 +105,7 @@ def test_threads(main, arguments):
         (["--data", "nowhere"], "no such folder: nowhere"),
         (["--model", "no_such_model"], "no_such_model"),
         (["--model-config", '{"widht": 8}'], "widht"),
-        (["--resume"], "no training checkpoint"),
+        (["--resume"], "must be a file of a training run to resume"),
     ],
 )
 def test_bad_input_is_a_value_error_and_writes_nothing(main, arguments, tmp_path, option, message):

@@ -306,7 +306,7 @@ def test_output_that_is_never_finite_is_an_error():
         def forward(self, x):
             return x / 0
 
-    with pytest.raises(ValueError, match="output is not finite"):
+    with pytest.raises(ValueError, match="model must return finite values"):
         restore(np.ones((4, 4), np.float32), Broken(), dtype="float32")
 
 

@@ -262,7 +262,7 @@ def test_bad_config(field, value):
 
 
 def test_unknown_config_field():
-    with pytest.raises(ValueError, match="colour.*window_size"):
+    with pytest.raises(ValueError, match="window_size.*; got colour"):
         ipt_fast.create_model("ipt_v2_tiny", colour=3)
 
 

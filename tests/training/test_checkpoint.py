@@ -31,17 +31,17 @@ def test_a_crash_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypatc
 
 def test_bad_checkpoints(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    with pytest.raises(ValueError, match="no training checkpoint"):
+    with pytest.raises(ValueError, match="must be a file of a training run to resume"):
         load_checkpoint(path)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="cannot read the training checkpoint"):
+    with pytest.raises(ValueError, match="must be a readable file of a training run; got"):
         load_checkpoint(path)
     torch.save({"weights": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="not a training checkpoint"):
+    with pytest.raises(ValueError, match="must be a file of a training run"):
         load_checkpoint(path)
     save_checkpoint(path, {"weights": torch.ones(100)})
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="cannot read the training checkpoint"):
+    with pytest.raises(ValueError, match="must be a readable file of a training run; got"):
         load_checkpoint(path)
 
 
@@ -52,13 +52,15 @@ def test_one_wrong_bit_is_noticed(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(weights.numpy().tobytes()) + 2000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"cannot read the training checkpoint .*checkpoint\.pth: .*checksum"):
+    with pytest.raises(
+        ValueError, match=r"must be a readable file of a training run; got .*checkpoint\.pth .*checksum"
+    ):
         load_checkpoint(path)
 
 
 def test_a_pickled_object_is_refused_in_one_line(tmp_path):
     path = tmp_path / "checkpoint.pth"
     torch.save(torch.nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match="cannot read the training checkpoint") as caught:
+    with pytest.raises(ValueError, match="must be a readable file of a training run; got") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)

@@ -206,7 +206,7 @@ def test_divergence_keeps_the_last_checkpoint(make_config, monkeypatch):
 
 
 def test_bad_input(make_config, tmp_path):
-    with pytest.raises(ValueError, match="no training checkpoint"):
+    with pytest.raises(ValueError, match="must be a file of a training run to resume"):
         train(make_config("new"), resume=True)
     with pytest.raises(ValueError, match="no such folder"):
         train(make_config("new", val=tmp_path / "nowhere"))
@@ -222,9 +222,9 @@ def test_bad_input(make_config, tmp_path):
 def test_runs_are_neither_overwritten_nor_mixed(make_config):
     config = make_config(iterations=1)
     train(config)
-    with pytest.raises(ValueError, match="already holds a training run"):
+    with pytest.raises(ValueError, match="out must be a folder without a training run, or be resumed"):
         train(config)
-    with pytest.raises(ValueError, match="cannot resume: lr is 0.001"):
+    with pytest.raises(ValueError, match="lr must be 0.0003, as in the run to resume; got 0.001"):
         train(make_config(iterations=1, lr=1e-3), resume=True)
 
 

@@ -126,7 +126,7 @@ def test_a_batch_that_processes_cannot_share(make):
     from ipt_fast.training.distributed import World
 
     assert list(World(1, 2).share(6)) == [3, 4, 5]
-    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes, got 4"):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes; got 4"):
         World(0, 3).share(4)
 
 
