@@ -287,8 +287,8 @@ def test_unwritable_folder_is_told_before_any_work(run, photos, tmp_path, capsys
     "arguments, message",
     [
         (["{photos}", "{out}.png"], "OUT must be a folder for several images"),
-        (["{photos}/none*.png", "{out}"], "no image to restore"),
-        (["{photos}/none.png", "{out}"], "no image to restore"),
+        (["{photos}/none*.png", "{out}"], "images must be a file, a folder or a pattern"),
+        (["{photos}/none.png", "{out}"], "images must be a file, a folder or a pattern"),
         (["{photos}", "{out}", "--target", "{photos}/none"], "no such target"),
         (["{photos}", "{out}", "--target", "{photos}/gray.jpg"], "--target must be a folder for several images"),
         (["{photos}", "{out}", "--noise", "5", "--target", "{photos}"], "leave out --target"),
