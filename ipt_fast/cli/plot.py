@@ -10,10 +10,10 @@ import torch
 from .._files import atomic_write
 from ..data.degradations import degrade
 from ..data.io import read_image
+from ..data.resize import resized
 from ..evaluation.embeddings import draw_positions, draw_tasks
 from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
-from ..evaluation.runner import resized
 from ..inference import Restorer
 from ..models import open_model
 from ..models._pretrained import PretrainedModel

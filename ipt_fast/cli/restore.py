@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import glob
 import sys
 import tempfile
 import time
@@ -16,11 +15,12 @@ from tqdm import tqdm
 from .. import use_backend
 from .._files import atomic_write
 from .._precision import DTYPES
-from ..data.io import IMAGE_SUFFIXES, Image, check_suffix, check_writable_as, is_image_file, read_image, write_image
+from ..data.files import IMAGE_SUFFIXES, list_images, match_images
+from ..data.io import Image, check_suffix, check_writable_as, read_image, write_image
+from ..data.resize import resized
 from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
 from ..evaluation.protocols import get_protocol
-from ..evaluation.runner import list_images, resized
 from ..inference import Restorer
 from ..models import create_model, load_checkpoint, open_model
 from ..ops._select import POLICIES, policy
@@ -179,7 +179,7 @@ def _read_target(source: Path, image: Image, args: argparse.Namespace, scale: in
 
 def _plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     """(source, destination) of every image."""
-    sources = _sources(args.input)
+    sources = match_images(args.input)
     single_file = Path(args.input).is_file()
     to_file = args.output.suffix.lower() in IMAGE_SUFFIXES and not args.output.is_dir()
     if single_file and args.output.suffix and not args.output.is_dir():
@@ -220,19 +220,6 @@ def _check_destinations(jobs: list[tuple[Path, Path]], args: argparse.Namespace)
 def _written(destination: Path, args: argparse.Namespace) -> list[Path]:
     """The files that one image gives."""
     return [destination, _comparison_path(destination)] if args.compare else [destination]
-
-
-def _sources(text: str) -> list[Path]:
-    path = Path(text)
-    if path.is_dir():
-        return list_images(path)
-    if path.is_file():
-        return [path]
-    matches = (Path(match) for match in sorted(glob.glob(text, recursive=True)))
-    sources = [match for match in matches if is_image_file(match)]
-    if not sources:
-        raise ValueError(f"IN must be an image, a folder of images or a pattern that some match; got {text}")
-    return sources
 
 
 def _make_writable(folder: Path) -> None:

@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .degradations import add_gaussian_noise, degrade, random_sigma
-from .io import IMAGE_SUFFIXES, Image, is_image_file, read_header, read_image, to_pil
-
-_PILLOW_MODES = {1: "L", 3: "RGB"}
+from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # an "as" marks names that are kept for older imports
+from .files import is_image_file as is_image_file
+from .files import list_images
+from .io import Image as Image
+from .io import read_header, read_image, with_channels
+from .io import to_pil as to_pil
 
 
 class ImageFolder(Sequence[Tensor]):
@@ -31,15 +34,10 @@ class ImageFolder(Sequence[Tensor]):
     """
 
     def __init__(self, folder: str | Path, channels: int = 3, memory_budget: int = 4 * 2**30):
-        if channels not in _PILLOW_MODES:
-            raise ValueError(f"channels must be 1 or 3, got {channels}")
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise ValueError(f"no such folder: {folder}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3; got {channels}")
         self.channels = channels
-        self.paths = sorted(path for path in folder.rglob("*") if is_image_file(path))
-        if not self.paths:
-            raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
+        self.paths = list_images(folder, recursive=True)
         self.sizes = [_read_size(path) for path in self.paths]
         fits = channels * sum(height * width for height, width in self.sizes) <= memory_budget
         self._images = [self._decode(path) for path in self.paths] if fits else None
@@ -51,16 +49,13 @@ class ImageFolder(Sequence[Tensor]):
         return self._decode(self.paths[index]) if self._images is None else self._images[index]
 
     def _decode(self, path: Path) -> Tensor:
-        pixels = read_image(path).pixels
-        if pixels.shape[2] != self.channels:
-            pixels = np.array(to_pil(Image(pixels)).convert(_PILLOW_MODES[self.channels]))
-        return torch.from_numpy(np.ascontiguousarray(np.atleast_3d(pixels))).permute(2, 0, 1)
+        return torch.from_numpy(with_channels(read_image(path), self.channels)).permute(2, 0, 1)
 
 
 def _read_size(path: Path) -> tuple[int, int]:
     height, width, dtype = read_header(path)
     if dtype != np.uint8:
-        raise ValueError(f"training images must have 8 bits, {path} has {8 * dtype.itemsize}")
+        raise ValueError(f"training images must have 8 bits; got {8 * dtype.itemsize} in {path}")
     return height, width
 
 
@@ -77,7 +72,10 @@ class NoisyPatches(Dataset):
     def __init__(self, images: ImageFolder, patch_size: int, sigma: tuple[float, float], seed: int = 0):
         for path, size in zip(images.paths, images.sizes, strict=True):
             if min(size) < patch_size:
-                raise ValueError(f"patch_size {patch_size} is larger than {path} ({size[0]}x{size[1]} pixels)")
+                raise ValueError(
+                    f"patch_size must be at most the height and width of every image; got {patch_size} and {path} of "
+                    f"{size[0]}x{size[1]} pixels"
+                )
         self.images = images
         self.patch_size = patch_size
         self.sigma = sigma
@@ -131,8 +129,8 @@ class TaskPatches(Dataset):
                 clean = _random_patch(image, scale * self.patch_size, generator)
                 return degrade(clean, name, generator, self.sigma).contiguous(), clean, task
         raise ValueError(
-            f"{self.ATTEMPTS} images in a row are smaller than the {scale * self.patch_size} pixels a side that {name} "
-            "needs"
+            f"images must have at least {scale * self.patch_size} pixels a side for {name}; "
+            f"got {self.ATTEMPTS} smaller ones in a row"
         )
 
 

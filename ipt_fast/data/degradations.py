@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CUBIC = -0.5  # the parameter a of the cubic kernel (Keys, 1981), as MATLAB has it
+from .resize import CUBIC as CUBIC  # this name and imresize were defined here once
+from .resize import imresize
 
 
 def random_sigma(low: float, high: float, generator: torch.Generator) -> float:
@@ -32,56 +33,9 @@ def add_gaussian_noise(image: Tensor, sigma: float, generator: torch.Generator) 
     """
     _check_image(image)
     if not 0 <= sigma < float("inf"):
-        raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
+        raise ValueError(f"sigma must be finite and at least 0; got {sigma}")
     noise = torch.randn(image.shape, generator=generator, dtype=image.dtype, device=image.device)
     return image + noise * (sigma / 255)
-
-
-def imresize(image: Tensor, scale: float) -> Tensor:
-    """Bicubic resizing as MATLAB's ``imresize(image, scale)`` of floating-point images: antialiased, not clipped.
-
-    The kernel is Keys' cubic (a = -1/2), stretched by 1 / scale where the image shrinks, with weights that sum to one
-    and edges continued by reflection.
-
-    Args:
-        image: (..., H, W) floating point.
-        scale: positive; 1 / 2 halves the image.
-
-    Returns:
-        (..., ceil(scale H), ceil(scale W)) in the dtype of ``image``.
-
-    Raises:
-        TypeError: ``image`` is not floating point.
-        ValueError: ``scale`` is not positive and finite, or ``image`` has fewer than two dimensions.
-    """
-    _check_image(image)
-    if image.dim() < 2 or 0 in image.shape[-2:]:
-        raise ValueError(f"image must be (..., H, W) with H and W at least 1, got {tuple(image.shape)}")
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-    rows, columns = (_resize_matrix(size, scale).to(image) for size in image.shape[-2:])
-    return rows @ image @ columns.T
-
-
-def _resize_matrix(size: int, scale: float) -> Tensor:
-    """(ceil(scale size), size) float64: row i has the weights of output i."""
-    # 1e-9: the product of a size and a fraction such as 1 / 3 may come out just above an integer.
-    length, stretch = math.ceil(scale * size - 1e-9), max(1 / scale, 1.0)
-    centre = (torch.arange(length, dtype=torch.float64) + 0.5) / scale - 0.5
-    taps = math.ceil(4 * stretch) + 2
-    index = (centre - 2 * stretch).floor()[:, None] + torch.arange(taps, dtype=torch.float64)
-    weight = _cubic((centre[:, None] - index) / stretch)
-    weight /= weight.sum(1, keepdim=True)
-    index = index.long() % (2 * size)
-    index = torch.where(index < size, index, 2 * size - 1 - index)
-    return torch.zeros(length, size, dtype=torch.float64).scatter_add_(1, index, weight)
-
-
-def _cubic(x: Tensor) -> Tensor:
-    x = x.abs()
-    near = (CUBIC + 2) * x**3 - (CUBIC + 3) * x**2 + 1
-    far = CUBIC * (x**3 - 5 * x**2 + 8 * x - 4)
-    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
 
 
 def add_rain(
@@ -115,11 +69,11 @@ def add_rain(
     """
     _check_image(image)
     if image.dim() != 3 or 0 in image.shape:
-        raise ValueError(f"image must be (C, H, W) and not empty, got {tuple(image.shape)}")
+        raise ValueError(f"image must be (C, H, W) and not empty; got {tuple(image.shape)}")
     ranges = {"density": (density, 0, 1), "length": (length, 1, 1e4), "angle": (angle, -90, 90)}
     for name, (value, low, high) in (ranges | {"width": (width, 0.1, 1e3), "brightness": (brightness, 0, 1)}).items():
         if not low <= value <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+            raise ValueError(f"{name} must be in [{low}, {high}]; got {value}")
     kernel = _streak(length, angle, width)
     margin = kernel.shape[0] // 2  # drops outside of the image streak into it
     height, across = (size + 2 * margin for size in image.shape[1:])
@@ -162,8 +116,8 @@ def degrade(image: Tensor, task: str, generator: torch.Generator, sigma: tuple[f
 
     Args:
         image: (C, H, W) floating point in [0, 1].
-        task: "sr_x<n>" (shrunk n times by :func:`imresize`), "derain", "denoise<σ>", or "denoise" with a level drawn
-            from ``sigma``.
+        task: "sr_x<n>" (shrunk n times by :func:`ipt_fast.data.resize.imresize`), "derain", "denoise<σ>", or "denoise"
+            with a level drawn from ``sigma``.
         generator: source of noise and rain, on the CPU.
 
     Raises:
@@ -177,9 +131,9 @@ def degrade(image: Tensor, task: str, generator: torch.Generator, sigma: tuple[f
         return add_gaussian_noise(image, float(number) if number else random_sigma(*sigma, generator), generator)
     if kind == "derain" and not number:
         return random_rain(image, generator)
-    raise ValueError(f"task must be sr_x<n>, derain, denoise or denoise<σ>, got {task!r}")
+    raise ValueError(f"task must be sr_x<n>, derain, denoise or denoise<σ>; got {task!r}")
 
 
 def _check_image(image: Tensor) -> None:
     if not image.is_floating_point():
-        raise TypeError(f"image must be floating point in [0, 1], got {image.dtype}")
+        raise TypeError(f"image must be floating point in [0, 1]; got {image.dtype}")

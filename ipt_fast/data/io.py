@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -22,8 +22,9 @@ import PIL.ImageFile
 from PIL import ExifTags, ImageOps, TiffImagePlugin, TiffTags
 
 from .._files import atomic_write
+from .files import IMAGE_SUFFIXES
+from .files import is_image_file as is_image_file  # it was defined here once
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 SIXTEEN_BIT_SUFFIXES = (".png", ".tif", ".tiff")
 ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
 
@@ -65,20 +66,14 @@ class Image:
     exif: bytes | None = None
 
 
-def is_image_file(path: Path) -> bool:
-    """Whether ``path`` is a file with one of IMAGE_SUFFIXES and not hidden, as the companions of other systems are."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
 def read_header(path: str | Path) -> tuple[int, int, np.dtype]:
     """Height and width as they are stored, not yet upright, and the dtype of the pixels; nothing is decoded.
 
     Raises:
         ValueError: as ``read_image``, as far as the header shows it.
     """
-    path = Path(path)
-    with _opened(path) as image:
-        if _is_16_bit(path, image):
+    with _naming(path), Path(path).open("rb") as file, _opened(file) as image:
+        if _is_16_bit(file, image):
             return image.height, image.width, np.dtype(np.uint16)
         _check_mode(image)
         return image.height, image.width, np.dtype(np.uint8)
@@ -92,9 +87,37 @@ def read_image(path: str | Path) -> Image:
             of a kind that is not restored (CMYK, Lab, floating point, 16-bit gray with alpha).
         ImportError: the file has 16 bits and OpenCV is not installed.
     """
-    path = Path(path)
-    with _opened(path) as image:
-        return _read_16_bit(path, image) if _is_16_bit(path, image) else from_pil(image, upright=True)
+    with _naming(path), Path(path).open("rb") as file:
+        return _read(file)
+
+
+def read_8_bit_image(path: Path, offset: int = 0, size: int = -1) -> Image:
+    """As :func:`read_image`, of an image with 8 bits per channel, which may be a part of a file.
+
+    Args:
+        path: the file.
+        offset, size: the image's first byte in it and the number of its bytes, such as in a tar archive; all of the
+            file by default.
+
+    Raises:
+        ValueError: as ``read_image``, and where the image has 16 bits.
+    """
+    with _naming(f"{path}, at byte {offset}" if offset else path):
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+        return _read(io.BytesIO(content), only_8_bits=True)
+
+
+def with_channels(image: Image, channels: int) -> np.ndarray:
+    """The pixels of an 8-bit image, without alpha, as contiguous uint8 (H, W, channels).
+
+    ``channels`` is 1 or 3: gray becomes three equal channels, colour becomes its ITU-R 601-2 luma.
+    """
+    if image.pixels.shape[2] == channels:
+        return np.ascontiguousarray(image.pixels)
+    mode = {1: "L", 3: "RGB"}[channels]
+    return np.atleast_3d(np.array(to_pil(Image(image.pixels)).convert(mode)))
 
 
 def write_image(path: str | Path, image: Image) -> None:
@@ -124,7 +147,9 @@ def write_image(path: str | Path, image: Image) -> None:
 def check_suffix(path: Path) -> None:
     """Raise ValueError unless the suffix of ``path`` names a format that is written."""
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(
+            f"cannot write {path}: the suffix must be one of {', '.join(IMAGE_SUFFIXES)}; got {path.suffix!r}"
+        )
 
 
 def check_writable_as(path: Path, image: Image) -> None:
@@ -146,7 +171,7 @@ def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
     """
     _check_mode(image)
     if 0 in image.size:
-        raise ValueError(f"it is {image.width} x {image.height} pixels, which is none")
+        raise ValueError(f"an image must have at least one pixel; got {image.width} x {image.height}")
     mode = _MODES[image.mode]
     if "transparency" in image.info and mode in ("L", "RGB"):
         mode = {"L": "LA", "RGB": "RGBA"}[mode]
@@ -166,50 +191,73 @@ def to_pil(image: Image) -> PIL.Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[PIL.ImageFile.ImageFile]:
-    """The Pillow image of a file, not yet decoded; whatever goes wrong with it is a ValueError that names the file."""
+def _naming(name: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with an image file becomes a ValueError that names it."""
     try:
-        with PIL.Image.open(path, formats=_FORMATS) as image:
-            # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":
-                raise ValueError(f"it has {frames} frames or pages, only single images are restored")
-            yield image
+        yield
     except _READ_ERRORS as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
+        raise ValueError(f"cannot read image {name}: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(file: BinaryIO) -> Iterator[PIL.ImageFile.ImageFile]:
+    """The Pillow image of a file, not yet decoded."""
+    with PIL.Image.open(file, formats=_FORMATS) as image:
+        # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":
+            raise ValueError(f"it must have one frame or page; got {frames}")
+        yield image
+
+
+def _read(file: BinaryIO, only_8_bits: bool = False) -> Image:
+    with _opened(file) as image:
+        if not _is_16_bit(file, image):
+            return from_pil(image, upright=True)
+        if only_8_bits:
+            raise ValueError("training images must have 8 bits; got 16")
+        return _read_16_bit(file, image)
 
 
 def _check_mode(image: PIL.Image.Image) -> None:
     if image.mode not in _MODES:
-        raise ValueError(
-            f"its mode is {image.mode}, restored are {', '.join(_MODES)} and 16-bit gray or RGB; convert it first"
-        )
+        raise ValueError(f"its mode must be {', '.join(_MODES)}, or 16-bit gray, RGB or RGBA; got {image.mode}")
 
 
-def _is_16_bit(path: Path, image: PIL.ImageFile.ImageFile) -> bool:
+def _is_16_bit(file: BinaryIO, image: PIL.ImageFile.ImageFile) -> bool:
     if image.format == "PNG":
-        return _png_kind(path)[0] == 16
+        return _png_kind(file)[0] == 16
     tags = getattr(image, "tag_v2", {})
     return image.format == "TIFF" and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) == 16
 
 
-def _png_kind(path: Path) -> tuple[int, ...]:
+def _png_kind(file: BinaryIO) -> tuple[int, ...]:
     """(bit depth, colour type), which stand behind signature, length, name, width and height of the first chunk."""
-    with path.open("rb") as file:
-        return tuple(file.read(26)[24:])
+    return tuple(_content(file, 26)[24:])
 
 
-def _read_16_bit(path: Path, image: PIL.ImageFile.ImageFile) -> Image:
+def _content(file: BinaryIO, size: int = -1) -> bytes:
+    """The first ``size`` bytes or all of them; Pillow goes on reading where it was."""
+    position = file.tell()
+    file.seek(0)
+    content = file.read(size)
+    file.seek(position)
+    return content
+
+
+def _read_16_bit(file: BinaryIO, image: PIL.ImageFile.ImageFile) -> Image:
     tags = getattr(image, "tag_v2", {})
-    gray_alpha = _png_kind(path)[1] == 4 if image.format == "PNG" else tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 2
+    gray_alpha = _png_kind(file)[1] == 4 if image.format == "PNG" else tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 2
     if gray_alpha or (image.mode == "I;16" and "transparency" in image.info):
-        raise ValueError("it is 16-bit gray with alpha, which OpenCV cannot write back; convert it to RGBA first")
+        raise ValueError(
+            "its 16 bits must be gray, RGB or RGBA; got 16-bit gray with alpha, which OpenCV cannot write back"
+        )
     if image.mode not in ("I;16", "RGB", "RGBA") or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) not in (
         1,
         2,
     ):
-        raise ValueError(f"it has 16 bits in mode {image.mode}, restored are unsigned gray, RGB and RGBA")
-    channels = _decode(path, image.format)
+        raise ValueError(f"its 16 bits must be unsigned gray, RGB or RGBA; got mode {image.mode}")
+    channels = _decode(file, image.format)
     if channels is None or channels.dtype != np.uint16:
         raise OSError("image file is damaged or truncated")
     channels = channels.reshape(*channels.shape[:2], -1)
@@ -221,15 +269,16 @@ def _read_16_bit(path: Path, image: PIL.ImageFile.ImageFile) -> Image:
     return Image(pixels, alpha, image.info.get("icc_profile"), _exif_bytes(image))
 
 
-def _decode(path: Path, format: str | None) -> np.ndarray | None:
+def _decode(file: BinaryIO, format: str | None) -> np.ndarray | None:
     """The file as OpenCV stores it, or None; without what libpng and OpenCV print about damage."""
     cv2 = _import_cv2()
+    content = _content(file)
     if format == "PNG":
-        with PIL.Image.open(path, formats=[format]) as image:
+        with PIL.Image.open(io.BytesIO(content), formats=[format]) as image:
             image.verify()  # compares the checksums
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+        return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     finally:
         cv2.utils.logging.setLogLevel(level)
 
@@ -271,7 +320,7 @@ def _encode_png_16_bit(image: Image) -> bytes:
     channels = _with_alpha(image)
     order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(channels.shape[2])
     if order is None:
-        raise ValueError("16-bit gray with alpha cannot be written as PNG; give three equal channels")
+        raise ValueError("image must be gray, RGB or RGBA for a PNG of 16 bits; got 16-bit gray with alpha")
     kinds, blocks = [], []
     if image.exif:
         kinds.append(cv2.IMAGE_METADATA_EXIF)

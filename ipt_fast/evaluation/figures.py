@@ -32,7 +32,7 @@ def side_by_side(
     """
     panels = [(title, _rgb(pixels)) for title, pixels in panels]
     if not panels:
-        raise ValueError("panels must hold at least one (title, pixels) pair")
+        raise ValueError("panels must hold at least one (title, pixels) pair; got none")
     height, width = panels[0][1].shape[:2]
     if any(pixels.shape[:2] != (height, width) for _, pixels in panels):
         raise ValueError(f"panels must be of one size; got {[pixels.shape[:2] for _, pixels in panels]}")

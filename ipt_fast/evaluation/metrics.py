@@ -34,7 +34,7 @@ def ssim(output: ArrayLike, target: ArrayLike, *, data_range: float) -> float:
     """
     output, target = _checked(output, target, data_range)
     if min(output.shape[:2]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, got {_size(output)}")
+        raise ValueError(f"images must have at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels for SSIM; got {_size(output)}")
     mean_x, mean_y = _blur(output), _blur(target)
     variance_x = _blur(output**2) - mean_x**2
     variance_y = _blur(target**2) - mean_y**2
@@ -59,7 +59,7 @@ def rgb_to_y(image: ArrayLike, weights: ArrayLike, divisor: float) -> np.ndarray
     if image.ndim == 2:
         return image
     if image.ndim != 3 or image.shape[2] not in (1, 3):
-        raise ValueError(f"image must be (H, W), (H, W, 1) or (H, W, 3), got shape {image.shape}")
+        raise ValueError(f"image must be (H, W), (H, W, 1) or (H, W, 3); got shape {image.shape}")
     if image.shape[2] == 1:
         return image[:, :, 0]
     return 16 + image @ (np.asarray(weights, dtype=np.float64) / divisor)
@@ -68,11 +68,11 @@ def rgb_to_y(image: ArrayLike, weights: ArrayLike, divisor: float) -> np.ndarray
 def _checked(output: ArrayLike, target: ArrayLike, data_range: float) -> tuple[np.ndarray, np.ndarray]:
     output, target = np.asarray(output, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if output.shape != target.shape:
-        raise ValueError(f"output and target must have the same shape, got {output.shape} and {target.shape}")
+        raise ValueError(f"output and target must have the same shape; got {output.shape} and {target.shape}")
     if output.ndim not in (2, 3) or output.size == 0:
-        raise ValueError(f"images must be (H, W) or (H, W, C) and not empty, got shape {output.shape}")
+        raise ValueError(f"images must be (H, W) or (H, W, C) and not empty; got shape {output.shape}")
     if not data_range > 0:
-        raise ValueError(f"data_range must be positive, got {data_range}")
+        raise ValueError(f"data_range must be positive; got {data_range}")
     return output, target
 
 

@@ -42,7 +42,7 @@ class Protocol:
             ValueError: sigma is negative or not finite.
         """
         if not 0 <= sigma < float("inf"):
-            raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
+            raise ValueError(f"sigma must be finite and at least 0; got {sigma}")
         noisy = np.float32(image) + np.random.RandomState(SEED).normal(0, sigma / 255, np.shape(image))
         return (np.clip(noisy, 0, 1) if self.clip_noise else noisy).astype(np.float32)
 
@@ -53,7 +53,7 @@ class Protocol:
             ValueError: the shapes differ, the output holds NaN, or crop leaves less than SSIM needs.
         """
         if np.isnan(output).any():
-            raise ValueError("output holds NaN")
+            raise ValueError(f"output must be finite or infinite; got {int(np.isnan(output).sum())} NaN")
         output = 255 * np.clip(np.asarray(output, dtype=np.float64), 0, 1)
         return self._score(np.rint(output) if self.round_to_8_bits else output, target, crop)
 
@@ -65,9 +65,9 @@ class Protocol:
         target = 255 * np.asarray(target, dtype=np.float64)
         target = np.rint(target) if self.round_to_8_bits else target
         if image.shape != target.shape:
-            raise ValueError(f"image and target must have the same shape, got {image.shape} and {target.shape}")
+            raise ValueError(f"image and target must have the same shape; got {image.shape} and {target.shape}")
         if crop < 0 or 2 * crop >= min(target.shape[:2]):
-            raise ValueError(f"crop must be at least 0 and leave some of {target.shape[:2]}, got {crop}")
+            raise ValueError(f"crop must be at least 0 and leave some of {target.shape[:2]}; got {crop}")
         inner = (slice(crop, target.shape[0] - crop), slice(crop, target.shape[1] - crop))
         planes = self.plane(image)[inner], self.plane(target)[inner]
         return psnr(*planes, data_range=255), ssim(*planes, data_range=255)

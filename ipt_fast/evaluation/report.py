@@ -39,7 +39,7 @@ def read_csv(path: str | Path) -> bytes:
     path = Path(path)
     content = path.read_bytes() if path.exists() else b""
     if content and content.splitlines()[0] != ",".join(CSV_COLUMNS).encode():
-        raise ValueError(f"{path} has other columns than {','.join(CSV_COLUMNS)}; give another file")
+        raise ValueError(f"{path} must have the columns {','.join(CSV_COLUMNS)}; got others, give another file")
     return content
 
 

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..data.degradations import imresize
-from ..data.io import IMAGE_SUFFIXES, is_image_file, read_image
+from ..data.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # an "as" marks names that are kept for older imports
+from ..data.files import is_image_file as is_image_file
+from ..data.files import list_images
+from ..data.io import read_image
+from ..data.resize import imresize as imresize
+from ..data.resize import resized, shrunk
 from .protocols import get_protocol
 
 FIGURES = ("psnr_input", "psnr_output", "ssim_input", "ssim_output")
@@ -87,15 +90,19 @@ def evaluate(
     """
     chosen = get_protocol(protocol)
     if [sigma, target, scale].count(None) != 2:
-        raise ValueError("give either sigma (noise is added to clean images), target (a paired set) or scale")
+        given = {"sigma": sigma, "target": target, "scale": scale}
+        raise ValueError(
+            "exactly one of sigma (noise is added to clean images), target (a paired set) and scale must be given; got "
+            + (", ".join(f"{name}={value}" for name, value in given.items() if value is not None) or "none")
+        )
     if scale is not None and (type(scale) is not int or scale < 2):
-        raise ValueError(f"scale must be an int of at least 2, got {scale!r}")
+        raise ValueError(f"scale must be an int of at least 2; got {scale!r}")
     if sigma is not None and not 0 < sigma < float("inf"):
-        raise ValueError(f"sigma must be positive and finite, got {sigma}")
+        raise ValueError(f"sigma must be positive and finite; got {sigma}")
     if crop < 0:
-        raise ValueError(f"crop must be at least 0, got {crop}")
+        raise ValueError(f"crop must be at least 0; got {crop}")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
+        raise ValueError(f"limit must be at least 1; got {limit}")
     paths = list_images(folder)[:limit]
     targets = {} if target is None else {path.stem: path for path in list_images(target)}
 
@@ -123,34 +130,6 @@ def evaluate(
     folder = Path(folder).resolve()
     dataset = folder.name if target is None else f"{folder.parent.name}/{folder.name}"  # often just "input"
     return Evaluation(dataset, protocol, sigma, tuple(scores), tuple(failures))
-
-
-def resized(image: np.ndarray, scale: float) -> np.ndarray:
-    """(H, W, C) as :func:`ipt_fast.data.degradations.imresize` resizes it, float64."""
-    channels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float64)).permute(2, 0, 1)
-    return imresize(channels, scale).permute(1, 2, 0).numpy()
-
-
-def shrunk(image: np.ndarray, scale: int) -> np.ndarray:
-    """(H, W, C) in [0, 1] as the input of super-resolution: bicubic, clipped and rounded to 8 bits."""
-    if 0 in image.shape:
-        raise ValueError(f"the image is smaller than the scale {scale}")
-    return np.rint(255 * np.clip(resized(image, 1 / scale), 0, 1)) / 255
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """The image files of a folder but not the hidden ones, sorted by name.
-
-    Raises:
-        ValueError: it is no folder or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
-    paths = sorted(path for path in folder.iterdir() if is_image_file(path))
-    if not paths:
-        raise ValueError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
-    return paths
 
 
 def read_float(path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import _extension
 from .._precision import usable_dtype
 from ..data import io as io
-from ..data.degradations import imresize as imresize
+from ..data.resize import imresize as imresize
 from ..models.contract import Contract, describe
 from ..modules.feed_forward import reason_against_merging
 from ..modules.padding import crop, pad_to_size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import io
-from ..data.degradations import imresize
+from ..data.resize import imresize
 
 ImageT = TypeVar("ImageT", PIL.Image.Image, np.ndarray, Tensor)
 Back = Callable[[Tensor], Any]  # from a restored batch to an image of the kind that was given

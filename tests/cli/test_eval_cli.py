@@ -107,8 +107,8 @@ def test_one_bad_file(model, photos, capsys):
     [
         ([], "--data must have either --sigma"),
         (["--sigma", "25", "--target", "x"], "--data must have either --sigma"),
-        (["--sigma", "-5"], "sigma must be positive and finite, got -5"),
-        (["--sigma", "25", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["--sigma", "-5"], "sigma must be positive and finite; got -5"),
+        (["--sigma", "25", "--limit", "0"], "limit must be at least 1; got 0"),
         (["--sigma", "25", "--tile", "3"], "tile must be"),
         (["--sigma", "25", "--device", "moon"], "device must be usable; got moon"),
         (
@@ -117,7 +117,7 @@ def test_one_bad_file(model, photos, capsys):
         ),
         (["--sigma", "25", "--protocol", "psnr"], "invalid choice: 'psnr'"),
         (["--sigma", "25", "--model", "unknown"], "unknown"),
-        (["--sigma", "25", "--data", "nowhere"], "no such folder: nowhere"),
+        (["--sigma", "25", "--data", "nowhere"], "folder must exist; got nowhere"),
         (["--sigma", "25", "--backend", "triton"], "backend 'triton' cannot run"),
     ],
 )

@@ -9,7 +9,7 @@ from PIL import Image
 
 import ipt_fast
 from ipt_fast.cli import main
-from ipt_fast.data.degradations import imresize
+from ipt_fast.data.resize import imresize
 from ipt_fast.evaluation.metrics import psnr
 from ipt_fast.evaluation.runner import evaluate
 from ipt_fast.models import open_model

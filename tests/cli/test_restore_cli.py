@@ -290,8 +290,8 @@ def test_unwritable_folder_is_told_before_any_work(run, photos, tmp_path, capsys
     "arguments, message",
     [
         (["{photos}", "{out}.png"], "OUT must be a folder for several images"),
-        (["{photos}/none*.png", "{out}"], "IN must be an image, a folder of images or a pattern"),
-        (["{photos}/none.png", "{out}"], "IN must be an image, a folder of images or a pattern"),
+        (["{photos}/none*.png", "{out}"], "images must be a file, a folder or a pattern"),
+        (["{photos}/none.png", "{out}"], "images must be a file, a folder or a pattern"),
         (["{photos}", "{out}", "--target", "{photos}/none"], "--target must be an image or a folder of images"),
         (["{photos}", "{out}", "--target", "{photos}/gray.jpg"], "--target must be a folder for several images"),
         (["{photos}", "{out}", "--noise", "5", "--target", "{photos}"], "--target must be left out with --noise"),

@@ -100,9 +100,9 @@ def test_threads(main, arguments):
     "option, message",
     [
         (["--threads", "0"], "threads"),
-        (["--patch", "25"], "patch_size 25 is larger"),
+        (["--patch", "25"], "got 25 and"),
         (["--patch", "8", "16"], "one value for each stage"),
-        (["--data", "nowhere"], "no such folder: nowhere"),
+        (["--data", "nowhere"], "folder must exist; got nowhere"),
         (["--model", "no_such_model"], "no_such_model"),
         (["--model-config", '{"widht": 8}'], "widht"),
         (["--resume"], "must be a file of a training run to resume"),

@@ -57,14 +57,14 @@ def test_images_over_the_budget_are_read_on_demand(folder):
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(ValueError, match="folder must exist; got .*nowhere"):
         ImageFolder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="folder must hold images"):
         ImageFolder(tmp_path)
 
 
 def test_bad_channels(folder):
-    with pytest.raises(ValueError, match="channels must be 1 or 3, got 6"):
+    with pytest.raises(ValueError, match="channels must be 1 or 3; got 6"):
         ImageFolder(folder, channels=6)
 
 
@@ -85,7 +85,7 @@ def test_truncated_files_are_named(tmp_path, suffix, kept):
 def test_sixteen_bits_are_refused(tmp_path, suffix, channels, budget):
     pytest.importorskip("cv2")
     io.write_image(tmp_path / f"deep.{suffix}", io.Image(np.zeros((8, 8, channels), np.uint16)))
-    with pytest.raises(ValueError, match=f"8 bits.*deep.{suffix} has 16"):
+    with pytest.raises(ValueError, match=f"8 bits; got 16 in .*deep.{suffix}"):
         ImageFolder(tmp_path, memory_budget=budget)
 
 
@@ -151,5 +151,5 @@ def test_noise_levels_cover_the_range(folder):
 
 def test_patch_larger_than_an_image(folder):
     NoisyPatches(ImageFolder(folder), 30, (5, 50))
-    with pytest.raises(ValueError, match=r"patch_size 31 .*b.BMP \(60x30"):
+    with pytest.raises(ValueError, match=r"patch_size must be .*; got 31 and .*b.BMP of 60x30"):
         NoisyPatches(ImageFolder(folder), 31, (5, 50))

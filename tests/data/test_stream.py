@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ipt_fast.data import io as files
 from ipt_fast.data.dataset import TaskPatches
-from ipt_fast.data.degradations import imresize
+from ipt_fast.data.io import read_image, write_image
+from ipt_fast.data.resize import imresize
 from ipt_fast.data.stream import ImageStream
 
 TASKS = {"sr_x2": 2, "derain": 1, "denoise30": 1}
@@ -51,28 +53,86 @@ def test_files_and_shards(folder):
 
 
 def test_bad_sources(tmp_path, folder):
-    with pytest.raises(ValueError, match="there is no folder and no .tar file at"):
+    with pytest.raises(ValueError, match="source must be a folder or a .tar file; got"):
         ImageStream(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="source must hold images"):
         ImageStream(tmp_path / "empty")
     (tmp_path / "empty/broken.tar").write_bytes(b"no archive" * 100)
     with pytest.raises(ValueError, match=r"cannot read the shard .*broken.tar"):
         ImageStream(tmp_path / "empty")
     (folder / "sub/b.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"cannot read the image in .*b.png"):
+    with pytest.raises(ValueError, match=r"cannot read image .*b.png"):
         ImageStream(folder / "sub")[0]
 
 
-def test_upright_and_8_bits(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    Image.fromarray(pixels(0)).save(tmp_path / "a.png", exif=exif)
-    Image.fromarray(np.full((4, 4), 60000, np.uint16)).save(tmp_path / "b.png")
+def test_upright(tmp_path):
+    for orientation in range(1, 9):  # in a stream as data/io reads it
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels(0)).save(tmp_path / f"{orientation}.png", exif=exif)
     stream = ImageStream(tmp_path)
-    assert np.array_equal(stream[0].permute(1, 2, 0).numpy(), np.rot90(pixels(0), -1))
-    with pytest.raises(ValueError, match="training images must have 8 bits, its mode is I;16"):
-        stream[1]
+    for index in range(8):
+        expected = read_image(tmp_path / f"{index + 1}.png").pixels
+        assert np.array_equal(stream[index].permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(stream[5].permute(1, 2, 0).numpy(), np.rot90(pixels(0), -1))
+
+
+def save_16_bit(path):
+    write_image(path, files.Image(np.full((4, 5, 3), 60000, np.uint16)))
+
+
+def save_16_bit_gray(path):
+    Image.fromarray(np.full((4, 4), 60000, np.uint16)).save(path)
+
+
+def save_pages(path):
+    Image.fromarray(pixels(0)).save(path, save_all=True, append_images=[Image.fromarray(pixels(1))])
+
+
+def save_cmyk(path):
+    Image.fromarray(pixels(0)).convert("CMYK").save(path)
+
+
+@pytest.mark.parametrize("in_shard", [False, True])
+@pytest.mark.parametrize(
+    ("name", "save", "reason"),
+    [
+        ("a.png", save_16_bit, "training images must have 8 bits; got 16"),
+        ("a.tif", save_16_bit, "training images must have 8 bits; got 16"),
+        ("a.png", save_16_bit_gray, "training images must have 8 bits; got 16"),
+        ("a.tif", save_16_bit_gray, "training images must have 8 bits; got 16"),
+        ("a.tif", save_pages, "it must have one frame or page; got 2"),
+        ("a.png", save_pages, "it must have one frame or page; got 2"),
+        ("a.webp", save_pages, "it must have one frame or page; got 2"),
+        ("a.jpg", save_cmyk, "its mode must be .*; got CMYK"),
+        ("a.tif", save_cmyk, "its mode must be .*; got CMYK"),
+    ],
+)
+def test_wrong_kinds_are_refused(tmp_path, name, save, reason, in_shard):
+    path = tmp_path / name
+    save(path)
+    place = name
+    if in_shard:
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            archive.add(path, name)
+        path.unlink()
+        place = r"shard.tar, at byte \d+"
+    with pytest.raises(ValueError, match=f"cannot read image .*{place}: {reason}"):
+        ImageStream(tmp_path)[0]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA"])
+def test_ordinary_kinds_become_rgb(tmp_path, mode):
+    image = Image.fromarray(pixels(0)).convert("L" if mode == "LA" else "RGB").convert(mode.replace("PA", "P"))
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(pixels(1)[:, :, 0]))
+    suffix, options = ("png", {"transparency": 3}) if mode == "PA" else ("tif", {})
+    image.save(tmp_path / f"a.{suffix}", **options)
+    expected = np.array(Image.open(tmp_path / f"a.{suffix}").convert("RGB"))  # Pillow drops alpha here
+    got = ImageStream(tmp_path)[0]
+    assert got.dtype == torch.uint8 and got.stride() == (1, 3 * 44, 3)
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), expected)
 
 
 def test_patches_are_of_one_task_a_batch(folder):
@@ -110,5 +170,5 @@ def test_images_that_are_too_small_are_passed_over(folder):
     Image.fromarray(pixels(0, (20, 20))).save(folder / "a.png")
     patches = TaskPatches(ImageStream(folder), 20, {"sr_x2": 2}, batch_size=1)
     assert all(patches[i][1].shape == (3, 40, 40) for i in range(20))
-    with pytest.raises(ValueError, match="100 images in a row are smaller than the 90 pixels a side that sr_x2 needs"):
+    with pytest.raises(ValueError, match="at least 90 pixels a side for sr_x2; got 100 smaller ones in a row"):
         TaskPatches(ImageStream(folder), 45, {"sr_x2": 2}, batch_size=1)[0]

@@ -87,9 +87,9 @@ def test_luma_of_gray_is_the_image():
 @pytest.mark.parametrize("metric", [psnr, ssim])
 def test_bad_input(metric):
     good = image(12, 12)
-    with pytest.raises(ValueError, match=r"same shape, got \(12, 12\) and \(12, 11\)"):
+    with pytest.raises(ValueError, match=r"same shape; got \(12, 12\) and \(12, 11\)"):
         metric(good, good[:, :11], data_range=1)
-    with pytest.raises(ValueError, match="data_range must be positive, got 0"):
+    with pytest.raises(ValueError, match="data_range must be positive; got 0"):
         metric(good, good, data_range=0)
     with pytest.raises(ValueError, match="not empty"):
         metric(good[:0], good[:0], data_range=1)
@@ -98,7 +98,7 @@ def test_bad_input(metric):
 
 
 def test_bad_shapes():
-    with pytest.raises(ValueError, match="at least 11x11 pixels, got 10x30"):
+    with pytest.raises(ValueError, match="at least 11x11 pixels for SSIM; got 10x30"):
         ssim(image(10, 30), image(10, 30), data_range=1)
-    with pytest.raises(ValueError, match=r"\(H, W, 3\), got shape \(4, 4, 2\)"):
+    with pytest.raises(ValueError, match=r"\(H, W, 3\); got shape \(4, 4, 2\)"):
         rgb_to_y(image(4, 4, 2), BT601, 255)

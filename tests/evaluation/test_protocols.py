@@ -123,7 +123,7 @@ def test_psnr_of_noise_is_its_level():
 def test_bad_input():
     with pytest.raises(ValueError, match="one of rgb, ipt-y, basicsr-y, matlab-y; got 'y'"):
         get_protocol("y")
-    with pytest.raises(ValueError, match="sigma must be finite and at least 0, got -1"):
+    with pytest.raises(ValueError, match="sigma must be finite and at least 0; got -1"):
         get_protocol("rgb").add_noise(colour(), -1)
     with pytest.raises(ValueError, match="same shape"):
         get_protocol("rgb").score_output(colour()[1:], colour())

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks import results
+from ipt_fast.data.files import list_images
 from ipt_fast.evaluation.protocols import PROTOCOLS, get_protocol
 from ipt_fast.evaluation.report import CSV_COLUMNS, append_csv, cpu_name, environment, format_table, write_json
-from ipt_fast.evaluation.runner import Evaluation, ImageScore, evaluate, list_images, read_float
+from ipt_fast.evaluation.runner import Evaluation, ImageScore, evaluate, read_float
 
 
 def identity(image):
@@ -114,7 +115,7 @@ def test_bad_files_are_reported_and_the_others_go_on(tmp_path):
     assert "damaged.png" in reasons["damaged.png"]
     assert "no image of that name" in reasons["lonely.png"]
     assert "(20, 26, 3) and (20, 25, 3)" in reasons["other_size.png"]
-    assert "at least 11x11 pixels, got 8x30" in reasons["small.png"]
+    assert "at least 11x11 pixels for SSIM; got 8x30" in reasons["small.png"]
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no memory is left"), MemoryError()])
@@ -137,7 +138,7 @@ def test_hidden_files_and_folders_are_no_images(folder):
     (folder / "album.png").mkdir()
     assert list_images(folder) == expected
     (folder / "album.png" / ".x.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="folder must hold images"):
         list_images(folder / "album.png")
 
 
@@ -145,12 +146,12 @@ def test_hidden_files_and_folders_are_no_images(folder):
     ("change", "message"),
     [
         ({"protocol": "psnr"}, "protocol must be one of rgb"),
-        ({"sigma": None}, "give either sigma"),
-        ({"target": "somewhere"}, "give either sigma"),
-        ({"sigma": 0}, "sigma must be positive and finite, got 0"),
+        ({"sigma": None}, "exactly one of sigma"),
+        ({"target": "somewhere"}, "exactly one of sigma"),
+        ({"sigma": 0}, "sigma must be positive and finite; got 0"),
         ({"sigma": float("nan")}, "sigma must be positive"),
-        ({"crop": -1}, "crop must be at least 0, got -1"),
-        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"crop": -1}, "crop must be at least 0; got -1"),
+        ({"limit": 0}, "limit must be at least 1; got 0"),
     ],
 )
 def test_bad_arguments(folder, change, message):
@@ -159,9 +160,9 @@ def test_bad_arguments(folder, change, message):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="folder must exist"):
         evaluate(identity, tmp_path / "nowhere", sigma=25)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="folder must hold images"):
         evaluate(identity, tmp_path, sigma=25)
 
 
@@ -200,7 +201,7 @@ def test_earlier_csv_rows_keep_their_bytes(tmp_path):
 def test_a_csv_file_of_another_kind_is_left_alone(tmp_path, content):
     path = tmp_path / "results.csv"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"results.csv has other columns than {','.join(CSV_COLUMNS)}"):
+    with pytest.raises(ValueError, match=f"results.csv must have the columns {','.join(CSV_COLUMNS)}; got others"):
         append_csv(path, "tiny", [an_evaluation()])
     assert path.read_bytes() == content
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ipt_fast
-from ipt_fast.data.degradations import degrade, imresize
+from ipt_fast.data.degradations import degrade
+from ipt_fast.data.resize import imresize
 from ipt_fast.evaluation.metrics import psnr
 from ipt_fast.evaluation.protocols import get_protocol
 from ipt_fast.inference import Restorer
