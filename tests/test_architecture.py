@@ -38,20 +38,15 @@ def files():
         yield path, path.relative_to(REPOSITORY).parts
 
 
-def part_of(names):
-    """The part of ipt_fast to which a module belongs, given by its names from ipt_fast on."""
-    return names[0] if names else ""
-
-
 def imports_of(path, parts):
-    """(line, names from ipt_fast on) of everything that a file imports from ipt_fast, also inside functions."""
+    """(line, part of ipt_fast) of everything that a file imports from it, also inside functions; "" is the package."""
     package = list(parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 top, *names = alias.name.split(".")
                 if top == "ipt_fast":
-                    yield node.lineno, names
+                    yield node.lineno, names[0] if names else ""
         elif isinstance(node, ast.ImportFrom):
             names = node.module.split(".") if node.module else []
             if node.level:
@@ -61,17 +56,16 @@ def imports_of(path, parts):
             else:
                 continue
             for alias in node.names:
-                found = [*base, *names]
                 # From the package itself come its parts, or names that it defines.
-                yield node.lineno, found or ([alias.name] if alias.name in MAY_IMPORT else [])
+                found = [*base, *names, alias.name if alias.name in MAY_IMPORT else ""]
+                yield node.lineno, found[0]
 
 
 def test_nothing_imports_what_stands_above_it():
     wrong = []
     for path, parts in files():
         part = "" if parts == ("__init__.py",) else parts[0].removesuffix(".py")
-        for line, names in imports_of(path, parts):
-            other = part_of(names)
+        for line, other in imports_of(path, parts):
             if other != part and other not in MAY_IMPORT[part] | SHARED:
                 wrong.append(f"{'/'.join(parts)}:{line} imports {other or 'ipt_fast itself'}")
     assert wrong == []
@@ -82,7 +76,7 @@ def test_the_test_sees_an_arrow_upwards(tmp_path):
     file.write_text(
         "import ipt_fast.cli.train\ndef f():\n    from ...models import ipt\n    from ... import inference\n"
     )
-    found = [part_of(names) for _, names in imports_of(file, ("ops", "deep", "one.py"))]
+    found = [part for _, part in imports_of(file, ("ops", "deep", "one.py"))]
     assert found == ["cli", "models", "inference"]
 
 
