@@ -49,6 +49,13 @@ tiles of `kernels/configs`, and "triton" is Triton with default tiles. A dash wa
 how the check works and what the bounds are.
 """
 
+QUALITY_NOTES = """\
+The day and the commit of these rows were not recorded. The weights ship with the package, so `ipt-fast eval` gives the
+same figures again ([restoring.md](restoring.md#measuring)).
+
+`ipt_v2_tiny`: mean PSNR and SSIM in RGB, noise not clipped.
+"""
+
 
 def headline_rows():
     """What README shows: [(kind, case, dtype, direction, milliseconds of the best rival, its name, of ipt_fast)]."""
@@ -122,7 +129,7 @@ def page():
         parts += [f"## {kind}\n", GPU_NOTES, "### Models\n", table.gpu_models(models[kind]), ""]
         parts += ["### Operators\n", table.gpu_operators(kernels[kind]), ""]
         parts += ["### Launches beside their bounds\n", table.gpu_launches(kernels[kind]), ""]
-    parts += ["## Quality of the models that ship\n", "`ipt_v2_tiny`: mean PSNR and SSIM in RGB, noise not clipped.\n"]
+    parts += ["## Quality of the models that ship\n", QUALITY_NOTES]
     parts += [
         table.denoising(),
         "",

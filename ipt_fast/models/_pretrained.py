@@ -77,8 +77,8 @@ class PretrainedModel(Fusable):
         """A twin in plain PyTorch with copies of the same weights, for export to other runtimes.
 
         It computes the papers' formulas by PyTorch's own operations, module by module: `torch.export`, `torch.onnx` and
-        what reads their files know all of them. Sizes may stay dynamic, see docs/models.md. Its state dict is the
-        model's.
+        what reads their files know all of them. Sizes may stay dynamic, see docs/changing_and_exporting.md. Its state
+        dict is the model's.
         """
         twin = copy.deepcopy(self)
         for module in twin.modules():
