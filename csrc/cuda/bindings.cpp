@@ -24,8 +24,8 @@ void check_aligned(const Tensor& x, const char* name) {
 
 void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
     const torch::headeronly::IntHeaderOnlyArrayRef expected(shape.begin(), shape.size());
-    STD_TORCH_CHECK(t.sizes() == expected, name, " has shape ", shape_text(t.sizes()), ", expected ",
-                    shape_text(expected));
+    STD_TORCH_CHECK(t.sizes() == expected, name, " must have shape ", shape_text(expected), "; got ",
+                    shape_text(t.sizes()));
     STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
     check_aligned(t, name);
 }
@@ -66,11 +66,11 @@ void check_float(const Tensor& x, const char* name) {
 }
 
 void check_image(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 4, name, " has ", x.dim(), " dimensions, expected 4: (B, C, H, W)");
+    STD_TORCH_CHECK(x.dim() == 4, name, " must be (B, C, H, W); got ", x.dim(), " dimensions");
     check_float(x, name);
     const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-    STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, name, " has shape ", shape_text(x.sizes()),
-                    ", expected at least one channel, row and column");
+    STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, name, " must have at least one channel, row and column; got shape ",
+                    shape_text(x.sizes()));
     STD_TORCH_CHECK(x.stride(0) == c * h * w && x.stride(1) == 1 && x.stride(2) == c * w && x.stride(3) == c, name,
                     " must be channels-last");
     check_aligned(x, name);

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t kSplitTokens = 1024;  // of a block of the map for each thread block, while these are at most
 constexpr int64_t kMostSplits = 128;
+constexpr int64_t kMostWindow = 1 << 14;  // as in ipt_fast/ops/_cuda.py
+constexpr int64_t kMostRows = 1 << 24;    // and columns, and images
 
 FocalAxis axis(int64_t size, int64_t window) {
     const Axis cut = Axis::windows_of(size, window, 2);
@@ -27,13 +29,16 @@ Tensor focal_attention_layer_forward(Tensor x, Tensor norm_weight, OptionalTenso
                                      int64_t window_size, double eps, bool centered, bool tf32) {
     check_image(x, "x");
     const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
-    STD_TORCH_CHECK(channels == 32 || channels == 48 || channels == 64 || channels == 96, "x has ", channels,
-                    " channels, the kernel takes 32, 48, 64 or 96");
-    STD_TORCH_CHECK(num_heads > 0 && channels % num_heads == 0, "num_heads must divide the channels of x");
+    STD_TORCH_CHECK(channels == 32 || channels == 48 || channels == 64 || channels == 96,
+                    "x must have 32, 48, 64 or 96 channels; got ", channels);
+    STD_TORCH_CHECK(num_heads > 0 && channels % num_heads == 0, "num_heads must divide the ", channels,
+                    " channels of x; got ", num_heads);
     const int64_t depth = channels / num_heads;
-    STD_TORCH_CHECK(focal_layer_takes(channels, depth), "heads have ", depth, " channels, the kernel takes 32 or 48");
-    STD_TORCH_CHECK(window_size > 0 && window_size <= 1 << 14, "window_size must be from 1 to ", 1 << 14);
-    STD_TORCH_CHECK(height <= 1 << 24 && width <= 1 << 24 && x.size(0) <= 1 << 24, "x is too large");
+    STD_TORCH_CHECK(focal_layer_takes(channels, depth), "heads must have 32 or 48 channels; got ", depth);
+    STD_TORCH_CHECK(window_size > 0 && window_size <= kMostWindow, "window_size must be from 1 to ", kMostWindow,
+                    "; got ", window_size);
+    STD_TORCH_CHECK(height <= kMostRows && width <= kMostRows && x.size(0) <= kMostRows, "x must have at most ",
+                    kMostRows, " images, rows and columns; got ", x.size(0), " of ", height, " x ", width);
     check_small(norm_weight, "norm_weight", {channels}, x, norm_weight);
     if (norm_bias.has_value()) {
         check_small(*norm_bias, "norm_bias", {channels}, x, norm_weight);
@@ -75,8 +80,8 @@ Tensor focal_attention_layer_forward(Tensor x, Tensor norm_weight, OptionalTenso
     p.tf32 = tf32;
     const int64_t slots = focal_blocks(p) * num_heads * focal_slot((int)depth);
     // Before any of it is counted in 32 bits.
-    STD_TORCH_CHECK(focal_blocks(p) * num_heads <= INT32_MAX && focal_matrices(p) <= INT32_MAX,
-                    "x has too many windows");
+    STD_TORCH_CHECK(focal_blocks(p) * num_heads <= INT32_MAX && focal_matrices(p) <= INT32_MAX, "x must need at most ",
+                    INT32_MAX, " attention matrices; got ", focal_matrices(p));
     // Two values of 16 bits, or one, to a float; the slots are multiples of 16 bytes.
     const int64_t matrices = focal_matrices(p) * depth * depth;
     const int64_t attention = x.scalar_type() == ScalarType::Float ? matrices : matrices / 2;

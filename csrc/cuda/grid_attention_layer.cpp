@@ -10,11 +10,11 @@ Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor nor
                                 double eps, bool centered, bool tf32) {
     check_image(x, "x");
     const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
-    STD_TORCH_CHECK(channels == 32 || channels == 48 || channels == 64 || channels == 96, "x has ", channels,
-                    " channels, the kernel takes 32, 48, 64 or 96");
-    STD_TORCH_CHECK(num_heads > 0 && (num_heads * 32 == channels || num_heads * 48 == channels), "x has ", channels,
-                    " channels in ", num_heads, " heads, the kernel takes heads of 32 or 48");
-    STD_TORCH_CHECK(grid_size > 0, "grid_size must be positive");
+    STD_TORCH_CHECK(channels == 32 || channels == 48 || channels == 64 || channels == 96,
+                    "x must have 32, 48, 64 or 96 channels; got ", channels);
+    STD_TORCH_CHECK(num_heads > 0 && (num_heads * 32 == channels || num_heads * 48 == channels),
+                    "num_heads must make heads of 32 or 48 channels of ", channels, "; got ", num_heads);
+    STD_TORCH_CHECK(grid_size > 0, "grid_size must be at least 1; got ", grid_size);
     check_small(norm_weight, "norm_weight", {channels}, x, norm_weight);
     check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x);
     check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x);
@@ -28,11 +28,10 @@ Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor nor
     const Lattice lattice = {height, width, grid_size};
     const int64_t groups = x.size(0) * group_count(lattice);
     const Lattices lattices = lattices_of(lattice);
-    STD_TORCH_CHECK(lattices.rows <= kMostLatticePoints && lattices.columns <= kMostLatticePoints, "a group has ",
-                    lattices.rows, " x ", lattices.columns, " pixels, the kernel takes at most ", kMostLatticePoints,
-                    " x ", kMostLatticePoints);
+    STD_TORCH_CHECK(lattices.rows <= kMostLatticePoints && lattices.columns <= kMostLatticePoints,
+                    "grid_size must be at most ", kMostLatticePoints, "; got ", grid_size);
     STD_TORCH_CHECK(height <= INT32_MAX / 2 && width <= INT32_MAX / 2 && groups <= INT32_MAX / 4,
-                    "x is too large for one launch");
+                    "x must fit one launch; got ", x.size(0), " images of ", height, " x ", width);
     check_device({&x, &norm_weight, &qkv_weight, &project_weight, norm_bias.has_value() ? &*norm_bias : &x,
                   bias_table.has_value() ? &*bias_table : &x});
 

@@ -11,14 +11,16 @@ Tensor run(const Tensor& x, const OptionalTensor& norm_weight, const OptionalTen
            bool centered, bool tf32) {
     check_image(x, "x");
     const int64_t channels = x.size(1);
-    STD_TORCH_CHECK(channels == 32 || channels == 48 || channels == 64 || channels == 96, "x has ", channels,
-                    " channels, the kernel takes 32, 48, 64 or 96");
-    STD_TORCH_CHECK(x.size(2) <= INT32_MAX && x.size(3) <= INT32_MAX, "x is too high or too wide");
-    STD_TORCH_CHECK(expand_weight.dim() == 4, "expand_weight must be a pointwise weight");
+    STD_TORCH_CHECK(channels == 32 || channels == 48 || channels == 64 || channels == 96,
+                    "x must have 32, 48, 64 or 96 channels; got ", channels);
+    STD_TORCH_CHECK(x.size(2) <= INT32_MAX && x.size(3) <= INT32_MAX, "x must have at most ", INT32_MAX,
+                    " rows and columns; got ", x.size(2), " x ", x.size(3));
+    STD_TORCH_CHECK(expand_weight.dim() == 4, "expand_weight must be (M, C, 1, 1); got ", expand_weight.dim(),
+                    " dimensions");
     const int64_t hidden = expand_weight.size(0);
     STD_TORCH_CHECK(hidden > 0 && hidden % kLeffnHiddenStep == 0 && hidden <= INT32_MAX / channels,
-                    "expand_weight makes ", hidden, " channels, the kernel takes multiples of ", kLeffnHiddenStep,
-                    " up to ", INT32_MAX / channels);
+                    "expand_weight must have a multiple of ", kLeffnHiddenStep, " outputs, at most ",
+                    INT32_MAX / channels, "; got ", hidden);
     check_tensor(expand_weight, "expand_weight", {hidden, channels, 1, 1}, x);
     check_tensor(depthwise_weight, "depthwise_weight", {hidden, 1, 5, 5}, x);
     check_tensor(project_weight, "project_weight", {channels, hidden, 1, 1}, x);

@@ -9,14 +9,15 @@ namespace {
 
 void check_pair(const Tensor& first, const Tensor& second) {
     check_float(first, "first");
-    STD_TORCH_CHECK(first.dim() == 4 && second.dim() == 4, "first and second must be pointwise weights");
+    STD_TORCH_CHECK(first.dim() == 4 && second.dim() == 4, "first and second must be pointwise weights; got ",
+                    first.dim(), " and ", second.dim(), " dimensions");
     check_tensor(first, "first", {second.size(1), first.size(1), 1, 1}, first);
     check_tensor(second, "second", {second.size(0), first.size(0), 1, 1}, first);
 }
 
 void check_triple(const Tensor& k5, const Tensor& k3, const Tensor& k1) {
     check_float(k5, "k5");
-    STD_TORCH_CHECK(k5.dim() == 4, "k5 must be a depthwise weight");
+    STD_TORCH_CHECK(k5.dim() == 4, "k5 must be a depthwise weight; got ", k5.dim(), " dimensions");
     check_tensor(k5, "k5", {k5.size(0), 1, 5, 5}, k5);
     check_tensor(k3, "k3", {k5.size(0), 1, 3, 3}, k5);
     check_tensor(k1, "k1", {k5.size(0), 1, 1, 1}, k5);

@@ -28,9 +28,8 @@ def forward_errors(operator, tensors, options, got):
 
 def test_every_operator_is_called_here():
     """Only a call tells whether a function of the library has the arguments of its operator's schema."""
-    assert {name for name, operator in OPERATORS.items() if "cuda" in operator.kernels} == {
-        CALLS[call][0] for call, *_ in SIZES.values()
-    }
+    defined = {name for name in OPERATORS if hasattr(torch.ops.ipt_fast_cuda, name)}
+    assert defined == {CALLS[call][0] for call, *_ in SIZES.values()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])

@@ -155,8 +155,8 @@ def test_it_loads_without_a_gpu_and_refuses_bad_arguments(library):
         "mixed": "must have the dtype of the first tensor",
         "small": "norm_weight must be float32 or have the dtype of the first tensor",
         "alike": "norm_bias must have the dtype of the other small parameters",
-        "shape": "has shape (32, 1, 5, 5), expected (64, 1, 5, 5)",
-        "pairs": "first has shape (64, 32, 1, 1), expected (32, 32, 1, 1)",
+        "shape": "depthwise_weight must have shape (64, 1, 5, 5); got (32, 1, 5, 5)",
+        "pairs": "first must have shape (32, 32, 1, 1); got (64, 32, 1, 1)",
         "doubles": "first must be float32, bfloat16 or float16",
         "flags": "k5 must be float32, bfloat16 or float16",
     }.items():
