@@ -48,24 +48,36 @@ inline __attribute__((always_inline)) void with_width(int64_t vectors, const Bod
     return body(Constant<most>{});
 }
 
-// The left operand of a product: element (i, k) is data[i * row_stride + k * depth_stride], so that it may as well be a
-// transposed matrix.
-struct LeftOperand {
-    const float* data;
-    int64_t rows, depth;
-    int64_t row_stride, depth_stride;
+// Rows of a matrix without its extents.
+template <typename T>
+struct Rows {
+    T* data;
+    int64_t stride;
 
-    LeftOperand from(int64_t i, int64_t k) const {
-        return {data + i * row_stride + k * depth_stride, rows - i, depth - k, row_stride, depth_stride};
-    }
+    T* row(int64_t i) const { return data + i * stride; }
 };
 
-inline LeftOperand transposed(Matrix<const float> a) { return {a.data, a.columns, a.rows, 1, a.stride}; }
+// The left operand of a product as its rows, or as its columns where it is a transposed matrix: two types, so that the
+// compiler knows which of the strides is 1.
+struct LeftRows {
+    const float* data;
+    int64_t stride;
 
-// c (+)= a b for the first `rows` rows of a and c and `vectors` vectors of columns. What c holds is added to the
-// finished sums: a few short sums round less than one long one.
-template <int rows, int vectors>
-inline __attribute__((always_inline)) void tile(LeftOperand a, Matrix<const float> b, Matrix<float> c,
+    const float* at(int64_t i, int64_t k) const { return data + i * stride + k; }
+    LeftRows from(int64_t i, int64_t k) const { return {at(i, k), stride}; }
+};
+struct LeftColumns {
+    const float* data;
+    int64_t stride;
+
+    const float* at(int64_t i, int64_t k) const { return data + i + k * stride; }
+    LeftColumns from(int64_t i, int64_t k) const { return {at(i, k), stride}; }
+};
+
+// c (+)= a b for `rows` rows of a and c and `vectors` vectors of columns. What c holds is added to the finished sums: a
+// few short sums round less than one long one.
+template <int rows, int vectors, typename Left>
+inline __attribute__((always_inline)) void tile(int64_t depth, Left a, Rows<const float> b, Rows<float> c,
                                                 Accumulate accumulate) {
     Vec sums[rows][vectors];
 #pragma GCC unroll 16
@@ -75,7 +87,7 @@ inline __attribute__((always_inline)) void tile(LeftOperand a, Matrix<const floa
             sums[i][j] = Vec{};
         }
     }
-    for (int64_t k = 0; k < a.depth; ++k) {
+    for (int64_t k = 0; k < depth; ++k) {
         Vec right[vectors];
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; ++j) {
@@ -83,7 +95,7 @@ inline __attribute__((always_inline)) void tile(LeftOperand a, Matrix<const floa
         }
 #pragma GCC unroll 16
         for (int i = 0; i < rows; ++i) {
-            const Vec left = broadcast(a.data[i * a.row_stride + k * a.depth_stride]);
+            const Vec left = broadcast(*a.at(i, k));
 #pragma GCC unroll 4
             for (int j = 0; j < vectors; ++j) {
                 sums[i][j] = fma(left, right[j], sums[i][j]);
@@ -100,19 +112,19 @@ inline __attribute__((always_inline)) void tile(LeftOperand a, Matrix<const floa
     }
 }
 
-// The same for all rows of a.
-template <int vectors>
-void panel_product(LeftOperand a, Matrix<const float> b, Matrix<float> c, Accumulate accumulate) {
+// The same for any number of rows.
+template <int vectors, typename Left>
+void panel_product(int64_t rows, int64_t depth, Left a, Rows<const float> b, Rows<float> c, Accumulate accumulate) {
     constexpr int kRows = panel_rows(vectors);
     int64_t i = 0;
-    for (; i + kRows <= a.rows; i += kRows) {
-        tile<kRows, vectors>(a.from(i, 0), b, c.from(i, 0), accumulate);
+    for (; i + kRows <= rows; i += kRows) {
+        tile<kRows, vectors>(depth, a.from(i, 0), b, {c.row(i), c.stride}, accumulate);
     }
-    for (; i + 4 <= a.rows; i += 4) {
-        tile<4, vectors>(a.from(i, 0), b, c.from(i, 0), accumulate);
+    for (; i + 4 <= rows; i += 4) {
+        tile<4, vectors>(depth, a.from(i, 0), b, {c.row(i), c.stride}, accumulate);
     }
-    for (; i < a.rows; ++i) {
-        tile<1, vectors>(a.from(i, 0), b, c.from(i, 0), accumulate);
+    for (; i < rows; ++i) {
+        tile<1, vectors>(depth, a.from(i, 0), b, {c.row(i), c.stride}, accumulate);
     }
 }
 
@@ -120,34 +132,43 @@ void panel_product(LeftOperand a, Matrix<const float> b, Matrix<float> c, Accumu
 constexpr int64_t kDepthBlock = 128;
 
 // c (+)= a b, where b(panels, panel) is a panel's columns of b. Whole vectors of columns are read and written.
-template <typename B>
-inline void product_of(LeftOperand a, const B& b, Matrix<float> c, Accumulate accumulate) {
+template <typename Left, typename B>
+inline void product_of(int64_t depth, Left a, const B& b, Matrix<float> c, Accumulate accumulate) {
     const Panels panels(c.columns);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
-        const Matrix<const float> right = b(panels, panel);
-        const Matrix<float> target = c.from(0, panels.first(panel) * kLanes);
+        const Rows<const float> right = b(panels, panel);
+        const Rows<float> target{c.data + panels.first(panel) * kLanes, c.stride};
         with_width(panels.width(panel), [&](auto vectors) __attribute__((always_inline)) {
             int64_t k = 0;
             do {  // once for a depth of 0
-                LeftOperand left = a.from(0, k);
-                left.depth = left.depth < kDepthBlock ? left.depth : kDepthBlock;
-                panel_product<decltype(vectors)::value>(left, right.from(k, 0), target,
-                                                        k > 0 ? Accumulate::yes : accumulate);
-                k += left.depth;
-            } while (k < a.depth);
+                const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
+                panel_product<decltype(vectors)::value>(c.rows, block, a.from(0, k), {right.row(k), right.stride},
+                                                        target, k > 0 ? Accumulate::yes : accumulate);
+                k += block;
+            } while (k < depth);
         });
     }
 }
 
-// c (+)= a b. Columns are padded to whole vectors in b and c.
-inline void product(LeftOperand a, Matrix<const float> b, Matrix<float> c, Accumulate accumulate) {
-    const auto panel_of_b = [&](const Panels& panels, int64_t panel) {
-        return b.from(0, panels.first(panel) * kLanes);
+// The left operand `of`, transposed.
+struct Transposed {
+    Matrix<const float> of;
+};
+
+inline Transposed transposed(Matrix<const float> a) { return {a}; }
+
+inline auto panels_of(Matrix<const float> b) {
+    return [=](const Panels& panels, int64_t panel) {
+        return Rows<const float>{b.data + panels.first(panel) * kLanes, b.stride};
     };
-    product_of(a, panel_of_b, c, accumulate);
 }
+
+// c (+)= a b. Columns are padded to whole vectors in b and c.
 inline void product(Matrix<const float> a, Matrix<const float> b, Matrix<float> c, Accumulate accumulate) {
-    product(LeftOperand{a.data, a.rows, a.columns, a.stride, 1}, b, c, accumulate);
+    product_of(a.columns, LeftRows{a.data, a.stride}, panels_of(b), c, accumulate);
+}
+inline void product(Transposed a, Matrix<const float> b, Matrix<float> c, Accumulate accumulate) {
+    product_of(a.of.rows, LeftColumns{a.of.data, a.of.stride}, panels_of(b), c, accumulate);
 }
 
 // rows[i] = row k + i of a weight matrix, kLanes columns from `column` on, as fp32; 0 outside.
@@ -206,10 +227,9 @@ struct VectorUnit {
         const float* b = static_cast<const float*>(packed);
         const int64_t depth = a.columns;
         const auto panel_of_b = [&](const Panels& panels, int64_t panel) {
-            const int64_t width = panels.width(panel) * kLanes;
-            return Matrix{b + panels.first(panel) * kLanes * depth, depth, width, width};
+            return Rows<const float>{b + panels.first(panel) * kLanes * depth, panels.width(panel) * kLanes};
         };
-        product_of({a.data, a.rows, depth, a.stride, 1}, panel_of_b, c, accumulate);
+        product_of(depth, LeftRows{a.data, a.stride}, panel_of_b, c, accumulate);
     }
 };
 
