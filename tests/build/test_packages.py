@@ -170,7 +170,7 @@ def test_kernels_have_no_weak_symbols(level, flags, small, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         sources = sorted((ROOT / "csrc/cpu").glob("*_kernel.cpp"))
         found = list(pool.map(compile_and_read, sources))
-    assert len(sources) >= 10 and [symbol for symbols in found for symbol in symbols] == []
+    assert len(sources) >= 9 and [symbol for symbols in found for symbol in symbols] == []
 
 
 def weak_symbols(target):
