@@ -47,7 +47,7 @@ class Operator:
         self,
         function: Callable[..., Tensor | tuple[Tensor, ...]],
         schema: str,
-        reference: Reference[...],
+        reference: Reference[..., Any],
         *,
         images: tuple[str, ...] = (),
         tokens: tuple[str, ...] = (),

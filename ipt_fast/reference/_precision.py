@@ -3,23 +3,27 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
 P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 
-class Reference(Protocol[P]):
+class Reference(Protocol[P, R]):
     """A reference, and its formula."""
 
-    formula: Callable[P, Any]
-    everything: Callable[P, Any]
+    @property
+    def formula(self) -> Callable[P, R]: ...
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+    @property
+    def everything(self) -> Callable[P, Any]: ...
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
 
-def in_full_precision(formula: Callable[P, Any]) -> Reference[P]:
+def in_full_precision(formula: Callable[P, R]) -> Reference[P, R]:
     """Run ``formula`` in float32 (float64 for float64 input) and round once, to the dtype of its first argument.
 
     The undecorated formula stays at ``.formula``: it computes every intermediate in the dtype it is given and is what
@@ -28,7 +32,7 @@ def in_full_precision(formula: Callable[P, Any]) -> Reference[P]:
     return in_full_precision_like(next(iter(inspect.signature(formula).parameters)))(formula)
 
 
-def in_full_precision_like(*names: str, kept: int = 0) -> Callable[[Callable[P, Any]], Reference[P]]:
+def in_full_precision_like(*names: str, kept: int = 0) -> Callable[[Callable[P, Any]], Reference[P, Any]]:
     """As :func:`in_full_precision`, of a formula with several results.
 
     Args:
@@ -41,7 +45,7 @@ def in_full_precision_like(*names: str, kept: int = 0) -> Callable[[Callable[P, 
     def public(results: Any) -> Any:
         return results if kept == 0 else results[0] if outputs == 1 else results[:outputs]
 
-    def decorate(formula: Callable[P, Any]) -> Reference[P]:
+    def decorate(formula: Callable[P, Any]) -> Reference[P, Any]:
         parameters = tuple(inspect.signature(formula).parameters)
 
         def everything(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -65,9 +69,9 @@ def in_full_precision_like(*names: str, kept: int = 0) -> Callable[[Callable[P, 
         def plain(*args: P.args, **kwargs: P.kwargs) -> Any:
             return public(formula(*args, **kwargs))
 
-        reference = cast(Reference[P], wrapper)
-        reference.formula = formula if kept == 0 else plain
-        reference.everything = everything
-        return reference
+        marked: Any = wrapper
+        marked.formula = formula if kept == 0 else plain
+        marked.everything = everything
+        return cast(Reference[P, Any], marked)
 
     return decorate

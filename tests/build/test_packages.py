@@ -31,6 +31,7 @@ from tests.build.building import (
     wheel_metadata,
     wheel_of,
 )
+from tests.test_docs import text_of
 
 compiled = pytest.mark.skipif(not _extension.load(), reason=_extension.error() or "")
 LIBRARIES = [f"ipt_fast/_C{SUFFIX}", f"ipt_fast/_build_info{SUFFIX}"]
@@ -125,7 +126,7 @@ def test_an_editable_install_replaces_what_is_in_place(small, tmp_path):
 
 def links(page):
     """The files that a Markdown page links to."""
-    return {link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()) if "://" not in link}
+    return {link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text_of(page)) if "://" not in link}
 
 
 def test_source_distribution(tmp_path):
