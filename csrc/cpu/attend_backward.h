@@ -71,7 +71,7 @@ struct WindowBackward {
     double* const of_scales;    // [depth], a column's part of the gradient of the scale
     double* const attention;    // [depth][depth], the exponentials
 
-    // The result, `matrices` of channel_attention_backward_kernel.h.
+    // The result, `matrices` of ChannelAttentionBackwardParams.
     float* const of_gram;             // [depth][depth]
     float* const of_gram_transposed;  // [depth][depth]; holds the attention until that is transposed
     float* const attention_transposed;
