@@ -70,6 +70,13 @@ print(_extension.isa(), ((out - reference).abs().max() / reference.abs().max()).
 
 
 @compiled
+@pytest.mark.parametrize("page", ["backends", "install"])
+def test_the_docs_name_every_level(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert [level for level in KNOWN_LEVELS if f"`{level}`" not in text] == []
+
+
+@compiled
 @pytest.mark.parametrize("value", ["sse9", "AVX2", " "])
 def test_unknown_isa_is_refused(monkeypatch, value):
     monkeypatch.setenv("IPT_FAST_CPU_ISA", value)
