@@ -106,14 +106,9 @@ void gram(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, f
 // ---- matrices of windows --------------------------------------------------------------------------------------------
 
 void attend(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
-    const Groups& g = p.groups;
-    const int64_t across = g.horizontal.windows(), down = g.vertical.windows();
     for (int64_t index = begin; index < end; ++index) {
-        const int branch = static_cast<int>(index % g.branches);
-        const int64_t head = index / g.branches % g.heads, window = index / g.branches / g.heads;
-        WindowBackward backward(p, head, branch, reinterpret_cast<double*>(scratch),
-                                p.matrices_of(window, head, branch));
-        backward.run(window / across / down, window / across % down, window % across);
+        WindowBackward backward(p, HeadWindow(p.groups, index), reinterpret_cast<double*>(scratch));
+        backward.run();
         p.grad_scale[index] = backward.grad_scale;
     }
 }
