@@ -269,14 +269,15 @@ def cuda_options() -> dict[str, str]:
     for entry in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ").split():
         version, plus, _ = entry.partition("+PTX")
         if not re.fullmatch(r"\d+\.\d[af]?", version):
-            sys.exit(f"TORCH_CUDA_ARCH_LIST has {entry!r}; entries are such as {CUDA_ARCHITECTURES!r}")
+            sys.exit(f"TORCH_CUDA_ARCH_LIST must have entries such as {CUDA_ARCHITECTURES}; got {entry!r}")
         if float(version.rstrip("af")) < 8.0:
             say(f"TORCH_CUDA_ARCH_LIST has {entry}, which the CUDA kernels are not built for: they need 8.0 or later")
             continue
         number = version.replace(".", "")
         names += [f"{number}-real", *([f"{number}-virtual"] if plus else [])]
     if not names:
-        sys.exit(f"TORCH_CUDA_ARCH_LIST names no chip of 8.0 or later, such as {CUDA_ARCHITECTURES!r}")
+        given = os.environ["TORCH_CUDA_ARCH_LIST"]
+        sys.exit(f"TORCH_CUDA_ARCH_LIST must name a chip of 8.0 or later, such as {CUDA_ARCHITECTURES}; got {given!r}")
     return {
         "CMAKE_CUDA_COMPILER": nvcc,
         "CMAKE_CUDA_HOST_COMPILER": host_compiler(),

@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -14,6 +15,37 @@ PACKAGE = Path(__file__).parent
 WHY_PURE = PACKAGE / "_why_pure.txt"
 _ON_DEMAND = "IPT_FAST_PURE is set"
 OLDEST_TRITON = (3, 5)
+
+_declared: dict[str, list[str]] = {"ipt_fast_cpu": [], "ipt_fast_cuda": []}
+_defined: dict[str, torch.library.Library] = {}
+_defining = threading.Lock()
+
+
+def declare(library: str, schema: str) -> None:
+    """An operator that a compiled library implements, defined as soon as that is loaded.
+
+    A library whose functions do not take what the schemas say, such as one of an older version, is then an error like
+    all others. Were the operators defined first, loading it would end the process.
+    """
+    with _defining:
+        _declared[library].append(schema)
+        if library in _defined:
+            _defined[library].define(schema)
+
+
+def _define(library: str) -> None:
+    """The operators of a library that is loaded. Raises RuntimeError where one does not fit."""
+    with _defining:
+        if library not in _defined:
+            operators = torch.library.Library(library, "FRAGMENT")
+            for schema in _declared[library]:
+                operators.define(schema)
+            _defined[library] = operators
+
+
+def _misfit(exception: RuntimeError) -> str:
+    said = " ".join(str(exception).split())
+    return f"are not those of this version, reinstall ipt-fast with `pip install --no-build-isolation .`: {said}"
 
 
 def load() -> bool:
@@ -38,8 +70,11 @@ def error() -> str | None:
                 "reinstall ipt-fast with `pip install --no-build-isolation .`"
             )
         importlib.import_module("ipt_fast._C")
+        _define("ipt_fast_cpu")
     except (ImportError, OSError) as exception:
         return f"the compiled extension cannot be loaded: {exception}"
+    except RuntimeError as exception:
+        return f"the compiled extension's functions {_misfit(exception)}"
     return None
 
 
@@ -121,8 +156,11 @@ def cuda_error() -> str | None:
             return f"the CUDA kernels found are those of another copy of ipt_fast: {foreign}"
         else:
             importlib.import_module("ipt_fast._C_cuda")
+        _define("ipt_fast_cuda")
     except (ImportError, OSError) as exception:
         return f"the CUDA kernels cannot be loaded: {exception.__cause__ or exception}"
+    except RuntimeError as exception:
+        return f"the CUDA library's functions {_misfit(exception)}"
     return None
 
 

@@ -55,8 +55,9 @@ inline void find_units(const double* inverses, int64_t channels, int64_t depth, 
 struct WindowBackward {
     const ChannelAttentionBackwardParams& p;
     const Groups& g;
-    const int64_t head;
+    const HeadWindow window;
     const int branch;
+    const int64_t head;
     const int64_t channels, depth, matrix;
 
     // In scratch memory.
@@ -71,7 +72,7 @@ struct WindowBackward {
     double* const of_scales;    // [depth], a column's part of the gradient of the scale
     double* const attention;    // [depth][depth], the exponentials
 
-    // The result, `matrices` of channel_attention_backward_kernel.h.
+    // The result, `matrices` of ChannelAttentionBackwardParams.
     float* const of_gram;             // [depth][depth]
     float* const of_gram_transposed;  // [depth][depth]; holds the attention until that is transposed
     float* const attention_transposed;
@@ -83,12 +84,12 @@ struct WindowBackward {
     double largest = 0;     // gradient of a cosine
     double grad_scale = 0;  // gradient of the scale
 
-    WindowBackward(const ChannelAttentionBackwardParams& params, int64_t head_, int branch_, double* scratch,
-                   float* out)
+    WindowBackward(const ChannelAttentionBackwardParams& params, const HeadWindow& window_, double* scratch)
         : p(params),
           g(params.groups),
-          head(head_),
-          branch(branch_),
+          window(window_),
+          branch(window.branch),
+          head(window.head),
           channels(g.head_channels),
           depth(g.depth),
           matrix(depth * depth),
@@ -102,14 +103,14 @@ struct WindowBackward {
           slopes(means + depth),
           of_scales(slopes + depth),
           attention(of_scales + depth),
-          of_gram(out),
-          of_gram_transposed(out + matrix),
-          attention_transposed(out + 2 * matrix),
-          out_slopes(out + 3 * matrix),
+          of_gram(p.matrices_of(window.index, head, branch)),
+          of_gram_transposed(of_gram + matrix),
+          attention_transposed(of_gram + 2 * matrix),
+          out_slopes(of_gram + 3 * matrix),
           units(out_slopes + 2 * depth) {}
 
-    void run(int64_t image, int64_t window_y, int64_t window_x) {
-        gather_blocks(image, window_y, window_x);
+    void run() {
+        gather_blocks();
         invert_norms();
         normalise();
         softmax();
@@ -120,11 +121,11 @@ struct WindowBackward {
 
   private:
     // The sums over the window's blocks of both Gram matrices and of the squared norms.
-    void gather_blocks(int64_t image, int64_t window_y, int64_t window_x) {
+    void gather_blocks() {
         memset(scores, 0, matrix * sizeof(double));
         memset(grads, 0, matrix * sizeof(double));
         memset(inverses, 0, 2 * depth * sizeof(double));
-        for_window_blocks(g, branch, image, window_y, window_x, [&](int64_t index) {
+        for_window_blocks(g, window, [&](int64_t index) {
             const WindowBlock block(g.vertical, g.horizontal, index);
             tokens += block.rows * block.columns;
             float* const slot = p.slot(index, head);

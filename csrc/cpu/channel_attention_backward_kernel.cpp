@@ -13,8 +13,6 @@
 namespace ipt_fast::cpu {
 namespace {
 
-using Params = ChannelAttentionBackwardParams;
-
 // The tokens of a tile of one head, as a map has them.
 template <typename T>
 struct Tokens {
@@ -76,7 +74,7 @@ inline void stage_tokens(const Tokens<T>& tokens, const Tile& tile, int64_t chan
 }
 
 template <typename T, int branches>
-void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
+void gram(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
     const int64_t depth = g.depth;
     const GramTile<branches> staged(g, scratch);
@@ -107,15 +105,10 @@ void gram(const Params& p, int64_t begin, int64_t end, float* scratch) {
 
 // ---- matrices of windows --------------------------------------------------------------------------------------------
 
-void attend(const Params& p, int64_t begin, int64_t end, float* scratch) {
-    const Groups& g = p.groups;
-    const int64_t across = g.horizontal.windows(), down = g.vertical.windows();
+void attend(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
     for (int64_t index = begin; index < end; ++index) {
-        const int branch = static_cast<int>(index % g.branches);
-        const int64_t head = index / g.branches % g.heads, window = index / g.branches / g.heads;
-        WindowBackward backward(p, head, branch, reinterpret_cast<double*>(scratch),
-                                p.matrices_of(window, head, branch));
-        backward.run(window / across / down, window / across % down, window % across);
+        WindowBackward backward(p, HeadWindow(p.groups, index), reinterpret_cast<double*>(scratch));
+        backward.run();
         p.grad_scale[index] = backward.grad_scale;
     }
 }
@@ -179,7 +172,7 @@ struct TermOfV {
 // One tile of one head. Rows of scratch have `depth` floats for each token, products one row for each branch.
 template <typename T, int branches>
 struct ApplyTile {
-    const Params& p;
+    const ChannelAttentionBackwardParams& p;
     const Groups& g;
     const WindowBlock& block;
     const Tile& tile;
@@ -278,7 +271,7 @@ struct ApplyTile {
 // The matrices of a block's windows in common units, the larger ones: no value of the block is then above 1. Returns
 // the units of q and of k, or nullptr where all are 1 and `matrices` stay as they are.
 template <int branches>
-const float* common_units(const Params& p, const float* (&matrices)[branches], float* scratch) {
+const float* common_units(const ChannelAttentionBackwardParams& p, const float* (&matrices)[branches], float* scratch) {
     const int64_t depth = p.groups.depth, matrix = depth * depth, size = p.matrices_size();
     float *const units = scratch, *const factors = units + 2 * depth;
     bool ones = true;
@@ -312,7 +305,7 @@ const float* common_units(const Params& p, const float* (&matrices)[branches], f
 }
 
 template <typename T, int branches>
-void apply(const Params& p, int64_t begin, int64_t end, float* scratch) {
+void apply(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
     float *const q = scratch, *const k = q + kTileTokens * g.depth, *const products = k + kTileTokens * g.depth;
     float* const moved = products + branches * kTileTokens * g.depth;
@@ -333,13 +326,13 @@ void apply(const Params& p, int64_t begin, int64_t end, float* scratch) {
     }
 }
 
-void gram_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
+void gram_any(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
     with_branches(p.dtype, p.groups.branches, [&](auto type, auto branches) {
         gram<decltype(type), decltype(branches)::value>(p, begin, end, scratch);
     });
 }
 
-void apply_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
+void apply_any(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
     with_branches(p.dtype, p.groups.branches, [&](auto type, auto branches) {
         apply<decltype(type), decltype(branches)::value>(p, begin, end, scratch);
     });

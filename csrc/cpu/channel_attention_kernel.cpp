@@ -71,11 +71,8 @@ void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* sc
 }
 
 void attend(const Groups& g, int64_t begin, int64_t end, float* scratch) {
-    const int64_t across = g.horizontal.windows(), down = g.vertical.windows();
     for (int64_t index = begin; index < end; ++index) {
-        const int branch = static_cast<int>(index % g.branches);
-        const int64_t head = index / g.branches % g.heads, window = index / g.branches / g.heads;
-        attend_group(g, window / across / down, window / across % down, window % across, head, branch, scratch);
+        attend_window(g, HeadWindow(g, index), scratch);
     }
 }
 

@@ -1,4 +1,4 @@
-// The convolutions of convolution.h at the level it is compiled for.
+// The convolutions of convolution_kernel.h at the level it is compiled for.
 //
 // Pointwise: a block of pixels times the packed weight, whose panels stay in the first cache; fp32 maps are read and
 // written in place. 2 * channels * columns FLOPs a pixel; x is read once and out is written once. The weight's gradient

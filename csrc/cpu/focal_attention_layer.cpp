@@ -91,16 +91,18 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
     return out;
 }
 
-using T = const at::Tensor&;
-using Tensors10 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                             at::Tensor, at::Tensor, at::Tensor>;
+using FocalLayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                       at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Of y = x + project(attention(depthwise(qkv(norm(x))))). Every intermediate is computed again and dropped after its
 // last use; at most three maps of three times the channels exist at once.
-Tensors10 focal_attention_layer_backward(T grad_, T x_, T norm_weight, const OptionalTensor& norm_bias, T qkv_weight,
-                                         T depthwise_weight, T project_weight, T temperature, T token_weight,
-                                         T top_weight, T bottom_weight, int64_t num_heads, int64_t window_size,
-                                         double eps, bool centered) {
+FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, const at::Tensor& x_,
+                                                   const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                                   const at::Tensor& qkv_weight, const at::Tensor& depthwise_weight,
+                                                   const at::Tensor& project_weight, const at::Tensor& temperature,
+                                                   const at::Tensor& token_weight, const at::Tensor& top_weight,
+                                                   const at::Tensor& bottom_weight, int64_t num_heads,
+                                                   int64_t window_size, double eps, bool centered) {
     check_image(x_, "x");
     check_tensor(grad_, "grad", x_.sizes(), x_);
     check_tensor(depthwise_weight, "depthwise_weight", {3 * x_.size(1), 1, 3, 3}, x_);

@@ -14,12 +14,12 @@
 namespace ipt_fast::cpu {
 namespace {
 
-using Params = FocalAttentionLayerParams;
-
-char* packed_part(const Params& p, int64_t part) { return static_cast<char*>(p.packed) + part * p.packed_part_bytes(); }
+char* packed_part(const FocalAttentionLayerParams& p, int64_t part) {
+    return static_cast<char*>(p.packed) + part * p.packed_part_bytes();
+}
 
 template <typename T, typename Unit>
-void pack(const Params& p, const Unit& unit, int64_t begin, int64_t end) {
+void pack(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, int64_t end) {
     const int64_t d = p.groups.head_channels, heads = p.groups.heads;
     for (int64_t part = begin; part < end; ++part) {
         Weight w = p.project;
@@ -66,7 +66,7 @@ inline __attribute__((always_inline)) void depthwise_rows(InputRows in, int64_t 
 template <typename T, typename Unit>
 class GramStrip {
   public:
-    GramStrip(const Params& p, const Unit& unit, int64_t index, float* scratch)
+    GramStrip(const FocalAttentionLayerParams& p, const Unit& unit, int64_t index, float* scratch)
         : p_(p), unit_(unit), g_(p.groups), pixels_(scratch) {
         image_ = index / p.strips / p.head_groups;
         const int64_t group = index / p.strips % p.head_groups, strip = index % p.strips;
@@ -223,7 +223,7 @@ class GramStrip {
         }
     }
 
-    const Params& p_;
+    const FocalAttentionLayerParams& p_;
     const Unit& unit_;
     const Groups& g_;
     int64_t image_, first_head_, last_head_, first_block_, last_block_;
@@ -234,7 +234,7 @@ class GramStrip {
 };
 
 template <typename T, typename Unit>
-void gram(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+void gram(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
     memset(scratch, 0, p.gram_scratch() * sizeof(float));  // the padding of channels stays zero
     const int64_t down = p.groups.vertical.blocks();
     for (int64_t index = begin; index < end; ++index) {
@@ -244,7 +244,7 @@ void gram(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* 
 
 // Asks for x and v of a tile.
 template <typename T>
-void prefetch(const Params& p, const WindowBlock& block, int64_t t) {
+void prefetch(const FocalAttentionLayerParams& p, const WindowBlock& block, int64_t t) {
     const Tile tile = block.tile(t);
     const Groups& g = p.groups;
     for (int64_t y = 0; y < tile.rows; ++y) {
@@ -255,7 +255,7 @@ void prefetch(const Params& p, const WindowBlock& block, int64_t t) {
 }
 
 template <typename T, typename Unit>
-void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+void apply(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
     memset(scratch, 0, p.apply_scratch() * sizeof(float));
     const Groups& g = p.groups;
     const int64_t channels = p.channels(), row = p.attended_row();
@@ -301,16 +301,16 @@ void apply(const Params& p, const Unit& unit, int64_t begin, int64_t end, float*
     }
 }
 
-void pack_any(const Params& p, int64_t begin, int64_t end) {
+void pack_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end) {
     with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
 }
 
-void gram_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
+void gram_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
     with_types(p.dtype, p.brgemm,
                [&](auto type, const auto& unit) { gram<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
-void apply_any(const Params& p, int64_t begin, int64_t end, float* scratch) {
+void apply_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
     with_types(p.dtype, p.brgemm,
                [&](auto type, const auto& unit) { apply<decltype(type)>(p, unit, begin, end, scratch); });
 }

@@ -42,8 +42,9 @@ at::Tensor readable(const at::Tensor& x) {
 Map map_of(const at::Tensor& x) { return {x.const_data_ptr(), x.is_contiguous(at::MemoryFormat::ChannelsLast)}; }
 
 // One call: the parameters and the tensors that they point into.
-struct Call {
-    Call(const at::Tensor& x_, const at::Tensor& weight_, const OptionalTensor& bias_, double eps, bool centered)
+struct LayerNorm2dCall {
+    LayerNorm2dCall(const at::Tensor& x_, const at::Tensor& weight_, const OptionalTensor& bias_, double eps,
+                    bool centered)
         : x(readable(x_)), out(empty_channels_last(x_.sizes(), x_)) {
         const int64_t channels = x.size(1), padded_channels = cpu::padded(channels);
         weight = padded_parameter(weight_, padded_channels);
@@ -88,7 +89,7 @@ LayerNorm::LayerNorm(const at::Tensor& x, const at::Tensor& norm_weight, const O
 at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps,
                          bool centered) {
     check(x, weight, bias, eps);
-    const Call call(x, weight, bias, eps, centered);
+    const LayerNorm2dCall call(x, weight, bias, eps, centered);
     const LayerNorm2dKernels& kernel = kernels_in_use<LayerNorm2dKernels>();
     const int64_t scratch_size = forward_scratch(call.params.padded_channels);
     const int64_t grain = std::max<int64_t>(1, kGrainValues / scratch_size);
@@ -105,7 +106,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::
                                                                       bool centered) {
     check(x, weight, bias, eps);
     check_tensor(grad, "grad", x.sizes(), x);
-    Call call(x, weight, bias, eps, centered);
+    LayerNorm2dCall call(x, weight, bias, eps, centered);
     const at::Tensor readable_grad = readable(grad);
     call.params.grad = map_of(readable_grad);
     const int64_t padded_channels = call.params.padded_channels;

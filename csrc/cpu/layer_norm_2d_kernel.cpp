@@ -1,4 +1,4 @@
-// The layer norm of layer_norm_2d.h at the level it is compiled for.
+// The layer norm of layer_norm_2d_kernel.h at the level it is compiled for.
 //
 // A block of pixels is first laid out as fp32 rows, one pixel's channels each: converted from 16 bit, transposed from
 // NCHW, or taken as it lies in memory. Reading x once and writing y once is all the traffic: 2 * sizeof(x) bytes and

@@ -30,16 +30,32 @@ inline void add_slot(const float* matrix, const float* norms, const float* facto
     }
 }
 
-// body(index) for the blocks that a window of a branch is made of.
+// One window of one head and branch; item is (index * heads + head) * branches + branch.
+struct HeadWindow {
+    int branch;
+    int64_t head, index;  // of the window, counted through all images
+    int64_t image, y, x;  // its image, and its place among the windows there
+
+    HeadWindow(const Groups& g, int64_t item)
+        : branch(static_cast<int>(item % g.branches)),
+          head(item / g.branches % g.heads),
+          index(item / g.branches / g.heads) {
+        const int64_t across = g.horizontal.windows(), down = g.vertical.windows();
+        image = index / across / down;
+        y = index / across % down;
+        x = index % across;
+    }
+};
+
+// body(index) for the blocks that a window is made of.
 template <typename Body>
-inline void for_window_blocks(const Groups& g, int branch, int64_t image, int64_t window_y, int64_t window_x,
-                              const Body& body) {
+inline void for_window_blocks(const Groups& g, const HeadWindow& window, const Body& body) {
     for (int64_t i = 0; i < g.vertical.parts; ++i) {
         for (int64_t j = 0; j < g.horizontal.parts; ++j) {
-            const int64_t y = g.vertical.block_of(branch, window_y, i);
-            const int64_t x = g.horizontal.block_of(branch, window_x, j);
+            const int64_t y = g.vertical.block_of(window.branch, window.y, i);
+            const int64_t x = g.horizontal.block_of(window.branch, window.x, j);
             if (y < g.vertical.blocks() && x < g.horizontal.blocks()) {
-                body((image * g.vertical.blocks() + y) * g.horizontal.blocks() + x);
+                body((window.image * g.vertical.blocks() + y) * g.horizontal.blocks() + x);
             }
         }
     }
@@ -65,17 +81,17 @@ inline void softmax_of_columns(float* scores, int64_t channels, int64_t depth) {
     }
 }
 
-// The matrix of one group and branch, summed over its blocks, becomes the transposed attention [k][q], a copy in each
-// of the blocks' slots; zeros in the padding. `scratch` holds attend_scratch(g) floats.
-inline void attend_group(const Groups& g, int64_t image, int64_t window_y, int64_t window_x, int64_t head, int branch,
-                         float* scratch) {
+// The matrix of one window, summed over its blocks, becomes the transposed attention [k][q], a copy in each of the
+// blocks' slots; zeros in the padding. `scratch` holds attend_scratch(g) floats.
+inline void attend_window(const Groups& g, const HeadWindow& window, float* scratch) {
+    const int branch = window.branch;
     const int64_t depth = g.depth, matrix = depth * depth;
     double* totals = reinterpret_cast<double*>(scratch);
     double *const q = totals + matrix, *const k = q + depth;  // squared norms at first, then their inverses
     double* const units = k + depth;
     float* scores = scratch + 2 * (matrix + 4 * depth);
     const auto for_slots = [&](const auto& body) {
-        for_window_blocks(g, branch, image, window_y, window_x, [&](int64_t index) { body(g.slot(index, head)); });
+        for_window_blocks(g, window, [&](int64_t index) { body(g.slot(index, window.head)); });
     };
     memset(totals, 0, (matrix + 2 * depth) * sizeof(double));
     for_slots([&](float* slot) {
@@ -86,7 +102,7 @@ inline void attend_group(const Groups& g, int64_t image, int64_t window_y, int64
         q[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
     }
     for (int64_t j = 0; j < depth; ++j) {
-        const double factor = k[j] * g.scale[head];
+        const double factor = k[j] * g.scale[window.head];
         for (int64_t i = 0; i < depth; ++i) {
             scores[j * depth + i] = static_cast<float>(totals[j * depth + i] * q[i] * factor);
         }

@@ -17,16 +17,32 @@ std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
     return text + ")";
 }
 
+const char* dtype_text(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::Double:
+            return "float64";
+        default:
+            return "another dtype";
+    }
+}
+
 // Kernels read 16 bytes at a time.
 void check_aligned(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes");
+    const uintptr_t past = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16;
+    STD_TORCH_CHECK(past == 0, name, " must begin at a multiple of 16 bytes; got ", past, " bytes past one");
 }
 
 void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
     const torch::headeronly::IntHeaderOnlyArrayRef expected(shape.begin(), shape.size());
     STD_TORCH_CHECK(t.sizes() == expected, name, " must have shape ", shape_text(expected), "; got ",
                     shape_text(t.sizes()));
-    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous; got strides ", shape_text(t.strides()));
     check_aligned(t, name);
 }
 
@@ -62,7 +78,7 @@ Device::~Device() = default;
 void check_float(const Tensor& x, const char* name) {
     const auto type = x.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                    " must be float32, bfloat16 or float16");
+                    " must be float32, bfloat16 or float16; got ", dtype_text(type));
 }
 
 void check_image(const Tensor& x, const char* name) {
@@ -72,21 +88,25 @@ void check_image(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, name, " must have at least one channel, row and column; got shape ",
                     shape_text(x.sizes()));
     STD_TORCH_CHECK(x.stride(0) == c * h * w && x.stride(1) == 1 && x.stride(2) == c * w && x.stride(3) == c, name,
-                    " must be channels-last");
+                    " must be channels-last; got strides ", shape_text(x.strides()));
     check_aligned(x, name);
 }
 
 void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like) {
     check_shape(t, name, shape);
-    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the first tensor");
+    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the first tensor, ",
+                    dtype_text(like.scalar_type()), "; got ", dtype_text(t.scalar_type()));
 }
 
 void check_small(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& like,
                  const Tensor& first) {
     check_shape(t, name, shape);
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == like.scalar_type(), name,
-                    " must be float32 or have the dtype of the first tensor");
-    STD_TORCH_CHECK(t.scalar_type() == first.scalar_type(), name, " must have the dtype of the other small parameters");
+                    " must be float32 or have the dtype of the first tensor, ", dtype_text(like.scalar_type()),
+                    "; got ", dtype_text(t.scalar_type()));
+    STD_TORCH_CHECK(t.scalar_type() == first.scalar_type(), name,
+                    " must have the dtype of the other small parameters, ", dtype_text(first.scalar_type()), "; got ",
+                    dtype_text(t.scalar_type()));
 }
 
 void check_device(std::initializer_list<const Tensor*> tensors) {
@@ -98,7 +118,7 @@ void check_device(std::initializer_list<const Tensor*> tensors) {
         const bool there = t->is_cuda();
 #endif
         STD_TORCH_CHECK(there && t->get_device_index() == first.get_device_index(), "all tensors must be on one ",
-                        device_name(), " device");
+                        device_name(), " device; got one elsewhere");
     }
 }
 

@@ -23,15 +23,15 @@ void check_triple(const Tensor& k5, const Tensor& k3, const Tensor& k1) {
     check_tensor(k1, "k1", {k5.size(0), 1, 1, 1}, k5);
 }
 
-// (rows, columns) at x[i * row + j * column].
-struct Matrix {
+// An operand of a product: its element (i, j) is at i * row + j * column.
+struct Operand {
     const void* data;
     int64_t row, column;
 };
-Matrix matrix(const Tensor& weight) { return {weight.data_ptr(), weight.size(1), 1}; }
-Matrix transposed(const Tensor& weight) { return {weight.data_ptr(), 1, weight.size(1)}; }
+Operand matrix(const Tensor& weight) { return {weight.data_ptr(), weight.size(1), 1}; }
+Operand transposed(const Tensor& weight) { return {weight.data_ptr(), 1, weight.size(1)}; }
 
-Product product(Matrix a, Matrix b, Tensor& y, int64_t inner) {
+Product product(Operand a, Operand b, Tensor& y, int64_t inner) {
     return {a.data, b.data, y.data_ptr(), (int)y.size(0), (int)y.size(1), (int)inner, a.row, a.column, b.row, b.column};
 }
 

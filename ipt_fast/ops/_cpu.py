@@ -1,7 +1,7 @@
 """The C++ backend of an operator: private operators of the same name and arguments in the library ipt_fast_cpu.
 
-Their schemas are the operator's own. The library implements them, and loading it fails where a function of its does not
-take what the schema says.
+Their schemas are the operator's own. The library implements them: where a function of its does not take what the schema
+says, the backend cannot run, with that reason.
 """
 
 import functools
@@ -15,8 +15,6 @@ from torch._ops import OpOverload
 from .. import _extension
 from . import _limits
 from ._operator import Arguments, Kernel, Operator
-
-_library = torch.library.Library("ipt_fast_cpu", "FRAGMENT")
 
 
 def check(args: Arguments | None) -> str | None:
@@ -49,8 +47,8 @@ def register(operator: Operator, rounds_between: bool = False, keeps_a_map: bool
             range the map may leave, it gets float32.
     """
     name, gradients = operator.name, ", ".join(["Tensor"] * len(operator.tensors))
-    _library.define(f"{name}({operator.schema}) -> Tensor")
-    _library.define(f"{name}_backward(Tensor grad, {operator.schema}) -> ({gradients})")
+    _extension.declare("ipt_fast_cpu", f"{name}({operator.schema}) -> Tensor")
+    _extension.declare("ipt_fast_cpu", f"{name}_backward(Tensor grad, {operator.schema}) -> ({gradients})")
 
     def forward(*args: Any) -> Tensor:
         if keeps_a_map and args[0].dtype == torch.float16:

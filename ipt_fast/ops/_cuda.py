@@ -17,8 +17,6 @@ from .._precision import tf32_allowed
 from . import _limits
 from ._operator import Arguments, Kernel, Operator, as_channels_last
 
-_library = torch.library.Library("ipt_fast_cuda", "FRAGMENT")
-
 SHARED_MEMORY = 163 << 10  # bytes that a thread block may need, as in csrc/cuda and in setup.py
 CHANNELS = (32, 48, 64, 96)
 DEPTHS = (32, 48)
@@ -134,9 +132,10 @@ def register(operator: Operator, limits: _limits.Limits | None = None, has_backw
             same arguments. Without it they come from Triton's kernels where those can run, else from the reference.
     """
     name, gradients = operator.name, ", ".join(["Tensor"] * len(operator.tensors))
-    _library.define(f"{name}({operator.schema}, bool tf32) -> Tensor")
+    _extension.declare("ipt_fast_cuda", f"{name}({operator.schema}, bool tf32) -> Tensor")
     if has_backward:
-        _library.define(f"{name}_backward(Tensor grad, {operator.schema}, bool tf32) -> ({gradients})")
+        takes = f"Tensor grad, {operator.schema}, bool tf32"
+        _extension.declare("ipt_fast_cuda", f"{name}_backward({takes}) -> ({gradients})")
     limits_of = _limits.by_name(operator, limits)
 
     def check(args: Arguments | None) -> str | None:

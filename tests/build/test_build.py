@@ -70,6 +70,13 @@ print(_extension.isa(), ((out - reference).abs().max() / reference.abs().max()).
 
 
 @compiled
+@pytest.mark.parametrize("page", ["backends", "install"])
+def test_the_docs_name_every_level(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert [level for level in KNOWN_LEVELS if f"`{level}`" not in text] == []
+
+
+@compiled
 @pytest.mark.parametrize("value", ["sse9", "AVX2", " "])
 def test_unknown_isa_is_refused(monkeypatch, value):
     monkeypatch.setenv("IPT_FAST_CPU_ISA", value)
@@ -149,8 +156,8 @@ def test_a_compile_error_fails_the_build(checkout):
             "IPT_FAST_BUILD=cpu asks for compiled kernels, which cannot be built",
         ),
         ({"IPT_FAST_BUILD": "cpu,tpu"}, "IPT_FAST_BUILD must be cpu, cuda or cpu,cuda; got tpu"),
-        ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.0 7.5"}, "names no chip of 8.0 or later"),
-        ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "Hopper"}, "TORCH_CUDA_ARCH_LIST has 'Hopper'"),
+        ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.0 7.5"}, "must name a chip of 8.0 or later"),
+        ({"IPT_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "Hopper"}, "such as 8.0+PTX 9.0a; got 'Hopper'"),
         pytest.param(
             {"FORCE_CUDA": "1", "PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere", "CUDACXX": None},
             "there is no nvcc",

@@ -141,6 +141,19 @@ def test_a_library_for_another_torch_warns(source_tree):
     assert "was built for torch an unknown version" in run(CALL, source_tree).stderr
 
 
+@pytest.mark.skipif(not _extension.load(), reason=_extension.error() or "")
+def test_a_library_of_another_version_warns():
+    """Its functions do not take what the schemas say; torch would end a process in which the schemas came first."""
+    script = """
+from ipt_fast import _extension
+schemas = _extension._declared["ipt_fast_cpu"]
+(place,) = (i for i, schema in enumerate(schemas) if schema.startswith("layer_norm_2d("))
+schemas[place] = schemas[place].replace(", bool centered", "")
+"""
+    said = run(script + CALL, ROOT).stderr
+    assert "are not those of this version" in said and "ipt_fast_cpu::layer_norm_2d" in said
+
+
 def test_a_gpu_without_any_kernel_warns(monkeypatch):
     monkeypatch.delenv("IPT_FAST_PURE", raising=False)
     monkeypatch.setattr(_extension, "WHY_PURE", Path("/nowhere"))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ipt_fast
-from ipt_fast import reference
+from ipt_fast import _extension, reference
 from ipt_fast.ops._operator import OPERATORS
 from tests.cuda.cases import SIZES, build
 from tests.ops.cases import CALLS, IMAGES, assert_within_rule, baseline, exact, forward_and_gradients
@@ -28,6 +28,7 @@ def forward_errors(operator, tensors, options, got):
 
 def test_every_operator_is_called_here():
     """Only a call tells whether a function of the library has the arguments of its operator's schema."""
+    assert _extension.cuda_error() is None
     defined = {name for name in OPERATORS if hasattr(torch.ops.ipt_fast_cuda, name)}
     assert defined == {CALLS[call][0] for call, *_ in SIZES.values()}
 
