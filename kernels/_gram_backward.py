@@ -179,29 +179,23 @@ def gradient_of_branch(b_x, b_y, b_w, p_matrix, p_vector, o_d, OF_K: tl.constexp
 
 
 @triton.jit
-def add_branch(
-    b_gv, b_gq, b_gk, b_g, b_v, b_q, b_k, token_weight, weight_0, weight_1, matrices, vectors, p_a, sums,
-    i_branch, i_0, i_1, i_head, i_y, i_x, y0, x0, i_ty, i_tx, o_y, o_x, o_wy, o_wx, p_t, m_t, o_d, m_a, pixels,
-    HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # one of two branches: adds its gradients of v, q and k to those of the other, and stores those of each token's
-    # weights. Merge weights go by (o_wy, o_wx), positions in the unshifted windows, token weights by the branch's own.
-    i_matrix = tl.where(i_branch == 0, i_0, i_1)
-    p_m, p_v = matrices + i_matrix * 2 * DEPTH * DEPTH, vectors + i_matrix * 5 * DEPTH
-    b_gb = dot(b_g, tl.load(p_a + i_matrix * 2 * DEPTH * DEPTH, mask=m_a, other=0.0), None, PRECISION)
-    b_sum = tl.sum(b_gb * b_v.to(tl.float32), axis=1)
-    store_sums(sums, b_sum, 2 + i_branch, i_head, p_t, m_t, pixels, HEADS)
-    p_w = tl.where(i_branch == 0, weight_0, weight_1)
-    b_gv += b_gb * load_weights(p_w, i_head, o_wy, o_wx, m_t, P)[:, None]
-    i_wy = tl.where(i_branch == 0, block_position(i_y, 0, P, SHIFT), block_position(i_y, 1, P, SHIFT))
-    i_wx = tl.where(i_branch == 0, block_position(i_x, 0, P, SHIFT), block_position(i_x, 1, P, SHIFT))
-    b_w = load_weights(token_weight, i_head, i_wy + i_ty - y0 + o_y, i_wx + i_tx - x0 + o_x, m_t, P)
-    b_gb, b_sum = gradient_of_branch(b_q, b_k, b_w, p_m, p_v, o_d, False, DEPTH, PRECISION)
-    b_gq += b_gb * b_w[:, None]
-    b_gb, b_of_k = gradient_of_branch(b_k, b_q, b_w, p_m, p_v, o_d, True, DEPTH, PRECISION)
-    b_gk += b_gb * b_w[:, None]
-    store_sums(sums, b_sum + b_of_k, i_branch, i_head, p_t, m_t, pixels, HEADS)
-    return b_gv, b_gq, b_gk
+def add_gradient(b_total, b_x, b_y, b_w, p_matrix, p_vector, o_d, OF_K: tl.constexpr, DEPTH: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    # adds what a branch has to the gradient of x; with its share in the gradient of the branch's token weights w
+    b_g, b_sum = gradient_of_branch(b_x, b_y, b_w, p_matrix, p_vector, o_d, OF_K, DEPTH, PRECISION)
+    return b_total + b_g * b_w[:, None], b_sum
+
+
+@triton.jit
+def add_gradient_of_v(b_total, b_g, b_v, b_w, p_attention, m_a, PRECISION: tl.constexpr):
+    # the same of v, and the gradient of the branch's merge weights w
+    b_gv = dot(b_g, tl.load(p_attention, mask=m_a, other=0.0), None, PRECISION)
+    return b_total + b_gv * b_w[:, None], tl.sum(b_gv * b_v.to(tl.float32), axis=1)
+
+
+@triton.jit
+def position_of_branch(i_block, i_branch, P: tl.constexpr, SHIFT: tl.constexpr):
+    return tl.where(i_branch == 0, block_position(i_block, 0, P, SHIFT), block_position(i_block, 1, P, SHIFT))
 
 
 @triton.jit(do_not_specialize=[*SIZES, "pixels"])
@@ -250,11 +244,18 @@ def gradients_kernel(
             o_wx = block_position(i_x, 0, P, SHIFT) + i_tx - x0 + o_x
             # A loop, so that one branch's values are in registers at a time.
             for i_branch in tl.range(0, BRANCHES, disable_licm=True):
-                b_gv, b_gq, b_gk = add_branch(
-                    b_gv, b_gq, b_gk, b_g, b_v, b_q, b_k, token_weight, weight_0, weight_1, matrices, vectors, p_a,
-                    sums, i_branch, i_0, i_1, i_head, i_y, i_x, y0, x0, i_ty, i_tx, o_y, o_x, o_wy, o_wx,
-                    p_t, m_t, o_d, m_a, pixels, HEADS, DEPTH, P, SHIFT, PRECISION,
-                )  # fmt: skip
+                i_matrix = tl.where(i_branch == 0, i_0, i_1)
+                p_m, p_v = matrices + i_matrix * 2 * DEPTH * DEPTH, vectors + i_matrix * 5 * DEPTH
+                # Both merge weights are laid out by the unshifted windows, token weights by the branch's own.
+                b_w = load_weights(tl.where(i_branch == 0, weight_0, weight_1), i_head, o_wy, o_wx, m_t, P)
+                b_gv, b_sum = add_gradient_of_v(b_gv, b_g, b_v, b_w, p_a + i_matrix * 2 * DEPTH * DEPTH, m_a, PRECISION)
+                store_sums(sums, b_sum, 2 + i_branch, i_head, p_t, m_t, pixels, HEADS)
+                o_by = position_of_branch(i_y, i_branch, P, SHIFT) + i_ty - y0 + o_y
+                o_bx = position_of_branch(i_x, i_branch, P, SHIFT) + i_tx - x0 + o_x
+                b_w = load_weights(token_weight, i_head, o_by, o_bx, m_t, P)
+                b_gq, b_of_q = add_gradient(b_gq, b_q, b_k, b_w, p_m, p_v, o_d, False, DEPTH, PRECISION)
+                b_gk, b_of_k = add_gradient(b_gk, b_k, b_q, b_w, p_m, p_v, o_d, True, DEPTH, PRECISION)
+                store_sums(sums, b_of_q + b_of_k, i_branch, i_head, p_t, m_t, pixels, HEADS)
         tl.store(grad_v + V_FIRST + p_x, b_gv.to(grad_v.dtype.element_ty), mask=m_x)
         tl.store(grad_q + Q_FIRST + p_x, b_gq.to(grad_q.dtype.element_ty), mask=m_x)
         tl.store(grad_k + K_FIRST + p_x, b_gk.to(grad_k.dtype.element_ty), mask=m_x)
