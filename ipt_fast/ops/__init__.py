@@ -4,6 +4,8 @@ Tensors are (B, C, H, W) in shape; outputs are channels-last in memory. See :fun
 :func:`ipt_fast.explain` for which kernel runs.
 """
 
+from . import layers as layers  # modules of before, which are here without an import of their own
+from . import merge as merge
 from .add_norm_feed_forward import add_norm_feed_forward
 from .add_norm_projection import add_norm_projection
 from .channel_attention import channel_attention

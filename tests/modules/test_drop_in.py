@@ -359,6 +359,7 @@ OTHER_NORMS = [
     lambda norm: nn.RMSNorm(36),
     lambda norm: nn.LayerNorm(36, elementwise_affine=False),
     lambda norm: nn.LayerNorm(36, bias=False),
+    lambda norm: nn.LayerNorm(36, eps=0.0),
 ]
 
 
