@@ -4,8 +4,6 @@ A reference computes in float32 (float64 for float64 input) and rounds once at t
 operator of the same name in :mod:`ipt_fast.ops`, which also checks them.
 """
 
-from . import layers as layers  # modules of before, which are here without an import of their own
-from . import merge as merge
 from .add_norm_feed_forward import add_norm_feed_forward
 from .add_norm_projection import add_norm_projection
 from .channel_attention import channel_attention
@@ -19,6 +17,11 @@ from .leffn_layer import leffn_layer
 from .merge_depthwise import merge_depthwise
 from .merge_pointwise import merge_pointwise
 from .norm_projection import norm_projection
+
+# isort: split
+# Addresses of before, which are here without an import of their own.
+from . import layers as layers
+from . import merge as merge
 
 __all__ = [
     "add_norm_feed_forward",
