@@ -9,6 +9,8 @@ import argparse
 import importlib
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,12 @@ def test_names_of_modules(module):
         pytest.skip("Triton is not installed")
     found = importlib.import_module(module)
     assert [name for name in PUBLISHED["modules"][module].split() if not hasattr(found, name)] == []
+
+
+def test_modules_that_come_with_the_package():
+    names = ("ops.layers", "ops.merge", "reference.layers", "reference.merge")
+    program = "import ipt_fast; " + ", ".join(f"ipt_fast.{name}" for name in names)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def options_of(command):

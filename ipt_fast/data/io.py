@@ -147,9 +147,7 @@ def write_image(path: str | Path, image: Image) -> None:
 def check_suffix(path: Path) -> None:
     """Raise ValueError unless the suffix of ``path`` names a format that is written."""
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(
-            f"cannot write {path}: the suffix must be one of {', '.join(IMAGE_SUFFIXES)}; got {path.suffix!r}"
-        )
+        raise ValueError(f"path must end in {', '.join(IMAGE_SUFFIXES)}; got {path}")
 
 
 def check_writable_as(path: Path, image: Image) -> None:
@@ -157,11 +155,9 @@ def check_writable_as(path: Path, image: Image) -> None:
     check_suffix(path)
     suffix = path.suffix.lower()
     if image.pixels.dtype == np.uint16 and suffix not in SIXTEEN_BIT_SUFFIXES:
-        raise ValueError(f"cannot write {path}: {suffix} holds 8 bits and the image has 16; use .png or .tif")
+        raise ValueError(f"path must end in {', '.join(SIXTEEN_BIT_SUFFIXES)} for an image of 16 bits; got {path}")
     if image.alpha is not None and suffix not in ALPHA_SUFFIXES:
-        raise ValueError(
-            f"cannot write {path}: {suffix} holds no alpha channel and the image has one; use .png or .tif"
-        )
+        raise ValueError(f"path must end in {', '.join(ALPHA_SUFFIXES)} for an image with alpha; got {path}")
 
 
 def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
@@ -195,6 +191,9 @@ def _naming(name: str | Path) -> Iterator[None]:
     """Whatever goes wrong with an image file becomes a ValueError that names it."""
     try:
         yield
+    except PIL.UnidentifiedImageError as error:  # whose text has the address of an object
+        kinds = ", ".join(_FORMATS)
+        raise ValueError(f"cannot read image {name}: it must be one of {kinds}; got another kind or damage") from error
     except _READ_ERRORS as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
 

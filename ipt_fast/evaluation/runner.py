@@ -119,7 +119,7 @@ def evaluate(
             elif path.stem in targets:
                 clean = read_float(targets[path.stem])
             else:
-                raise ValueError(f"there is no image of that name in {target}")
+                raise ValueError(f"target must hold an image by the name of each input; got none in {target}")
             output = restorer(image)
             psnr_input, ssim_input = chosen.score_input(before, clean, crop=crop)
             psnr_output, ssim_output = chosen.score_output(output, clean, crop=crop)

@@ -6,6 +6,7 @@ An image becomes a batch (``_images``), a plan cuts it into tiles (``_plan``), t
 # What is imported ``as`` itself is not used here, but was importable from here before.
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from .. import _extension
 from .._precision import usable_dtype
 from ..data import io as io
 from ..data.resize import imresize as imresize
-from ..models.contract import Contract, describe
+from ..models.contract import Contract, attached_config, describe
 from ..modules.feed_forward import reason_against_merging
 from ..modules.padding import crop, pad_to_size
 from ..ops._explain import explain
@@ -130,7 +131,7 @@ class Restorer:
         _check_tile(tile, overlap, blend, contract, name)
         if task is not None and not contract.takes_task:
             raise ValueError(f"task must be None for {name}, which has no tasks; got {task!r}")
-        self.tile, self.overlap, self.blend = tile, overlap, blend
+        self.task, self.tile, self.overlap, self.blend, self.self_ensemble = task, tile, overlap, blend, self_ensemble
         self.scale = contract.scale(task)
         self.device = _usable_device(device, model)
         if dtype == "auto" and any(".quantized" in type(module).__module__ for module in model.modules()):
@@ -142,13 +143,36 @@ class Restorer:
         if reason_against_merging(self.model) is None:
             self.contract.reparameterize()
         self.progress = progress
-        self._runner = Runner(
+
+    @property
+    def config(self) -> Any:
+        """That of the prepared model; None of one that has none."""
+        return attached_config(self.model)
+
+    @property
+    def image_size(self) -> int | None:
+        return self.contract.image_size
+
+    @property
+    def value_range(self) -> float:
+        return self.contract.value_range
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the model gets beside images."""
+        return {} if self.task is None else {"task": self.task}
+
+    @property
+    def _runner(self) -> Runner:
+        """As the attributes are now: a program may set them between two images."""
+        return Runner(
             self.model,
             self.contract,
-            task=task,
+            scale=self.scale,
+            arguments=self.arguments,
             device=self.device,
             dtype=self.dtype,
-            self_ensemble=self_ensemble,
+            self_ensemble=self.self_ensemble,
         )
 
     def __call__(self, image: ImageT) -> ImageT:
@@ -174,12 +198,13 @@ class Restorer:
 
     def _restore_any_size(self, image: Tensor) -> Tensor:
         """(B, C, H, W) float32 on any device -> the same, not clipped."""
+        runner = self._runner
 
         def run(size: TileSize) -> Tensor:
             plan = size.plan(image.shape[2], image.shape[3], self.blend)
-            return self._runner.run_plan(image, plan, progress=self.progress)
+            return runner.run_plan(image, plan, progress=self.progress)
 
-        return self._runner.with_less_memory(
+        return runner.with_less_memory(
             run,
             self._tile_size(image),
             TileSize.halved,
@@ -188,7 +213,7 @@ class Restorer:
 
     def _restore_one_size(self, image: Tensor) -> Tensor:
         """The same with a model of one size of input, whose tiles lie as a procedure says."""
-        size, scale = self.contract.image_size, self.scale
+        size, scale, runner = self.contract.image_size, self.scale, self._runner
         assert size is not None
         procedure = str(self.tile) if self.tile != "auto" else "blend" if self.blend == "cosine" else "paper"
         height, width = image.shape[2:]
@@ -197,14 +222,14 @@ class Restorer:
 
         def run(limit: int) -> Tensor:
             at_once = max(1, limit // max(1, len(image)))
-            output = self._runner.run_plan(padded, plan, at_once=at_once, limit=limit, progress=self.progress)
+            output = runner.run_plan(padded, plan, at_once=at_once, limit=limit, progress=self.progress)
             if procedure == "official":  # has the left border as wide as a tile, which shows where it meets the top
-                corner = self._runner.run_limited(padded[..., :size, :size], limit).to(output.device)
+                corner = runner.run_limited(padded[..., :size, :size], limit).to(output.device)
                 bottom, right = size // 4 * scale, official_end(padded.shape[3], size, scale)
                 output[..., :bottom, :right][..., : corner.shape[3]] = corner[..., :bottom, :right]
             return output
 
-        output = self._runner.with_less_memory(
+        output = runner.with_less_memory(
             run,
             TILES_AT_ONCE,
             lambda limit: None if limit == 1 else limit // 2,

@@ -23,7 +23,8 @@ class Runner:
     Args:
         model: in eval mode, in float32, on ``device``.
         contract: the model's.
-        task: which of its tasks.
+        scale: how many times larger than a tile its output is.
+        arguments: what it gets beside tiles.
         dtype: other than float32 under autocast.
         self_ensemble: the mean over the 8 flips and transposes of a tile.
     """
@@ -33,13 +34,13 @@ class Runner:
         model: nn.Module,
         contract: Contract,
         *,
-        task: str | int | None,
+        scale: int,
+        arguments: dict[str, Any],
         device: torch.device,
         dtype: torch.dtype,
         self_ensemble: bool,
     ) -> None:
-        self.model, self.contract, self.scale = model, contract, contract.scale(task)
-        self.arguments: dict[str, Any] = {} if task is None else {"task": task}
+        self.model, self.contract, self.scale, self.arguments = model, contract, scale, arguments
         self.device, self.dtype, self.self_ensemble = device, dtype, self_ensemble
 
     def run_plan(

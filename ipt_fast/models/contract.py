@@ -1,4 +1,7 @@
-"""What a model tells those that run or train it, so that none of them has to look into models."""
+"""What a model tells those that run or train it, so that none of them has to look into models.
+
+Only here is a module asked for attributes that it need not have.
+"""
 
 import dataclasses
 import inspect
@@ -82,9 +85,13 @@ def describe(model: nn.Module) -> Contract:
     return contract if isinstance(contract, Contract) else _contract_of_foreign(model)
 
 
+def attached_config(model: nn.Module) -> Any:
+    """The attribute ``config`` of any module; None of one without."""
+    return getattr(model, "config", None)
+
+
 def _contract_of_foreign(model: nn.Module) -> Contract:
-    """The only place where a module is asked for attributes that it need not have."""
-    config = getattr(model, "config", None)
+    config = attached_config(model)
     found: dict[str, Any] = {
         name: getattr(config, name) for name in ("in_channels", "image_size", "value_range") if hasattr(config, name)
     }

@@ -111,6 +111,8 @@ def token_norm(module: nn.Module) -> str | None:
         return f"it is a {type(module).__name__}"
     if module.weight is None or module.bias is None:
         return "it has no weight or no bias"
+    if not module.eps > 0:
+        return f"its eps is {module.eps}"
     return None if len(module.normalized_shape) == 1 else "it normalises several axes"
 
 

@@ -46,7 +46,7 @@ class Reparameterized(OperatorModule):
         if self.merged:
             return
         if reason := self.changed_inside():
-            raise ValueError(f"{type(self).__name__} cannot be merged: {reason}")
+            raise ValueError(f"{type(self).__name__} must have plain convolutions to be merged; got: {reason}")
         weights = [getattr(self, name).weight for name in self.branches]
         weight = self._merged(weights)
         for name in self.branches:
@@ -85,7 +85,7 @@ def reparameterize(model: nn.Module) -> None:
             merged then.
     """
     if reason := reason_against_merging(model):
-        raise ValueError(f"the model cannot be merged, because of {reason}")
+        raise ValueError(f"model must have plain convolutions to be merged; got: {reason}")
     for module in model.modules():
         if isinstance(module, Reparameterized):
             module.reparameterize()

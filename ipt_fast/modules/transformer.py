@@ -65,7 +65,11 @@ def grid_core_is_faster(qkv: Tensor, num_heads: int) -> bool:
     """
     if torch.compiler.is_compiling() or qkv.device.type != "cpu" or qkv.shape[1] not in _SQUARES or len(qkv) == 0:
         return False
-    if _select.choose(OPERATORS["grid_attention"], (qkv, None, num_heads, math.isqrt(qkv.shape[1]))) != "cpu":
+    if _select.policy() not in ("auto", "cpu"):
+        return False
+    # A reason is no error, even where "cpu" is demanded: SDPA is as good.
+    if _select.reason_against(OPERATORS["grid_attention"], "cpu", (qkv, None, num_heads, math.isqrt(qkv.shape[1]))):
+        _select.warn_without_kernels("cpu")
         return False
     return qkv.dtype == torch.float32 or (torch.is_grad_enabled() and qkv.requires_grad)
 

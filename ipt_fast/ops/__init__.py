@@ -18,6 +18,11 @@ from .merge_depthwise import merge_depthwise
 from .merge_pointwise import merge_pointwise
 from .norm_projection import norm_projection
 
+# isort: split
+# Addresses of before, which are here without an import of their own.
+from . import layers as layers
+from . import merge as merge
+
 __all__ = [
     "add_norm_feed_forward",
     "add_norm_projection",

@@ -213,7 +213,7 @@ class Operator:
             outputs = _as_tuple(self.kernels[backend].forward(*args))
             outputs = tuple(as_channels_last(out) if self.images else out.contiguous() for out in outputs)
         _autograd.remember(outputs[0], backend)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return _as_returned(outputs)
 
     def _fake_forward(self, *args: Any) -> Any:
         values, shapes = self._by_name(args), self.output_shape(*args)
@@ -223,7 +223,7 @@ class Operator:
             torch.empty(shape, dtype=values[like].dtype, device=args[0].device, memory_format=layout)
             for like, shape in zip(likes, shapes if len(likes) > 1 else [shapes], strict=True)
         )
-        return outputs if len(outputs) > 1 else outputs[0]
+        return _as_returned(outputs)
 
     def call_backward(
         self, grads: Sequence[Tensor | None], values: dict[str, Any], kept: Sequence[Tensor], backend: str | None
@@ -232,7 +232,7 @@ class Operator:
         if any(grad is None for grad in grads):  # of an output that nothing depends on
             outputs = _as_tuple(self._fake_forward(*values.values()))
             grads = [torch.zeros_like(out) if g is None else g for g, out in zip(grads, outputs, strict=False)]
-        return self._backward_op(*grads, *values.values(), *kept, backend)
+        return _as_tuple(self._backward_op(*grads, *values.values(), *kept, backend))
 
     def _kept_beside_arguments(self) -> list[str]:
         """Names of the kept outputs that do not stand in for an argument."""
@@ -243,18 +243,18 @@ class Operator:
         first, last = len(self.outputs), len(self.outputs) + len(self.arguments)
         return args[:first], self._by_name(args[first:last]), args[last:]
 
-    def _run_backward(self, *args: Any) -> tuple[Tensor, ...]:
+    def _run_backward(self, *args: Any) -> Any:
         *args, backend = args  # type: ignore[assignment]
         grads, values, _ = self._parts_of_backward(args)
         kernel = self.kernels[_select.choose(self, tuple(values.values()), demanded=backend)]
         # Products inside keep their dtype.
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS | VIEW_KEYS):
             found = zip(self.differentiated, kernel.backward(*args), strict=True)
-            return tuple(self._gradient_like(grads[0], name, values[name], value) for name, value in found)
+            return _as_returned([self._gradient_like(grads[0], name, values[name], value) for name, value in found])
 
-    def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
+    def _fake_backward(self, *args: Any) -> Any:
         grads, values, _ = self._parts_of_backward(args[:-1])
-        return tuple(self._gradient_like(grads[0], name, values[name]) for name in self.differentiated)
+        return _as_returned([self._gradient_like(grads[0], name, values[name]) for name in self.differentiated])
 
     def _gradient_like(self, grad: Tensor, name: str, tensor: Tensor | None, value: Tensor | None = None) -> Tensor:
         """The gradient ``value`` of ``tensor`` with its final strides; empty for an absent tensor, and in fakes."""
@@ -268,6 +268,11 @@ class Operator:
 
 def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _as_returned(tensors: Sequence[Tensor]) -> Any:
+    """What an operator returns: one tensor on its own, several as a tuple."""
+    return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _returns(outputs: Sequence[str]) -> str:

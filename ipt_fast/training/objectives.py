@@ -90,7 +90,13 @@ OBJECTIVES: dict[str, type[Denoising] | type[Pretraining]] = {"denoising": Denoi
 
 
 def objective_of(config: TrainingConfig, model: PretrainedModel, world: World) -> Denoising | Pretraining:
-    """What ``model`` can be trained for."""
+    """What ``model`` can be trained for.
+
+    Raises:
+        ValueError: its contract names no objective there is, or the settings do not go with it.
+    """
+    if model.contract.objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {model.contract.objective!r}")
     return OBJECTIVES[model.contract.objective](config, model, world)
 
 

@@ -83,6 +83,17 @@ def test_operators_forward_and_backward(operator):
     assert graphs() <= 3
 
 
+def test_two_arguments_of_one_shape_of_which_one_is_symbolic():
+    x, branch, weight = torch.randn(3, 9, 12), torch.randn(3, 9, 12), torch.randn(20, 12)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+
+    def function(x, branch, weight):
+        return ipt_fast.ops.add_norm_projection(x, branch, None, None, weight)
+
+    found = torch.compile(function, fullgraph=True, backend="aot_eager")(x, branch, weight)
+    torch.testing.assert_close(found, function(x, branch, weight))
+
+
 @pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
 def test_the_backend_is_chosen_when_the_compiled_function_runs():
     compiled = torch.compile(ipt_fast.ops.layer_norm_2d, fullgraph=True, backend="aot_eager")

@@ -182,14 +182,14 @@ def test_sixteen_bit_colour_is_not_read_as_eight(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp", ".bmp"])
 def test_sixteen_bit_is_never_reduced(tmp_path, suffix):
-    with pytest.raises(ValueError, match="holds 8 bits and the image has 16"):
+    with pytest.raises(ValueError, match="for an image of 16 bits; got"):
         write_image(tmp_path / f"a{suffix}", Image(pixels(3, np.uint16)))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("suffix", [".jpeg", ".bmp"])
 def test_alpha_needs_a_format_that_holds_it(tmp_path, suffix):
-    with pytest.raises(ValueError, match="holds no alpha channel"):
+    with pytest.raises(ValueError, match="for an image with alpha; got"):
         write_image(tmp_path / f"a{suffix}", Image(pixels(), pixels(1)[:, :, 0]))
 
 
@@ -319,7 +319,7 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 
 def test_write_refuses_unknown_suffix_and_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ValueError, match="suffix must be one of"):
+    with pytest.raises(ValueError, match="path must end in"):
         write_image(tmp_path / "a.gif", Image(pixels()))
     with pytest.raises(OSError):
         write_image(tmp_path / "missing" / "a.png", Image(pixels()))

@@ -113,7 +113,7 @@ def test_bad_files_are_reported_and_the_others_go_on(tmp_path):
     reasons = dict(evaluation.failures)
     assert list(reasons) == ["damaged.png", "lonely.png", "other_size.png", "small.png"]
     assert "damaged.png" in reasons["damaged.png"]
-    assert "no image of that name" in reasons["lonely.png"]
+    assert "target must hold an image by the name" in reasons["lonely.png"]
     assert "(20, 26, 3) and (20, 25, 3)" in reasons["other_size.png"]
     assert "at least 11x11 pixels for SSIM; got 8x30" in reasons["small.png"]
 

@@ -193,6 +193,21 @@ def test_restorer_is_prepared_once(tiny):
 # --- tiles
 
 
+def test_attributes_tell_how_a_restorer_runs_and_can_be_set():
+    model = ipt_fast.create_model("ipt_tiny")
+    restorer = Restorer(model, task="sr_x2")
+    found = restorer.config, restorer.image_size, restorer.value_range, restorer.arguments, restorer.scale
+    assert found == (model.config, 48, 255, {"task": "sr_x2"}, 2)
+
+    restorer, image = Restorer(nn.Conv2d(3, 3, 3, padding=1)), torch.rand(1, 3, 9, 8)
+    assert restorer.config is None and restorer.image_size is None
+    assert restorer.value_range == 1 and restorer.arguments == {} and not restorer.self_ensemble
+    once = restorer(image)
+    restorer.self_ensemble = True
+    assert torch.equal(restorer(image), restore(image, restorer.model, self_ensemble=True))
+    assert not torch.equal(restorer(image), once)
+
+
 @pytest.mark.parametrize("blend", ["cosine", "average"])
 @pytest.mark.parametrize("tile, overlap", [(16, 0), (16, 8), (24, 5), (40, None), ("auto", None)])
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (37, 50), (5, 100)])

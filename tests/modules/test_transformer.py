@@ -162,3 +162,4 @@ def test_when_the_core_for_grids_attends(monkeypatch):
     assert runs() and runs(gradients=False) and runs(backend="cpu") and runs(tokens=256)
     assert runs(torch.bfloat16) and not runs(torch.bfloat16, gradients=False)
     assert not any((runs(tokens=24), runs(tokens=289), runs(backend="reference"), runs(torch.float64), runs(batch=0)))
+    assert not runs(torch.float64, backend="cpu")  # which is no error: SDPA attends

@@ -6,6 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
 from ipt_fast.ops._operator import OPERATORS as REGISTRY
+from ipt_fast.ops._operator import Operator
+from ipt_fast.reference._precision import in_full_precision
 from tests.ops.cases import CALLS, ON_TOKENS, OPERATORS, build, outputs, public
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -125,3 +127,19 @@ def test_flops_forward_and_backward(call, device, shape):
     with FlopCounterMode(display=False) as counter:
         public(operator, leaves, options).sum().backward()
     assert counter.get_total_flops() == 3 * expected
+
+
+def test_an_operator_of_one_tensor(monkeypatch):
+    @in_full_precision
+    def doubled(x):
+        return 2 * x
+
+    monkeypatch.setitem(REGISTRY, "doubled", None)  # taken back at the end
+    call = Operator(
+        doubled, "Tensor x", doubled, images=("x",), output_shape=lambda x: x.shape, flops=lambda x: x.numel()
+    )
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        x = torch.randn(1, 2, 3, 4, requires_grad=True)
+        function(x).sum().backward()
+        assert torch.equal(x.grad, torch.full_like(x, 2))
+    torch.library.opcheck(torch.ops.ipt_fast.doubled.default, (x,))
