@@ -31,7 +31,7 @@ def heads_divide(operator: str, channels: int, num_heads: int) -> None:
 
 
 def shape(operator: str, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
-    if all(tensor.shape != each for each in allowed):  # "in" does not compare symbolic sizes
+    if not any([tensor.shape == each for each in allowed]):  # "in" does not compare symbolic sizes
         expected = " or ".join(map(str, allowed))
         raise ValueError(f"{operator}: {name} must have shape {expected}; got {tuple(tensor.shape)}")
 

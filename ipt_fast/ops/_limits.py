@@ -10,12 +10,13 @@ from ._operator import Arguments, Operator
 
 LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU
 
+_TAKEN = frozenset(DTYPES.values())
 Limits = Callable[..., str | None]
 
 
 def dtype_error(dtype: torch.dtype, kernels: str) -> str | None:
     """None if ``kernels`` ("the C++ kernels") take tensors of ``dtype``, else the reason."""
-    if dtype in DTYPES.values():
+    if dtype in _TAKEN:
         return None
     *names, last = DTYPES
     return f"{kernels} take {', '.join(names)} and {last}; the tensors are {dtype}"

@@ -67,6 +67,7 @@ class Operator:
         types = self._by_name(argument.split()[0] for argument in schema.split(","))
         self.tensors = tuple(name for name, kind in types.items() if kind in ("Tensor", "Tensor?"))
         self.optional = {name for name, kind in types.items() if kind == "Tensor?"}
+        self.in_products = tuple(name for name in self.tensors if name in images or name in weights)
         self.cast = {*images, *weights} if autocast else set()
         self.outputs, self.kept = outputs or {"out": self.arguments[0]}, kept or {}
         self.residual, self.unread = residual, (*unread, *(residual or ())[1:2])
@@ -126,14 +127,15 @@ class Operator:
         """Check the dtype of ``name``, the last of ``dtypes``, beside those before it."""
         if name in self.tokens:
             return
-        in_products = [other for other in dtypes if other in self.images or other in self.weights]
-        other = in_products[0] if name in in_products else self.tensors[0]
-        allowed = [dtypes[other]] if name in in_products else [dtypes[other], torch.float32]
-        if dtypes[name] not in allowed:
-            raise TypeError(
-                f"{self.name}: {name} must be {' or '.join(map(str, dict.fromkeys(allowed)))} "
-                f"beside {other} of {dtypes[other]}; got {dtypes[name]}"
-            )
+        small = name not in self.in_products
+        other = self.tensors[0] if small else self.in_products[0]
+        if dtypes[name] == dtypes[other] or (small and dtypes[name] == torch.float32):
+            return
+        allowed = dict.fromkeys([dtypes[other], torch.float32] if small else [dtypes[other]])
+        raise TypeError(
+            f"{self.name}: {name} must be {' or '.join(map(str, allowed))} "
+            f"beside {other} of {dtypes[other]}; got {dtypes[name]}"
+        )
 
     def _dtype_after_autocast(self, name: str, value: Tensor) -> torch.dtype:
         device = value.device.type
@@ -211,7 +213,7 @@ class Operator:
         backend = _select.choose(self, args)
         with torch._C._ExcludeDispatchKeyGuard(VIEW_KEYS):
             outputs = _as_tuple(self.kernels[backend].forward(*args))
-            outputs = tuple(as_channels_last(out) if self.images else out.contiguous() for out in outputs)
+            outputs = tuple([as_channels_last(out) if self.images else out.contiguous() for out in outputs])
         _autograd.remember(outputs[0], backend)
         return _as_returned(outputs)
 
