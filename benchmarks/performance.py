@@ -87,7 +87,7 @@ def headline():
         [kind, case, dtype, direction, f"{table.time(theirs)} ({best})", table.time(ours), f"**{theirs / ours:.1f}**"]
         for kind, case, dtype, direction, theirs, best, ours in headline_rows()
     ]
-    names = ("processor", "model and input", "dtype", "", "best plain PyTorch", "ipt_fast", "times faster")
+    names = ("processor", "model and input", "dtype", "pass", "best plain PyTorch", "ipt_fast", "times faster")
     return table.table(names, lines)
 
 

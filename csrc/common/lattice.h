@@ -34,8 +34,5 @@ IPT_FAST_BOTH inline Group group_of(const Lattice& l, int64_t index) {
     return {y * l.width + x, dy * l.width, dx, (l.height - y + dy - 1) / dy, (l.width - x + dx - 1) / dx};
 }
 
-// No group has more tokens.
-IPT_FAST_BOTH inline int64_t most_tokens(const Lattice& l) { return group_of(l, 0).tokens(); }
-
 }  // namespace
 }  // namespace ipt_fast

@@ -1,4 +1,4 @@
-// How a map is cut into windows, and the windows into blocks, framework-free.
+// How an axis of a map is cut into windows, and the windows into blocks, framework-free.
 //
 // A second partition ("branch" 1) has its windows shifted by p / 2 pixels, cyclically on the map padded to whole
 // windows. Cut at the borders of both, every block lies in exactly one window of each branch, so whatever is summed
@@ -51,48 +51,5 @@ struct Axis {
         return (pixel + window - branch * part) % window;
     }
 };
-
-// Internal linkage: code of two levels must never be merged.
-namespace {
-
-// Tokens that are computed at once: a few rows of a block, so that a depthwise convolution reads its input about once.
-constexpr int64_t kTileTokens = 64;
-constexpr int64_t kTileRows = 4;
-
-struct Tile {
-    int64_t y, x, rows, columns;
-
-    IPT_FAST_BOTH int64_t tokens() const { return rows * columns; }
-};
-
-// The block (block_y, block_x) of image `image`; index counts blocks in this order.
-struct WindowBlock {
-    int64_t image, y, x, rows, columns;
-
-    IPT_FAST_BOTH WindowBlock(const Axis& vertical, const Axis& horizontal, int64_t index) {
-        const int64_t across = horizontal.blocks(), down = vertical.blocks();
-        const int64_t block_y = index / across % down, block_x = index % across;
-        image = index / across / down;
-        y = vertical.begin(block_y);
-        x = horizontal.begin(block_x);
-        rows = vertical.end(block_y) - y;
-        columns = horizontal.end(block_x) - x;
-    }
-
-    IPT_FAST_BOTH int64_t tile_rows() const { return rows < kTileRows ? rows : kTileRows; }
-    // Tiles side by side; all have about the same width.
-    IPT_FAST_BOTH int64_t tiles_across() const {
-        const int64_t widest = kTileTokens / tile_rows();
-        return (columns + widest - 1) / widest;
-    }
-    IPT_FAST_BOTH int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows() * tiles_across(); }
-    IPT_FAST_BOTH Tile tile(int64_t index) const {
-        const int64_t across = tiles_across(), i = index % across, top = index / across * tile_rows();
-        const int64_t left = i * columns / across, right = (i + 1) * columns / across;
-        return {y + top, x + left, rows - top < tile_rows() ? rows - top : tile_rows(), right - left};
-    }
-};
-
-}  // namespace
 
 }  // namespace ipt_fast

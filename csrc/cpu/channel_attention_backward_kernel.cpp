@@ -1,4 +1,4 @@
-// Backward of channel attention at the level it is compiled for; see gram.h and windows.h.
+// Backward of channel attention at the level it is compiled for; see gram.h and window_blocks.h.
 //
 // With G = sum of w^2 q k^T, S = G / (|q| |k|), A = softmax(scale S) and F = A v, the gradient of A is the Gram matrix
 // of merge * grad and v. Three passes, as in the forward: both Gram matrices of every block and head (reads q, k, v and

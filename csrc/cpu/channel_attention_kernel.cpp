@@ -1,4 +1,4 @@
-// Channel attention at the level it is compiled for; see gram.h and windows.h.
+// Channel attention at the level it is compiled for; see gram.h and window_blocks.h.
 //
 // Three passes: the Gram matrices of every block and head (reads q and k once, for both branches), their sums over
 // windows and the softmax, and the output (reads v once, writes out once). Bytes a pixel: 4 * C * sizeof(T) and the

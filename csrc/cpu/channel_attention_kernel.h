@@ -2,8 +2,8 @@
 // weights) and focal_channel_attention (two branches).
 #pragma once
 
-#include "common/windows.h"
 #include "kernels.h"
+#include "window_blocks.h"
 
 namespace ipt_fast::cpu {
 

@@ -1,4 +1,4 @@
-// The focal attention layer at the level it is compiled for; see gram.h and windows.h.
+// The focal attention layer at the level it is compiled for; see gram.h and window_blocks.h.
 //
 // Pass 1 runs down a strip of the image: norm, projection to q, k, v of a few rows into a ring in the second cache,
 // depthwise convolution, Gram matrices of tiles. q and k never reach memory; v waits in the output's own memory.

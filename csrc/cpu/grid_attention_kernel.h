@@ -47,6 +47,9 @@ namespace {
 // Queries are taken in chunks, whose scores stay in the caches; a multiple of kChannelPad.
 constexpr int64_t kChunk = 64;
 
+// No group of a lattice has more tokens.
+inline int64_t most_tokens(const Lattice& l) { return group_of(l, 0).tokens(); }
+
 inline int64_t channels_of(const GridAttention& p) { return p.heads * p.depth; }
 
 inline int64_t bias_rows(const GridAttention& p) { return 2 * p.lattice.grid - 1; }

@@ -57,7 +57,13 @@ def test_a_whole_rehearsal(tmp_path):
     assert all(json.loads(line)["passed"] for line in (tmp_path / "out" / "parity.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize("wanted", ["log", "parity.jsonl", "tuned.json", "kernels.csv", "models.csv"])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "parity.jsonl",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("log", "tuned.json", "kernels.csv", "models.csv")),
+    ],
+)
 def test_a_kill_leaves_whole_files_and_no_process(tmp_path, wanted):
     """As soon as the check has written to a file."""
     out = tmp_path / "out"

@@ -185,3 +185,13 @@ def test_a_foreign_module_may_carry_a_contract():
 
 def test_a_module_that_tells_nothing():
     assert describe(nn.Identity()) == Contract()
+
+
+def test_an_error_in_a_contract_is_not_taken_for_none():
+    class Broken(nn.Module):
+        @property
+        def contract(self):
+            return self.no_such_field
+
+    with pytest.raises(AttributeError):
+        describe(Broken())
