@@ -9,7 +9,7 @@
 #include "convolution_kernel.h"
 
 #include "depthwise.h"
-#include "gemm.h"
+#include "units.h"
 #include "rows.h"
 
 namespace ipt_fast::cpu {

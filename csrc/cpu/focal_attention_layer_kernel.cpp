@@ -10,6 +10,7 @@
 #include "depthwise.h"
 #include "rows.h"
 #include "window_attend.h"
+#include "units.h"
 
 namespace ipt_fast::cpu {
 namespace {

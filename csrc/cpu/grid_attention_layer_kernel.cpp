@@ -8,6 +8,7 @@
 #include "grid_attention_layer_kernel.h"
 
 #include "lattice_attend.h"
+#include "units.h"
 
 namespace ipt_fast::cpu {
 namespace {

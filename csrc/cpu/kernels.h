@@ -39,8 +39,12 @@ struct Norm {
     bool centered;
 };
 
-// c (+)= a b on the matrix unit: a in bf16, c in fp32; b, in bf16, is dense and in pairs of rows:
-// [depth / 2][columns][2]. nullptr where there is no such unit.
-using Brgemm = void (*)(Matrix<const uint16_t> a, const uint16_t* b, Matrix<float> c, Accumulate accumulate);
+// Two values in bf16, neighbours along the inner dimension of a product: the first in the low bits.
+struct Pair {
+    uint32_t bits;
+};
+
+// c (+)= a b on the matrix unit: a and b in pairs, c in fp32. nullptr where there is no such unit.
+using Brgemm = void (*)(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate);
 
 }  // namespace ipt_fast::cpu

@@ -13,7 +13,7 @@
 // the halo, grad_x once.
 #include "depthwise.h"
 #include "gelu.h"
-#include "gemm.h"
+#include "units.h"
 #include "leffn_kernel.h"
 #include "rows.h"
 

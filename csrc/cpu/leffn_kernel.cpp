@@ -13,7 +13,7 @@
 
 #include "depthwise.h"
 #include "gelu.h"
-#include "gemm.h"
+#include "units.h"
 #include "rows.h"
 
 namespace ipt_fast::cpu {

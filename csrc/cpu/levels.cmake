@@ -16,4 +16,7 @@ level(avx2 PROCESSOR ${x86} NEEDS avx2 fma f16c FLAGS -mavx2 -mfma -mf16c)
 level(avx512 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq avx512vl
       FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 
+level(avx512_bf16 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512bf16
+      FLAGS -mavx512bf16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+
 level(amx PROCESSOR ${x86} LIKE avx512 MATRIX_UNIT)

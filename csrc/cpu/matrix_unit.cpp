@@ -1,6 +1,7 @@
 #include "matrix_unit.h"
 
 #include <ATen/native/CPUBlas.h>
+#include <c10/util/bit_cast.h>
 
 #include <atomic>
 
@@ -11,24 +12,27 @@ namespace {
 
 std::atomic<bool> emulated = false;
 
-void emulated_brgemm(Matrix<const uint16_t> a, const uint16_t* b, Matrix<float> c, Accumulate accumulate) {
-    const auto* right = reinterpret_cast<const at::BFloat16*>(b);
+// Half 0 or 1 of a pair.
+float half(Pair pair, int64_t which) {
+    return c10::bit_cast<float>(which == 0 ? pair.bits << 16 : pair.bits & 0xffff0000);
+}
+
+void emulated_brgemm(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate) {
     for (int64_t i = 0; i < c.rows; ++i) {
-        const auto* left = reinterpret_cast<const at::BFloat16*>(a.row(i));
         for (int64_t j = 0; j < c.columns; ++j) {
             float sum = accumulate == Accumulate::yes ? c.row(i)[j] : 0.0f;
-            for (int64_t k = 0; k < a.columns; ++k) {
-                sum += static_cast<float>(left[k]) * static_cast<float>(right[(k / 2 * c.columns + j) * 2 + k % 2]);
+            for (int64_t k = 0; k < 2 * a.columns; ++k) {
+                sum += half(a.row(i)[k / 2], k % 2) * half(b.row(k / 2)[j], k % 2);
             }
             c.row(i)[j] = sum;
         }
     }
 }
 
-void torch_brgemm(Matrix<const uint16_t> a, const uint16_t* b, Matrix<float> c, Accumulate accumulate) {
-    at::native::cpublas::brgemm(c.rows, c.columns, a.columns, a.stride, c.columns, c.stride,
+void torch_brgemm(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate) {
+    at::native::cpublas::brgemm(c.rows, c.columns, 2 * a.columns, 2 * a.stride, b.stride, c.stride,
                                 accumulate == Accumulate::yes, reinterpret_cast<const at::BFloat16*>(a.data),
-                                reinterpret_cast<const at::BFloat16*>(b), c.data);
+                                reinterpret_cast<const at::BFloat16*>(b.data), c.data);
 }
 
 }  // namespace

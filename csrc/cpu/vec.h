@@ -10,6 +10,9 @@
 //   max(a, b), min(a, b)          the second where one of them is NaN
 //   to_float(h, Half{}), to_half  fp16 to fp32 and back
 //   to_bf16                       fp32 to bf16, to the nearest, ties to even
+//   kDots                         whether one instruction multiplies pairs of bf16, and then to_factor(v), which is
+//                                 to_bf16 for products, to_pairs(low, high), and dot(a, b, c): c and the products of
+//                                 the pairs' halves; vec_no_dots.h has them of the other levels
 #pragma once
 
 #include <stdint.h>
@@ -83,12 +86,19 @@ inline Vec exp(Vec x) {
     return x < broadcast(-87.3f) ? Vec{} : x == x ? scaled : x;
 }
 
+inline Bits broadcast(Pair value) { return value.bits - Bits{}; }
+
+// c + a b, of values and of pairs.
+inline Vec add_product(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+inline Vec add_product(Bits a, Bits b, Vec c) { return dot(a, b, c); }
+
 inline Vec to_float(Vec v, float) { return v; }
 inline Vec to_float(HalfBits h, BFloat16) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
 
 inline Vec from_float(Vec v, float) { return v; }
 inline HalfBits from_float(Vec v, BFloat16) { return to_bf16(v); }
 inline HalfBits from_float(Vec v, Half) { return to_half(v); }
+inline HalfBits from_float(Vec v, Factor) { return to_factor(v); }
 
 // The first `count` (1 to kLanes) values from p as fp32; the other lanes are 0.
 template <typename T>
@@ -103,6 +113,14 @@ inline void store(T* p, Vec v, int64_t count = kLanes) {
     const auto raw = from_float(v, T{});
     memcpy(p, &raw, count * sizeof(T));
 }
+
+inline Bits load(const Pair* p) {
+    Bits raw;
+    memcpy(&raw, p, sizeof(raw));
+    return raw;
+}
+
+inline void store(Pair* p, Bits pairs) { memcpy(p, &pairs, sizeof(pairs)); }
 
 // body(first, count) for every vector of `size` values: count is kLanes, a constant, for all but a last partial one.
 template <typename Body>

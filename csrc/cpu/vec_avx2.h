@@ -27,3 +27,5 @@ inline HalfBits to_bf16(Vec v) { return round_to_bf16<kLanes>(v); }
 
 }  // namespace
 }  // namespace ipt_fast::cpu
+
+#include "vec_no_dots.h"

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "kernels.h"
+
 namespace ipt_fast::cpu {
 namespace {
 
@@ -13,6 +15,11 @@ struct BFloat16 {
     uint16_t bits;
 };
 struct Half {
+    uint16_t bits;
+};
+
+// bf16 for products: subnormal numbers may have become zero.
+struct Factor {
     uint16_t bits;
 };
 

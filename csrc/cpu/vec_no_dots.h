@@ -1,0 +1,23 @@
+// Pairs of bf16 at levels that have no instruction for them. Their products are not used but for tests; conversions serve
+// the matrix unit.
+#pragma once
+
+#include "vec_types.h"
+
+namespace ipt_fast::cpu {
+namespace {
+
+constexpr bool kDots = false;
+
+inline HalfBits to_factor(Vec v) { return to_bf16(v); }
+
+inline Bits to_pairs(Vec low, Vec high) {
+    return __builtin_convertvector(to_bf16(low), Bits) | __builtin_convertvector(to_bf16(high), Bits) << 16;
+}
+
+inline Vec dot(Bits a, Bits b, Vec c) {
+    return fma((Vec)(a << 16), (Vec)(b << 16), fma((Vec)(a & 0xffff0000), (Vec)(b & 0xffff0000), c));
+}
+
+}  // namespace
+}  // namespace ipt_fast::cpu
