@@ -33,6 +33,10 @@ at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x);
 // x itself where its strides are exactly those of a channels-last map, else a copy that has them.
 at::Tensor channels_last(const at::Tensor& x);
 
+// The same in fp32: what a chain of kernels gets whose maps between them would be rounded to 16 bits.
+inline at::Tensor wide(const at::Tensor& x) { return x.to(at::kFloat); }
+inline OptionalTensor wide(const OptionalTensor& x) { return x.has_value() ? OptionalTensor(wide(*x)) : std::nullopt; }
+
 // A small parameter as contiguous fp32, its last axis padded to `size` with zeros; all zeros if there is none.
 at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size);
 

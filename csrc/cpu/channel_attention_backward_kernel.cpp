@@ -73,11 +73,11 @@ inline void stage_tokens(const Tokens<T>& tokens, const Tile& tile, int64_t chan
     }
 }
 
-template <typename T, int branches>
-void gram(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
+template <typename T, int branches, typename Unit>
+void gram(const ChannelAttentionBackwardParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
     const int64_t depth = g.depth;
-    const GramTile<branches> staged(g, scratch);
+    const GramTile<Unit, branches> staged(unit, g, scratch);
     for (int64_t index = begin; index < end; ++index) {
         const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
@@ -170,16 +170,17 @@ struct TermOfV {
 };
 
 // One tile of one head. Rows of scratch have `depth` floats for each token, products one row for each branch.
-template <typename T, int branches>
+template <typename T, int branches, typename Unit>
 struct ApplyTile {
     const ChannelAttentionBackwardParams& p;
+    const Unit& unit;
     const Groups& g;
     const WindowBlock& block;
     const Tile& tile;
     int64_t head;
     const float* const* matrices;  // of the branches
     const float* units;            // of q, then of k, in which they and their gradients are; nullptr: 1
-    float *q, *k, *products;
+    float *q, *k, *products, *room;
 
     void run() const {
         const TileWeights<branches> squares = token_squares<branches>(g, head, tile);
@@ -218,7 +219,8 @@ struct ApplyTile {
             const Matrix left{rows, tile.tokens(), g.head_channels, g.depth};
             const Matrix right{matrices[branch] + which * g.depth * g.depth, g.head_channels, g.depth, g.depth};
             const Matrix target{products + branch * g.depth, tile.tokens(), g.depth, branches * g.depth};
-            product(left, right, target, Accumulate::no);
+            unit.product(unit.left(unit.rows(left, room)), unit.right(right, room + kTileTokens * g.depth), target,
+                         Accumulate::no);
         }
     }
 
@@ -304,11 +306,12 @@ const float* common_units(const ChannelAttentionBackwardParams& p, const float* 
     return units;
 }
 
-template <typename T, int branches>
-void apply(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
+template <typename T, int branches, typename Unit>
+void apply(const ChannelAttentionBackwardParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
     float *const q = scratch, *const k = q + kTileTokens * g.depth, *const products = k + kTileTokens * g.depth;
-    float* const moved = products + branches * kTileTokens * g.depth;
+    float* const room = products + branches * kTileTokens * g.depth;
+    float* const moved = room + kTileTokens * g.depth + g.depth * g.depth;
     for (int64_t index = begin; index < end; ++index) {
         const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
@@ -321,20 +324,20 @@ void apply(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, 
         const float* const units = common_units(p, matrices, moved);
         for (int64_t t = 0; t < block.tiles(); ++t) {
             const Tile tile = block.tile(t);
-            ApplyTile<T, branches>{p, g, block, tile, head, matrices, units, q, k, products}.run();
+            ApplyTile<T, branches, Unit>{p, unit, g, block, tile, head, matrices, units, q, k, products, room}.run();
         }
     }
 }
 
 void gram_any(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.groups.branches, [&](auto type, auto branches) {
-        gram<decltype(type), decltype(branches)::value>(p, begin, end, scratch);
+    with_branches(p.dtype, p.products, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
+        gram<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
     });
 }
 
 void apply_any(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.groups.branches, [&](auto type, auto branches) {
-        apply<decltype(type), decltype(branches)::value>(p, begin, end, scratch);
+    with_branches(p.dtype, p.products, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
+        apply<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
     });
 }
 

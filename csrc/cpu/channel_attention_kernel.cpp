@@ -28,10 +28,10 @@ inline void prefetch(const Groups& g, const Pixels& map, const WindowBlock& bloc
     }
 }
 
-template <typename T, int branches>
-void gram(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
+template <typename T, int branches, typename Unit>
+void gram(const ChannelAttentionParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
-    const GramTile<branches> staged(g, scratch);
+    const GramTile<Unit, branches> staged(unit, g, scratch);
     for (int64_t index = begin; index < end; ++index) {
         const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
         const int64_t head = index % g.heads;
@@ -76,8 +76,8 @@ void attend(const Groups& g, int64_t begin, int64_t end, float* scratch) {
     }
 }
 
-template <typename T, int branches>
-void apply(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
+template <typename T, int branches, typename Unit>
+void apply(const ChannelAttentionParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
     const Groups& g = p.groups;
     const int64_t channels = g.heads * g.head_channels;
     float* const attended = scratch + apply_scratch(g);
@@ -90,7 +90,7 @@ void apply(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* s
             const T* first_v = pixel_of<T>(g, p.v, block.image, tile.y, tile.x) + head * g.head_channels;
             const Matrix v{first_v, tile.rows * g.horizontal.size, g.head_channels, p.v.stride};
             const Matrix rows{attended, tile.tokens(), g.depth, g.depth};
-            apply_tile<branches>(g, head, tile, g.slot(index / g.heads, head), v, rows, scratch);
+            apply_tile<branches>(g, unit, head, tile, g.slot(index / g.heads, head), v, rows, scratch);
             for (int64_t y = 0; y < tile.rows; ++y) {
                 const int64_t first = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
                 T* out = static_cast<T*>(p.out) + first * channels + head * g.head_channels;
@@ -105,14 +105,14 @@ void apply(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* s
 }
 
 void gram_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.groups.branches, [&](auto type, auto branches) {
-        gram<decltype(type), decltype(branches)::value>(p, begin, end, scratch);
+    with_branches(p.dtype, p.products, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
+        gram<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
     });
 }
 
 void apply_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.groups.branches, [&](auto type, auto branches) {
-        apply<decltype(type), decltype(branches)::value>(p, begin, end, scratch);
+    with_branches(p.dtype, p.products, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
+        apply<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
     });
 }
 

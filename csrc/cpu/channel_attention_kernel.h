@@ -57,6 +57,7 @@ struct Pixels {
 
 struct ChannelAttentionParams {
     DType dtype;
+    Products products;
     Groups groups;
     Pixels q, k, v;  // channels of head 0 first
     void* out;       // dense
@@ -66,9 +67,10 @@ namespace {
 
 // Floats of scratch of a tile's Gram matrix, of its output without the result, and of a window's softmax.
 inline int64_t gram_scratch(const Groups& g) {
-    return kTileTokens * g.depth * (1 + g.branches) + g.branches * g.depth * g.depth + 2 * g.depth * (g.branches + 1);
+    return 2 * kTileTokens * g.depth * (1 + g.branches) + g.branches * g.depth * g.depth +
+           2 * g.depth * (g.branches + 1);
 }
-inline int64_t apply_scratch(const Groups& g) { return kTileTokens * g.depth * 3; }
+inline int64_t apply_scratch(const Groups& g) { return kTileTokens * g.depth * 3 + g.depth * g.depth; }
 inline int64_t attend_scratch(const Groups& g) { return g.depth * (3 * g.depth + 12); }
 
 }  // namespace
@@ -86,6 +88,7 @@ struct ChannelAttentionKernels {
 
 struct ChannelAttentionBackwardParams {
     DType dtype;
+    Products products;
     Groups groups;  // without slots
     Pixels q, k, v, grad;
     void *grad_q, *grad_k, *grad_v;  // channels of head 0 first
@@ -129,7 +132,9 @@ struct ChannelAttentionBackwardParams {
     // Floats of scratch of gram, apply and attend.
     IPT_FAST_INLINE int64_t scratch() const {
         const int64_t d = groups.depth, branches = groups.branches;
-        const int64_t tiles = (branches + 2) * kTileTokens * d + branches * matrices_size() + 2 * d * (branches + 2);
+        const int64_t room = kTileTokens * d * (1 + branches) + d * d;
+        const int64_t tiles =
+            (branches + 2) * kTileTokens * d + branches * matrices_size() + 2 * d * (branches + 2) + room;
         const int64_t sums = 2 * d * (3 * d + 12);
         return round_up(tiles > sums ? tiles : sums, kChannelPad);
     }

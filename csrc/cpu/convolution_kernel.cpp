@@ -9,8 +9,8 @@
 #include "convolution_kernel.h"
 
 #include "depthwise.h"
-#include "units.h"
 #include "rows.h"
+#include "units.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -20,12 +20,14 @@ constexpr bool kIsFloat = sizeof(T) == sizeof(float);
 
 // ---- pointwise ------------------------------------------------------------------------------------------------------
 
-int64_t packed_size(Brgemm brgemm, int64_t columns, int64_t depth) {
-    return brgemm ? MatrixUnit::packed_size(columns, depth) : VectorUnit::packed_size(columns, depth);
+int64_t packed_size(const Products& products, int64_t columns, int64_t depth) {
+    return with_types(products.dtype, products,
+                      [&](auto, const auto& unit) { return unit.packed_size(columns, depth); });
 }
 
-void pack(DType dtype, Brgemm brgemm, const Weight& weight, void* packed) {
-    with_types(dtype, brgemm, [&](auto type, const auto& unit) { unit.template pack<decltype(type)>(weight, packed); });
+void pack(DType dtype, const Products& products, const Weight& weight, void* packed) {
+    with_types<true>(dtype, products,
+                     [&](auto type, const auto& unit) { unit.template pack<decltype(type)>(weight, packed); });
 }
 
 template <typename T, typename Unit>
@@ -39,14 +41,20 @@ void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_
         const T* const in = static_cast<const T*>(p.x) + first * p.channels;
         T* const out = static_cast<T*>(p.out) + first * p.columns;
         const Matrix pixels{in, count, p.channels, p.channels};
+        const Matrix left{staged, count, p.channels, padded(p.channels)};
+        const Matrix result{products, count, p.columns, padded(p.columns)};
         if constexpr (kIsFloat<T>) {
             if (p.columns % kLanes == 0) {
-                unit.multiply(pixels, p.packed, {out, count, p.columns, p.columns}, Accumulate::no);
+                const Matrix target{out, count, p.columns, p.columns};
+                if constexpr (kIsFloat<Value>) {
+                    unit.multiply(pixels, p.packed, target, Accumulate::no);
+                } else {
+                    load_rows(pixels, left);
+                    unit.multiply(left, p.packed, target, Accumulate::no);
+                }
                 continue;
             }
         }
-        const Matrix left{staged, count, p.channels, padded(p.channels)};
-        const Matrix result{products, count, p.columns, padded(p.columns)};
         load_rows(pixels, left);
         unit.multiply(left, p.packed, result, Accumulate::no);
         store_rows<T>(result, nullptr, out);
@@ -54,18 +62,20 @@ void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_
 }
 
 void pointwise_any(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p.dtype, p.brgemm,
-               [&](auto type, const auto& unit) { pointwise<decltype(type)>(p, unit, begin, end, scratch); });
+    with_types<true>(p.dtype, p.products,
+                     [&](auto type, const auto& unit) { pointwise<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
-template <typename T>
-void pointwise_weight(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row, float* scratch,
-                      float* sums) {
+template <typename T, typename Unit>
+void pointwise_weight(const PointwiseWeightParams& p, const Unit& unit, int64_t begin, int64_t end, int64_t first_row,
+                      float* scratch, float* sums) {
     const int64_t width = padded(p.channels);
     const int64_t rows = p.columns - first_row < kPointwiseTile ? p.columns - first_row : kPointwiseTile;
     float* const x = scratch;
     float* const grad = x + kPointwiseRun * width;
-    float* const of_run = grad + kPointwiseRun * kPointwiseTile;
+    float* const x_room = grad + kPointwiseRun * kPointwiseTile;
+    float* const grad_room = x_room + kPointwiseRun * width;
+    float* const of_run = grad_room + kPointwiseRun * kPointwiseTile;
     float* const total = sums + first_row * width;
     for (int64_t first = begin; first < end; first += kPointwiseRun) {
         const int64_t count = end - first < kPointwiseRun ? end - first : kPointwiseRun;
@@ -75,7 +85,7 @@ void pointwise_weight(const PointwiseWeightParams& p, int64_t begin, int64_t end
         load_rows(Matrix{first_x, count, p.channels, p.channels}, pixels);
         load_rows(Matrix{first_grad, count, rows, p.columns}, gradients);
         const Matrix target{first == begin ? total : of_run, rows, width, width};
-        product(transposed(gradients), pixels, target, Accumulate::no);
+        unit.product(unit.left_transposed(gradients, grad_room), unit.right(pixels, x_room), target, Accumulate::no);
         for (int64_t i = 0; i < rows * width && first > begin; i += kLanes) {
             store(total + i, load(total + i) + load(of_run + i));
         }
@@ -84,7 +94,9 @@ void pointwise_weight(const PointwiseWeightParams& p, int64_t begin, int64_t end
 
 void pointwise_weight_any(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row, float* scratch,
                           float* sums) {
-    with_type(p.dtype, [&](auto type) { pointwise_weight<decltype(type)>(p, begin, end, first_row, scratch, sums); });
+    with_types<true>(p.dtype, p.products, [&](auto type, const auto& unit) {
+        pointwise_weight<decltype(type)>(p, unit, begin, end, first_row, scratch, sums);
+    });
 }
 
 // ---- depthwise ------------------------------------------------------------------------------------------------------

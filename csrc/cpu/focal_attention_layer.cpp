@@ -53,7 +53,7 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
 
     FocalAttentionLayerParams params{};
     params.dtype = dtype_of(x);
-    params.brgemm = params.dtype == DType::bf16 ? brgemm() : nullptr;
+    params.products = products_in(params.dtype);
     params.groups = focal.groups;
     params.norm = norm.params;
     params.x = x.const_data_ptr();
@@ -78,7 +78,7 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
     const ChannelAttentionKernels& attention = kernels_in_use<ChannelAttentionKernels>();
     const auto for_all = [&](int64_t count, const auto& pass) {
         at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-            const BrgemmScope scope{params.brgemm};
+            const ProductScope scope{params.products};
             pass(begin, end, space.at<float>(scratch) + at::get_thread_num() * each);
         });
     };
@@ -97,34 +97,42 @@ using FocalLayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::T
 // Of y = x + project(attention(depthwise(qkv(norm(x))))). Every intermediate is computed again and dropped after its
 // last use; at most three maps of three times the channels exist at once.
 FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, const at::Tensor& x_,
-                                                   const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
-                                                   const at::Tensor& qkv_weight, const at::Tensor& depthwise_weight,
-                                                   const at::Tensor& project_weight, const at::Tensor& temperature,
-                                                   const at::Tensor& token_weight, const at::Tensor& top_weight,
-                                                   const at::Tensor& bottom_weight, int64_t num_heads,
+                                                   const at::Tensor& norm_weight_, const OptionalTensor& norm_bias_,
+                                                   const at::Tensor& qkv_weight_, const at::Tensor& depthwise_weight_,
+                                                   const at::Tensor& project_weight_, const at::Tensor& temperature_,
+                                                   const at::Tensor& token_weight_, const at::Tensor& top_weight_,
+                                                   const at::Tensor& bottom_weight_, int64_t num_heads,
                                                    int64_t window_size, double eps, bool centered) {
     check_image(x_, "x");
     check_tensor(grad_, "grad", x_.sizes(), x_);
-    check_tensor(depthwise_weight, "depthwise_weight", {3 * x_.size(1), 1, 3, 3}, x_);
+    check_tensor(depthwise_weight_, "depthwise_weight", {3 * x_.size(1), 1, 3, 3}, x_);
 
-    const at::Tensor grad = channels_last(grad_), x = channels_last(x_);
+    const DType products = dtype_of(x_);
+    const at::Tensor grad = channels_last(wide(grad_)), x = channels_last(wide(x_));
+    const at::Tensor norm_weight = wide(norm_weight_), qkv_weight = wide(qkv_weight_);
+    const at::Tensor depthwise_weight = wide(depthwise_weight_), project_weight = wide(project_weight_);
+    const at::Tensor temperature = wide(temperature_), token_weight = wide(token_weight_);
+    const at::Tensor top_weight = wide(top_weight_), bottom_weight = wide(bottom_weight_);
+    const OptionalTensor norm_bias = wide(norm_bias_);
     at::Tensor normed = layer_norm_2d(x, norm_weight, norm_bias, eps, centered);
-    at::Tensor projected = pointwise(normed, qkv_weight);
+    at::Tensor projected = pointwise(normed, qkv_weight, products);
     at::Tensor qkv = depthwise(projected, depthwise_weight);
-    const at::Tensor grad_project = pointwise_weight_gradient(
-        grad,
-        focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size));
+    const at::Tensor grad_project =
+        pointwise_weight_gradient(grad,
+                                  focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight,
+                                                          num_heads, window_size, products),
+                                  products);
     auto [grad_qkv, grad_temperature, grad_token, grad_top, grad_bottom] =
-        focal_channel_attention_backward(pointwise_input_gradient(grad, project_weight), qkv, temperature, token_weight,
-                                         top_weight, bottom_weight, num_heads, window_size);
+        focal_channel_attention_backward(pointwise_input_gradient(grad, project_weight, products), qkv, temperature,
+                                         token_weight, top_weight, bottom_weight, num_heads, window_size, products);
     qkv.reset();
     const at::Tensor grad_depthwise = depthwise_weight_gradient(grad_qkv, projected, 3);
     projected.reset();
     at::Tensor grad_projected = depthwise_input_gradient(grad_qkv, depthwise_weight);
     grad_qkv.reset();
-    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_projected, normed);
+    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_projected, normed, products);
     normed.reset();
-    at::Tensor grad_normed = pointwise_input_gradient(grad_projected, qkv_weight);
+    at::Tensor grad_normed = pointwise_input_gradient(grad_projected, qkv_weight, products);
     grad_projected.reset();
     auto [grad_x, grad_norm_weight, grad_norm_bias] =
         layer_norm_2d_backward(grad_normed, x, norm_weight, norm_bias, eps, centered);

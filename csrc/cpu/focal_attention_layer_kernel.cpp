@@ -9,8 +9,8 @@
 
 #include "depthwise.h"
 #include "rows.h"
-#include "window_attend.h"
 #include "units.h"
+#include "window_attend.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -161,7 +161,7 @@ class GramStrip {
     }
 
     void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
-        const GramTile<2> staged(g_, tile_scratch_);
+        const GramTile<Unit, 2> staged(unit_, g_, tile_scratch_);
         const TileWeights<2> weights = token_squares<2>(g_, head, tile);
         const int64_t channels = p_.channels();
         convolve(
@@ -284,7 +284,7 @@ void apply(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, 
                 const int64_t c = head * g.head_channels;
                 const Matrix v{out + c, tile.rows * g.horizontal.size, g.head_channels, channels};
                 const Matrix values{attended + c, tile.tokens(), g.depth, row};
-                apply_tile<2>(g, head, tile, g.slot(b, head), v, values, scratch);
+                apply_tile<2>(g, unit, head, tile, g.slot(b, head), v, values, scratch);
             }
             if constexpr (sizeof(*left) != sizeof(float)) {
                 for (int64_t i = 0; i < tile.tokens() * row; i += kLanes) {
@@ -303,16 +303,16 @@ void apply(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, 
 }
 
 void pack_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end) {
-    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
+    with_types(p.dtype, p.products, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
 }
 
 void gram_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p.dtype, p.brgemm,
+    with_types(p.dtype, p.products,
                [&](auto type, const auto& unit) { gram<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 void apply_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p.dtype, p.brgemm,
+    with_types(p.dtype, p.products,
                [&](auto type, const auto& unit) { apply<decltype(type)>(p, unit, begin, end, scratch); });
 }
 

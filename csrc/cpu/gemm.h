@@ -145,8 +145,9 @@ inline void product_of(int64_t depth, Left a, const B& b, Matrix<float> c, Accum
             int64_t k = 0;
             do {  // once for a depth of 0
                 const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
-                panel_product<decltype(vectors)::value>(c.rows, block, a.from(0, k), decltype(right){right.row(k), right.stride},
-                                                        target, k > 0 ? Accumulate::yes : accumulate);
+                panel_product<decltype(vectors)::value>(c.rows, block, a.from(0, k),
+                                                        decltype(right){right.row(k), right.stride}, target,
+                                                        k > 0 ? Accumulate::yes : accumulate);
                 k += block;
             } while (k < depth);
         });

@@ -5,8 +5,8 @@
 #pragma once
 
 #include "channel_attention_kernel.h"
-#include "gemm.h"
 #include "rows.h"
+#include "units.h"
 #include "vec.h"
 
 namespace ipt_fast::cpu {
@@ -91,23 +91,27 @@ struct GramSums {
 };
 
 // q and k of a tile of tokens, w^2 k of all branches side by side.
-template <int branches>
+template <typename Unit, int branches>
 struct GramTile {
+    const Unit& unit;
     int64_t channels, depth;
     float* q;        // [kTileTokens][depth]
     float* k;        // [kTileTokens][branches][depth]
     float* sums;     // [branches][depth][depth]
     float* squares;  // [branches][2][depth], of q and k
     float* factors;  // [2][depth]
+    float* room;     // for both operands of the product
 
-    GramTile(const Groups& g, float* scratch)
-        : channels(g.head_channels),
+    GramTile(const Unit& unit, const Groups& g, float* scratch)
+        : unit(unit),
+          channels(g.head_channels),
           depth(g.depth),
           q(scratch),
           k(q + kTileTokens * depth),
           sums(k + kTileTokens * branches * depth),
           squares(sums + branches * depth * depth),
-          factors(squares + 2 * branches * depth) {}
+          factors(squares + 2 * branches * depth),
+          room(factors + 2 * depth) {}
 
     // Channels c to c + kLanes of the token (y, x) of a tile; adds the squares of w q and of w k.
     void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TileWeights<branches>& w,
@@ -158,7 +162,8 @@ struct GramTile {
     void multiply(int64_t tokens, float* matrices, bool begin) const {
         const Matrix weighted{k, tokens, branches * depth, branches * depth}, values{q, tokens, depth, depth};
         const Matrix target{begin ? matrices : sums, branches * depth, depth, depth};
-        product(transposed(weighted), values, target, Accumulate::no);
+        unit.product(unit.left_transposed(weighted, room),
+                     unit.right(values, room + room_of(kTileTokens, branches * depth)), target, Accumulate::no);
         if (!begin) {
             for (int64_t i = 0; i < branches * depth * depth; i += kLanes) {
                 store(matrices + i, load(matrices + i) + load(sums + i));
@@ -256,10 +261,12 @@ struct GramTile {
     }
 };
 
-// body(T{}, Constant<branches>) for the storage type.
+// body(T{}, unit, Constant<branches>) for the dtype of the maps and the unit of the products.
 template <typename Body>
-inline void with_branches(DType dtype, int branches, const Body& body) {
-    with_type(dtype, [&](auto type) { branches == 1 ? body(type, Constant<1>{}) : body(type, Constant<2>{}); });
+inline void with_branches(DType dtype, const Products& products, int branches, const Body& body) {
+    with_types<true>(dtype, products, [&](auto type, const auto& unit) {
+        branches == 1 ? body(type, unit, Constant<1>{}) : body(type, unit, Constant<2>{});
+    });
 }
 
 }  // namespace

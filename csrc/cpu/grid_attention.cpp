@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "level.h"
+#include "matrix_unit.h"
 #include "work_space.h"
 
 namespace ipt_fast::cpu {
@@ -32,8 +33,8 @@ at::Tensor spread(const GridAttention& p, const OptionalTensor& table) {
 
 }  // namespace
 
-at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channels, const OptionalTensor& bias_table,
-                         int64_t num_heads, int64_t grid_size) {
+at::Tensor set_attention(GridAttention& p, const at::Tensor& map, DType products, int64_t channels,
+                         const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size) {
     TORCH_CHECK_VALUE(num_heads >= 1 && channels % num_heads == 0, "num_heads must divide the ", channels,
                       " channels; got ", num_heads);
     TORCH_CHECK_VALUE(grid_size >= 1, "grid_size must be at least 1; got ", grid_size);
@@ -42,6 +43,7 @@ at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channe
         check_tensor(*bias_table, "bias_table", {rows, num_heads}, map, true);
     }
     p.dtype = dtype_of(map);
+    p.products = products_in(products);
     // Without a table the lattice need not be finer than the map.
     const int64_t finest = bias_table.has_value() ? grid_size : std::max(map.size(2), map.size(3));
     p.lattice = {map.size(2), map.size(3), std::min(grid_size, finest)};
@@ -54,12 +56,12 @@ at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channe
     return bias;
 }
 
-at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads,
-                          int64_t grid_size) {
+at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size,
+                          DType products) {
     check_image(qkv, "qkv");
     const int64_t channels = attention_channels(qkv), height = qkv.size(2), width = qkv.size(3);
     GridAttentionParams p{};
-    const at::Tensor bias = set_attention(p, qkv, channels, bias_table, num_heads, grid_size);
+    const at::Tensor bias = set_attention(p, qkv, products, channels, bias_table, num_heads, grid_size);
     const at::Tensor map = channels_last(qkv);
     at::Tensor out = empty_channels_last({p.batch, channels, height, width}, qkv);
     p.qkv = map.const_data_ptr();
@@ -73,6 +75,7 @@ at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_tabl
     space.allocate();
     const int64_t grain = std::max<int64_t>(1, kGrain / (4 * tokens * tokens * p.depth));
     at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+        const ProductScope scope{p.products};
         kernel.forward(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * floats);
     });
     return out;
@@ -80,11 +83,11 @@ at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_tabl
 
 std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& grad, const at::Tensor& qkv,
                                                            const OptionalTensor& bias_table, int64_t num_heads,
-                                                           int64_t grid_size) {
+                                                           int64_t grid_size, DType products) {
     check_image(qkv, "qkv");
     const int64_t channels = attention_channels(qkv);
     GridAttentionGradients p{};
-    const at::Tensor bias = set_attention(p, qkv, channels, bias_table, num_heads, grid_size);
+    const at::Tensor bias = set_attention(p, qkv, products, channels, bias_table, num_heads, grid_size);
     check_tensor(grad, "grad", {p.batch, channels, qkv.size(2), qkv.size(3)}, qkv);
     const at::Tensor map = channels_last(qkv), grad_map = channels_last(grad);
     at::Tensor grad_qkv = empty_channels_last(qkv.sizes(), qkv);
@@ -105,6 +108,7 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
     const int64_t scratch = space.add(at::get_num_threads() * floats * static_cast<int64_t>(sizeof(float)));
     space.allocate();
     at::parallel_for(0, num_heads * shares, 1, [&](int64_t begin, int64_t end) {
+        const ProductScope scope{p.products};
         for (int64_t k = begin; k < end; ++k) {
             const int64_t head = k / shares, share = k % shares;
             kernel.backward(p, head, share * groups / shares, (share + 1) * groups / shares,
@@ -120,8 +124,14 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
 }
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
-    m.impl("grid_attention", grid_attention);
-    m.impl("grid_attention_backward", grid_attention_backward);
+    m.impl("grid_attention",
+           [](const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size) {
+               return grid_attention(qkv, bias_table, num_heads, grid_size, dtype_of(qkv));
+           });
+    m.impl("grid_attention_backward", [](const at::Tensor& grad, const at::Tensor& qkv,
+                                         const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size) {
+        return grid_attention_backward(grad, qkv, bias_table, num_heads, grid_size, dtype_of(qkv));
+    });
 }
 
 }  // namespace ipt_fast::cpu

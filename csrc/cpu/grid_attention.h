@@ -10,15 +10,15 @@
 namespace ipt_fast::cpu {
 
 // Checks the arguments and fills in the common parameters; `map` has `channels` = heads * depth or three times as
-// many. The returned tensor holds the biases.
-at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channels, const OptionalTensor& bias_table,
-                         int64_t num_heads, int64_t grid_size);
+// many. The returned tensor holds the biases. `products` is the dtype of the map's or, of an fp32 map, bf16.
+at::Tensor set_attention(GridAttention& p, const at::Tensor& map, DType products, int64_t channels,
+                         const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size);
 
-at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads,
-                          int64_t grid_size);
+at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size,
+                          DType products);
 
 std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& grad, const at::Tensor& qkv,
                                                            const OptionalTensor& bias_table, int64_t num_heads,
-                                                           int64_t grid_size);
+                                                           int64_t grid_size, DType products);
 
 }  // namespace ipt_fast::cpu

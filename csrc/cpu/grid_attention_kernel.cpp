@@ -14,8 +14,8 @@
 namespace ipt_fast::cpu {
 namespace {
 
-template <typename T>
-void forward(const GridAttentionParams& p, int64_t begin, int64_t end, float* memory) {
+template <typename T, typename Unit>
+void forward(const GridAttentionParams& p, const Unit& unit, int64_t begin, int64_t end, float* memory) {
     ScratchStack scratch{memory};
     const int64_t channels = channels_of(p), depth = p.depth, row = padded(depth);
     const int64_t groups = group_count(p.lattice), pixels = p.lattice.height * p.lattice.width;
@@ -33,7 +33,7 @@ void forward(const GridAttentionParams& p, int64_t begin, int64_t end, float* me
             gather(group, Matrix{qkv + i * channels, pixels, depth, 3 * channels}, tokens[i]);
         }
         T* out = static_cast<T*>(p.out) + image * pixels * channels + head * depth;
-        attend(p, group, p.bias + head * bias_size(p), tokens[0], tokens[1], tokens[2], scratch,
+        attend(p, unit, group, p.bias + head * bias_size(p), tokens[0], tokens[1], tokens[2], scratch,
                [&](int64_t first, Matrix<float> attended, const float* factors) {
                    for_pixels(group, first, attended.rows, [=](int64_t token, int64_t pixel) {
                        const int64_t i = token - first;
@@ -46,7 +46,8 @@ void forward(const GridAttentionParams& p, int64_t begin, int64_t end, float* me
 }
 
 void forward_any(const GridAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p, begin, end, scratch); });
+    with_types<true>(p.dtype, p.products,
+                     [&](auto type, const auto& unit) { forward<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 // The sum over k of body(k), rows added up in short blocks: a few short sums round less than one long one.
@@ -117,9 +118,9 @@ void scatter(const Group& g, int64_t first, Matrix<const float> rows, float fact
     });
 }
 
-template <typename T>
-void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int64_t end, float* memory,
-              double* grad_bias) {
+template <typename T, typename Unit>
+void backward(const GridAttentionGradients& p, const Unit& unit, int64_t head, int64_t begin, int64_t end,
+              float* memory, double* grad_bias) {
     const int64_t channels = channels_of(p), depth = padded(p.depth), groups = group_count(p.lattice);
     const int64_t pixels = p.lattice.height * p.lattice.width;
     const float* bias = p.bias + head * bias_size(p);
@@ -134,6 +135,10 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
     float* const for_weights = scratch.take(scores_size(p));
     float* const for_slopes = scratch.take(scores_size(p));
     float* const biases = scratch.take(bias_size(p));
+    float* const rooms[] = {scratch.take(head_room(p)), scratch.take(head_room(p)), scratch.take(head_room(p))};
+    float* const chunk_rooms[] = {scratch.take(chunk_size(p)), scratch.take(chunk_size(p)),
+                                  scratch.take(chunk_size(p))};
+    float* const scores_rooms = scratch.take(scores_room(p));
     for (int64_t item = begin; item < end; ++item) {
         const int64_t image = item / groups;
         const Group group = group_of(p.lattice, item % groups);
@@ -150,6 +155,8 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
         const auto map_of = [&](int64_t i) {  // of the gradients of q, k and v
             return Matrix{static_cast<T*>(p.grad_qkv) + origin3 + i * channels, pixels, p.depth, 3 * channels};
         };
+        const auto keys = unit.left(unit.rows(k, rooms[0])), values = unit.left(unit.rows(v, rooms[1]));
+        const auto right_keys = unit.right(k, rooms[2]);
         memset(biases, 0, bias_size(p) * sizeof(float));
         for (int64_t first = 0; first < tokens; first += kChunk) {
             const int64_t count = tokens - first < kChunk ? tokens - first : kChunk, row = padded(count);
@@ -163,13 +170,15 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
             const Matrix queries = transpose_rows(chunk_q, p.scale * kLog2E, for_queries);
             const Matrix grad_queries = transpose_rows(chunk_grad, 1.0f, for_grad_queries);
             start_scores(p, group, bias, first, count, weights);
-            product(k, queries, weights, Accumulate::yes);
+            unit.product(keys, unit.right(queries, chunk_rooms[0]), weights, Accumulate::yes);
             powers(weights, inverses);
-            product(v, grad_queries, slopes, Accumulate::no);
+            unit.product(values, unit.right(grad_queries, chunk_rooms[0]), slopes, Accumulate::no);
             score_gradients(weights, slopes, inverses);
-            product(p_of_chunk, chunk_grad, grad_v, add);
-            product(ds_of_chunk, chunk_q, grad_k, add);
-            product(transposed(ds_of_chunk), k, grad_q, Accumulate::no);
+            unit.product(unit.left(unit.rows(p_of_chunk, scores_rooms)), unit.right(chunk_grad, chunk_rooms[1]), grad_v,
+                         add);
+            unit.product(unit.left(unit.rows(ds_of_chunk, scores_rooms)), unit.right(chunk_q, chunk_rooms[2]), grad_k,
+                         add);
+            unit.product(unit.left_transposed(ds_of_chunk, scores_rooms), right_keys, grad_q, Accumulate::no);
             scatter(group, first, grad_q, p.scale, map_of(0));
             if (grad_bias != nullptr) {
                 add_bias_gradients(p, group, slopes, first, count, biases);
@@ -187,7 +196,9 @@ void backward(const GridAttentionGradients& p, int64_t head, int64_t begin, int6
 
 void backward_any(const GridAttentionGradients& p, int64_t head, int64_t begin, int64_t end, float* scratch,
                   double* grad_bias) {
-    with_type(p.dtype, [&](auto type) { backward<decltype(type)>(p, head, begin, end, scratch, grad_bias); });
+    with_types<true>(p.dtype, p.products, [&](auto type, const auto& unit) {
+        backward<decltype(type)>(p, unit, head, begin, end, scratch, grad_bias);
+    });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ constexpr float kLog2E = 0x1.715476p0f;  // scores are computed times this
 // What the operator, its gradient and the layer have in common.
 struct GridAttention {
     DType dtype;  // of all maps
+    Products products;
     Lattice lattice;
     int64_t batch, heads, depth;  // depth: channels of a head
     float scale;                  // of the scores
@@ -61,12 +62,18 @@ inline int64_t scores_size(const GridAttention& p) { return kChunk * most_tokens
 inline int64_t chunk_size(const GridAttention& p) { return kChunk * padded(p.depth); }
 inline int64_t head_size(const GridAttention& p) { return most_tokens(p.lattice) * padded(p.depth); }
 
+// Room for an operand made of a head's rows, and of a chunk's scores.
+inline int64_t head_room(const GridAttention& p) { return padded(most_tokens(p.lattice)) * padded(p.depth); }
+inline int64_t scores_room(const GridAttention& p) { return padded(most_tokens(p.lattice)) * kChunk; }
+
 // What `attend` needs.
-inline int64_t attention_size(const GridAttention& p) { return scores_size(p) + 2 * chunk_size(p); }
+inline int64_t attention_size(const GridAttention& p) {
+    return scores_size(p) + 3 * chunk_size(p) + 2 * head_room(p) + scores_room(p);
+}
 
 inline int64_t scratch_size(const GridAttentionParams& p) { return 3 * head_size(p) + attention_size(p); }
 inline int64_t scratch_size(const GridAttentionGradients& p) {
-    return 6 * head_size(p) + 2 * scores_size(p) + 3 * chunk_size(p) + bias_size(p);
+    return 6 * head_size(p) + 2 * scores_size(p) + 6 * chunk_size(p) + bias_size(p) + 3 * head_room(p) + scores_room(p);
 }
 
 }  // namespace

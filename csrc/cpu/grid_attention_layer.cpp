@@ -31,7 +31,7 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
     const int64_t channels = x.size(1);
     const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
     GridAttentionLayerParams p{};
-    const at::Tensor bias = set_attention(p, x, channels, bias_table, num_heads, grid_size);
+    const at::Tensor bias = set_attention(p, x, dtype_of(x), channels, bias_table, num_heads, grid_size);
     const at::Tensor map = channels_last(x);
     at::Tensor out = empty_channels_last(x.sizes(), x);
     p.x = map.const_data_ptr();
@@ -39,7 +39,6 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
     p.norm = norm.params;
     p.qkv = weight_of(qkv_weight);
     p.project = weight_of(project_weight);
-    p.brgemm = brgemm();
 
     const GridAttentionLayerKernels& kernel = kernels_in_use<GridAttentionLayerKernels>();
     const int64_t floats = round_up(scratch_size(p), kChannelPad);
@@ -50,7 +49,7 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
     p.packed = space.at<void>(packed);
     at::parallel_for(0, 3 * num_heads + 1, 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
     at::parallel_for(0, p.batch * blocks_of_image(p), 1, [&](int64_t begin, int64_t end) {
-        const BrgemmScope scope{p.brgemm};
+        const ProductScope scope{p.products};
         kernel.forward(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * floats);
     });
     return out;
@@ -58,21 +57,25 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
 
 // Recomputes the projections; grid_attention and layer_norm_2d differentiate themselves.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> grid_attention_layer_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
-    const at::Tensor& qkv_weight, const at::Tensor& project_weight, const OptionalTensor& bias_table, int64_t num_heads,
-    int64_t grid_size, double eps, bool centered) {
-    check_layer(x, qkv_weight, project_weight);
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm_weight_, const OptionalTensor& norm_bias_,
+    const at::Tensor& qkv_weight_, const at::Tensor& project_weight_, const OptionalTensor& bias_table_,
+    int64_t num_heads, int64_t grid_size, double eps, bool centered) {
+    check_layer(x, qkv_weight_, project_weight_);
     check_tensor(grad, "grad", x.sizes(), x);
-    const at::Tensor map = channels_last(x), grad_out = channels_last(grad);
+    const DType products = dtype_of(x);
+    const at::Tensor map = channels_last(wide(x)), grad_out = channels_last(wide(grad));
+    const at::Tensor norm_weight = wide(norm_weight_), qkv_weight = wide(qkv_weight_);
+    const at::Tensor project_weight = wide(project_weight_);
+    const OptionalTensor norm_bias = wide(norm_bias_), bias_table = wide(bias_table_);
     const at::Tensor normal = layer_norm_2d(map, norm_weight, norm_bias, eps, centered);
-    const at::Tensor qkv = pointwise(normal, qkv_weight);
+    const at::Tensor qkv = pointwise(normal, qkv_weight, products);
     const at::Tensor grad_project =
-        pointwise_weight_gradient(grad_out, grid_attention(qkv, bias_table, num_heads, grid_size));
-    const auto [grad_qkv, grad_table] = grid_attention_backward(pointwise_input_gradient(grad_out, project_weight), qkv,
-                                                                bias_table, num_heads, grid_size);
-    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_qkv, normal);
+        pointwise_weight_gradient(grad_out, grid_attention(qkv, bias_table, num_heads, grid_size, products), products);
+    const auto [grad_qkv, grad_table] = grid_attention_backward(
+        pointwise_input_gradient(grad_out, project_weight, products), qkv, bias_table, num_heads, grid_size, products);
+    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_qkv, normal, products);
     auto [grad_x, grad_norm_weight, grad_norm_bias] = layer_norm_2d_backward(
-        pointwise_input_gradient(grad_qkv, qkv_weight), map, norm_weight, norm_bias, eps, centered);
+        pointwise_input_gradient(grad_qkv, qkv_weight, products), map, norm_weight, norm_bias, eps, centered);
     grad_x.add_(grad_out);
     return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_project, grad_table};
 }

@@ -99,8 +99,8 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
             block.for_groups([&](const Group& group, int64_t start) {
                 Value* target = attended + start * value_row + head * depth;
                 const int64_t count = group.tokens();
-                attend(p, group, bias, q.slice(start, count), k.slice(start, count), v.slice(start, count), scratch,
-                       [=](int64_t first, Matrix<float> values, const float* factors) {
+                attend(p, unit, group, bias, q.slice(start, count), k.slice(start, count), v.slice(start, count),
+                       scratch, [=](int64_t first, Matrix<float> values, const float* factors) {
                            for (int64_t i = 0; i < values.rows; ++i) {
                                for (int64_t c = 0; c < depth; c += kLanes) {
                                    const Vec value = load(values.row(i) + c) * factors[i];
@@ -121,15 +121,15 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
 }
 
 int64_t packed_size_any(const GridAttentionLayerParams& p) {
-    return with_types(p.dtype, p.brgemm, [&]<typename Unit>(auto, const Unit&) { return packed_size<Unit>(p); });
+    return with_types(p.dtype, p.products, [&]<typename Unit>(auto, const Unit&) { return packed_size<Unit>(p); });
 }
 
 void pack_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end) {
-    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
+    with_types(p.dtype, p.products, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
 }
 
 void forward_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p.dtype, p.brgemm,
+    with_types(p.dtype, p.products,
                [&](auto type, const auto& unit) { forward<decltype(type)>(p, unit, begin, end, scratch); });
 }
 

@@ -12,7 +12,6 @@ struct GridAttentionLayerParams : GridAttention {
     Norm norm;
     Weight qkv, project;  // (3 * channels, channels), (channels, channels)
     void* packed;
-    Brgemm brgemm;  // nullptr: the vector unit
 };
 
 struct GridAttentionLayerKernels {

@@ -1,10 +1,10 @@
 // Attention of one head over the pixels of one group, on rows of scratch memory.
 #pragma once
 
-#include "gemm.h"
 #include "grid_attention_kernel.h"
 #include "rows.h"
 #include "softmax.h"
+#include "units.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -117,13 +117,17 @@ inline void start_scores(const GridAttention& p, const Group& g, const float* bi
 // One head of one group, whose tokens are the rows of q, k and v. emit(first, rows, factors): the attended values of
 // the queries from `first` on are rows times their factors.
 // Scores lie as [keys][queries]: the softmax then needs no sum over the lanes of a vector, and pads no keys.
-template <typename Emit>
-inline void attend(const GridAttention& p, const Group& g, const float* bias, Matrix<const float> q,
+template <typename Unit, typename Emit>
+inline void attend(const GridAttention& p, const Unit& unit, const Group& g, const float* bias, Matrix<const float> q,
                    Matrix<const float> k, Matrix<const float> v, ScratchStack scratch, const Emit& emit) {
     const int64_t tokens = g.tokens();
     float* const for_queries = scratch.take(chunk_size(p));
     float* const for_scores = scratch.take(scores_size(p));
     float* const for_values = scratch.take(chunk_size(p));
+    float* const queries_room = scratch.take(chunk_size(p));
+    float* const weights_room = scratch.take(scores_room(p));
+    const auto keys = unit.left(unit.rows(k, scratch.take(head_room(p))));
+    const auto attended = unit.right(v, scratch.take(head_room(p)));
     for (int64_t first = 0; first < tokens; first += kChunk) {
         const int64_t count = tokens - first < kChunk ? tokens - first : kChunk, row = padded(count);
         const Matrix scores{for_scores, tokens, row, row};
@@ -131,9 +135,10 @@ inline void attend(const GridAttention& p, const Group& g, const float* bias, Ma
         float factors[kChunk];
         const Matrix queries = transpose_rows(q.slice(first, count), p.scale * kLog2E, for_queries);
         start_scores(p, g, bias, first, count, scores);
-        product(k, queries, scores, Accumulate::yes);
+        unit.product(keys, unit.right(queries, queries_room), scores, Accumulate::yes);
         powers(scores, factors);
-        product(transposed({for_scores, tokens, count, row}), v, values, Accumulate::no);
+        const auto weights = unit.left_transposed({for_scores, tokens, count, row}, weights_room);
+        unit.product(weights, attended, values, Accumulate::no);
         emit(first, values, factors);
     }
 }

@@ -90,7 +90,7 @@ at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand,
     p.expand = weight_of(expand);
     p.project = weight_of(project);
     p.depthwise = taps.const_data_ptr<float>();
-    p.brgemm = brgemm();
+    p.products = products_in(p.dtype);
     const int64_t threads = at::get_num_threads();
     partition(p, batch, threads);
 
@@ -105,7 +105,7 @@ at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand,
     p.packed_project = space.at<void>(packed_project);
     at::parallel_for(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
     at::parallel_for(0, batch * p.bands * p.strips, 1, [&](int64_t begin, int64_t end) {
-        const BrgemmScope scope{p.brgemm};
+        const ProductScope scope{p.products};
         kernel.forward(p, begin, end, space.at<char>(scratch) + at::get_thread_num() * scratch_size);
     });
     return out;
@@ -166,10 +166,11 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // The gradients of norm(x) and of the weights.
 Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& expand_,
-                   const at::Tensor& depthwise_, const at::Tensor& project_, const Norm& norm) {
+                   const at::Tensor& depthwise_, const at::Tensor& project_, const Norm& norm, DType products) {
     const at::Tensor x = channels_last(x_), grad = channels_last(grad_), grad_x = empty_channels_last(x.sizes(), x);
     LeffnBackwardParams p{};
     p.dtype = dtype_of(x);
+    p.products = products_in(products);
     p.x = x.const_data_ptr();
     p.grad = grad.const_data_ptr();
     p.grad_x = grad_x.mutable_data_ptr();
@@ -219,12 +220,14 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tens
     const LeffnBackwardScratch layout(p);
     WorkSpace space;
     const int64_t packed_expand = space.add(hidden * channels * sizeof(float));
-    const int64_t packed_project = space.add(hidden * p.out_channels * sizeof(float));
+    const int64_t packed_project = space.add(hidden * padded(p.out_channels) * sizeof(float));
+    const int64_t packed_transposed = space.add(hidden * channels * sizeof(float));
     const int64_t scratch_size = round_up(layout.size * sizeof(float), 64);
     const int64_t scratch = space.add(threads * scratch_size);
     space.allocate();
     p.packed_expand = space.at<float>(packed_expand);
     p.packed_project = space.at<float>(packed_project);
+    p.packed_transposed = space.at<float>(packed_transposed);
 
     const LeffnBackwardKernels& kernel = kernels_in_use<LeffnBackwardKernels>();
     at::parallel_for(0, p.chunks.count, 1, [&](int64_t begin, int64_t end) {
@@ -233,6 +236,7 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tens
         }
     });
     at::parallel_for(0, p.shares.count * p.groups.count, 1, [&](int64_t begin, int64_t end) {
+        const ProductScope scope{p.products};
         float* own = space.at<float>(scratch + at::get_thread_num() * scratch_size);
         for (int64_t task = begin; task < end; ++task) {
             kernel.run(p, task / p.groups.count, task % p.groups.count, own);
@@ -256,22 +260,23 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tens
 Gradients leffn_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& expand,
                          const at::Tensor& depthwise, const at::Tensor& project) {
     check_gradient(grad, x, expand, depthwise, project);
-    return backward(grad, x, expand, depthwise, project, {});
+    return backward(grad, x, expand, depthwise, project, {}, dtype_of(x));
 }
 
 using LayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Of y = x + leffn(layer_norm_2d(x)).
-LayerGradients leffn_layer_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm_weight,
+LayerGradients leffn_layer_backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& norm_weight,
                                     const OptionalTensor& norm_bias, const at::Tensor& expand,
                                     const at::Tensor& depthwise, const at::Tensor& project, double eps, bool centered) {
-    check_gradient(grad, x, expand, depthwise, project);
-    check_tensor(grad, "grad", x.sizes(), x);
-    const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
+    check_gradient(grad_, x_, expand, depthwise, project);
+    check_tensor(grad_, "grad", x_.sizes(), x_);
+    const at::Tensor grad = wide(grad_), x = wide(x_);
+    const LayerNorm norm(x, wide(norm_weight), wide(norm_bias), eps, centered);
     const auto [grad_normed, grad_expand, grad_depthwise, grad_project] =
-        backward(grad, x, expand, depthwise, project, norm.params);
+        backward(grad, x, wide(expand), wide(depthwise), wide(project), norm.params, dtype_of(x_));
     const auto [grad_x, grad_weight, grad_bias] =
-        layer_norm_2d_backward(grad_normed, x, norm_weight, norm_bias, eps, centered);
+        layer_norm_2d_backward(grad_normed, x, wide(norm_weight), wide(norm_bias), eps, centered);
     grad_x.add_(grad);
     return {grad_x, grad_weight, grad_bias, grad_expand, grad_depthwise, grad_project};
 }

@@ -13,9 +13,9 @@
 // the halo, grad_x once.
 #include "depthwise.h"
 #include "gelu.h"
-#include "units.h"
 #include "leffn_kernel.h"
 #include "rows.h"
+#include "units.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -95,11 +95,12 @@ struct Range {
 };
 
 // The sweep of one thread over its tiles and chunks.
-template <typename T, int fixed>
+template <typename T, typename Unit, int fixed>
 class Sweep {
   public:
-    Sweep(const LeffnBackwardParams& params, int64_t share, int64_t group, float* scratch)
+    Sweep(const LeffnBackwardParams& params, const Unit& unit, int64_t share, int64_t group, float* scratch)
         : p(params),
+          unit(unit),
           layout(params),
           share(share),
           group(group),
@@ -119,6 +120,8 @@ class Sweep {
           sums(scratch + layout.sums),
           part(scratch + layout.part),
           taps(scratch + layout.taps),
+          rows_room(scratch + layout.rows),
+          run_room(scratch + layout.run),
           around_activation(reinterpret_cast<const float**>(scratch + layout.around)),
           around_upstream(around_activation + p.kernel) {}
 
@@ -223,8 +226,8 @@ class Sweep {
         }
         const int64_t first = staged(row, near_columns.begin);
         const Matrix of_row{row_hidden, count, width, width};
-        const Matrix expand{p.packed_expand + first_channel * channels, p.channels, width, width};
-        product(staged_x(first).slice(0, count), expand, of_row, Accumulate::no);
+        unit.multiply(unit.rows(staged_x(first).slice(0, count), rows_room), p.packed_expand + first_channel * channels,
+                      of_row, Accumulate::no);
         for (int64_t m = 0; m < width; m += kLanes) {
             const int64_t target = in_ring(row, m) + before * kLanes, step = width;
             const float* h = row_hidden + m;
@@ -236,8 +239,8 @@ class Sweep {
                 store(s, slope_value);
             }
         }
-        const Matrix project{p.packed_project + first_channel * p.out_channels, p.out_channels, width, width};
-        product(staged_grad(first).slice(0, count), project, of_row, Accumulate::no);
+        unit.multiply(unit.rows(staged_grad(first).slice(0, count), rows_room), p.packed_project + first_channel * out,
+                      of_row, Accumulate::no);
         for (int64_t m = 0; m < width; m += kLanes) {
             const int64_t step = width;
             const float* source = row_hidden + m;
@@ -297,26 +300,28 @@ class Sweep {
         const Matrix of_project{sums, p.out_channels, width, width}, of_expand{sums, width, p.channels, channels};
         for (int64_t i = 0; i < pixels; i += run) {
             const Matrix g = staged_grad(first_staged(i)).slice(0, run);
-            product(transposed(g), b.slice(i, run), of_project, add(i));
+            unit.product(unit.left_transposed(g, rows_room), unit.right(b.slice(i, run), run_room), of_project, add(i));
         }
         float* const project_sums = p.grad_project + share * p.out_channels * hidden + first_channel;
         add_to({project_sums, p.out_channels, width, hidden}, of_project);
         for (int64_t i = 0; i < pixels; i += run) {
             const Matrix input = staged_x(first_staged(i)).slice(0, run);
-            product(transposed(gh.slice(i, run)), input, of_expand, add(i));
+            unit.product(unit.left_transposed(gh.slice(i, run), run_room), unit.right(input, rows_room), of_expand,
+                         add(i));
         }
         float* const expand_sums = p.grad_expand + (share * hidden + first_channel) * channels;
         add_to({expand_sums, width, channels, channels}, {sums, width, channels, channels});
         // Each chunk's part is summed on its own: one long sum over all hidden channels would round more.
         float* const first_grad_x = grad_x + (band.begin - rows.begin) * columns.size() * channels;
         const Matrix target{accumulate ? part : first_grad_x, pixels, p.channels, channels};
-        product(gh, Matrix{p.expand + first_channel * channels, width, p.channels, channels}, target, Accumulate::no);
+        unit.multiply(unit.rows(gh, run_room), p.packed_transposed + first_channel * channels, target, Accumulate::no);
         if (accumulate) {
             add_to({first_grad_x, pixels, channels, channels}, {part, pixels, channels, channels});
         }
     }
 
     const LeffnBackwardParams& p;
+    const Unit& unit;
     const LeffnBackwardScratch layout;
     const int64_t share, group;
     const int64_t channels, hidden, out;  // padded
@@ -325,6 +330,7 @@ class Sweep {
     float *const activation, *const slope, *const upstream;  // rings: a, gelu'(h), gb
     float *const convolved, *const grad_hidden;              // of a band: b, gh
     float *const sums, *const part, *const taps;
+    float *const rows_room, *const run_room;  // what operands of products are made in
     const float **const around_activation, **const around_upstream;
     int64_t image = 0;
     Range rows{0, 0}, columns{0, 0}, near_rows{0, 0}, near_columns{0, 0};  // of the tile, and with its halo
@@ -332,41 +338,33 @@ class Sweep {
     int64_t first_channel = 0, width = 0;                                  // of the chunk
 };
 
-template <typename T>
-void run(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scratch) {
+template <typename T, typename Unit>
+void run(const LeffnBackwardParams& p, const Unit& unit, int64_t share, int64_t group, float* scratch) {
     switch (p.kernel) {
         case 3:
-            return Sweep<T, 3>(p, share, group, scratch).run();
+            return Sweep<T, Unit, 3>(p, unit, share, group, scratch).run();
         case 5:
-            return Sweep<T, 5>(p, share, group, scratch).run();
+            return Sweep<T, Unit, 5>(p, unit, share, group, scratch).run();
         default:
-            return Sweep<T, 0>(p, share, group, scratch).run();
+            return Sweep<T, Unit, 0>(p, unit, share, group, scratch).run();
     }
 }
 
 void run_any(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scratch) {
-    with_type(p.dtype, [&](auto type) { run<decltype(type)>(p, share, group, scratch); });
+    with_types<true>(p.dtype, p.products,
+                     [&](auto type, const auto& unit) { run<decltype(type)>(p, unit, share, group, scratch); });
 }
 
 void pack(const LeffnBackwardParams& p, int64_t chunk) {
     const int64_t first = p.chunks.first(chunk) * kChannelPad, last = p.chunks.first(chunk + 1) * kChannelPad;
     const int64_t width = last - first, channels = padded(p.channels), hidden = padded(p.hidden);
-    for (int64_t m = 0; m < width; m += kLanes) {
-        for (int64_t c = 0; c < channels; c += kLanes) {
-            Vec block[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) {
-                block[i] = load(p.expand + (first + m + i) * channels + c);
-            }
-            transpose(block);
-            for (int64_t i = 0; i < kLanes; ++i) {
-                store(p.packed_expand + first * channels + (c + i) * width + m, block[i]);
-            }
-        }
-    }
-    for (int64_t n = 0; n < p.out_channels; ++n) {
-        memcpy(p.packed_project + first * p.out_channels + n * width, p.project + n * hidden + first,
-               width * sizeof(float));
-    }
+    with_types(p.products.dtype, p.products, [&](auto, const auto& unit) {
+        const float* const expand = p.expand + first * channels;
+        unit.template pack<float>({expand, width, p.channels, channels, 1}, p.packed_expand + first * channels);
+        unit.template pack<float>({p.project + first, width, p.out_channels, 1, hidden},
+                                  p.packed_project + first * padded(p.out_channels));
+        unit.template pack<float>({expand, p.channels, width, 1, channels}, p.packed_transposed + first * channels);
+    });
 }
 
 }  // namespace

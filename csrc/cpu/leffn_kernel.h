@@ -19,7 +19,7 @@ struct LeffnParams {
     bool residual;
     Weight expand, project;
     const float* depthwise;  // [padded hidden / kChannelPad][kernel * kernel][kChannelPad]
-    Brgemm brgemm;
+    Products products;
     int64_t bands, strips, rows_per_step;
     void *packed_expand, *packed_project;  // packed_floats() each
 
@@ -65,7 +65,8 @@ struct Cut {
 };
 
 struct LeffnBackwardParams {
-    DType dtype;       // of x, grad and grad_x
+    DType dtype;  // of x, grad and grad_x
+    Products products;
     const void* x;     // channels-last, as grad and grad_x
     const void* grad;  // of the output
     void* grad_x;
@@ -73,7 +74,9 @@ struct LeffnBackwardParams {
     Norm norm;                                  // of x's pixels, in front of the network
     const float *expand, *project, *depthwise;  // [padded hidden][padded channels], [out][padded hidden], [taps][same]
     const float* flipped;                       // the taps of `depthwise` in reverse order
-    float *packed_expand, *packed_project;      // written by `pack`: of every chunk, [channels or out][chunk]
+    // Written by `pack`, of every chunk: the right operands of the products with x, with grad and with the gradient of
+    // h.
+    float *packed_expand, *packed_project, *packed_transposed;
 
     Cut tile_rows, tile_columns;  // image rows and columns -> tiles
     int64_t band_rows;            // rows of a tile that go through the convolution together
@@ -93,8 +96,8 @@ struct LeffnBackwardScratch {
     // Floats between the pixels of a band: an odd number of cache lines, so that all sets of a cache are in use.
     int64_t band_pitch;
     int64_t ring_rows, ring_columns;
-    int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, part, taps, around,
-        size = 0;
+    int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, part, taps, around, rows,
+        run, size = 0;
 
     explicit LeffnBackwardScratch(const LeffnBackwardParams& p) {
         chunk = p.chunks.largest() * kChannelPad;
@@ -119,6 +122,10 @@ struct LeffnBackwardScratch {
         part = add(p.band_rows * p.tile_columns.largest() * channels);
         taps = add(p.kernel * p.kernel * kChannelPad);
         around = add(4 * p.kernel);  // two pointers for each row of the convolution
+        // What operands are made in: of a row or a band of the maps, and of the hidden channels.
+        const int64_t most = padded(p.band_rows * p.tile_columns.largest());
+        rows = add((most > padded(ring_columns) ? most : padded(ring_columns)) * (channels > out ? channels : out));
+        run = add(most * chunk);
     }
 
   private:
@@ -132,7 +139,7 @@ struct LeffnBackwardScratch {
 }  // namespace
 
 struct LeffnBackwardKernels {
-    // Writes packed_expand and packed_project for one chunk.
+    // Packs the weights of one chunk.
     void (*pack)(const LeffnBackwardParams& params, int64_t chunk);
     // The tiles of a share, the chunks of a group.
     void (*run)(const LeffnBackwardParams& params, int64_t share, int64_t group, float* scratch);

@@ -44,15 +44,15 @@ bool has_matrix_unit() {
 
 void emulate_matrix_unit(bool on) { emulated = on; }
 
-Brgemm brgemm() {
-    if (!kLevels[level()].matrix_unit) {
-        return nullptr;
+Products products_in(DType dtype) {
+    if (dtype != DType::bf16 || !kLevels[level()].matrix_unit) {
+        return {dtype, nullptr};
     }
-    return emulated ? emulated_brgemm : torch_brgemm;
+    return {dtype, emulated ? emulated_brgemm : torch_brgemm};
 }
 
-BrgemmScope::~BrgemmScope() {
-    if (used == torch_brgemm) {
+ProductScope::~ProductScope() {
+    if (used.brgemm == torch_brgemm) {
         at::native::cpublas::brgemm_release();
     }
 }

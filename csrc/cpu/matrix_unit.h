@@ -11,13 +11,13 @@ bool has_matrix_unit();
 // For tests, on processors without one: its products are computed by a plain loop.
 void emulate_matrix_unit(bool on);
 
-// The product on the matrix unit where the level in use has one, else nullptr.
-Brgemm brgemm();
+// Products of this dtype at the level in use.
+Products products_in(DType dtype);
 
 // Gives the matrix unit back at the end of a parallel region's share that used it.
-struct BrgemmScope {
-    Brgemm used;
-    ~BrgemmScope();
+struct ProductScope {
+    Products used;
+    ~ProductScope();
 };
 
 }  // namespace ipt_fast::cpu

@@ -4,9 +4,10 @@
 // All sum in fp32 and have the same functions:
 //   Value                             what rows of left operands are made of
 //   packed_size, pack<T>, multiply    a product with a weight matrix, packed beforehand
-//   left, left_transposed, right      operands of a product, from rows of fp32; `room` is memory for room_of() floats,
-//                                     which VectorUnit does not touch: its operands are the rows themselves
+//   rows(a, room)                     rows of fp32 as rows of Value
+//   left, left_transposed, right      operands of a product: from rows of Value, and from rows of fp32
 //   product(a, b, c, accumulate)      of such operands
+// `room` is memory for room_of() floats. VectorUnit does not touch it: its operands are the rows themselves.
 // 16-bit operands are rounded to the nearest. Rows of Value are padded to kChannelPad with zeros.
 #pragma once
 
@@ -24,6 +25,12 @@ inline void load_weight(const Weight& w, int64_t k, int64_t column, Vec (&rows)[
     const T* data = static_cast<const T*>(w.data) + column * w.column_stride + k * w.depth_stride;
     const int64_t depth = w.depth - k < kLanes ? w.depth - k : kLanes;
     const int64_t columns = w.columns - column < kLanes ? w.columns - column : kLanes;
+    if (w.column_stride == 1 && depth == kLanes && columns == kLanes) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+            rows[i] = load(data + i * w.depth_stride);
+        }
+        return;
+    }
     if (w.depth_stride == 1) {
         for (int64_t j = 0; j < kLanes; ++j) {
             const T* source = data + j * w.column_stride;
@@ -50,15 +57,19 @@ inline void load_weight_pairs(const Weight& w, int64_t k, int64_t column, const 
     }
 }
 
-// Rows of fp32 as rows of 16 bits, and these as elements of a product.
-inline Matrix<const Pair> round_rows(Matrix<const float> a, void* room) {
+// Rows of fp32 as rows of 16 bits.
+inline Matrix<const Factor> round_rows(Matrix<const float> a, void* room) {
     const int64_t row = padded(a.columns);
     Factor* const out = static_cast<Factor*>(room);
     for (int64_t i = 0; i < a.rows; ++i) {
         Factor* const target = out + i * row;
         for_vectors(a.columns, [&](int64_t c, int64_t n) { store(target + c, load(a.row(i) + c, n)); });
     }
-    return {static_cast<const Pair*>(room), a.rows, (a.columns + 1) / 2, row / 2};
+    return {out, a.rows, a.columns, row};
+}
+
+inline Matrix<const Pair> as_pairs(Matrix<const Factor> a) {
+    return {reinterpret_cast<const Pair*>(a.data), a.rows, (a.columns + 1) / 2, a.stride / 2};
 }
 
 // Rows of fp32 in pairs, one row of pairs for two rows.
@@ -113,7 +124,8 @@ struct VectorUnit {
         product_of(depth, LeftRows<float>{a.data, a.stride}, panel_of_b, c, accumulate);
     }
 
-    static Matrix<const float> left(Matrix<const float> a, void*) { return a; }
+    static Matrix<const float> rows(Matrix<const float> a, void*) { return a; }
+    static Matrix<const float> left(Matrix<const float> a) { return a; }
     static Transposed<float> left_transposed(Matrix<const float> a, void*) { return {a}; }
     static Matrix<const float> right(Matrix<const float> b, void*) { return b; }
     static void product(Matrix<const float> a, Matrix<const float> b, Matrix<float> c, Accumulate accumulate) {
@@ -163,7 +175,8 @@ struct DotUnit {
         product_of(pairs, left, panel_of_b, c, accumulate);
     }
 
-    static Matrix<const Pair> left(Matrix<const float> a, void* room) { return round_rows(a, room); }
+    static Matrix<const Factor> rows(Matrix<const float> a, void* room) { return round_rows(a, room); }
+    static Matrix<const Pair> left(Matrix<const Factor> a) { return as_pairs(a); }
     static Transposed<Pair> left_transposed(Matrix<const float> a, void* room) { return {pair_rows(a, room)}; }
     static Matrix<const Pair> right(Matrix<const float> b, void* room) { return pair_rows(b, room); }
     static void product(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate) {
@@ -194,9 +207,8 @@ struct MatrixUnit {
             const int64_t width = columns - first < kBlock ? columns - first : kBlock;
             for (int64_t column = 0; column < width; column += kLanes) {
                 for (int64_t k = 0; k < depth; k += kLanes) {
-                    load_weight_pairs<T>(w, k, first + column, [&](int64_t i, Bits row) {
-                        store(out + (k / 2 + i) * width + column, row);
-                    });
+                    load_weight_pairs<T>(w, k, first + column,
+                                         [&](int64_t i, Bits row) { store(out + (k / 2 + i) * width + column, row); });
                 }
             }
             out += depth / 2 * width;
@@ -214,7 +226,8 @@ struct MatrixUnit {
         }
     }
 
-    static Matrix<const Pair> left(Matrix<const float> a, void* room) { return round_rows(a, room); }
+    static Matrix<const Factor> rows(Matrix<const float> a, void* room) { return round_rows(a, room); }
+    static Matrix<const Pair> left(Matrix<const Factor> a) { return as_pairs(a); }
     static Matrix<const Pair> right(Matrix<const float> b, void* room) { return pair_rows(b, room); }
     // Pairs of rows, transposed.
     static Matrix<const Pair> left_transposed(Matrix<const float> a, void* room) {
@@ -240,23 +253,30 @@ struct MatrixUnit {
         const int64_t columns = padded(c.columns);
         for (int64_t first = 0; first < columns; first += kBlock) {
             const int64_t width = columns - first < kBlock ? columns - first : kBlock;
-            brgemm(a, {b.data + first, b.rows, width, b.stride}, {c.data + first, c.rows, width, c.stride},
-                   accumulate);
+            brgemm(a, {b.data + first, b.rows, width, b.stride}, {c.data + first, c.rows, width, c.stride}, accumulate);
         }
     }
 };
 
-// body(T{}, unit) for the storage type and the unit in use: of bf16, the one that the level has for it.
-template <typename Body>
-inline auto with_types(DType dtype, [[maybe_unused]] Brgemm brgemm, const Body& body) {
-    if constexpr (kDots) {
-        if (dtype == DType::bf16) {
-            return body(BFloat16{}, DotUnit{});
-        }
-    }
-    if constexpr (kMatrixUnit) {
-        if (dtype == DType::bf16 && brgemm != nullptr) {
-            return body(BFloat16{}, MatrixUnit{brgemm});
+// body(T{}, unit) for the dtype of the maps and the unit of the products, which have the same dtype; with `wide` the
+// maps may be fp32 beside products of bf16.
+template <bool wide = false, typename Body>
+inline auto with_types(DType dtype, [[maybe_unused]] const Products& products, const Body& body) {
+    if constexpr (kDots || kMatrixUnit) {
+        if (products.dtype == DType::bf16 && (kDots || products.brgemm != nullptr)) {
+            const auto unit = [&] {
+                if constexpr (kDots) {
+                    return DotUnit{};
+                } else {
+                    return MatrixUnit{products.brgemm};
+                }
+            }();
+            if constexpr (wide) {
+                if (dtype == DType::f32) {
+                    return body(float{}, unit);
+                }
+            }
+            return body(BFloat16{}, unit);
         }
     }
     return with_type(dtype, [&](auto type) { return body(type, VectorUnit{}); });

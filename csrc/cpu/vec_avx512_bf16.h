@@ -1,5 +1,5 @@
-// Vectors of AVX-512 with products of bf16. Compiled without AVX512_BF16, its instructions are emulated, bit for bit: for
-// tests, on processors that lack them.
+// Vectors of AVX-512 with products of bf16. Compiled without AVX512_BF16, its instructions are emulated, bit for bit:
+// for tests, on processors that lack them.
 #pragma once
 
 #include "vec_512.h"
@@ -18,13 +18,10 @@ inline Bits to_pairs(Vec low, Vec high) {
     using Halves = Lanes<uint16_t, 2 * kLanes>;
     constexpr Halves kOrder = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (Bits)_mm512_permutexvar_epi16((__m512i)kOrder,
-                                          (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    return (Bits)_mm512_permutexvar_epi16((__m512i)kOrder, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 
-inline Vec dot(Bits a, Bits b, Vec c) {
-    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-}
+inline Vec dot(Bits a, Bits b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 
 #else
 

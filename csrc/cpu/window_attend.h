@@ -114,22 +114,25 @@ inline void attend_window(const Groups& g, const HeadWindow& window, float* scra
 // out[tokens][depth] = sum over the branches of w * attention v, for one tile; v is the head's channels of the map from
 // the tile's first pixel on. Each branch is a sum of its own, which rounds less than one sum over both. `scratch` holds
 // apply_scratch(g) floats.
-template <int branches, typename T>
-inline void apply_tile(const Groups& g, int64_t head, const Tile& tile, const float* slot, Matrix<T> v,
-                       Matrix<float> out, float* scratch) {
+template <int branches, typename T, typename Unit>
+inline void apply_tile(const Groups& g, const Unit& unit, int64_t head, const Tile& tile, const float* slot,
+                       Matrix<T> v, Matrix<float> out, float* scratch) {
     const int64_t depth = g.depth, tokens = tile.tokens();
-    const Matrix values{scratch, tokens, depth, depth};
+    using Value = typename Unit::Value;
+    const Matrix values{reinterpret_cast<Value*>(scratch), tokens, depth, depth};
+    float *const top = scratch + kTileTokens * depth, *const bottom = top + kTileTokens * depth,
+                 *const room = bottom + kTileTokens * depth;
     for (int64_t y = 0; y < tile.rows; ++y) {
         load_rows(v.slice(y * g.horizontal.size, tile.columns), values.slice(y * tile.columns, tile.columns));
     }
     const Matrix attention{slot, depth, depth, depth};
     if constexpr (branches == 1) {
-        product(values, attention, out, Accumulate::no);
+        unit.product(unit.left(values), unit.right(attention, room), out, Accumulate::no);
     } else {
         const Matrix of_shifted{slot + depth * depth, depth, depth, depth};
-        float *top = scratch + kTileTokens * depth, *bottom = top + kTileTokens * depth;
-        product(values, attention, Matrix{top, tokens, depth, depth}, Accumulate::no);
-        product(values, of_shifted, Matrix{bottom, tokens, depth, depth}, Accumulate::no);
+        const Matrix of_top{top, tokens, depth, depth}, of_bottom{bottom, tokens, depth, depth};
+        unit.product(unit.left(values), unit.right(attention, room), of_top, Accumulate::no);
+        unit.product(unit.left(values), unit.right(of_shifted, room), of_bottom, Accumulate::no);
         const TileWeights<branches> weights = merge_weights<branches>(g, head, tile);
         for (int64_t y = 0; y < tile.rows; ++y) {
             for (int64_t x = 0; x < tile.columns; ++x) {

@@ -34,15 +34,13 @@ def _private(name: str) -> OpOverload:
     return getattr(torch.ops.ipt_fast_cpu, name).default
 
 
-def register(operator: Operator, rounds_between: bool = False, keeps_a_map: bool = False) -> None:
+def register(operator: Operator, keeps_a_map: bool = False) -> None:
     """Give ``operator`` the backend "cpu": ``ipt_fast_cpu::<name>`` and ``<name>_backward``.
 
     The latter returns an empty gradient for an absent tensor.
 
     Args:
         operator: the `Operator`.
-        rounds_between: the backward is a chain of kernels with maps in the dtype of the images between them. It gets
-            16-bit tensors as float32, so that their gradients are rounded once.
         keeps_a_map: the forward keeps an intermediate map in the dtype of the images. Where that is float16, whose
             range the map may leave, it gets float32.
     """
@@ -56,14 +54,14 @@ def register(operator: Operator, rounds_between: bool = False, keeps_a_map: bool
         return _private(name)(*args)
 
     def backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
-        grads = _private(f"{name}_backward")
-        if not rounds_between or grad.dtype == torch.float32:
-            return grads(grad, *args)
+        found = _private(f"{name}_backward")(grad, *args)
+        if grad.dtype == torch.float32:
+            return found
+        # A layer's gradients are computed in float32 and rounded here, once.
         tensors = [
             value for argument, value in zip(operator.arguments, args, strict=True) if argument in operator.tensors
         ]
-        found = zip(grads(grad.float(), *_wide(args)), tensors, strict=True)
-        return [g if t is None else g.to(t.dtype) for g, t in found]
+        return [g if t is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
     operator.kernels["cpu"] = Kernel(check, forward, backward)
 
