@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
 from benchmarks import footprint, measure, results
+from benchmarks.roofline import Work
 from ipt_fast.modules.transformer import DecoderLayer, EncoderLayer, attend_as_a_grid
 from ipt_fast.tiling import procedure_tiles
 from tests.oracles.public import public_module
@@ -65,7 +66,7 @@ def whole_model(dtype_name, tiles, rounds, path):
         }
         found = medians(calls, rounds)
     flops, size = counter.get_total_flops() * tiles, sum(p.numel() for p in ours.parameters()) * dtype.itemsize
-    results.append_medians(path, f"ipt {tiles}x3x48x48", dtype_name, "forward", found, (flops, size))
+    results.append_medians(path, f"ipt {tiles}x3x48x48", dtype_name, "forward", found, Work(flops, size))
     for name, value in found.items():
         print(f"{dtype_name:9} {name:11} {value / tiles * 1e3:7.1f} ms a tile")
     rival = min(found["eager"], found["eager by 16"])
@@ -77,7 +78,7 @@ def image(a_tile, path, length=512):
     """The time of an image from that of a tile: counted, as the released procedure takes a quarter of an hour."""
     counts = {"ipt_fast": len(procedure_tiles("blend", length, 48)) ** 2, "eager": released_tiles(length)}
     found = {name: counts[name] * value for name, value in a_tile.items()}
-    results.append_medians(path, f"ipt {length}x{length}, counted", "float32", "forward", found, (1, 1))
+    results.append_medians(path, f"ipt {length}x{length}, counted", "float32", "forward", found, Work(1, 1))
     ratio = found["eager"] / found["ipt_fast"]
     print(
         f"{length} x {length}: {counts['ipt_fast']} tiles for {counts['eager']}: {ratio:.1f} times as fast", flush=True
@@ -94,14 +95,14 @@ def attention(dtype_name, rounds, path):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     functions = {"sdpa": sdpa, "grid core": lambda qkv: attend_as_a_grid(qkv, heads)}
-    work = 4 * LAYER_TILES * side**4 * dim, 4 * LAYER_TILES * side**2 * dim * qkv.element_size()
+    work = Work(4 * LAYER_TILES * side**4 * dim, 4 * LAYER_TILES * side**2 * dim * qkv.element_size())
     case = f"ipt attention {LAYER_TILES}x{side**2}x{dim}"
     for direction, wrapped, times in (
         ("forward", measure.without_backward, 1),
         ("training", measure.with_backward, 3),
     ):
         found = medians({name: wrapped(each, [qkv], {}) for name, each in functions.items()}, rounds)
-        results.append_medians(path, case, dtype_name, direction, found, [times * each for each in work])
+        results.append_medians(path, case, dtype_name, direction, found, work * times)
         ratio = found["grid core"] / found["sdpa"]
         print(f"attention {dtype_name} {direction}: grid core takes {ratio:.2f} of the time of SDPA", flush=True)
 
@@ -139,7 +140,7 @@ def layer_training(rounds, path):
     found = medians(steps, rounds)
     tokens = LAYER_TILES * 256
     flops = 3 * tokens * (2 * 28 * 576**2 + 3 * 4 * 256 * 576)
-    results.append_medians(path, "ipt layers 16x256x576", "float32", "training", found, (flops, 28 * 576**2 * 4))
+    results.append_medians(path, "ipt layers 16x256x576", "float32", "training", found, Work(flops, 28 * 576**2 * 4))
     print(f"layers: {found['eager'] / found['ipt_fast']:.2f} times as fast as eager", flush=True)
 
 

@@ -1,15 +1,16 @@
-"""Interleaved timing in one process, parity before speed, and ceilings measured in the same run."""
+"""Interleaved timing in one process, each contender a row of pytest-benchmark's table, and parity before speed."""
 
-import functools
+import copy
 import os
-import statistics
 import time
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS = int(os.environ.get("IPT_FAST_BENCH_ROUNDS", 7))
-COMPILE = os.environ.get("IPT_FAST_BENCH_COMPILE", "1") == "1"
+COMPILE = os.environ.get("IPT_FAST_BENCH_COMPILE", "0") == "1"  # it takes minutes a case
+COMPILE_LEFT_OUT = "it takes minutes a case (IPT_FAST_BENCH_COMPILE=1)"
+PAUSE = 0.003  # seconds before a contender's turn, until the threads of the one before sleep
 # Keeps glibc from mapping and unmapping every large temporary: the honest rival.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -59,38 +60,65 @@ def without_backward(function, inputs, keywords):
     return call
 
 
+def frozen(module, inputs):
+    """A call of ``module`` compiled with its weights frozen, for the sizes of ``inputs``."""
+    run = torch.compile(module, dynamic=False)
+
+    def call():
+        with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+            return run(*inputs)
+
+    return call
+
+
 def seconds(call):
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def interleaved(benchmark, calls):
-    """{name: median seconds} of ``calls``; in every round the rivals run right before "ipt_fast"."""
-    times = {name: [] for name in calls}
+def check_rivals(calls, exact, dtype):
+    """Raise unless every call computes ``exact``, loosely: other orders of sums and other roundings are allowed.
 
-    def time_rivals():
-        for name, call in calls.items():
-            if name != "ipt_fast":
-                times[name].append(seconds(call))
-
-    def ours():
-        times["ipt_fast"].append(seconds(calls["ipt_fast"]))
-
-    benchmark.pedantic(ours, setup=time_rivals, rounds=ROUNDS, iterations=1)
-    return {name: statistics.median(values) for name, values in times.items()}
+    A rival that computes something else would be no rival. ``exact`` and what calls return may be several tensors.
+    """
+    exact = as_one(exact).double()
+    limit = 1e-3 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+    for name, call in calls.items():
+        error = ((as_one(call()).double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+        assert error <= limit, f"{name}: error {error:.1e} is above {limit:.1e}; no speed is reported"
 
 
-@functools.cache
-def ceilings(dtype):
-    """(FLOP/s of a large matrix product in ``dtype``, bytes/s of a copy that does not fit the caches)."""
-    a, b = torch.rand(2048, 512).to(dtype), torch.rand(512, 2048).to(dtype)
-    source = torch.rand(32 * 2**20)
-    target = torch.empty_like(source)
-    product, copy = (lambda: a @ b), (lambda: target.copy_(source))
-    rounds = [(seconds(product), seconds(copy)) for _ in range(7)][2:]
-    product_time, copy_time = (statistics.median(column) for column in zip(*rounds, strict=True))
-    return 2 * 2048 * 512 * 2048 / product_time, 2 * source.numel() * 4 / copy_time
+def interleaved(benchmark, group, calls, rounds=ROUNDS):
+    """{name: pytest-benchmark's record} of ``calls``, which take turns; all are rows of the table ``group``.
+
+    With --benchmark-disable each is called once, and nothing is returned.
+    """
+    benchmark._mode = "interleaved"  # it counts as used
+    if benchmark.disabled:
+        for call in calls.values():
+            call()
+        return {}
+    runners = {name: benchmark._make_runner(call, (), {}) for name, call in calls.items()}
+    rows = {name: _row(benchmark, group, name) for name in calls}
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            time.sleep(PAUSE)
+            duration, _ = runner(None)
+            rows[name].update(duration)
+    return rows
+
+
+def _row(benchmark, group, name):
+    """A record of its own in pytest-benchmark's session, which is made for one of a test."""
+    fixture = copy.copy(benchmark)
+    fixture.name, fixture.fullname, fixture.group = name, f"{benchmark.fullname}::{name}", group
+    fixture.extra_info = {}
+    # A case holds functions, which no JSON does.
+    fixture.params = {
+        key: value if isinstance(value, (str, int)) else str(value) for key, value in fixture.params.items()
+    }
+    return fixture._make_stats(iterations=1)
 
 
 def memory_is_tuned():

@@ -1,7 +1,7 @@
 """Every operator once: inputs, FLOPs, bytes and rivals.
 
-Operators on images have the sizes of IPT-V2 small, level 1, on a 256 x 256 image; layers also those of its widest and
-its smallest map. Operators on tokens have those of IPT, 16 tiles.
+Operators on images have the sizes of IPT-V2 small, level 1, on a 256 x 256 image; layers those of all levels of IPT-V2
+small and base. Operators on tokens have those of IPT, 16 tiles.
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
-from benchmarks import baseline
+from benchmarks import baseline, rivals, roofline
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One measured call.
 
-    ``inputs(dtype)`` makes the tensors, images channels-last; ``ours`` and every rival take ``(*inputs, **keywords)``.
+    ``inputs(dtype)`` makes the tensors, images channels-last and first, weights as parameters and last; ``ours`` and
+    every rival take ``(*inputs, **keywords)``.
     """
 
     name: str
@@ -30,6 +31,17 @@ class Case:
     def compiled(self, name):
         """The rival ``name`` under torch.compile, for the sizes of this case."""
         return torch.compile(self.rivals[name], dynamic=False)
+
+    def baked(self, name, inputs):
+        """(the rival ``name`` as a module that has the weights among ``inputs``, the other inputs)."""
+        data = [t for t in inputs if not isinstance(t, torch.nn.Parameter)]
+        return rivals.Baked(self.rivals[name], inputs[len(data) :], self.keywords), data
+
+    def work(self, inputs):
+        """The :class:`roofline.Work` of a forward."""
+        plain = self.rivals["eager"]
+        depthwise = roofline.depthwise_flops(lambda *tensors: plain(*tensors, **self.keywords), inputs)
+        return roofline.Work(self.flops(inputs), self.bytes(inputs), depthwise)
 
     def flops(self, inputs):
         """Matrix products and convolutions by the operators' registered formulas, 2 per multiply-accumulate."""
@@ -59,7 +71,11 @@ def tokens(batch, dim=576, count=256):
 
 def parameter(*shape):
     """Small but not zero, so that nothing is trivial."""
-    return lambda dtype: (torch.rand(*shape) - 0.5).add_(0.75).to(dtype)
+
+    def make(dtype):
+        return torch.nn.Parameter((torch.rand(*shape) - 0.5).add_(0.75).to(dtype), requires_grad=False)
+
+    return make
 
 
 def _inputs(*makers):
@@ -125,6 +141,18 @@ def _on_tokens(batch=16, dim=576, count=256):
     ]
 
 
+# (channels, heads, size of the map) of the levels of IPT-V2 small and base on a 256 x 256 image; the second is the
+# decoder's first level, too, on the whole map.
+SMALL = ((32, 1, 256), (64, 2, 256), (64, 2, 128), (128, 4, 64), (256, 8, 32))
+BASE = ((48, 1, 256), (96, 2, 256), (192, 4, 64), (384, 8, 32))
+
+LAYERS = [
+    *(_focal_layer(*sizes) for sizes in (*SMALL, *BASE)),
+    *(_grid_layer(*sizes) for sizes in SMALL),
+    *(_grid_layer(*sizes, grid=16) for sizes in BASE),
+    *(_leffn_layer(channels, size) for channels, _, size in (*SMALL, *BASE)),
+]
+
 CASES = [
     _operator(
         "layer_norm_2d bias-free 1x32x256x256",
@@ -162,9 +190,7 @@ CASES = [
         "leffn",
         [image(32), parameter(128, 32, 1, 1), parameter(128, 1, 5, 5), parameter(32, 128, 1, 1)],
     ),
-    *(_focal_layer(*sizes) for sizes in ((32, 1, 256), (64, 2, 256), (256, 8, 32))),
-    *(_grid_layer(*sizes) for sizes in ((32, 1, 256), (64, 2, 256), (256, 8, 32))),
-    *(_leffn_layer(*sizes) for sizes in ((32, 256), (64, 256), (256, 32))),
+    *LAYERS,
     _operator(
         "merge_pointwise 256-512-1024",
         "merge_pointwise",

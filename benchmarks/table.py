@@ -44,7 +44,9 @@ def kind_of(row):
         return row["gpu"]
     name = row["cpu"].replace("(R)", "").replace("(TM)", "").replace(" Processor", "").replace(" CPU", "")
     capability, level = row["isa"].split("/")
-    units = {"AVX512": "AVX-512", "AVX2": "AVX2"}.get(capability, capability) + (" and AMX" if level == "amx" else "")
+    units = {"AVX512": "AVX-512", "AVX2": "AVX2"}.get(capability, capability)
+    kind = row.get("kind") or level  # rows of 2026-11-21 have none
+    units += {"amx": " and AMX", "avx512_bf16": " with bfloat16"}.get(kind, "")
     return f"{name}, {units}, {row['threads']} cores"
 
 

@@ -1,7 +1,8 @@
 """Whole IPT-V2 models against their rivals, inference and training steps, interleaved, medians.
 
-Run by ``python -m benchmarks``. Rivals are plain PyTorch in the same dtype: eager NCHW and channels-last, SDPA, and
-SDPA compiled (for inference with frozen weights), which takes minutes for every model.
+Run by ``python -m benchmarks``, or by ``pytest benchmarks/test_models.py``. Rivals are plain PyTorch in the same dtype:
+eager NCHW and channels-last, SDPA, and with IPT_FAST_BENCH_COMPILE=1 SDPA compiled, for inference also with frozen
+weights, which takes minutes for every model; and for inference OpenVINO and ONNX Runtime.
 """
 
 import copy
@@ -11,9 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
-from benchmarks import baseline, measure, results
+from benchmarks import baseline, measure, results, rivals, roofline
 
-INFERENCE = [("ipt_v2_tiny", 1, 256), ("ipt_v2_small", 1, 256), ("ipt_v2_base", 1, 256)]
+INFERENCE = [
+    ("ipt_v2_tiny", 1, 256),
+    *(("ipt_v2_small", 1, size) for size in (64, 128, 256)),
+    ("ipt_v2_base", 1, 256),
+]
 TRAINING = [("ipt_v2_small", 2, 128)]
 SDPA = {"grid_attention": baseline.sdpa_grid_attention, "grid_attention_layer": baseline.sdpa_grid_layer}
 
@@ -28,12 +33,12 @@ def plain(call, **overrides):
     return run
 
 
-def inference(model, x, dtype, compiled=False):
+def inference(model, x, dtype, compiled=False, freezing=False):
     model, x = copy.deepcopy(model).to(dtype), x.to(dtype)
     run = torch.compile(model, dynamic=False) if compiled else model
 
     def call():
-        with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+        with torch.inference_mode(), torch._inductor.config.patch(freezing=freezing):
             return [run(x)]
 
     return call
@@ -54,18 +59,38 @@ def training_step(model, x, dtype, compiled=False):
     return call
 
 
+def frozen_inference(model, x, dtype):
+    """The form of a model for inference that packs its weights once."""
+    model, x = ipt_fast.freeze(copy.deepcopy(model).to(dtype)), x.to(dtype)
+
+    def call():
+        with torch.inference_mode():
+            return [model(x)]
+
+    return call
+
+
 def contenders(make, model, x, dtype):
-    """{name: call}; ``make`` is `inference` or `training_step`."""
+    """({name: call}, {name: why it was left out}); ``make`` is `inference` or `training_step`."""
     last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    calls = {
-        "ipt_fast": make(*last, dtype),
+    calls, left_out = {"ipt_fast": make(*last, dtype)}, {}
+    if make is inference and hasattr(ipt_fast, "freeze"):
+        calls["ipt_fast frozen"] = frozen_inference(*last, dtype)
+    calls |= {
         "eager NCHW": plain(make(model, x, dtype)),
         "eager": plain(make(*last, dtype)),
         "sdpa": plain(make(*last, dtype), **SDPA),
     }
     if measure.COMPILE:
         calls["sdpa compiled"] = plain(make(*last, dtype, compiled=True), **SDPA)
-    return calls
+        if make is inference:
+            calls["sdpa compiled frozen"] = plain(make(*last, dtype, compiled=True, freezing=True), **SDPA)
+    else:
+        left_out["torch.compile"] = measure.COMPILE_LEFT_OUT
+    if make is inference:
+        runtimes, reasons = rivals.contenders(model.to_reference(), [x], dtype)
+        calls, left_out = calls | runtimes, left_out | reasons
+    return calls, left_out
 
 
 def check_parity(calls, dtype):
@@ -83,30 +108,47 @@ def check_parity(calls, dtype):
         assert error < allowed, f"{name}: error {error:.1e} is above {allowed:.1e}; no speed is reported"
 
 
-def compare(benchmark, make, name, batch, size, dtype_name):
-    torch.manual_seed(0)
-    dtype, direction = measure.DTYPES[dtype_name], "forward" if make is inference else "training"
-    model = ipt_fast.create_model(name, merged=make is inference).eval()
-    x = torch.rand(batch, 3, size, size)
+def work_of(model, x, dtype):
+    """The :class:`roofline.Work` of a forward: weights and images are read once, the output written once."""
+    on_meta = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta")(x.to("meta"))
-    calls = contenders(make, model, x, dtype)
+        on_meta(x.to("meta"))
+    size = sum(t.numel() for t in (x, x, *model.parameters())) * dtype.itemsize
+    return roofline.Work(counter.get_total_flops(), size, roofline.depthwise_flops(on_meta.to_reference(), [x]))
+
+
+def compare(benchmark, make, model, x, case, dtype_name):
+    """Time ``make`` of ``model`` beside its rivals; ``case`` is its name in tables."""
+    dtype, direction = measure.DTYPES[dtype_name], "forward" if make is inference else "training"
+    calls, left_out = contenders(make, model, x, dtype)
     check_parity(calls, dtype)
-    for call in calls.values():  # warm-up and compilation
+    exact = calls["eager"]()[0]
+    measure.check_rivals({name: lambda call=call: first(call()) for name, call in calls.items()}, exact, dtype)
+    for call in calls.values():  # warm-up
         call()
-    medians = measure.interleaved(benchmark, calls)
-    size_of = sum(t.numel() for t in (x, x, *model.parameters())) * dtype.itemsize
-    work = (counter.get_total_flops(), size_of)
-    results.record(benchmark, f"{name} {batch}x3x{size}x{size}", dtype_name, direction, medians, work)
+    rows = measure.interleaved(benchmark, results.group(case, dtype_name, direction), calls)
+    results.record(rows, case, dtype_name, direction, work_of(model, x, dtype), left_out)
+
+
+def first(out):
+    """The output, or the loss without the gradients behind it."""
+    return out[0] if isinstance(out, list) else out
+
+
+def preset(make, name, batch, size):
+    torch.manual_seed(0)
+    return ipt_fast.create_model(name, merged=make is inference).eval(), torch.rand(batch, 3, size, size)
 
 
 @pytest.mark.parametrize("dtype_name", measure.DTYPES)
 @pytest.mark.parametrize(("name", "batch", "size"), INFERENCE)
 def test_inference(benchmark, name, batch, size, dtype_name):
-    compare(benchmark, inference, name, batch, size, dtype_name)
+    model, x = preset(inference, name, batch, size)
+    compare(benchmark, inference, model, x, f"{name} {batch}x3x{size}x{size}", dtype_name)
 
 
 @pytest.mark.parametrize("dtype_name", measure.DTYPES)
 @pytest.mark.parametrize(("name", "batch", "size"), TRAINING)
 def test_training_step(benchmark, name, batch, size, dtype_name):
-    compare(benchmark, training_step, name, batch, size, dtype_name)
+    model, x = preset(training_step, name, batch, size)
+    compare(benchmark, training_step, model, x, f"{name} {batch}x3x{size}x{size}", dtype_name)

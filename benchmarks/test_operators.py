@@ -1,28 +1,44 @@
 """Every operator of the registry against its rivals, forward and with backward, interleaved, medians.
 
 Run by ``python -m benchmarks`` (``make bench``), or by ``pytest benchmarks/test_operators.py``; IPT_FAST_BENCH_CSV
-names a CSV that rows are appended to.
+names a CSV that rows are appended to, IPT_FAST_BENCH_COMPILE=1 lets torch.compile take part.
 """
 
 import pytest
 import torch
 
-from benchmarks import measure, results
+from benchmarks import measure, results, rivals
 from benchmarks.registry import CASES
 
 
-def contenders(case, inputs, direction):
-    """{name: call}; the rivals get channels-last and NCHW images, and are compiled too."""
+def eager_contenders(case, inputs, direction):
+    """{name: call} of plain PyTorch; images channels-last and NCHW."""
     prepare = measure.with_backward if direction == "training" else measure.without_backward
     nchw = [t.contiguous() for t in inputs]
-    calls = {"ipt_fast": prepare(case.ours, inputs, case.keywords)}
+    calls = {}
     for name, rival in case.rivals.items():
         calls[name] = prepare(rival, inputs, case.keywords)
         if any(t.dim() == 4 and t.shape[2] > 8 for t in inputs):
             calls[f"{name} NCHW"] = prepare(rival, nchw, case.keywords)
         if measure.COMPILE:
             calls[f"{name} compiled"] = prepare(case.compiled(name), inputs, case.keywords)
+            if direction == "forward":
+                module, data = case.baked(name, inputs)
+                calls[f"{name} compiled frozen"] = measure.frozen(module.to(inputs[0].dtype), data)
     return calls
+
+
+def contenders(case, inputs, dtype, direction):
+    """({name: call}, {name: why it was left out})."""
+    prepare = measure.with_backward if direction == "training" else measure.without_backward
+    calls = {"ipt_fast": prepare(case.ours, inputs, case.keywords), **eager_contenders(case, inputs, direction)}
+    left_out = {} if measure.COMPILE else {"torch.compile": measure.COMPILE_LEFT_OUT}
+    if direction == "forward":
+        module, data = case.baked("eager", inputs)
+        if data:  # what merges weights has none: it runs in training only
+            runtimes, reasons = rivals.contenders(module, data, dtype)
+            calls, left_out = calls | runtimes, left_out | reasons
+    return calls, left_out
 
 
 @pytest.mark.parametrize("direction", ["forward", "training"])
@@ -33,10 +49,9 @@ def test_operator(benchmark, case, dtype_name, direction):
     dtype = measure.DTYPES[dtype_name]
     inputs = case.inputs(dtype)
     measure.check_parity(case, inputs, dtype)
-    calls = contenders(case, inputs, direction)
-    for call in calls.values():  # warm-up and compilation
+    calls, left_out = contenders(case, inputs, dtype, direction)
+    measure.check_rivals(calls, calls["eager"](), dtype)
+    for call in calls.values():  # warm-up
         call()
-        call()
-    medians = measure.interleaved(benchmark, calls)
-    work = (case.flops(inputs), case.bytes(inputs))
-    results.record(benchmark, case.name, dtype_name, direction, medians, work)
+    rows = measure.interleaved(benchmark, results.group(case.name, dtype_name, direction), calls)
+    results.record(rows, case.name, dtype_name, direction, case.work(inputs), left_out)

@@ -82,6 +82,7 @@ def test_rivals_are_those_of_the_same_run():
     row = dict.fromkeys(results.COLUMNS, "x") | {
         "cpu": "Intel(R) Xeon(R) Processor",
         "isa": "AVX512/amx",
+        "kind": "",  # as in rows of old
         "threads": "2",
     }
 
@@ -95,6 +96,8 @@ def test_rivals_are_those_of_the_same_run():
     (line,) = table.speed(rows).splitlines()[2:]
     assert line == "| x | x | x | x | 4.00 ms (eager) | 1.00 ms | **4.00** | eager, sdpa | 2026-01-02, x |"
     assert table.kind_of(row) == "Intel Xeon, AVX-512 and AMX, 2 cores"
+    newer = row | {"cpu": "AMD EPYC", "isa": "AVX512/avx512", "kind": "avx512_bf16"}
+    assert table.kind_of(newer) == "AMD EPYC, AVX-512 with bfloat16, 2 cores"
 
 
 def test_the_plain_form_of_ipt():
