@@ -28,11 +28,22 @@ day and the commit. Of each case the last run that measured it counts, so that r
 """
 
 CPU_NOTES = """\
-Rivals are plain PyTorch in the same dtype: eager, channels-last and NCHW; its own layer norm ("native");
-`scaled_dot_product_attention` ("sdpa"); and torch.compile, with frozen weights in inference ("compiled"). It takes 4
-to 12 minutes to compile, so not every row has it. Rows with different rivals cannot be compared. All contenders take
-turns in one process, and a time is the median of several rounds. A ratio below 1 means slower. "tuned" is a process in
+Rivals compute in the same dtype. Plain PyTorch: eager, channels-last and NCHW; its own layer norm ("native");
+`scaled_dot_product_attention` ("sdpa"); and torch.compile ("compiled", and with weights frozen "compiled frozen"; rows
+of 2026-11-21 call the latter of models "compiled"). It takes 4 to 12 minutes to compile, so not every row has it. Other
+runtimes, in inference: OpenVINO (its precision and latency hints given, for one size and for any, "dynamic") and ONNX
+Runtime, which has no bfloat16. Rows with different rivals cannot be compared. All contenders take
+turns in one process, and a time is the median of several rounds. A ratio below 1 means slower. The roofline is told
+below; rows of 2026-11-21 have none. "tuned" is a process in
 which glibc keeps large blocks of memory (`TUNED_ALLOCATOR` in benchmarks/measure.py).
+"""
+
+PROFILE_NOTES = """\
+A forward by parts (`python -m benchmarks.profile`): layers on one thread, by samples of where the processor is; models
+on all threads, by operator. The roofline is the least time that the rates of the processor allow, which are measured:
+matrix products at the rate of its widest multiply-add (in bfloat16 of its products of bfloat16), depthwise convolutions
+as float32, and every tensor copied once. "products" are the projections of attention and both products of the
+feed-forward network, "attention" is what mixes values by a Gram matrix or the scores of a grid.
 """
 
 IPT_NOTES = """\
@@ -74,7 +85,8 @@ def _headline_row(name, case, dtype, direction):
     rivals = {
         other["contender"]: float(other["median_ms"])
         for other in rows
-        if other["contender"] not in ("ipt_fast", "mixed", "tuned", "triton", "cuda")
+        if not results.is_ours(other["contender"])
+        and other["contender"] not in ("mixed", "tuned", "triton", "cuda")
         and all(other[column] == row[column] for column in table.RUN)
     }
     best = min(rivals, key=rivals.get)
@@ -87,7 +99,7 @@ def headline():
         [kind, case, dtype, direction, f"{table.time(theirs)} ({best})", table.time(ours), f"**{theirs / ours:.1f}**"]
         for kind, case, dtype, direction, theirs, best, ours in headline_rows()
     ]
-    names = ("processor", "model and input", "dtype", "pass", "best plain PyTorch", "ipt_fast", "times faster")
+    names = ("processor", "model and input", "dtype", "pass", "best rival", "ipt_fast", "times faster")
     return table.table(names, lines)
 
 
@@ -124,6 +136,12 @@ def page():
         if kind in footprint:
             parts += ["### Memory and time by size\n", "Every figure is from a process of its own.\n"]
             parts += [table.footprint(footprint[kind]), ""]
+    if (results.FOLDER / "cpu_profile.csv").exists():
+        rows = results.read(results.FOLDER / "cpu_profile.csv")
+        parts.append("## Where the time goes on CPUs\n")
+        for kind in dict.fromkeys((row["cpu"], row["kind"]) for row in rows):
+            of_kind = [row for row in rows if (row["cpu"], row["kind"]) == kind]
+            parts += [f"### {' '.join(kind)}\n", PROFILE_NOTES, table.profile(of_kind), ""]
     models, kernels = _by_kind("gpu_models"), _by_kind("gpu_kernels")
     for kind in models:
         parts += [f"## {kind}\n", GPU_NOTES, "### Models\n", table.gpu_models(models[kind]), ""]

@@ -15,7 +15,7 @@ def _pyplot():
 
 
 def draw_headline(rows, png_path):
-    """Bars of what README shows: how many times as fast as the best plain PyTorch.
+    """Bars of what README shows: how many times as fast as the best rival.
 
     Args:
         rows: [(kind of processor, case, dtype, direction, milliseconds of the best rival, its name, of ipt_fast)].
@@ -32,7 +32,7 @@ def draw_headline(rows, png_path):
         name = kind.partition(" @")[0].partition(",")[0] + (", AMX" if "AMX" in kind else "")
         axes.text(0.06, bar.get_y() + bar.get_height() / 2, name, color="white", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=1, zorder=0)
-    axes.set_title("times faster than the best plain PyTorch that was measured (1: as fast)", fontsize=10, loc="left")
+    axes.set_title("times faster than the best rival that was measured (1: as fast)", fontsize=10, loc="left")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(ratios))
     axes.tick_params(length=0, labelsize=10)

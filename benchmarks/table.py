@@ -56,7 +56,7 @@ def rivals_of(ours, rows, key):
     return {
         row["contender"]: float(row["median_ms"])
         for row in rows
-        if row["contender"] != "ipt_fast" and all(row[column] == ours[column] for column in same)
+        if not results.is_ours(row["contender"]) and all(row[column] == ours[column] for column in same)
     }
 
 
@@ -64,21 +64,45 @@ SPEED_KEY = ("cpu", "isa", "allocator", "case", "dtype", "direction")
 
 
 def speed(rows):
-    """Each case on a CPU beside the best plain PyTorch; of every case the last run that measured it."""
-    ours = newest((row for row in rows if row["contender"] == "ipt_fast"), *SPEED_KEY)
-    names = ("case", "dtype", "direction", "process", "best plain PyTorch", "ipt_fast", "times faster", "rivals", "run")
+    """Each case on a CPU beside the best rival; of every case the last run that measured it."""
+    ours = newest((row for row in rows if results.is_ours(row["contender"])), *SPEED_KEY, "contender")
+    names = ("case", "dtype", "direction", "process", "best rival", "ipt_fast", "times faster", "of the roofline")
     lines = []
     for row in ours.values():
         rivals = rivals_of(row, rows, SPEED_KEY)
         best = min(rivals, key=rivals.get)
+        form = row["contender"].removeprefix("ipt_fast")
         cells = [row[name] for name in ("case", "dtype", "direction", "allocator")]
         cells += [
             f"{time(rivals[best])} ({best})",
-            time(row["median_ms"]),
+            f"{time(row['median_ms'])}{f' ({form.strip()})' if form else ''}",
             f"**{rivals[best] / float(row['median_ms']):.2f}**",
+            percent(row.get("share_of_roofline")),
         ]
         lines.append([*cells, ", ".join(rivals), measured(row)])
-    return table(names, lines)
+    return table((*names, "rivals", "run"), lines)
+
+
+def percent(share):
+    """A share in percent; a dash where it was not measured."""
+    return f"{float(share):.0%}" if share else "-"
+
+
+def profile(rows):
+    """Where the time of a forward goes: one line a layer or model, parts by their share of the time."""
+    cases = {}
+    for row in rows:
+        parts = cases.setdefault((row["cpu"], row["case"], row["dtype"]), {}).setdefault(
+            (row["date"], row["commit"]), {}
+        )
+        parts[row["part"]] = row
+    lines = []
+    for runs in cases.values():
+        row, *others = list(runs.values())[-1].values()
+        shares = [f"{each['part']} {percent(each['share'])}" for each in (row, *others) if float(each["share"]) >= 0.01]
+        cells = [row["case"], row["dtype"], row["threads"], time(row["median_ms"]), percent(row["share_of_roofline"])]
+        lines.append([*cells, ", ".join(shares), measured(row)])
+    return table(("case", "dtype", "threads", "time", "of the roofline", "where it goes", "run"), lines)
 
 
 QUANTITIES = {

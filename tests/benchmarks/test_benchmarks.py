@@ -80,6 +80,7 @@ def test_times_and_memory_are_in_units_that_people_read():
 
 def test_rivals_are_those_of_the_same_run():
     row = dict.fromkeys(results.COLUMNS, "x") | {
+        "share_of_roofline": "",
         "cpu": "Intel(R) Xeon(R) Processor",
         "isa": "AVX512/amx",
         "kind": "",  # as in rows of old
@@ -94,10 +95,29 @@ def test_rivals_are_those_of_the_same_run():
         *run("2026-01-02T00:00Z", ipt_fast=1, eager=4, sdpa=5),
     ]
     (line,) = table.speed(rows).splitlines()[2:]
-    assert line == "| x | x | x | x | 4.00 ms (eager) | 1.00 ms | **4.00** | eager, sdpa | 2026-01-02, x |"
+    assert line == "| x | x | x | x | 4.00 ms (eager) | 1.00 ms | **4.00** | - | eager, sdpa | 2026-01-02, x |"
+    rows += run("2026-01-03T00:00Z", **{"ipt_fast": 2, "ipt_fast frozen": 1, "eager": 4, "openvino": 3})
+    rows = [*rows[:-4], *(row | {"share_of_roofline": "0.25"} for row in rows[-4:])]
+    plain, frozen = table.speed(rows).splitlines()[2:]
+    assert (
+        plain == "| x | x | x | x | 3.00 ms (openvino) | 2.00 ms | **1.50** | 25% | eager, openvino | 2026-01-03, x |"
+    )
+    assert "| 1.00 ms (frozen) | **3.00** | 25% | eager, openvino |" in frozen
     assert table.kind_of(row) == "Intel Xeon, AVX-512 and AMX, 2 cores"
     newer = row | {"cpu": "AMD EPYC", "isa": "AVX512/avx512", "kind": "avx512_bf16"}
     assert table.kind_of(newer) == "AMD EPYC, AVX-512 with bfloat16, 2 cores"
+
+
+def test_profiles_as_a_table():
+    shared = {"cpu": "Some CPU", "commit": "abc", "threads": "1", "case": "layer", "dtype": "float32"}
+    shared |= {"median_ms": "2", "share_of_roofline": "0.5"}
+    rows = [
+        {**shared, "date": date, "part": part, "share": str(share)}
+        for date, shares in (("2026-01-01T00:00Z", {"norm": 1.0}), ("2026-01-02T00:00Z", {"GELU": 0.9, "norm": 0.001}))
+        for part, share in shares.items()
+    ]
+    (line,) = table.profile(rows).splitlines()[2:]
+    assert line == "| layer | float32 | 1 | 2.00 ms | 50% | GELU 90% | 2026-01-02, abc |"
 
 
 def test_the_plain_form_of_ipt():
