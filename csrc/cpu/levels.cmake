@@ -16,7 +16,12 @@ level(avx2 PROCESSOR ${x86} NEEDS avx2 fma f16c FLAGS -mavx2 -mfma -mf16c)
 level(avx512 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq avx512vl
       FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 
-level(avx512_bf16 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512bf16
-      FLAGS -mavx512bf16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+# With IPT_FAST_EMULATE, for tests, the instructions that the level has beside avx512 are emulated.
+if(NOT IPT_FAST_EMULATE)
+  set(dots avx512bf16)
+  set(dots_flag -mavx512bf16)
+endif()
+level(avx512_bf16 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq avx512vl ${dots}
+      FLAGS ${dots_flag} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 
 level(amx PROCESSOR ${x86} LIKE avx512 MATRIX_UNIT)

