@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ipt_fast import _extension
+from tests.build.building import UNSET, copy_sources, succeed
 
 ROOT = Path(__file__).resolve().parents[2]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -79,3 +81,16 @@ def test_the_emulation_is_the_instruction(program):
     nan = [np.isnan(values["sum"].view(np.float32)) for values in (emulated, real)]
     assert (nan[0] == nan[1]).all()
     assert not (differ & ~nan[0]).any(), vectors()[differ.any(1)][:2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not _extension.load() or "avx512" not in torch.ops.ipt_fast_cpu.isa_levels(), reason="this processor has no AVX-512"
+)
+def test_the_level_by_emulation(tmp_path):
+    """Every operator at the level avx512_bf16, compiled without its instructions."""
+    checkout = copy_sources(tmp_path / "checkout")
+    build = UNSET | {"IPT_FAST_BUILD": "cpu", "CMAKE_ARGS": "-DIPT_FAST_EMULATE=ON", "PYTHONPATH": "."}
+    succeed(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=checkout, timeout=3000, **build)
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_levels.py", "-k", "avx512_bf16")
+    assert " passed" in succeed(sys.executable, *tests, cwd=checkout, timeout=3000, OMP_NUM_THREADS="1", PYTHONPATH=".")
