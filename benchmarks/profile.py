@@ -37,7 +37,7 @@ PARTS = {
     "depthwise": ("depthwise.h", "depthwise_rows"),
     "Gram": ("gram.h",),
     "attention": ("window_attend.h", "lattice_attend.h"),
-    "products": ("gemm.h", "matrix.h", "matrix_unit.h", "matrix_unit.cpp"),
+    "products": ("gemm.h", "matrix.h", "units.h", "matrix_unit."),
     "norm": ("rows.h", "layer_norm_2d_kernel.h", "layer_norm_2d_kernel.cpp"),
 }
 LIBRARIES = {"libgomp": "waiting for threads", "libpython": "Python", "libtorch": "PyTorch", "libc10": "PyTorch"}

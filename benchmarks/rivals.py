@@ -9,6 +9,7 @@ import logging
 import pathlib
 import tempfile
 import warnings
+import weakref
 
 import torch
 
@@ -18,6 +19,16 @@ PACKAGES = {
     "openvino dynamic": ("openvino",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
 }
+
+_made = weakref.WeakKeyDictionary()  # {module: {what: made of it}}
+
+
+def once(module, what, make):
+    """What ``make`` makes of ``module``; made once, as long as the module lives. A model's export takes a minute."""
+    made = _made.setdefault(module, {})
+    if what not in made:
+        made[what] = make()
+    return made[what]
 
 
 class Baked(torch.nn.Module):
@@ -63,6 +74,17 @@ def contenders(module, inputs, dtype, only=tuple(PACKAGES)):
 
 def export(module, inputs, dynamic=False):
     """The graph of ``module`` in float32; with ``dynamic`` batches, heights and widths are free."""
+    return once(module, ("graph", sizes_of(inputs, dynamic)), lambda: _export(module, inputs, dynamic))
+
+
+def sizes_of(inputs, dynamic):
+    """The shapes of ``inputs``, with -1 for what is free."""
+    return tuple(
+        tuple(-1 if dynamic and axis in free_axes(t) else size for axis, size in enumerate(t.shape)) for t in inputs
+    )
+
+
+def _export(module, inputs, dynamic):
     examples, sizes = tuple(t.float() for t in inputs), None
     if dynamic:
         sizes = tuple(dict.fromkeys(free_axes(t), torch.export.Dim.DYNAMIC) for t in inputs)
@@ -88,10 +110,10 @@ def openvino(module, inputs, dtype, dynamic=False):
     from openvino.preprocess import PrePostProcessor
 
     kind = {torch.float32: openvino.Type.f32, torch.bfloat16: openvino.Type.bf16}[dtype]
-    model = openvino.convert_model(export(module, inputs, dynamic))
-    for port, t in zip(model.inputs, inputs, strict=True):
-        sizes = [-1 if dynamic and axis in free_axes(t) else size for axis, size in enumerate(t.shape)]
-        port.get_node().set_partial_shape(openvino.PartialShape(sizes))
+    graph, shapes = export(module, inputs, dynamic), sizes_of(inputs, dynamic)
+    model = once(module, ("openvino", shapes), lambda: openvino.convert_model(graph)).clone()
+    for port, shape in zip(model.inputs, shapes, strict=True):
+        port.get_node().set_partial_shape(openvino.PartialShape(list(shape)))
     model.validate_nodes_and_infer_types()
     ends = PrePostProcessor(model)
     for i in range(len(model.inputs)):

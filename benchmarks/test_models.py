@@ -6,6 +6,7 @@ weights, which takes minutes for every model; and for inference OpenVINO and ONN
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def contenders(make, model, x, dtype):
     else:
         left_out["torch.compile"] = measure.COMPILE_LEFT_OUT
     if make is inference:
-        runtimes, reasons = rivals.contenders(model.to_reference(), [x], dtype)
+        runtimes, reasons = rivals.contenders(twin(model), [x], dtype)
         calls, left_out = calls | runtimes, left_out | reasons
     return calls, left_out
 
@@ -135,20 +136,31 @@ def first(out):
     return out[0] if isinstance(out, list) else out
 
 
-def preset(make, name, batch, size):
+@functools.cache
+def twin(model):
+    """Its plain twin, the same one in every test, so that it is exported once."""
+    return model.to_reference()
+
+
+def image(batch, size):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@functools.cache
+def preset(name, merged):
     torch.manual_seed(0)
-    return ipt_fast.create_model(name, merged=make is inference).eval(), torch.rand(batch, 3, size, size)
+    return ipt_fast.create_model(name, merged=merged).eval()
 
 
 @pytest.mark.parametrize("dtype_name", measure.DTYPES)
 @pytest.mark.parametrize(("name", "batch", "size"), INFERENCE)
 def test_inference(benchmark, name, batch, size, dtype_name):
-    model, x = preset(inference, name, batch, size)
+    model, x = preset(name, merged=True), image(batch, size)
     compare(benchmark, inference, model, x, f"{name} {batch}x3x{size}x{size}", dtype_name)
 
 
 @pytest.mark.parametrize("dtype_name", measure.DTYPES)
 @pytest.mark.parametrize(("name", "batch", "size"), TRAINING)
 def test_training_step(benchmark, name, batch, size, dtype_name):
-    model, x = preset(training_step, name, batch, size)
+    model, x = preset(name, merged=False), image(batch, size)
     compare(benchmark, training_step, model, x, f"{name} {batch}x3x{size}x{size}", dtype_name)
