@@ -106,13 +106,14 @@ class Frozen(_fusion.Fusable):
 
     # -- calls --------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
+    def forward(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for these arguments; the first one has no name."""
+        for value in (x, *args, *kwargs.values()):
             if isinstance(value, Tensor):
                 self._check(value)
         device = self.device.type
         with torch.no_grad(), torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            return self._in_use()(*args, **kwargs)
+            return self._in_use()(x, *args, **kwargs)
 
     def _check(self, x: Tensor) -> None:
         if x.requires_grad and torch.is_grad_enabled():
@@ -231,9 +232,7 @@ class _Convolution(nn.Module):
         if dtype is not self._dtype or not x.is_contiguous(memory_format=torch.channels_last):
             return self.conv(x)
         conv = self.conv
-        return F.conv2d(
-            x.to(dtype), self._weight, self._bias, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
+        return F.conv2d(x.to(dtype), self._weight, self._bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _packed_form(module: nn.Module, dtype: torch.dtype, known: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -250,7 +249,12 @@ def _packed_alone(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         return None
     if type(module) is RepLeFFN and module.merged and not (module.plain or module.changed_inside()):
         return _Packed("leffn", dict(zip(WEIGHTS, module._current_weights(), strict=True)), dtype)
-    if type(module) in (Conv2d, nn.Conv2d) and dtype not in EMULATED and module.padding_mode == "zeros":
+    if (
+        isinstance(module, nn.Conv2d)
+        and type(module) in (Conv2d, nn.Conv2d)
+        and dtype not in EMULATED
+        and module.padding_mode == "zeros"
+    ):
         return _Convolution(module, dtype)
     return None
 

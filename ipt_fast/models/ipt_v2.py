@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN, _check, _fusion
 from ..modules._layer import Branch, Residuals, residual
+from ..modules._layer import reason_against_fusing as reason_against_fusing
 from ..modules.convolution import Conv2d, PixelShuffle, PixelUnshuffle
 from ..modules.feed_forward import reparameterize
 from ..modules.padding import crop, pad_to_multiple

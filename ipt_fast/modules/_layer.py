@@ -74,7 +74,7 @@ def residual(x: Tensor, norm: nn.Module, branch: nn.Module) -> Tensor:
 
 
 class Residuals(_fusion.Fusable):
-    """A module whose forward is made of calls of :func:`residual`, named by the attributes that hold norm and branch."""
+    """A module whose forward is made of calls of :func:`residual`, given by the names of norm and branch."""
 
     residuals: ClassVar[tuple[tuple[str, str], ...]]
 
