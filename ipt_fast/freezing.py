@@ -58,8 +58,6 @@ def prepared(model: nn.Module, device: torch.device | None) -> nn.Module:
     if reason_against_merging(model) is None:
         describe(model).reparameterize()
         reparameterize(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     return model
 
 
@@ -249,13 +247,9 @@ def _packed_alone(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         return None
     if type(module) is RepLeFFN and module.merged and not (module.plain or module.changed_inside()):
         return _Packed("leffn", dict(zip(WEIGHTS, module._current_weights(), strict=True)), dtype)
-    if (
-        isinstance(module, nn.Conv2d)
-        and type(module) in (Conv2d, nn.Conv2d)
-        and dtype not in EMULATED
-        and module.padding_mode == "zeros"
-    ):
-        return _Convolution(module, dtype)
+    if type(module) in (Conv2d, nn.Conv2d) and dtype not in EMULATED and "_conv_forward" not in module.__dict__:
+        assert isinstance(module, nn.Conv2d)
+        return _Convolution(module, dtype) if module.padding_mode == "zeros" else None
     return None
 
 
