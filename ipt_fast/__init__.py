@@ -1,13 +1,15 @@
 """ipt_fast: image-restoration transformers, exact and fast.
 
-Models by name (:func:`create_model`), restoration of images (:func:`restore`), drop-in modules
-(:mod:`ipt_fast.modules`) and operators (:mod:`ipt_fast.ops`) with several backends (:func:`use_backend`).
+Models by name (:func:`create_model`), restoration of images (:func:`restore`), models for inference (:func:`freeze`),
+drop-in modules (:mod:`ipt_fast.modules`) and operators (:mod:`ipt_fast.ops`) with several backends
+(:func:`use_backend`).
 """
 
 from typing import TYPE_CHECKING, Any
 
 from . import models, modules, ops, reference
 from ._version import __version__ as __version__
+from .freezing import freeze
 from .models import create_model, list_models, load_checkpoint
 from .ops._explain import explain
 from .ops._select import keep_backend, use_backend
@@ -15,6 +17,7 @@ from .ops._select import keep_backend, use_backend
 __all__ = [
     "create_model",
     "explain",
+    "freeze",
     "keep_backend",
     "list_models",
     "load_checkpoint",

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,21 +17,32 @@ WHY_PURE = PACKAGE / "_why_pure.txt"
 _ON_DEMAND = "IPT_FAST_PURE is set"
 OLDEST_TRITON = (3, 5)
 
-_declared: dict[str, list[str]] = {"ipt_fast_cpu": [], "ipt_fast_cuda": []}
+Fake = Callable[..., torch.Tensor]
+_declared: dict[str, list[tuple[str, Fake | None]]] = {"ipt_fast_cpu": [], "ipt_fast_cuda": []}
 _defined: dict[str, torch.library.Library] = {}
 _defining = threading.Lock()
 
 
-def declare(library: str, schema: str) -> None:
+def declare(library: str, schema: str, fake: Fake | None = None) -> None:
     """An operator that a compiled library implements, defined as soon as that is loaded.
+
+    With a ``fake``, which tells the output's shape, compilers trace it, and autograd lets it pass without a gradient.
 
     A library whose functions do not take what the schemas say, such as one of an older version, is then an error like
     all others. Were the operators defined first, loading it would end the process.
     """
     with _defining:
-        _declared[library].append(schema)
+        _declared[library].append((schema, fake))
         if library in _defined:
-            _defined[library].define(schema)
+            _define_one(_defined[library], schema, fake)
+
+
+def _define_one(library: torch.library.Library, schema: str, fake: Fake | None) -> None:
+    library.define(schema)
+    if fake is not None:
+        name = schema.partition("(")[0]
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
 
 def _define(library: str) -> None:
@@ -38,8 +50,8 @@ def _define(library: str) -> None:
     with _defining:
         if library not in _defined:
             operators = torch.library.Library(library, "FRAGMENT")
-            for schema in _declared[library]:
-                operators.define(schema)
+            for schema, fake in _declared[library]:
+                _define_one(operators, schema, fake)
             _defined[library] = operators
 
 

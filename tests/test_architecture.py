@@ -14,8 +14,9 @@ MAY_IMPORT = {
     "cli": {"", "training", "evaluation", "inference", "tiling", "data"} | MODELS,
     "training": {"data"} | MODELS,
     "evaluation": {"data"} | MODELS,
-    "inference": {"tiling", "data"} | MODELS,
+    "inference": {"tiling", "data", "freezing"} | MODELS,
     "tiling": MODELS,
+    "freezing": MODELS,
     "models": {"modules"} | OPERATORS,
     "modules": OPERATORS,
     "ops": {"reference", "kernels", "_extension"},
@@ -24,7 +25,7 @@ MAY_IMPORT = {
     "_extension": set(),
     "data": set(),
     **dict.fromkeys(SHARED, set()),
-    "": {"models", "modules", "ops", "reference", "inference"},  # ipt_fast/__init__.py
+    "": {"models", "modules", "ops", "reference", "inference", "freezing"},  # ipt_fast/__init__.py
 }
 
 

@@ -43,6 +43,13 @@ void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, 
     TORCH_CHECK_VALUE(t.is_cpu(), name, " must be on cpu; got ", t.device());
 }
 
+int64_t input_channels(const at::Tensor& weight, const char* name) {
+    TORCH_CHECK_VALUE(weight.dim() == 4 && weight.numel() > 0, name, " must be (N, C, 1, 1); got shape ",
+                      weight.sizes());
+    check_dtype_and_device(weight, name);
+    return weight.size(1);
+}
+
 int64_t attention_channels(const at::Tensor& qkv) {
     TORCH_CHECK_VALUE(qkv.size(1) % 3 == 0, "qkv must have a multiple of 3 channels; got ", qkv.size(1));
     return qkv.size(1) / 3;

@@ -23,6 +23,9 @@ void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, 
 // fp32, bf16 or fp16, on the CPU.
 void check_dtype_and_device(const at::Tensor& t, const char* name);
 
+// C of a pointwise convolution's weight (N, C, 1, 1) that the kernels can read.
+int64_t input_channels(const at::Tensor& weight, const char* name);
+
 // A third of the channels of a qkv map.
 int64_t attention_channels(const at::Tensor& qkv);
 

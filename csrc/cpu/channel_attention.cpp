@@ -84,21 +84,31 @@ void check_heads(int64_t channels, int64_t num_heads, const char* name) {
                       " channels of ", name, "; got ", num_heads);
 }
 
-FocalGroups::FocalGroups(const at::Tensor& x, const at::Tensor& temperature, const at::Tensor& token_weight,
-                         const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
-                         int64_t window_size) {
+FocalParameters::FocalParameters(const at::Tensor& like, const at::Tensor& temperature, const at::Tensor& token_weight,
+                                 const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
+                                 int64_t window_size) {
     TORCH_CHECK_VALUE(window_size > 0, "window_size must be at least 1; got ", window_size);
     const int64_t map[] = {num_heads, window_size, window_size};
-    check_per_head(temperature, "temperature", num_heads, x);
-    check_tensor(token_weight, "token_weight", map, x, true);
-    check_tensor(top_weight, "top_weight", map, x, true);
-    check_tensor(bottom_weight, "bottom_weight", map, x, true);
+    check_per_head(temperature, "temperature", num_heads, like);
+    check_tensor(token_weight, "token_weight", map, like, true);
+    check_tensor(top_weight, "top_weight", map, like, true);
+    check_tensor(bottom_weight, "bottom_weight", map, like, true);
     scale = at::reciprocal(as_float(temperature));
     token_squares = at::square(as_float(token_weight));
     top = as_float(top_weight);
     bottom = as_float(bottom_weight);
-    groups = groups_of(x.size(0), x.size(1), num_heads, Axis::windows_of(x.size(2), window_size, 2),
-                       Axis::windows_of(x.size(3), window_size, 2), 2);
+}
+
+Groups focal_groups(const at::Tensor& x, int64_t num_heads, int64_t window_size) {
+    return groups_of(x.size(0), x.size(1), num_heads, Axis::windows_of(x.size(2), window_size, 2),
+                     Axis::windows_of(x.size(3), window_size, 2), 2);
+}
+
+FocalGroups::FocalGroups(const at::Tensor& x, const at::Tensor& temperature, const at::Tensor& token_weight,
+                         const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
+                         int64_t window_size)
+    : FocalParameters(x, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size),
+      groups(focal_groups(x, num_heads, window_size)) {
     groups.token_squares = token_squares.const_data_ptr<float>();
     groups.merge[0] = top.const_data_ptr<float>();
     groups.merge[1] = bottom.const_data_ptr<float>();

@@ -23,13 +23,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_cha
 // `name` is what has the channels.
 void check_heads(int64_t channels, int64_t num_heads, const char* name);
 
-// The groups of focal channel attention of a map `x` of all heads' channels, with the parameters in fp32. The slots are
-// still missing.
-struct FocalGroups {
+// The parameters of focal channel attention as its kernels read them, checked; `like` has the dtype of the images.
+struct FocalParameters {
+    FocalParameters(const at::Tensor& like, const at::Tensor& temperature, const at::Tensor& token_weight,
+                    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
+                    int64_t window_size);
+
+    at::Tensor scale, token_squares, top, bottom;
+};
+
+// The groups of a map `x` of all heads' channels. Parameters and slots are still missing.
+Groups focal_groups(const at::Tensor& x, int64_t num_heads, int64_t window_size);
+
+// The same with the parameters. The slots are still missing.
+struct FocalGroups : FocalParameters {
     FocalGroups(const at::Tensor& x, const at::Tensor& temperature, const at::Tensor& token_weight,
                 const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size);
 
-    at::Tensor scale, token_squares, top, bottom;
     Groups groups;
 };
 

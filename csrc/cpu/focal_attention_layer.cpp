@@ -12,6 +12,7 @@
 #include "layer_norm_2d.h"
 #include "level.h"
 #include "matrix_unit.h"
+#include "packed.h"
 #include "work_space.h"
 
 namespace ipt_fast::cpu {
@@ -32,47 +33,88 @@ void partition(FocalAttentionLayerParams& p) {
     p.block_shares = g.blocks() < 4 * at::get_num_threads() ? 4 : 1;
 }
 
-at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
-                                 const at::Tensor& qkv_weight, const at::Tensor& depthwise_weight,
-                                 const at::Tensor& project_weight, const at::Tensor& temperature,
-                                 const at::Tensor& token_weight, const at::Tensor& top_weight,
-                                 const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size, double eps,
-                                 bool centered) {
-    check_image(x_, "x");
-    const int64_t channels = x_.size(1);
+struct PackedFocalAttentionLayer : PackedHeader {
+    int64_t heads, window;
+    int64_t weights, depthwise, scale, token_squares, top, bottom;  // pieces
+};
+
+at::Tensor pack_focal_attention_layer(const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                      const at::Tensor& qkv_weight, const at::Tensor& depthwise_weight,
+                                      const at::Tensor& project_weight, const at::Tensor& temperature,
+                                      const at::Tensor& token_weight, const at::Tensor& top_weight,
+                                      const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
+                                      double eps, bool centered) {
+    const int64_t channels = input_channels(qkv_weight, "qkv_weight");
     check_heads(channels, num_heads, "x");
-    const LayerNorm norm(x_, norm_weight, norm_bias, eps, centered);
-    check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x_);
-    check_tensor(depthwise_weight, "depthwise_weight", {3 * channels, 1, 3, 3}, x_);
-    check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x_);
-    const at::Tensor x = channels_last(x_), out = empty_channels_last(x.sizes(), x);
-    const FocalGroups focal(x, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
+    check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, qkv_weight);
+    check_tensor(depthwise_weight, "depthwise_weight", {3 * channels, 1, 3, 3}, qkv_weight);
+    check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, qkv_weight);
+    const LayerNorm norm(qkv_weight, norm_weight, norm_bias, eps, centered);
+    const FocalParameters focal(qkv_weight, temperature, token_weight, top_weight, bottom_weight, num_heads,
+                                window_size);
     const int64_t head_channels = channels / num_heads;
     const at::Tensor depthwise = padded_parameter(
         depthwise_weight.reshape({3, num_heads, head_channels, 9}).permute({1, 3, 0, 2}), padded(head_channels));
 
+    FocalAttentionLayerParams p{};
+    p.dtype = dtype_of(qkv_weight);
+    p.products = products_in(p.dtype);
+    p.groups.heads = num_heads;
+    p.groups.head_channels = head_channels;
+    p.groups.depth = padded(head_channels);
+    p.qkv = weight_of(qkv_weight);
+    p.project = weight_of(project_weight);
+    Packing<PackedFocalAttentionLayer> packing(Layer::focal_attention_layer, qkv_weight);
+    PackedFocalAttentionLayer& header = packing.header;
+    header.heads = num_heads;
+    header.window = window_size;
+    header.weights = packing.add(p.packed_bytes());
+    header.depthwise = packing.add(depthwise);
+    header.scale = packing.add(focal.scale);
+    header.token_squares = packing.add(focal.token_squares);
+    header.top = packing.add(focal.top);
+    header.bottom = packing.add(focal.bottom);
+    packing.add(norm);
+    packing.allocate();
+    packing.fill(header.depthwise, depthwise);
+    packing.fill(header.scale, focal.scale);
+    packing.fill(header.token_squares, focal.token_squares);
+    packing.fill(header.top, focal.top);
+    packing.fill(header.bottom, focal.bottom);
+    packing.fill(norm);
+    p.packed = packing.at<void>(header.weights);
+    const FocalAttentionLayerKernels& kernel = kernels_in_use<FocalAttentionLayerKernels>();
+    at::parallel_for(0, 3 * num_heads + 1, 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
+    return packing.block;
+}
+
+at::Tensor focal_attention_layer_packed(const at::Tensor& x_, const at::Tensor& packed_) {
+    const Packed<PackedFocalAttentionLayer> packed(packed_, Layer::focal_attention_layer, x_);
+    const PackedFocalAttentionLayer& header = packed.header();
+    const at::Tensor x = channels_last(x_), out = empty_channels_last(x.sizes(), x);
     FocalAttentionLayerParams params{};
     params.dtype = dtype_of(x);
     params.products = products_in(params.dtype);
-    params.groups = focal.groups;
-    params.norm = norm.params;
+    params.groups = focal_groups(x, header.heads, header.window);
+    params.norm = packed.norm();
     params.x = x.const_data_ptr();
     params.out = out.mutable_data_ptr();
-    params.qkv = weight_of(qkv_weight);
-    params.project = weight_of(project_weight);
-    params.depthwise = depthwise.const_data_ptr<float>();
+    params.depthwise = packed.at<float>(header.depthwise);
+    params.packed = packed.at<void>(header.weights);
     partition(params);
 
     Groups& g = params.groups;
+    g.scale = packed.at<float>(header.scale);
+    g.token_squares = packed.at<float>(header.token_squares);
+    g.merge[0] = packed.at<float>(header.top);
+    g.merge[1] = packed.at<float>(header.bottom);
     const int64_t threads = at::get_num_threads();
     const int64_t most = std::max({params.gram_scratch(), attend_scratch(g), params.apply_scratch()});
     const int64_t each = round_up(most, kChannelPad);
     WorkSpace space;
-    const int64_t slots = space.add(g.slots_bytes()), packed = space.add(params.packed_bytes());
-    const int64_t scratch = space.add(threads * each * sizeof(float));
+    const int64_t slots = space.add(g.slots_bytes()), scratch = space.add(threads * each * sizeof(float));
     space.allocate();
     g.slots = space.at<float>(slots);
-    params.packed = space.at<char>(packed);
 
     const FocalAttentionLayerKernels& kernel = kernels_in_use<FocalAttentionLayerKernels>();
     const ChannelAttentionKernels& attention = kernels_in_use<ChannelAttentionKernels>();
@@ -82,13 +124,24 @@ at::Tensor focal_attention_layer(const at::Tensor& x_, const at::Tensor& norm_we
             pass(begin, end, space.at<float>(scratch) + at::get_thread_num() * each);
         });
     };
-    const int64_t blocks_down = g.vertical.blocks();
-    for_all(3 * num_heads + 1, [&](int64_t begin, int64_t end, float*) { kernel.pack(params, begin, end); });
-    for_all(g.images * params.head_groups * params.strips * blocks_down,
+    for_all(g.images * params.head_groups * params.strips * g.vertical.blocks(),
             [&](auto... share) { kernel.gram(params, share...); });
     for_all(g.windows() * g.heads * g.branches, [&](auto... share) { attention.attend(g, share...); });
     for_all(g.blocks() * params.block_shares, [&](auto... share) { kernel.apply(params, share...); });
     return out;
+}
+
+at::Tensor focal_attention_layer(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                 const at::Tensor& qkv_weight, const at::Tensor& depthwise_weight,
+                                 const at::Tensor& project_weight, const at::Tensor& temperature,
+                                 const at::Tensor& token_weight, const at::Tensor& top_weight,
+                                 const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size, double eps,
+                                 bool centered) {
+    check_image(x, "x");
+    check_tensor(qkv_weight, "qkv_weight", {3 * x.size(1), x.size(1), 1, 1}, x);
+    return focal_attention_layer_packed(
+        x, pack_focal_attention_layer(norm_weight, norm_bias, qkv_weight, depthwise_weight, project_weight, temperature,
+                                      token_weight, top_weight, bottom_weight, num_heads, window_size, eps, centered));
 }
 
 using FocalLayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -145,6 +198,8 @@ FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, cons
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("focal_attention_layer", focal_attention_layer);
+    m.impl("pack_focal_attention_layer", pack_focal_attention_layer);
+    m.impl("focal_attention_layer_packed", focal_attention_layer_packed);
     m.impl("focal_attention_layer_backward", focal_attention_layer_backward);
 }
 

@@ -21,8 +21,20 @@ namespace {
 // Fewer FLOP than this are not worth a thread.
 constexpr int64_t kGrain = 1 << 20;
 
-// (heads, bias_rows, bias_row) as described at GridAttention::bias.
-at::Tensor spread(const GridAttention& p, const OptionalTensor& table) {
+}  // namespace
+
+void set_lattice(GridAttention& p, const at::Tensor& map, DType products, int64_t channels, int64_t num_heads,
+                 int64_t grid_size) {
+    p.dtype = dtype_of(map);
+    p.products = products_in(products);
+    p.lattice = {map.size(2), map.size(3), grid_size};
+    p.batch = map.size(0);
+    p.heads = num_heads;
+    p.depth = channels / num_heads;
+    p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.depth)));
+}
+
+at::Tensor spread_biases(const GridAttention& p, const OptionalTensor& table) {
     const int64_t rows = bias_rows(p);
     const at::Tensor out = at::zeros({p.heads, rows, bias_row(p)}, at::kFloat);
     if (table.has_value()) {
@@ -31,27 +43,26 @@ at::Tensor spread(const GridAttention& p, const OptionalTensor& table) {
     return out;
 }
 
-}  // namespace
-
-at::Tensor set_attention(GridAttention& p, const at::Tensor& map, DType products, int64_t channels,
-                         const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size) {
+void check_attention(const at::Tensor& like, int64_t channels, const OptionalTensor& bias_table, int64_t num_heads,
+                     int64_t grid_size) {
     TORCH_CHECK_VALUE(num_heads >= 1 && channels % num_heads == 0, "num_heads must divide the ", channels,
                       " channels; got ", num_heads);
     TORCH_CHECK_VALUE(grid_size >= 1, "grid_size must be at least 1; got ", grid_size);
     if (bias_table.has_value()) {
         const int64_t rows = (2 * grid_size - 1) * (2 * grid_size - 1);
-        check_tensor(*bias_table, "bias_table", {rows, num_heads}, map, true);
+        check_tensor(*bias_table, "bias_table", {rows, num_heads}, like, true);
     }
-    p.dtype = dtype_of(map);
-    p.products = products_in(products);
-    // Without a table the lattice need not be finer than the map.
-    const int64_t finest = bias_table.has_value() ? grid_size : std::max(map.size(2), map.size(3));
-    p.lattice = {map.size(2), map.size(3), std::min(grid_size, finest)};
-    p.batch = map.size(0);
-    p.heads = num_heads;
-    p.depth = channels / num_heads;
-    p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.depth)));
-    at::Tensor bias = spread(p, bias_table);
+}
+
+int64_t finest_grid(const at::Tensor& map, const OptionalTensor& bias_table, int64_t grid_size) {
+    return bias_table.has_value() ? grid_size : std::min(grid_size, std::max(map.size(2), map.size(3)));
+}
+
+at::Tensor set_attention(GridAttention& p, const at::Tensor& map, DType products, int64_t channels,
+                         const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size) {
+    check_attention(map, channels, bias_table, num_heads, grid_size);
+    set_lattice(p, map, products, channels, num_heads, finest_grid(map, bias_table, grid_size));
+    at::Tensor bias = spread_biases(p, bias_table);
     p.bias = bias.const_data_ptr<float>();
     return bias;
 }

@@ -11,6 +11,7 @@
 #include "layer_norm_2d.h"
 #include "level.h"
 #include "matrix_unit.h"
+#include "packed.h"
 #include "work_space.h"
 
 namespace ipt_fast::cpu {
@@ -23,36 +24,78 @@ void check_layer(const at::Tensor& x, const at::Tensor& qkv_weight, const at::Te
     check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x);
 }
 
-at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
-                                const at::Tensor& qkv_weight, const at::Tensor& project_weight,
-                                const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size, double eps,
-                                bool centered) {
-    check_layer(x, qkv_weight, project_weight);
-    const int64_t channels = x.size(1);
-    const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
+struct PackedGridAttentionLayer : PackedHeader {
+    int64_t heads, grid;
+    int64_t weights, bias;  // pieces
+};
+
+at::Tensor pack_grid_attention_layer(const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                     const at::Tensor& qkv_weight, const at::Tensor& project_weight,
+                                     const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size, double eps,
+                                     bool centered) {
+    const int64_t channels = input_channels(qkv_weight, "qkv_weight");
+    check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, qkv_weight);
+    check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, qkv_weight);
+    check_attention(qkv_weight, channels, bias_table, num_heads, grid_size);
+    const LayerNorm norm(qkv_weight, norm_weight, norm_bias, eps, centered);
     GridAttentionLayerParams p{};
-    const at::Tensor bias = set_attention(p, x, dtype_of(x), channels, bias_table, num_heads, grid_size);
-    const at::Tensor map = channels_last(x);
-    at::Tensor out = empty_channels_last(x.sizes(), x);
-    p.x = map.const_data_ptr();
-    p.out = out.mutable_data_ptr();
-    p.norm = norm.params;
+    p.dtype = dtype_of(qkv_weight);
+    p.products = products_in(p.dtype);
+    p.lattice.grid = grid_size;
+    p.heads = num_heads;
+    p.depth = channels / num_heads;
     p.qkv = weight_of(qkv_weight);
     p.project = weight_of(project_weight);
+    const at::Tensor bias = spread_biases(p, bias_table);
+    const GridAttentionLayerKernels& kernel = kernels_in_use<GridAttentionLayerKernels>();
+    Packing<PackedGridAttentionLayer> packing(Layer::grid_attention_layer, qkv_weight);
+    PackedGridAttentionLayer& header = packing.header;
+    header.heads = num_heads;
+    header.grid = grid_size;
+    header.weights = packing.add(kernel.packed_size(p));
+    header.bias = packing.add(bias);
+    packing.add(norm);
+    packing.allocate();
+    packing.fill(header.bias, bias);
+    packing.fill(norm);
+    p.packed = packing.at<void>(header.weights);
+    at::parallel_for(0, 3 * num_heads + 1, 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
+    return packing.block;
+}
+
+at::Tensor grid_attention_layer_packed(const at::Tensor& x, const at::Tensor& packed_) {
+    const Packed<PackedGridAttentionLayer> packed(packed_, Layer::grid_attention_layer, x);
+    const PackedGridAttentionLayer& header = packed.header();
+    const at::Tensor map = channels_last(x);
+    at::Tensor out = empty_channels_last(x.sizes(), x);
+    GridAttentionLayerParams p{};
+    set_lattice(p, x, dtype_of(x), x.size(1), header.heads, header.grid);
+    p.bias = packed.at<float>(header.bias);
+    p.x = map.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    p.norm = packed.norm();
+    p.packed = packed.at<void>(header.weights);
 
     const GridAttentionLayerKernels& kernel = kernels_in_use<GridAttentionLayerKernels>();
     const int64_t floats = round_up(scratch_size(p), kChannelPad);
     WorkSpace space;
-    const int64_t packed = space.add(kernel.packed_size(p));
     const int64_t scratch = space.add(at::get_num_threads() * floats * static_cast<int64_t>(sizeof(float)));
     space.allocate();
-    p.packed = space.at<void>(packed);
-    at::parallel_for(0, 3 * num_heads + 1, 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
     at::parallel_for(0, p.batch * blocks_of_image(p), 1, [&](int64_t begin, int64_t end) {
         const ProductScope scope{p.products};
         kernel.forward(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * floats);
     });
     return out;
+}
+
+at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                const at::Tensor& qkv_weight, const at::Tensor& project_weight,
+                                const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size, double eps,
+                                bool centered) {
+    check_layer(x, qkv_weight, project_weight);
+    return grid_attention_layer_packed(
+        x, pack_grid_attention_layer(norm_weight, norm_bias, qkv_weight, project_weight, bias_table, num_heads,
+                                     finest_grid(x, bias_table, grid_size), eps, centered));
 }
 
 // Recomputes the projections; grid_attention and layer_norm_2d differentiate themselves.
@@ -84,6 +127,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("grid_attention_layer", grid_attention_layer);
+    m.impl("pack_grid_attention_layer", pack_grid_attention_layer);
+    m.impl("grid_attention_layer_packed", grid_attention_layer_packed);
     m.impl("grid_attention_layer_backward", grid_attention_layer_backward);
 }
 

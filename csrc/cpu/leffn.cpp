@@ -13,24 +13,30 @@
 #include "leffn_kernel.h"
 #include "level.h"
 #include "matrix_unit.h"
+#include "packed.h"
 #include "work_space.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
-// x (B, C, H, W), expand (M, C, 1, 1), depthwise (M, 1, K, K) with odd K, project (N, M, 1, 1).
-void check(const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
-    check_image(x, "x");
-    TORCH_CHECK_VALUE(expand.dim() == 4 && expand.size(0) > 0, "expand_weight must be (M, C, 1, 1); got shape ",
-                      expand.sizes());
+// expand (M, C, 1, 1), depthwise (M, 1, K, K) with odd K, project (N, M, 1, 1).
+void check_weights(const at::Tensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
+    const int64_t channels = input_channels(expand, "expand_weight");
     TORCH_CHECK_VALUE(project.dim() == 4 && project.size(0) > 0, "project_weight must be (N, M, 1, 1); got shape ",
                       project.sizes());
     TORCH_CHECK_VALUE(depthwise.dim() == 4 && depthwise.size(2) % 2 == 1,
                       "depthwise_weight must be (M, 1, K, K) with odd K; got shape ", depthwise.sizes());
     const int64_t hidden = expand.size(0), kernel = depthwise.size(2);
-    check_tensor(expand, "expand_weight", {hidden, x.size(1), 1, 1}, x);
-    check_tensor(depthwise, "depthwise_weight", {hidden, 1, kernel, kernel}, x);
-    check_tensor(project, "project_weight", {project.size(0), hidden, 1, 1}, x);
+    check_tensor(expand, "expand_weight", {hidden, channels, 1, 1}, expand);
+    check_tensor(depthwise, "depthwise_weight", {hidden, 1, kernel, kernel}, expand);
+    check_tensor(project, "project_weight", {project.size(0), hidden, 1, 1}, expand);
+}
+
+// x (B, C, H, W) and its weights.
+void check(const at::Tensor& x, const at::Tensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
+    check_image(x, "x");
+    check_weights(expand, depthwise, project);
+    check_tensor(expand, "expand_weight", {expand.size(0), x.size(1), 1, 1}, x);
 }
 
 // Forward
@@ -70,11 +76,52 @@ void partition(LeffnParams& p, int64_t batch, int64_t threads) {
     }
 }
 
-at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand, const at::Tensor& depthwise,
-               const at::Tensor& project, bool residual) {
-    const at::Tensor x = channels_last(x_), taps = packed_depthwise(depthwise);
-    const int64_t batch = x.size(0), hidden = expand.size(0), out_channels = project.size(0);
-    at::Tensor out = empty_channels_last({batch, out_channels, x.size(2), x.size(3)}, x);
+struct PackedLeffn : PackedHeader {
+    int64_t hidden, out_channels, kernel;
+    int64_t expand, project, depthwise;  // pieces
+};
+
+// `norm` is nullptr where there is none.
+at::Tensor pack(Layer layer, const LayerNorm* norm, const at::Tensor& expand, const at::Tensor& depthwise,
+                const at::Tensor& project) {
+    const at::Tensor taps = packed_depthwise(depthwise);
+    LeffnParams p{};
+    p.dtype = dtype_of(expand);
+    p.channels = expand.size(1);
+    p.hidden = expand.size(0);
+    p.out_channels = project.size(0);
+    p.expand = weight_of(expand);
+    p.project = weight_of(project);
+    p.products = products_in(p.dtype);
+    Packing<PackedLeffn> packing(layer, expand);
+    PackedLeffn& header = packing.header;
+    header.hidden = p.hidden;
+    header.out_channels = p.out_channels;
+    header.kernel = depthwise.size(2);
+    header.expand = packing.add(packed_floats(p, p.channels) * static_cast<int64_t>(sizeof(float)));
+    header.project = packing.add(packed_floats(p, p.out_channels) * static_cast<int64_t>(sizeof(float)));
+    header.depthwise = packing.add(taps);
+    if (norm != nullptr) {
+        packing.add(*norm);
+    }
+    packing.allocate();
+    packing.fill(header.depthwise, taps);
+    if (norm != nullptr) {
+        packing.fill(*norm);
+    }
+    p.packed_expand = packing.at<void>(header.expand);
+    p.packed_project = packing.at<void>(header.project);
+    const LeffnKernels& kernel = kernels_in_use<LeffnKernels>();
+    at::parallel_for(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
+    return packing.block;
+}
+
+at::Tensor run(Layer layer, const at::Tensor& x_, const at::Tensor& packed_) {
+    const Packed<PackedLeffn> packed(packed_, layer, x_);
+    const PackedLeffn& header = packed.header();
+    const at::Tensor x = channels_last(x_);
+    const int64_t batch = x.size(0);
+    at::Tensor out = empty_channels_last({batch, header.out_channels, x.size(2), x.size(3)}, x);
     LeffnParams p{};
     p.dtype = dtype_of(x);
     p.x = x.const_data_ptr();
@@ -82,14 +129,14 @@ at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand,
     p.height = x.size(2);
     p.width = x.size(3);
     p.channels = x.size(1);
-    p.hidden = hidden;
-    p.out_channels = out_channels;
-    p.kernel = depthwise.size(2);
-    p.norm = norm;
-    p.residual = residual;
-    p.expand = weight_of(expand);
-    p.project = weight_of(project);
-    p.depthwise = taps.const_data_ptr<float>();
+    p.hidden = header.hidden;
+    p.out_channels = header.out_channels;
+    p.kernel = header.kernel;
+    p.norm = packed.norm();
+    p.residual = layer == Layer::leffn_layer;
+    p.depthwise = packed.at<float>(header.depthwise);
+    p.packed_expand = packed.at<void>(header.expand);
+    p.packed_project = packed.at<void>(header.project);
     p.products = products_in(p.dtype);
     const int64_t threads = at::get_num_threads();
     partition(p, batch, threads);
@@ -97,13 +144,8 @@ at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand,
     const LeffnKernels& kernel = kernels_in_use<LeffnKernels>();
     const int64_t scratch_size = round_up(kernel.scratch_size(p), 64);
     WorkSpace space;
-    const int64_t packed_expand = space.add(packed_floats(p, p.channels) * sizeof(float));
-    const int64_t packed_project = space.add(packed_floats(p, p.out_channels) * sizeof(float));
     const int64_t scratch = space.add(threads * scratch_size);
     space.allocate();
-    p.packed_expand = space.at<void>(packed_expand);
-    p.packed_project = space.at<void>(packed_project);
-    at::parallel_for(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end); });
     at::parallel_for(0, batch * p.bands * p.strips, 1, [&](int64_t begin, int64_t end) {
         const ProductScope scope{p.products};
         kernel.forward(p, begin, end, space.at<char>(scratch) + at::get_thread_num() * scratch_size);
@@ -111,20 +153,40 @@ at::Tensor run(const at::Tensor& x_, const Norm& norm, const at::Tensor& expand,
     return out;
 }
 
+at::Tensor pack_leffn(const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
+                      const at::Tensor& project_weight) {
+    check_weights(expand_weight, depthwise_weight, project_weight);
+    return pack(Layer::leffn, nullptr, expand_weight, depthwise_weight, project_weight);
+}
+
+at::Tensor pack_leffn_layer(const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+                            const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
+                            const at::Tensor& project_weight, double eps, bool centered) {
+    check_weights(expand_weight, depthwise_weight, project_weight);
+    const LayerNorm norm(expand_weight, norm_weight, norm_bias, eps, centered);
+    TORCH_CHECK_VALUE(project_weight.size(0) == expand_weight.size(1), "project_weight must have the ",
+                      expand_weight.size(1), " output channels of x; got ", project_weight.size(0));
+    return pack(Layer::leffn_layer, &norm, expand_weight, depthwise_weight, project_weight);
+}
+
+at::Tensor leffn_packed(const at::Tensor& x, const at::Tensor& packed) { return run(Layer::leffn, x, packed); }
+
+at::Tensor leffn_layer_packed(const at::Tensor& x, const at::Tensor& packed) {
+    return run(Layer::leffn_layer, x, packed);
+}
+
 at::Tensor leffn(const at::Tensor& x, const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
                  const at::Tensor& project_weight) {
     check(x, expand_weight, depthwise_weight, project_weight);
-    return run(x, Norm{}, expand_weight, depthwise_weight, project_weight, false);
+    return leffn_packed(x, pack_leffn(expand_weight, depthwise_weight, project_weight));
 }
 
 at::Tensor leffn_layer(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
                        const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
                        const at::Tensor& project_weight, double eps, bool centered) {
     check(x, expand_weight, depthwise_weight, project_weight);
-    const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
-    TORCH_CHECK_VALUE(project_weight.size(0) == x.size(1), "project_weight must have the ", x.size(1),
-                      " output channels of x; got ", project_weight.size(0));
-    return run(x, norm.params, expand_weight, depthwise_weight, project_weight, true);
+    return leffn_layer_packed(
+        x, pack_leffn_layer(norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, eps, centered));
 }
 
 // Backward
@@ -286,6 +348,10 @@ LayerGradients leffn_layer_backward(const at::Tensor& grad_, const at::Tensor& x
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("leffn", leffn);
     m.impl("leffn_layer", leffn_layer);
+    m.impl("pack_leffn", pack_leffn);
+    m.impl("pack_leffn_layer", pack_leffn_layer);
+    m.impl("leffn_packed", leffn_packed);
+    m.impl("leffn_layer_packed", leffn_layer_packed);
     m.impl("leffn_backward", leffn_backward);
     m.impl("leffn_layer_backward", leffn_layer_backward);
 }

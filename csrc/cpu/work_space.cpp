@@ -12,6 +12,10 @@ namespace ipt_fast::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
+constexpr int64_t kMostKept = 64 << 20;  // bytes
+
+// Of this thread's last call: memory that is new to the process takes longer than many a call.
+thread_local at::Tensor kept;
 
 }  // namespace
 
@@ -26,7 +30,10 @@ int64_t WorkSpace::add(int64_t bytes) {
 }
 
 void WorkSpace::allocate() {
-    memory_ = at::empty({size_ + kLine}, at::kByte);
+    memory_ = std::exchange(kept, {});  // a call inside of this one finds nothing
+    if (!memory_.defined() || memory_.numel() < size_ + kLine) {
+        memory_ = at::empty({size_ + kLine}, at::kByte);
+    }
     base_ = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr()), kLine));
 #if defined(__SANITIZE_ADDRESS__)
     for (const auto& [offset, size] : gaps_) {
@@ -41,6 +48,9 @@ WorkSpace::~WorkSpace() {
         ASAN_UNPOISON_MEMORY_REGION(base_, size_);
     }
 #endif
+    if (memory_.defined() && memory_.numel() <= kMostKept) {
+        kept = std::move(memory_);
+    }
 }
 
 }  // namespace ipt_fast::cpu

@@ -8,7 +8,8 @@
 
 namespace ipt_fast::cpu {
 
-// The work space of one call: pieces are added first, then allocated together, each on its own cache lines.
+// The work space of one call: pieces are added first, then allocated together, each on its own cache lines. A thread
+// keeps the memory, up to 64 MB, for its next call.
 class WorkSpace {
   public:
     WorkSpace() = default;

@@ -4,7 +4,6 @@ An image becomes a batch (``_images``), a plan cuts it into tiles (``_plan``), t
 """
 
 # What is imported ``as`` itself is not used here, but was importable from here before.
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,9 @@ from .. import _extension
 from .._precision import usable_dtype
 from ..data import io as io
 from ..data.resize import imresize as imresize
+from ..freezing import Frozen, prepared
 from ..models.contract import Contract, attached_config, describe
-from ..modules.feed_forward import reason_against_merging
+from ..modules.feed_forward import reason_against_merging as reason_against_merging
 from ..modules.padding import crop, pad_to_size
 from ..ops._explain import explain
 from ..ops._select import policy
@@ -81,12 +81,12 @@ def restore(
 
 
 class Restorer:
-    """A model made ready for inference: a merged copy in eval mode, called on images as :func:`restore` takes them.
+    """A model made ready for inference: a frozen copy, called on images as :func:`restore` takes them.
 
     Args:
-        model: a module (B, C, H, W) -> (B, C', H, W). Its :class:`ipt_fast.models.Contract` says what it takes: of one
-            that carries none :func:`ipt_fast.models.describe` finds out, and where nothing is said it gets the image's
-            channels as they are, with values in [0, 1].
+        model: a module (B, C, H, W) -> (B, C', H, W), frozen or not. Its :class:`ipt_fast.models.Contract` says what it
+            takes: of one that carries none :func:`ipt_fast.models.describe` finds out, and where nothing is said it
+            gets the image's channels as they are, with values in [0, 1].
         task: name or number of one of the model's tasks, which may magnify; None where there is one or none.
         tile: None runs the image whole. A number of pixels, at least 16 and not necessarily a multiple of anything,
             cuts it into square tiles of exactly this size, moved together so that all lie inside. "auto" takes the
@@ -100,9 +100,12 @@ class Restorer:
         self_ensemble: the mean over the 8 flips and transposes of each tile; 8 times the work.
         dtype: torch.float32, bfloat16 or float16, or their names. Half precision runs under autocast, so the input and
             everything autocast deems delicate stay in float32. "auto" takes half precision on a GPU, and bfloat16 on a
-            CPU with instructions for it. A tile that comes out non-finite is run again in float32, with a warning.
+            CPU with instructions for it; a frozen model keeps its own. A tile that comes out non-finite is run again in
+            float32, with a warning.
         device: where to run; the model's own by default.
         progress: called as ``progress(done, total)`` after each tile.
+
+    The attribute ``model`` is that copy, see :func:`ipt_fast.freeze`.
 
     When memory runs out the image is started again with half the tile, with a warning, down to 128 pixels.
 
@@ -134,14 +137,13 @@ class Restorer:
         self.task, self.tile, self.overlap, self.blend, self.self_ensemble = task, tile, overlap, blend, self_ensemble
         self.scale = contract.scale(task)
         self.device = _usable_device(device, model)
+        if dtype == "auto" and isinstance(model, Frozen):
+            dtype = model.dtype
         if dtype == "auto" and any(".quantized" in type(module).__module__ for module in model.modules()):
             dtype = torch.float32  # PyTorch's quantised layers take no other
         self.dtype = usable_dtype(dtype, self.device)
-        self.model: nn.Module = copy.deepcopy(model).to(self.device, torch.float32).eval()
+        self.model: nn.Module = Frozen(prepared(model, self.device), self.dtype)
         self.contract = describe(self.model)
-        # Branches with hooks or adapters cannot be merged: they run as they are.
-        if reason_against_merging(self.model) is None:
-            self.contract.reparameterize()
         self.progress = progress
 
     @property
@@ -289,6 +291,8 @@ def _check_procedure(tile: object, overlap: object, name: str, size: int) -> Non
 
 
 def _usable_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
+    if device is None and isinstance(model, Frozen):
+        return model.device
     if device is None:
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.is_meta:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..freezing import Frozen
 from ..models.contract import Contract
 from ._plan import Plan, Span
 
@@ -21,7 +22,7 @@ class Runner:
     """A model on its device, that is given the tiles of images in [0, 1].
 
     Args:
-        model: in eval mode, in float32, on ``device``.
+        model: frozen, or in eval mode and in float32, on ``device``.
         contract: the model's.
         scale: how many times larger than a tile its output is.
         arguments: what it gets beside tiles.
@@ -95,17 +96,18 @@ class Runner:
         raise ValueError("model must return finite values; got NaN or infinity in float32")
 
     def _in_precision(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
+        model = self.model.in_dtype(dtype) if isinstance(self.model, Frozen) else self.model
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             if not self.self_ensemble:
-                return self._forward(tiles)
+                return self._forward(model, tiles)
             return sum(
-                (_viewed(self._forward(_viewed(tiles, *view)), *view, undo=True) for view in _VIEWS[1:]),
-                self._forward(tiles),
+                (_viewed(self._forward(model, _viewed(tiles, *view)), *view, undo=True) for view in _VIEWS[1:]),
+                self._forward(model, tiles),
             ) / len(_VIEWS)
 
-    def _forward(self, tiles: Tensor) -> Tensor:
+    def _forward(self, model: nn.Module, tiles: Tensor) -> Tensor:
         white = self.contract.value_range
-        output = self.model(tiles * white, **self.arguments).float() / white
+        output = model(tiles * white, **self.arguments).float() / white
         if output.dim() != 4 or output.shape[2:] != tuple(self.scale * length for length in tiles.shape[2:]):
             raise ValueError(
                 f"model must return (B, C, H, W) of {'the' if self.scale == 1 else f'{self.scale} times the'} input's "

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN, _check
-from ..modules._fusion import Fusable
-from ..modules._layer import Branch, reason_against_fusing, residual
+from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN, _check, _fusion
+from ..modules._layer import Branch, Residuals, residual
+from ..modules._layer import reason_against_fusing as reason_against_fusing
 from ..modules.convolution import Conv2d, PixelShuffle, PixelUnshuffle
 from ..modules.feed_forward import reparameterize
 from ..modules.padding import crop, pad_to_multiple
@@ -87,8 +87,11 @@ class IPTV2Config:
             )
 
 
-class TransformerLayer(Fusable):
+@_fusion.stock
+class TransformerLayer(Residuals):
     """Half of a focal and global transformer block (eq. 1): attention and feed-forward, each normed and residual."""
+
+    residuals = (("norm1", "attention"), ("norm2", "ffn"))
 
     def __init__(self, channels: int, attention: Branch, config: IPTV2Config) -> None:
         super().__init__()
@@ -100,13 +103,6 @@ class TransformerLayer(Fusable):
 
     def forward(self, x: Tensor) -> Tensor:
         return residual(residual(x, self.norm1, self.attention), self.norm2, self.ffn)
-
-    def reasons_against_fusing(self) -> dict[str, str | None]:
-        """{part: None if one operator computes it, else why it runs module by module}."""
-        return {
-            "attention": reason_against_fusing(self.norm1, self.attention),
-            "ffn": reason_against_fusing(self.norm2, self.ffn),
-        }
 
 
 def _stage(config: IPTV2Config, channels: int, heads: int, depth: int) -> nn.Sequential:

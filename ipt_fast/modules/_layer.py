@@ -1,6 +1,7 @@
 """Half a transformer layer, x + branch(norm(x)): as one operator where that is the same, else module by module."""
 
 from types import ModuleType
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,15 +27,28 @@ class Norm(OperatorModule):
 
 
 class Branch(OperatorModule):
-    """An attention or a feed-forward network, which a layer puts between a norm and a residual connection."""
+    """An attention or a feed-forward network, which a layer puts between a norm and a residual connection.
+
+    ``layer_operator`` is the name of the operator x + self(norm(x)).
+    """
+
+    layer_operator: ClassVar[str]
 
     def changed_inside(self) -> str | None:
         """Why its submodules have to be called one by one, or None."""
         raise NotImplementedError
 
+    def layer_arguments(self, norm: Norm) -> dict[str, Any]:
+        """The arguments of the layer's operator but x, by name."""
+        raise NotImplementedError
+
     def layer(self, x: Tensor, norm: Norm) -> Tensor:
         """x + self(norm(x)) as one operator, where :func:`reason_against_fusing` has nothing against it."""
-        raise NotImplementedError
+        return getattr(self.operators, self.layer_operator)(x, **self.layer_arguments(norm))
+
+
+class Whole(nn.Module):
+    """In the place of a branch: all of x + branch(norm(x)) by itself."""
 
 
 def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
@@ -52,6 +66,20 @@ def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
 
 def residual(x: Tensor, norm: nn.Module, branch: nn.Module) -> Tensor:
     """x + branch(norm(x))."""
+    if isinstance(branch, Whole):
+        return branch(x)
     if isinstance(norm, Norm) and isinstance(branch, Branch) and reason_against_fusing(norm, branch) is None:
         return branch.layer(x, norm)
     return x + branch(norm(x))
+
+
+class Residuals(_fusion.Fusable):
+    """A module whose forward is made of calls of :func:`residual`, given by the names of norm and branch."""
+
+    residuals: ClassVar[tuple[tuple[str, str], ...]]
+
+    def reasons_against_fusing(self) -> dict[str, str | None]:
+        """{branch: None if one operator computes its residual, else why it runs module by module}."""
+        return {
+            branch: reason_against_fusing(getattr(self, norm), getattr(self, branch)) for norm, branch in self.residuals
+        }

@@ -1,5 +1,7 @@
 """The two attentions of IPT-V2, without norm and residual."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,8 @@ class FocalContextSelfAttention(Branch):
 
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
     """
+
+    layer_operator = "focal_attention_layer"
 
     def __init__(self, channels: int, num_heads: int, window_size: int) -> None:
         super().__init__()
@@ -59,24 +63,26 @@ class FocalContextSelfAttention(Branch):
             project=_fusion.pointwise(self.project),
         )
 
-    def layer(self, x: Tensor, norm: Norm) -> Tensor:
-        _check.image(x, self.channels, self.qkv)
-        return self.operators.focal_attention_layer(
-            x,
-            norm.weight,
-            norm.bias,
-            self.qkv.weight,
-            self.depthwise.weight,
-            self.project.weight,
-            self.temperature,
-            self.token_weight,
-            self.top_weight,
-            self.bottom_weight,
+    def layer_arguments(self, norm: Norm) -> dict[str, Any]:
+        return dict(
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            qkv_weight=self.qkv.weight,
+            depthwise_weight=self.depthwise.weight,
+            project_weight=self.project.weight,
+            temperature=self.temperature,
+            token_weight=self.token_weight,
+            top_weight=self.top_weight,
+            bottom_weight=self.bottom_weight,
             num_heads=self.num_heads,
             window_size=self.window_size,
             eps=norm.eps,
             centered=norm.centered,
         )
+
+    def layer(self, x: Tensor, norm: Norm) -> Tensor:
+        _check.image(x, self.channels, self.qkv)
+        return super().layer(x, norm)
 
 
 @_fusion.stock
@@ -90,6 +96,8 @@ class GlobalGridSelfAttention(Branch):
 
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
     """
+
+    layer_operator = "grid_attention_layer"
 
     def __init__(self, channels: int, num_heads: int, grid_size: int) -> None:
         super().__init__()
@@ -114,17 +122,19 @@ class GlobalGridSelfAttention(Branch):
     def changed_inside(self) -> str | None:
         return _fusion.first(qkv=_fusion.pointwise(self.qkv), project=_fusion.pointwise(self.project))
 
-    def layer(self, x: Tensor, norm: Norm) -> Tensor:
-        _check.image(x, self.channels, self.qkv)
-        return self.operators.grid_attention_layer(
-            x,
-            norm.weight,
-            norm.bias,
-            self.qkv.weight,
-            self.project.weight,
-            self.bias_table,
+    def layer_arguments(self, norm: Norm) -> dict[str, Any]:
+        return dict(
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            qkv_weight=self.qkv.weight,
+            project_weight=self.project.weight,
+            bias_table=self.bias_table,
             num_heads=self.num_heads,
             grid_size=self.grid_size,
             eps=norm.eps,
             centered=norm.centered,
         )
+
+    def layer(self, x: Tensor, norm: Norm) -> Tensor:
+        _check.image(x, self.channels, self.qkv)
+        return super().layer(x, norm)

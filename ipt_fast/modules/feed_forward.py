@@ -10,6 +10,8 @@ from .. import reference
 from . import _check, _fusion
 from ._layer import Branch, Norm, OperatorModule
 
+WEIGHTS = ("expand_weight", "depthwise_weight", "project_weight")  # arguments of leffn and leffn_layer
+
 
 class Reparameterized(OperatorModule):
     """A convolution with linear branches (training form) or with their merged weight (merged form).
@@ -178,6 +180,8 @@ class RepLeFFN(Branch):
     Shape: (B, C, H, W) -> (B, C, H, W).
     """
 
+    layer_operator = "leffn_layer"
+
     def __init__(
         self, channels: int, ratio: int = 4, inner_ratio: int = 2, kernel_size: int = 5, merged: bool = False
     ) -> None:
@@ -219,8 +223,11 @@ class RepLeFFN(Branch):
         _check.image(x, self.channels, self.expand.entry)
         if self._branches_are_cheaper(x):
             return x + self(norm(x))
-        weights = self._current_weights()
-        return self.operators.leffn_layer(x, norm.weight, norm.bias, *weights, eps=norm.eps, centered=norm.centered)
+        return super().layer(x, norm)
+
+    def layer_arguments(self, norm: Norm) -> dict[str, Any]:
+        own = dict(zip(WEIGHTS, self._current_weights(), strict=True))
+        return dict(norm_weight=norm.weight, norm_bias=norm.bias, **own, eps=norm.eps, centered=norm.centered)
 
     def _current_weights(self) -> tuple[Tensor, ...]:
         return tuple(convolution.current_weight() for convolution in (self.expand, self.depthwise, self.project))

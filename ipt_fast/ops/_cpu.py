@@ -5,8 +5,8 @@ says, the backend cannot run, with that reason.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def _private(name: str) -> OpOverload:
     return getattr(torch.ops.ipt_fast_cpu, name).default
 
 
-def register(operator: Operator, keeps_a_map: bool = False) -> None:
+def register(operator: Operator, keeps_a_map: bool = False, packs: bool = False) -> None:
     """Give ``operator`` the backend "cpu": ``ipt_fast_cpu::<name>`` and ``<name>_backward``.
 
     The latter returns an empty gradient for an absent tensor.
@@ -43,10 +43,18 @@ def register(operator: Operator, keeps_a_map: bool = False) -> None:
         operator: the `Operator`.
         keeps_a_map: the forward keeps an intermediate map in the dtype of the images. Where that is float16, whose
             range the map may leave, it gets float32.
+        packs: the library has the operator in two steps, too, for :func:`pack`: ``pack_<name>`` of all arguments but
+            the image x, and ``<name>_packed`` of x and what the former returned. The output has the shape of x.
     """
     name, gradients = operator.name, ", ".join(["Tensor"] * len(operator.tensors))
     _extension.declare("ipt_fast_cpu", f"{name}({operator.schema}) -> Tensor")
     _extension.declare("ipt_fast_cpu", f"{name}_backward(Tensor grad, {operator.schema}) -> ({gradients})")
+
+    if packs:
+        image, weights = operator.schema.split(", ", 1)
+        _extension.declare("ipt_fast_cpu", f"pack_{name}({weights}) -> Tensor")
+        _extension.declare("ipt_fast_cpu", f"{name}_packed({image}, Tensor packed) -> Tensor", _like_the_image)
+        _WIDE[name] = keeps_a_map
 
     def forward(*args: Any) -> Tensor:
         if keeps_a_map and args[0].dtype == torch.float16:
@@ -64,6 +72,40 @@ def register(operator: Operator, keeps_a_map: bool = False) -> None:
         return [g if t is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
     operator.kernels["cpu"] = Kernel(check, forward, backward)
+
+
+def _like_the_image(x: Tensor, packed: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+_WIDE: dict[str, bool] = {}  # of operators that pack: whether float16 runs as float32
+
+
+class Packed(NamedTuple):
+    """An operator whose weights are packed for the level of instructions in use: ``run(x, block)`` for x of ``dtype``.
+
+    The run raises where x is none, and at another level.
+    """
+
+    run: OpOverload
+    block: Tensor
+    dtype: torch.dtype
+
+
+def pack(operator: Operator, arguments: Mapping[str, Any], dtype: torch.dtype) -> Packed:
+    """Pack the weights of ``operator``, given by name, for images of ``dtype``.
+
+    Products get their weights in ``dtype``, as under autocast.
+    """
+    values = [
+        value.to(dtype) if name in operator.weights else value
+        for name, value in ((name, arguments[name]) for name in operator.arguments[1:])
+    ]
+    if dtype == torch.float16 and _WIDE[operator.name]:
+        values, dtype = _wide(tuple(values)), torch.float32
+    with torch.no_grad():
+        block = _private(f"pack_{operator.name}")(*values)
+    return Packed(_private(f"{operator.name}_packed"), block, dtype)
 
 
 def _wide(args: Arguments) -> list[Any]:

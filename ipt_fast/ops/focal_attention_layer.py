@@ -88,7 +88,7 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_operations,
 )
-_cpu.register(_operator, keeps_a_map=True)
+_cpu.register(_operator, keeps_a_map=True, packs=True)
 _triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))
 _cuda.register(
     _operator,

@@ -78,7 +78,7 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_operations,
 )
-_cpu.register(_operator)
+_cpu.register(_operator, packs=True)
 _triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))
 _cuda.register(
     _operator,

@@ -45,6 +45,6 @@ _operator = Operator(
     output_shape=lambda x, expand, depthwise, project: (x.shape[0], project.shape[0], *x.shape[2:]),
     flops=_flops,
 )
-_cpu.register(_operator)
+_cpu.register(_operator, packs=True)
 _triton.register(_operator, _triton.depthwise_limit)
 _cuda.register(_operator, _cuda.leffn_limit)

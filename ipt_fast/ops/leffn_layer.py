@@ -63,6 +63,6 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_operations,
 )
-_cpu.register(_operator)
+_cpu.register(_operator, packs=True)
 _triton.register(_operator, _triton.depthwise_limit)
 _cuda.register(_operator, _cuda.leffn_limit)

@@ -1,0 +1,104 @@
+// The weights of a layer as its kernels read them, in one block of bytes: packed once, used by any number of calls.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstring>
+
+#include "layer_norm_2d.h"
+
+namespace ipt_fast::cpu {
+
+enum class Layer : int64_t { leffn, leffn_layer, focal_attention_layer, grid_attention_layer };
+
+// What a block begins with. A layer's own header derives from it and adds what a call needs to know: numbers, and where
+// in the block its pieces begin, in bytes.
+struct PackedHeader {
+    int64_t mark, bytes;  // no other tensor of bytes begins so
+    Layer layer;
+    int64_t level;                   // in use when it was packed
+    int64_t dtype;                   // at::ScalarType of the images and the weights
+    int64_t channels;                // of the images
+    int64_t norm_weight, norm_bias;  // 0: there is no norm
+    float eps;
+    bool centered;
+};
+
+// The header of a layer with these weights (rows, channels of the images, ...), of so many bytes.
+PackedHeader new_header(Layer layer, const at::Tensor& weight, int64_t bytes);
+// A block that begins a cache line.
+at::Tensor new_block(int64_t bytes);
+// Raises unless `packed` was packed for this layer, at the level in use, and for images like x.
+void check_packed(const at::Tensor& packed, Layer layer, const at::Tensor& x);
+
+// The pieces of a new block: added first, then allocated together, then filled.
+template <typename Header>
+class Packing {
+  public:
+    Header header{};
+    at::Tensor block;
+
+    Packing(Layer layer, const at::Tensor& weight) {
+        static_cast<PackedHeader&>(header) = new_header(layer, weight, round_up(sizeof(Header), kLine));
+    }
+
+    // Returns the offset of a piece, which begins a cache line.
+    int64_t add(int64_t bytes) {
+        const int64_t offset = header.bytes;
+        header.bytes += round_up(bytes, kLine);
+        return offset;
+    }
+    int64_t add(const at::Tensor& values) { return add(static_cast<int64_t>(values.nbytes())); }
+    void add(const LayerNorm& norm) {
+        header.norm_weight = add(norm.weight);
+        header.norm_bias = add(norm.bias);
+        header.eps = norm.params.eps;
+        header.centered = norm.params.centered;
+    }
+
+    void allocate() {
+        block = new_block(header.bytes);
+        memcpy(at<void>(0), &header, sizeof(Header));
+    }
+    template <typename T>
+    T* at(int64_t offset) const {
+        return reinterpret_cast<T*>(block.mutable_data_ptr<uint8_t>() + offset);
+    }
+    // `values` are contiguous.
+    void fill(int64_t offset, const at::Tensor& values) const {
+        memcpy(at<void>(offset), values.const_data_ptr(), values.nbytes());
+    }
+    void fill(const LayerNorm& norm) const {
+        fill(header.norm_weight, norm.weight);
+        fill(header.norm_bias, norm.bias);
+    }
+
+  private:
+    static constexpr int64_t kLine = 64;
+};
+
+// A block as a call reads it.
+template <typename Header>
+class Packed {
+  public:
+    Packed(const at::Tensor& packed, Layer layer, const at::Tensor& x) {
+        check_packed(packed, layer, x);
+        base_ = static_cast<const uint8_t*>(packed.const_data_ptr());
+    }
+
+    const Header& header() const { return *at<const Header>(0); }
+    // Not only of const values: packing and computing kernels share their parameters.
+    template <typename T>
+    T* at(int64_t offset) const {
+        return reinterpret_cast<T*>(const_cast<uint8_t*>(base_) + offset);
+    }
+    Norm norm() const {
+        const PackedHeader& h = header();
+        return h.norm_weight == 0 ? Norm{} : Norm{at<float>(h.norm_weight), at<float>(h.norm_bias), h.eps, h.centered};
+    }
+
+  private:
+    const uint8_t* base_;
+};
+
+}  // namespace ipt_fast::cpu
