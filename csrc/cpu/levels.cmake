@@ -8,6 +8,7 @@
 # With LIKE, a level is not compiled: it has the kernels, and needs what they need, of another level above it in the
 # list. What it has beside them is a MATRIX_UNIT, which multiplies matrices of bfloat16.
 set(x86 "x86_64|AMD64")
+set(arm "aarch64|arm64")
 
 level(generic)
 
@@ -25,3 +26,5 @@ level(avx512_bf16 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq
       FLAGS ${dots_flag} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 
 level(amx PROCESSOR ${x86} LIKE avx512 MATRIX_UNIT)
+
+level(neon PROCESSOR ${arm})

@@ -27,10 +27,10 @@ UNSET = dict.fromkeys(
 )
 
 
-def run(*command, cwd=None, timeout=500, **environment):
+def run(*command, cwd=None, timeout=500, input=None, text=True, **environment):
     """The finished process; a variable given as None is removed from its environment."""
     merged = {k: v for k, v in (os.environ | environment).items() if v is not None}
-    return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=merged, input=input, capture_output=True, text=text, timeout=timeout)
 
 
 def succeed(*command, **options):
