@@ -1,9 +1,9 @@
 # The levels of the CPU's kernels, lowest first. This list is the only place that knows them: the build, the choice at
 # run time, error messages, build_info and the tests follow from it.
 #
-# A level has a name, the family of processors that may have it (PROCESSOR, a regular expression; all without), what of
-# it __builtin_cpu_supports has to find (NEEDS) and its compiler's flags (FLAGS). The kernels are compiled for it with
-# the vectors of vec_<name>.h.
+# A level has a name, the family of processors that may have it (PROCESSOR, a regular expression; all without), what the
+# processor must have (NEEDS, by the names of __builtin_cpu_supports, on Arm by those of HWCAP2_<name>) and its compiler's
+# flags (FLAGS). The kernels are compiled for it with the vectors of vec_<name>.h.
 #
 # With LIKE, a level is not compiled: it has the kernels, and needs what they need, of another level above it in the
 # list. What it has beside them is a MATRIX_UNIT, which multiplies matrices of bfloat16.
@@ -28,3 +28,5 @@ level(avx512_bf16 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq
 level(amx PROCESSOR ${x86} LIKE avx512 MATRIX_UNIT)
 
 level(neon PROCESSOR ${arm})
+
+level(neon_bf16 PROCESSOR ${arm} NEEDS BF16 FLAGS -march=armv8.2-a+bf16)

@@ -16,7 +16,7 @@ from tests.ops.test_levels import DTYPES, large
 from tests.ops.test_parity import gradient_of_output
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-LEVELS = ["generic", "neon"]
+LEVELS = {"generic": [], "neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]}  # with their flags in levels.cmake
 FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-static"]
 
 pytestmark = [
@@ -68,10 +68,9 @@ def test_levels(built):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_vectors(built, level):
-    fused = f"-DIPT_FAST_FUSED={int(level != 'generic')}"
-    program = compile_program(
-        built, "vectors", f"-DIPT_FAST_LEVEL={level}", f'-DIPT_FAST_VECTORS="vec_{level}.h"', fused
-    )
+    defined = {"LEVEL": level, "VECTORS": f'"vec_{level}.h"', "FUSED": int(level != "generic")}
+    options = (f"-DIPT_FAST_{name}={value}" for name, value in defined.items())
+    program = compile_program(built, "vectors", *LEVELS[level], *options)
     process = run(EMULATOR, "-cpu", "max", program)
     assert process.returncode == 0 and process.stdout == "0 failures\n", process.stdout
 

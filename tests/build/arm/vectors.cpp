@@ -9,6 +9,7 @@
 #include "cpu/gelu.h"
 #include "cpu/gemm.h"
 #include "cpu/softmax.h"
+#include "cpu/units.h"
 #include "cpu/vec.h"
 
 using namespace ipt_fast::cpu;
@@ -169,6 +170,25 @@ double value_of(uint16_t bits, BFloat16) {
     return (bits >> 15 ? -1 : 1) * (exponent == 255 ? special : finite);
 }
 
+// bf16 for products is bf16 of normal numbers.
+void check_factors() {
+    for (uint32_t bits = 0; bits < 65536; ++bits) {
+        for (const int beside : {0, 0x7fff, 0x8000, 0x8001}) {
+            const uint32_t all = bits << 16 | beside;
+            float value;
+            memcpy(&value, &all, sizeof(value));
+            if (std::isnormal(value) || std::isinf(value)) {
+                BFloat16 storage[kLanes];
+                Factor factors[kLanes];
+                store(storage, broadcast(value));
+                store(factors, broadcast(value));
+                expect(storage[0].bits == factors[0].bits && storage[kLanes - 1].bits == factors[kLanes - 1].bits,
+                       "to_factor", value);
+            }
+        }
+    }
+}
+
 // All values to fp32 and back, and between neighbours: the middle goes to the even one, the rest to the nearer one.
 template <typename T>
 void check_conversions(uint16_t infinity) {
@@ -230,9 +250,21 @@ void check_products() {
     }
 }
 
+float value_of(float value) { return value; }
+float value_of(Factor value) { return static_cast<float>(value_of(value.bits, BFloat16{})); }
+
+// What an operand becomes.
+template <typename Value>
+float factor(float value) {
+    Value rounded[kLanes];
+    store(rounded, broadcast(value));
+    return value_of(rounded[0]);
+}
+
 // A weight of any width and strides, packed and multiplied.
-template <typename T>
+template <typename Unit, typename T>
 void check_packed() {
+    using Value = typename Unit::Value;
     for (const int64_t columns : {1, 16, 33, 100}) {
         for (const int64_t depth : {1, 5, 48, 131}) {
             for (const bool turned : {false, true}) {
@@ -242,22 +274,51 @@ void check_packed() {
                 }
                 const Weight w{weight.data(), columns, depth, turned ? 1 : depth, turned ? columns : 1};
                 constexpr int64_t kRows = 9;
-                const std::vector<float> a = random_values(kRows * depth);
-                std::vector<float> packed(VectorUnit::packed_size(columns, depth) / sizeof(float));
+                const int64_t row = padded(depth);
+                std::vector<Value> a(kRows * row);
+                for (int64_t i = 0; i < kRows * row; ++i) {
+                    store(&a[i], i % row < depth ? broadcast(random_value()) : Vec{}, 1);
+                }
+                std::vector<float> packed(Unit::packed_size(columns, depth) / sizeof(float));
                 std::vector<float> c(kRows * padded(columns));
-                const VectorUnit unit;
-                unit.pack<T>(w, packed.data());
-                unit.multiply({a.data(), kRows, depth, depth}, packed.data(),
-                              {c.data(), kRows, columns, padded(columns)}, Accumulate::no);
+                const Unit unit;
+                unit.template pack<T>(w, packed.data());
+                unit.multiply({a.data(), kRows, depth, row}, packed.data(), {c.data(), kRows, columns, padded(columns)},
+                              Accumulate::no);
                 for (int64_t i = 0; i < kRows * columns; ++i) {
                     double sum = 0;
                     for (int64_t k = 0; k < depth; ++k) {
                         const T* of_weight = &weight[i % columns * w.column_stride + k * w.depth_stride];
-                        sum += static_cast<double>(a[i / columns * depth + k]) * load(of_weight, 1)[0];
+                        sum += static_cast<double>(value_of(a[i / columns * row + k])) *
+                               factor<Value>(load(of_weight, 1)[0]);
                     }
-                    expect(std::fabs(c[i / columns * padded(columns) + i % columns] - sum) < 1e-5, "multiply", columns);
+                    expect(std::fabs(c[i / columns * padded(columns) + i % columns] - sum) < 2e-5, "multiply", columns);
                 }
             }
+        }
+    }
+}
+
+template <typename Unit>
+void check_unit() {
+    check_packed<Unit, float>();
+    check_packed<Unit, BFloat16>();
+    check_packed<Unit, Half>();
+}
+
+// Pairs, which half is which, and their products, rounded a few times.
+void check_pairs() {
+    for (int repeat = 0; repeat < 1000; ++repeat) {
+        const Vec low = random_vec(), high = random_vec(), c = random_vec();
+        const Bits a = to_pairs(low, high), b = to_pairs(high, c);
+        const Vec sum = dot(a, b, c);
+        for (int i = 0; i < kLanes; ++i) {
+            const float of_low = factor<Factor>(low[i]), of_high = factor<Factor>(high[i]), of_c = factor<Factor>(c[i]);
+            expect(same(value_of(Factor{static_cast<uint16_t>(a[i])}), of_low), "to_pairs, low", low[i]);
+            expect(same(value_of(Factor{static_cast<uint16_t>(a[i] >> 16)}), of_high), "to_pairs, high", high[i]);
+            const double products[] = {static_cast<double>(of_low) * of_high, static_cast<double>(of_high) * of_c};
+            const double size = std::fabs(products[0]) + std::fabs(products[1]) + std::fabs(c[i]);
+            expect(std::fabs(sum[i] - (c[i] + products[0] + products[1])) <= size * 0x1p-22, "dot", c[i]);
         }
     }
 }
@@ -273,10 +334,11 @@ int main() {
     check_memory<Half>();
     check_conversions<BFloat16>(0x7f80);
     check_conversions<Half>(0x7c00);
+    check_factors();
     check_products();
-    check_packed<float>();
-    check_packed<BFloat16>();
-    check_packed<Half>();
+    check_pairs();
+    check_unit<VectorUnit>();
+    check_unit<DotUnit>();
     printf("%d failures\n", failures);
     return failures > 0;
 }
