@@ -56,6 +56,9 @@ void write(const T* data, int64_t count) {
     fwrite(data, sizeof(T), count, stdout);
 }
 
+// Products are computed in the dtype of the maps.
+Products products_in(DType dtype) { return {dtype, nullptr}; }
+
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 void write_map(const void* data, DType dtype, int64_t count) {
@@ -94,6 +97,7 @@ void layer_norm_2d() {
 void leffn() {
     LeffnParams p{};
     p.dtype = static_cast<DType>(number());
+    p.products = products_in(p.dtype);
     const int64_t batch = number();
     p.height = number();
     p.width = number();
@@ -123,6 +127,7 @@ void leffn() {
 void leffn_backward() {
     LeffnBackwardParams p{};
     p.dtype = static_cast<DType>(number());
+    p.products = products_in(p.dtype);
     p.batch = number();
     p.height = number();
     p.width = number();
@@ -144,7 +149,8 @@ void leffn_backward() {
     p.shares = {p.batch * p.tile_rows.count * p.tile_columns.count, 1};
     p.groups = {p.chunks.count, 1};
     p.packed_expand = memory<float>(hidden * channels);
-    p.packed_project = memory<float>(hidden * p.out_channels);
+    p.packed_project = memory<float>(hidden * padded(p.out_channels));
+    p.packed_transposed = memory<float>(hidden * channels);
     p.grad_expand = memory<float>(hidden * channels);
     p.grad_project = memory<float>(p.out_channels * hidden);
     p.grad_depthwise = memory<float>(p.kernel * p.kernel * hidden);
@@ -183,7 +189,7 @@ void channel_attention() {
     const Pixels q{part(qkv, 0), 3 * channels}, k{part(qkv, 1), 3 * channels}, v{part(qkv, 2), 3 * channels};
     const int64_t blocks = g.blocks() * g.heads, windows = g.windows() * g.heads * g.branches;
 
-    ChannelAttentionParams p{dtype, g, q, k, v, new_map(dtype, values)};
+    ChannelAttentionParams p{dtype, products_in(dtype), g, q, k, v, new_map(dtype, values)};
     p.groups.slots = memory<float>(g.slots_bytes() / 4);
     float* scratch = memory<float>(gram_scratch(g) + attend_scratch(g) + apply_scratch(g) + kTileTokens * g.depth);
     const ChannelAttentionKernels& forward = kernels<ChannelAttentionKernels>();
@@ -195,6 +201,7 @@ void channel_attention() {
     char* grad_qkv = static_cast<char*>(new_map(dtype, 3 * values));
     ChannelAttentionBackwardParams b{};
     b.dtype = dtype;
+    b.products = products_in(dtype);
     b.groups = g;
     b.q = q;
     b.k = k;
@@ -219,6 +226,7 @@ void channel_attention() {
 void grid_attention() {
     GridAttention p{};
     p.dtype = static_cast<DType>(number());
+    p.products = products_in(p.dtype);
     p.batch = number();
     p.lattice.height = number();
     p.lattice.width = number();
