@@ -62,7 +62,7 @@ def training_step(model, x, dtype, compiled=False):
 
 def frozen_inference(model, x, dtype):
     """The form of a model for inference that packs its weights once."""
-    model, x = ipt_fast.freeze(copy.deepcopy(model).to(dtype)), x.to(dtype)
+    model, x = ipt_fast.freeze(model, dtype), x.to(dtype)
 
     def call():
         with torch.inference_mode():
@@ -75,7 +75,7 @@ def contenders(make, model, x, dtype):
     """({name: call}, {name: why it was left out}); ``make`` is `inference` or `training_step`."""
     last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     calls, left_out = {"ipt_fast": make(*last, dtype)}, {}
-    if make is inference and hasattr(ipt_fast, "freeze"):
+    if make is inference:
         calls["ipt_fast frozen"] = frozen_inference(*last, dtype)
     calls |= {
         "eager NCHW": plain(make(model, x, dtype)),
