@@ -62,7 +62,7 @@ def training_step(model, x, dtype, compiled=False):
 
 def frozen_inference(model, x, dtype):
     """The form of a model for inference that packs its weights once."""
-    model, x = ipt_fast.freeze(copy.deepcopy(model).to(dtype)), x.to(dtype)
+    model, x = ipt_fast.freeze(model, dtype), x.to(dtype)
 
     def call():
         with torch.inference_mode():
@@ -75,7 +75,7 @@ def contenders(make, model, x, dtype):
     """({name: call}, {name: why it was left out}); ``make`` is `inference` or `training_step`."""
     last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     calls, left_out = {"ipt_fast": make(*last, dtype)}, {}
-    if make is inference and hasattr(ipt_fast, "freeze"):
+    if make is inference:
         calls["ipt_fast frozen"] = frozen_inference(*last, dtype)
     calls |= {
         "eager NCHW": plain(make(model, x, dtype)),
@@ -123,8 +123,9 @@ def compare(benchmark, make, model, x, case, dtype_name):
     dtype, direction = measure.DTYPES[dtype_name], "forward" if make is inference else "training"
     calls, left_out = contenders(make, model, x, dtype)
     check_parity(calls, dtype)
-    exact = calls["eager"]()[0]
-    measure.check_rivals({name: lambda call=call: first(call()) for name, call in calls.items()}, exact, dtype)
+    right, wrong = measure.right_ones({name: lambda call=call: first(call()) for name, call in calls.items()}, dtype)
+    calls = {name: calls[name] for name in right}
+    left_out |= {f"{name} of {case}, {direction}": reason for name, reason in wrong.items()}
     for call in calls.values():  # warm-up
         call()
     rows = measure.interleaved(benchmark, results.group(case, dtype_name, direction), calls)

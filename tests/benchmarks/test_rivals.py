@@ -31,6 +31,11 @@ def made(name, module, inputs, dtype):
     return calls[name]
 
 
+def assert_right(call, expected, dtype):
+    right, left_out = measure.right_ones({"ipt_fast": lambda: expected, "rival": call}, dtype)
+    assert "rival" in right, left_out
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "dtype"), CONTENDERS)
 def test_a_layer_in_other_runtimes(name, dtype):
@@ -40,7 +45,7 @@ def test_a_layer_in_other_runtimes(name, dtype):
     module, data = case.baked("eager", inputs)
     call = made(name, module, data, dtype)
     assert call().dtype == dtype and call().shape == data[0].shape
-    measure.check_rivals({name: call}, case.rivals["eager"](*inputs, **case.keywords), dtype)
+    assert_right(call, case.rivals["eager"](*inputs, **case.keywords), dtype)
 
 
 @pytest.mark.slow
@@ -51,15 +56,17 @@ def test_a_model_in_other_runtimes(name, dtype):
     model, x = micro_model(merged=True, depths=(2, 0, 0, 0)), torch.rand(1, 3, 24, 48)
     call = made(name, model.to_reference(), [x], dtype)
     with torch.no_grad():
-        measure.check_rivals({name: call}, model(x), dtype)
+        assert_right(call, model(x), dtype)
 
 
-def test_a_rival_that_computes_something_else_is_no_rival():
+def test_a_rival_that_computes_something_else_is_left_out():
     exact = torch.rand(3, 4)
-    measure.check_rivals({"right": lambda: exact + 1e-6}, exact, torch.float32)
-    for wrong in (exact * 1.01, exact * float("nan")):
-        with pytest.raises(AssertionError, match="wrong: error"):
-            measure.check_rivals({"wrong": lambda wrong=wrong: wrong}, exact, torch.float32)
+    calls = {"ipt_fast": exact, "right": exact + 1e-6, "wrong": exact * 1.01, "nan": exact * float("nan")}
+    right, left_out = measure.right_ones({name: lambda out=out: out for name, out in calls.items()}, torch.float32)
+    assert list(right) == ["ipt_fast", "right"] and list(left_out) == ["wrong", "nan"]
+    assert left_out["wrong"].startswith("it computes something else: in torch.float32 its error is 1.0e-02")
+    with pytest.raises(AssertionError, match="ipt_fast: it computes something else"):
+        measure.right_ones({"ipt_fast": calls["nan"].clone}, torch.float32)
 
 
 def test_what_is_not_installed_is_left_out_by_name(monkeypatch):
