@@ -6,6 +6,7 @@ here again and again: it neither copies its inputs nor its outputs.
 
 import importlib.util
 import logging
+import os
 import pathlib
 import tempfile
 import warnings
@@ -19,6 +20,9 @@ PACKAGES = {
     "openvino dynamic": ("openvino",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
 }
+
+# Which of them take part: exports of large models take minutes.
+ASKED = os.environ.get("IPT_FAST_BENCH_RUNTIMES", ",".join(PACKAGES)).split(",")
 
 _made = weakref.WeakKeyDictionary()  # {module: {what: made of it}}
 
@@ -57,7 +61,7 @@ def contenders(module, inputs, dtype, only=tuple(PACKAGES)):
     calls, left_out = {}, {}
     inputs = [t.detach().to(dtype).contiguous() for t in inputs]
     for name in only:
-        reason = missing(name)
+        reason = missing(name) if name in ASKED else "IPT_FAST_BENCH_RUNTIMES does not name it"
         if name == "onnxruntime" and dtype != torch.float32:
             reason = reason or f"it has no kernels in {str(dtype).removeprefix('torch.')} for CPUs"
         if reason is None:

@@ -14,7 +14,7 @@ from . import _extension
 from ._precision import DTYPES, usable_dtype
 from .models.contract import Contract, attached_config, describe
 from .modules import _fusion
-from .modules._layer import Residuals, Whole, reason_against_fusing
+from .modules._layer import Branch, Residuals, reason_against_fusing
 from .modules.convolution import EMULATED, Conv2d
 from .modules.feed_forward import WEIGHTS, RepLeFFN, reason_against_merging, reparameterize
 from .ops import _cpu
@@ -76,12 +76,20 @@ class Frozen(_fusion.Fusable):
         super().__init__()
         device = next((tensor.device for tensor in (*plain.parameters(), *plain.buffers())), torch.device("cpu"))
         object.__setattr__(self, "_plain", plain)
-        self.device, self.dtype = device, usable_dtype(dtype, device)
+        self._device, self._dtype = device, usable_dtype(dtype, device)
         self._packed: tuple[str, nn.Module] | None = None  # for a level of instructions, packed from _plain
         self._packing = threading.Lock()
         self.training = False
         if self._uses_packed():
             self._ensure_packed()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     def in_dtype(self, dtype: torch.dtype) -> "Frozen":
         """The same model frozen in another dtype."""
@@ -199,38 +207,63 @@ def _dtype_of(parameters: Iterable[Tensor]) -> torch.dtype:
 # -- the packed form --------------------------------------------------------------------------------------------
 
 
-class _Packed(Whole):
-    """An operator with packed weights; autocast's cast of the input is its own."""
+class _Packed:
+    """An operator with packed weights, of a layer with ``norm`` or of a branch alone; it casts its input as autocast."""
 
-    def __init__(self, name: str, arguments: dict[str, Any], dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
+    def __init__(
+        self, name: str, arguments: dict[str, Any], dtype: torch.dtype, norm: nn.Module | None = None
+    ) -> None:
+        self.norm, self._dtype = norm, dtype
         self._run, self._block, self._inner = _cpu.pack(OPERATORS[name], arguments, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def takes(self, x: Tensor) -> bool:
+        """Whether the operator would compute in this dtype now: a model may switch autocast in its forward."""
+        return _wanted_dtype(x) is self._dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
         if x.dtype is self._inner:
-            return self._run(x, self._block)
-        if self._dtype is torch.float32:  # no autocast: the operator says what is wrong
             return self._run(x, self._block)
         return self._run(x.to(self._dtype).to(self._inner), self._block).to(self._dtype)
 
 
-class _Convolution(nn.Module):
+def _wanted_dtype(x: Tensor) -> torch.dtype:
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype is not torch.float64
+    return torch.get_autocast_dtype("cpu") if autocast else x.dtype
+
+
+# Packed modules are what they were, in class and attributes, and have another forward: models may read any of it.
+
+
+class _Convolution(nn.Conv2d):
     """A convolution with its weight in the layout of channels-last maps and the dtype of products."""
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.conv, self._dtype = conv, dtype
-        self._weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last, copy=True)
-        self._bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+    def pack(self, dtype: torch.dtype) -> None:
+        weight = self.weight.detach().to(dtype, memory_format=torch.channels_last, copy=True)
+        self.__dict__["packed"] = weight, None if self.bias is None else self.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled("cpu") and x.dtype is not torch.float64
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        if dtype is not self._dtype or not x.is_contiguous(memory_format=torch.channels_last):
-            return self.conv(x)
-        conv = self.conv
-        return F.conv2d(x.to(dtype), self._weight, self._bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        weight, bias = self.__dict__["packed"]
+        dtype = _wanted_dtype(x)
+        if dtype is not weight.dtype or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return F.conv2d(x.to(dtype), weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class _OwnConvolution(_Convolution, Conv2d):
+    """The same of :class:`ipt_fast.modules.convolution.Conv2d`."""
+
+
+class _FeedForward(RepLeFFN):
+    def pack(self, dtype: torch.dtype) -> None:
+        weights = dict(zip(WEIGHTS, self._current_weights(), strict=True))
+        self.__dict__["packed"] = _Packed("leffn", weights, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.__dict__["packed"]
+        return packed(x) if packed.takes(x) else super().forward(x)
+
+
+_PACKED_CLASSES = {nn.Conv2d: _Convolution, Conv2d: _OwnConvolution, RepLeFFN: _FeedForward}
 
 
 def _packed_form(module: nn.Module, dtype: torch.dtype, known: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -242,15 +275,20 @@ def _packed_form(module: nn.Module, dtype: torch.dtype, known: dict[nn.Module, n
 
 
 def _packed_alone(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
-    """What stands in for a module of certain classes that nobody has changed, or None."""
-    if _fusion.changed(module) is not None:
+    """A packed copy of a module of certain classes that nobody has changed, or None."""
+    if type(module) not in _PACKED_CLASSES or _fusion.changed(module) is not None:
         return None
-    if type(module) is RepLeFFN and module.merged and not (module.plain or module.changed_inside()):
-        return _Packed("leffn", dict(zip(WEIGHTS, module._current_weights(), strict=True)), dtype)
-    if type(module) in (Conv2d, nn.Conv2d) and dtype not in EMULATED and "_conv_forward" not in module.__dict__:
+    if isinstance(module, RepLeFFN):
+        packable = bool(module.merged and not (module.plain or module.changed_inside()))
+    else:
         assert isinstance(module, nn.Conv2d)
-        return _Convolution(module, dtype) if module.padding_mode == "zeros" else None
-    return None
+        packable = dtype not in EMULATED and "_conv_forward" not in module.__dict__ and module.padding_mode == "zeros"
+    if not packable:
+        return None
+    form = copy.copy(module)
+    form.__class__ = _PACKED_CLASSES[type(module)]
+    form.pack(dtype)  # type: ignore[operator]
+    return form
 
 
 def _with_packed_parts(module: nn.Module, dtype: torch.dtype, known: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -259,15 +297,16 @@ def _with_packed_parts(module: nn.Module, dtype: torch.dtype, known: dict[nn.Mod
         for norm_name, branch_name in module.residuals:
             norm, branch = getattr(module, norm_name), getattr(module, branch_name)
             if reason_against_fusing(norm, branch) is None and getattr(branch, "merged", True):
-                replaced[norm_name] = nn.Identity()
-                replaced[branch_name] = _Packed(branch.layer_operator, branch.layer_arguments(norm), dtype)
+                replaced[branch_name] = copy.copy(branch)  # called by itself, it is what it was
+                layer = _Packed(branch.layer_operator, branch.layer_arguments(norm), dtype, norm)
+                replaced[branch_name].__dict__["packed_layer"] = layer
     for name, child in module._modules.items():
         if child is not None and name not in replaced:
             form = _packed_form(child, dtype, known)
             if form is not child:
                 replaced[name] = form
-    if not replaced or "forward" in module.__dict__:  # a forward of its own may be bound to this very module
-        return module
+    if not replaced or isinstance(module, Branch) or "forward" in module.__dict__:
+        return module  # a branch asks what its parts are; a forward of its own may be bound to this very module
     form = copy.copy(module)
     form._modules = {**module._modules, **replaced}
     return form

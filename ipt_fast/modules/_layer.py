@@ -47,10 +47,6 @@ class Branch(OperatorModule):
         return getattr(self.operators, self.layer_operator)(x, **self.layer_arguments(norm))
 
 
-class Whole(nn.Module):
-    """In the place of a branch: all of x + branch(norm(x)) by itself."""
-
-
 def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
     """Why x + branch(norm(x)) has to run module by module, or None where one operator computes it."""
     if reason := _fusion.global_hooks():
@@ -66,8 +62,9 @@ def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
 
 def residual(x: Tensor, norm: nn.Module, branch: nn.Module) -> Tensor:
     """x + branch(norm(x))."""
-    if isinstance(branch, Whole):
-        return branch(x)
+    packed = branch.__dict__.get("packed_layer")  # of a frozen model
+    if packed is not None and packed.norm is norm and packed.takes(x):
+        return packed(x)
     if isinstance(norm, Norm) and isinstance(branch, Branch) and reason_against_fusing(norm, branch) is None:
         return branch.layer(x, norm)
     return x + branch(norm(x))

@@ -12,8 +12,9 @@ from torch import nn
 
 import ipt_fast
 from ipt_fast import _extension, modules
-from ipt_fast.freezing import Frozen, _Packed
+from ipt_fast.freezing import Frozen, _FeedForward
 from ipt_fast.inference import Restorer
+from ipt_fast.modules.feed_forward import reparameterize
 from ipt_fast.modules.transformer import EncoderLayer
 from tests.models.micro import micro_model
 
@@ -33,7 +34,8 @@ def plain(model, x, dtype=torch.float32, **arguments):
 
 
 def packed_layers(frozen):
-    return sum(isinstance(module, _Packed) for module in frozen._packed[1].modules())
+    forms = frozen._packed[1].modules()
+    return sum("packed_layer" in form.__dict__ or isinstance(form, _FeedForward) for form in forms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,7 +230,7 @@ def test_other_instructions_are_packed_for_again(monkeypatch):
 @needs_kernels
 def test_packed_weights_are_of_one_level_and_one_dtype(monkeypatch):
     ffn, x = modules.RepLeFFN(8, merged=True), torch.rand(1, 8, 9, 7)
-    packed = ipt_fast.freeze(ffn)._packed[1]
+    packed = ipt_fast.freeze(ffn)._packed[1].__dict__["packed"]
     run, block = packed._run, packed._block
     assert torch.equal(run(x, block), plain(ffn, x))
     with pytest.raises(TypeError, match="x must be Float as the packed weights; got BFloat16"):
@@ -319,3 +321,52 @@ def test_restorer_freezes_its_model():
 def test_layers_of_ipt_alone():
     layer, x = EncoderLayer(16, 2).eval(), torch.rand(2, 9, 16)
     assert torch.equal(ipt_fast.freeze(layer)(x), plain(layer, x))
+
+
+class ReadsWeights(torch.nn.Module):
+    """A model that looks at its parts: attributes, classes, dtypes under autocast of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Conv2d(8, 8, 3, padding=1), ipt_fast.modules.RepLeFFN(8)])
+
+    def forward(self, x):
+        conv, ffn = self.layers
+        x = x.to(conv.weight.dtype)
+        for layer in self.layers:
+            x = x + layer(x) if isinstance(layer, torch.nn.Conv2d) else layer(x) / ffn.channels
+        with torch.autocast("cpu", torch.bfloat16):
+            x = ffn(x)
+        with torch.autocast("cpu", enabled=False):
+            return ffn(x.float())
+
+
+class ScaledParts(torch.nn.Module):
+    """The parts of a layer, called by somebody else."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        x = x + 0.5 * self.layer.attention(self.layer.norm1(x))
+        return x + 0.5 * self.layer.ffn(self.layer.norm2(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_what_they_were(dtype):
+    layer = ipt_fast.create_model("ipt_v2_tiny").encoder[0][0]
+    channels = layer.norm1.weight.numel()
+    for model, x in ((ReadsWeights(), torch.rand(1, 8, 9, 11)), (ScaledParts(layer), torch.rand(1, channels, 20, 24))):
+        model = model.eval()
+        reparameterize(model)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            expected = model(x)
+        assert torch.equal(ipt_fast.freeze(model, dtype)(x), expected)
+
+
+def test_dtype_and_device_are_fixed():
+    frozen = ipt_fast.freeze(ReadsWeights().eval())
+    for name, value in (("dtype", torch.bfloat16), ("device", torch.device("meta"))):
+        with pytest.raises(AttributeError):
+            setattr(frozen, name, value)
