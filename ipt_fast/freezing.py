@@ -208,11 +208,9 @@ def _dtype_of(parameters: Iterable[Tensor]) -> torch.dtype:
 
 
 class _Packed:
-    """An operator with packed weights, of a layer with ``norm`` or of a branch alone; it casts its input as autocast."""
+    """An operator with packed weights, of a layer with ``norm`` or of a branch; it casts its input as autocast does."""
 
-    def __init__(
-        self, name: str, arguments: dict[str, Any], dtype: torch.dtype, norm: nn.Module | None = None
-    ) -> None:
+    def __init__(self, name: str, arguments: dict[str, Any], dtype: torch.dtype, norm: nn.Module | None = None) -> None:
         self.norm, self._dtype = norm, dtype
         self._run, self._block, self._inner = _cpu.pack(OPERATORS[name], arguments, dtype)
 

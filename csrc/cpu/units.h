@@ -187,7 +187,7 @@ struct DotUnit {
     }
 };
 
-// bf16 on the matrix unit (AMX).
+// bf16 on the matrix unit (AMX). The inner dimension is padded to kChannelPad with zeros.
 struct MatrixUnit {
     using Value = Factor;
     static constexpr int64_t kBlock = 32;  // columns of one call
@@ -227,8 +227,16 @@ struct MatrixUnit {
     }
 
     static Matrix<const Factor> rows(Matrix<const float> a, void* room) { return round_rows(a, room); }
-    static Matrix<const Pair> left(Matrix<const Factor> a) { return as_pairs(a); }
-    static Matrix<const Pair> right(Matrix<const float> b, void* room) { return pair_rows(b, room); }
+    static Matrix<const Pair> left(Matrix<const Factor> a) {
+        return as_pairs({a.data, a.rows, padded(a.columns), a.stride});
+    }
+    static Matrix<const Pair> right(Matrix<const float> b, void* room) {
+        const Matrix<const Pair> pairs = pair_rows(b, room);
+        const int64_t all = padded(b.rows) / 2;
+        Pair* const out = static_cast<Pair*>(room);
+        memset(out + pairs.rows * pairs.stride, 0, (all - pairs.rows) * pairs.stride * sizeof(Pair));
+        return {out, all, b.columns, pairs.stride};
+    }
     // Pairs of rows, transposed.
     static Matrix<const Pair> left_transposed(Matrix<const float> a, void* room) {
         const int64_t pairs = (a.rows + 1) / 2, row = padded(pairs);
@@ -247,7 +255,7 @@ struct MatrixUnit {
                 }
             }
         }
-        return {out, a.columns, pairs, row};
+        return {out, a.columns, padded(a.rows) / 2, row};
     }
     void product(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate) const {
         const int64_t columns = padded(c.columns);
