@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include "channel_attention.h"
 #include "convolution.h"
@@ -13,24 +14,44 @@
 #include "level.h"
 #include "matrix_unit.h"
 #include "packed.h"
+#include "partition.h"
 #include "work_space.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
-// As many heads at once as fit the ring in strips of some width (their norm is computed for each group of heads), then
-// strips as wide as fits.
-void partition(FocalAttentionLayerParams& p) {
+// What the norm of a value costs, in multiplications.
+constexpr int64_t kNorm = 8;
+
+// Pass 1: as many heads at once as fit the ring in strips of some width (their norm is computed for each group of
+// heads), or fewer; strips as wide as fits, or narrower. Pass 2: shares of a block.
+void partition(FocalAttentionLayerParams& p, int64_t threads) {
     constexpr int64_t kLeastColumns = 32;
     const Groups& g = p.groups;
     const int64_t column = kRingRows * 3 * g.depth * static_cast<int64_t>(sizeof(float));  // of one head
     const int64_t narrow = std::min(kLeastColumns, g.horizontal.size) + 2;
-    const int64_t heads = std::clamp<int64_t>(kRingBytes / (column * narrow), 1, g.heads);
-    p.head_groups = (g.heads + heads - 1) / heads;
-    const int64_t most_heads = (g.heads + p.head_groups - 1) / p.head_groups;
-    const int64_t columns = std::max<int64_t>(kRingBytes / (column * most_heads) - 2, 1);
-    p.strips = std::min((g.horizontal.size + columns - 1) / columns, g.horizontal.blocks());
-    p.block_shares = g.blocks() < 4 * at::get_num_threads() ? 4 : 1;
+    const int64_t fitting = std::clamp<int64_t>(kRingBytes / (column * narrow), 1, g.heads);
+    const int64_t down = g.vertical.blocks(), across = g.horizontal.blocks();
+    const WindowBlock block(g.vertical, g.horizontal, 0);  // none is larger
+    Cheapest<std::pair<int64_t, int64_t>> cheapest;
+    for_cuts(g.heads, (g.heads + fitting - 1) / fitting, [&](int64_t head_groups) {
+        const int64_t heads = (g.heads + head_groups - 1) / head_groups;
+        const int64_t widest = std::max<int64_t>(kRingBytes / (column * heads) - 2, 1);
+        for_cuts(across, std::min((g.horizontal.size + widest - 1) / widest, across), [&](int64_t strips) {
+            const int64_t columns = std::min((across + strips - 1) / strips * block.columns, g.horizontal.size);
+            const int64_t share = longest_share(g.images * head_groups * strips * down, threads);
+            const int64_t rows = share * block.rows + 2 * ((share + down - 1) / down);  // two more where a strip begins
+            const double of_row = (columns + 2) * p.channels() * (3 * g.depth * heads + kNorm);
+            const double of_tokens = share * block.rows * columns * heads * g.depth * (27 + 2 * g.depth);
+            cheapest.offer({head_groups, strips}, rows * of_row + of_tokens);
+        });
+    });
+    std::tie(p.head_groups, p.strips) = cheapest.way();
+    Cheapest<int64_t> shares;
+    for_cuts(block.tiles(), 1, [&](int64_t count) {
+        shares.offer(count, longest_share(g.blocks() * count, threads) * ((block.tiles() + count - 1) / count));
+    });
+    p.block_shares = shares.way();
 }
 
 struct PackedFocalAttentionLayer : PackedHeader {
@@ -101,7 +122,7 @@ at::Tensor focal_attention_layer_packed(const at::Tensor& x_, const at::Tensor& 
     params.out = out.mutable_data_ptr();
     params.depthwise = packed.at<float>(header.depthwise);
     params.packed = packed.at<void>(header.weights);
-    partition(params);
+    partition(params, at::get_num_threads());
 
     Groups& g = params.groups;
     g.scale = packed.at<float>(header.scale);
@@ -195,6 +216,26 @@ FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, cons
 }
 
 }  // namespace
+
+// For tests: groups of heads and strips of pass 1, shares of a block in pass 2.
+TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
+    m.def(
+        "focal_partition(int batch, int height, int width, int channels, int heads, int window, int threads) -> (int, "
+        "int, int)",
+        [](int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t heads, int64_t window,
+           int64_t threads) {
+            FocalAttentionLayerParams p{};
+            Groups& g = p.groups;
+            g.images = batch;
+            g.heads = heads;
+            g.head_channels = channels / heads;
+            g.depth = padded(g.head_channels);
+            g.vertical = Axis::windows_of(height, window, 2);
+            g.horizontal = Axis::windows_of(width, window, 2);
+            partition(p, threads);
+            return std::tuple(p.head_groups, p.strips, p.block_shares);
+        });
+}
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("focal_attention_layer", focal_attention_layer);

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "convolution.h"
@@ -12,6 +13,7 @@
 #include "level.h"
 #include "matrix_unit.h"
 #include "packed.h"
+#include "partition.h"
 #include "work_space.h"
 
 namespace ipt_fast::cpu {
@@ -22,6 +24,20 @@ void check_layer(const at::Tensor& x, const at::Tensor& qkv_weight, const at::Te
     const int64_t channels = x.size(1);
     check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, x);
     check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, x);
+}
+
+// Small weights stay in the caches while a group is computed; large ones should serve several groups, where there are
+// enough for all threads.
+void partition(GridAttentionLayerParams& p, int64_t threads) {
+    constexpr int64_t kWeights = 16;  // what reading them costs beside the products of a token
+    const int64_t groups = group_count(p.lattice), tokens = most_tokens(p.lattice);
+    const int64_t most = std::max<int64_t>((channels_of(p) < 128 ? 64 : 256) / tokens, 1);
+    Cheapest<int64_t> cheapest;
+    for_cuts(groups, (groups + most - 1) / most, [&](int64_t blocks) {
+        const int64_t size = (groups + blocks - 1) / blocks;
+        cheapest.offer(size, longest_share(p.batch * blocks, threads) * (size * tokens + kWeights));
+    });
+    p.block_groups = cheapest.way();
 }
 
 struct PackedGridAttentionLayer : PackedHeader {
@@ -75,6 +91,7 @@ at::Tensor grid_attention_layer_packed(const at::Tensor& x, const at::Tensor& pa
     p.out = out.mutable_data_ptr();
     p.norm = packed.norm();
     p.packed = packed.at<void>(header.weights);
+    partition(p, at::get_num_threads());
 
     const GridAttentionLayerKernels& kernel = kernels_in_use<GridAttentionLayerKernels>();
     const int64_t floats = round_up(scratch_size(p), kChannelPad);

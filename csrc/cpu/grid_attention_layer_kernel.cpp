@@ -45,8 +45,8 @@ struct GroupBlock {
     int64_t image, first, last;
 
     GroupBlock(const GridAttentionLayerParams& p, int64_t index)
-        : lattice(p.lattice), image(index / blocks_of_image(p)), first(index % blocks_of_image(p) * block_groups(p)) {
-        const int64_t end = first + block_groups(p), groups = group_count(p.lattice);
+        : lattice(p.lattice), image(index / blocks_of_image(p)), first(index % blocks_of_image(p) * p.block_groups) {
+        const int64_t end = first + p.block_groups, groups = group_count(p.lattice);
         last = end < groups ? end : groups;
     }
 

@@ -12,6 +12,7 @@ struct GridAttentionLayerParams : GridAttention {
     Norm norm;
     Weight qkv, project;  // (3 * channels, channels), (channels, channels)
     void* packed;
+    int64_t block_groups;  // most groups of a block
 };
 
 struct GridAttentionLayerKernels {
@@ -27,14 +28,9 @@ struct GridAttentionLayerKernels {
 // Internal linkage: code of two levels must never be merged.
 namespace {
 
-// Small weights stay in the caches while a group is computed; large ones should serve several groups.
-inline int64_t block_groups(const GridAttentionLayerParams& p) {
-    const int64_t groups = (channels_of(p) < 128 ? 64 : 256) / most_tokens(p.lattice);
-    return groups > 1 ? groups : 1;
-}
-inline int64_t block_rows(const GridAttentionLayerParams& p) { return block_groups(p) * most_tokens(p.lattice); }
+inline int64_t block_rows(const GridAttentionLayerParams& p) { return p.block_groups * most_tokens(p.lattice); }
 inline int64_t blocks_of_image(const GridAttentionLayerParams& p) {
-    return (group_count(p.lattice) + block_groups(p) - 1) / block_groups(p);
+    return (group_count(p.lattice) + p.block_groups - 1) / p.block_groups;
 }
 
 // Each head's rows of the attended values end in whole vectors, the last head's maybe beyond the padding.

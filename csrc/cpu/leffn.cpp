@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include "arguments.h"
 #include "layer_norm_2d.h"
@@ -14,6 +15,7 @@
 #include "level.h"
 #include "matrix_unit.h"
 #include "packed.h"
+#include "partition.h"
 #include "work_space.h"
 
 namespace ipt_fast::cpu {
@@ -46,6 +48,7 @@ void check(const at::Tensor& x, const at::Tensor& expand, const at::Tensor& dept
 constexpr int64_t kRingBytes = 600 << 10;
 constexpr int64_t kStripColumns = 64;
 constexpr int64_t kRowsPerStep = 4;
+constexpr int64_t kGelu = 16;  // what the activation of a hidden value costs, in multiplications
 
 // The weights as [padded hidden / kChannelPad][kernel * kernel][kChannelPad], fp32, padded with zeros.
 at::Tensor packed_depthwise(const at::Tensor& weight) {
@@ -55,7 +58,7 @@ at::Tensor packed_depthwise(const at::Tensor& weight) {
     return rows.view({-1, kChannelPad, taps}).transpose(1, 2).contiguous();
 }
 
-// Strips so narrow that the ring fits, then the number of bands that is done first by this many threads.
+// Strips so narrow that the ring fits, or narrower, and bands.
 void partition(LeffnParams& p, int64_t batch, int64_t threads) {
     p.rows_per_step = kRowsPerStep;
     const auto ring_bytes = [&] {
@@ -64,16 +67,19 @@ void partition(LeffnParams& p, int64_t batch, int64_t threads) {
     for (p.strips = 1; p.strip_width() > kStripColumns && ring_bytes() > kRingBytes;) {
         ++p.strips;
     }
-    const auto rows_of_a_thread = [&](int64_t bands) {
-        const int64_t shares = (batch * p.strips * bands + threads - 1) / threads;
-        return shares * ((p.height + bands - 1) / bands + (bands > 1 ? p.radius() : 0));
-    };
-    p.bands = 1;
-    for (int64_t bands = 2; bands <= std::min(p.height, 4 * threads); ++bands) {
-        if (rows_of_a_thread(bands) < rows_of_a_thread(p.bands)) {
-            p.bands = bands;
-        }
-    }
+    const double of_hidden = p.channels + kGelu, of_out = p.kernel * p.kernel + p.out_channels;
+    Cheapest<std::pair<int64_t, int64_t>> cheapest;
+    for_cuts(padded(p.width) / kChannelPad, p.strips, [&](int64_t strips) {
+        p.strips = strips;
+        const int64_t columns = std::min(p.strip_width(), p.width), beside = std::min<int64_t>(strips - 1, 2);
+        for_cuts(p.height, 1, [&](int64_t bands) {
+            const int64_t rows = (p.height + bands - 1) / bands, above = std::min<int64_t>(bands - 1, 2);
+            const int64_t hidden = (rows + above * p.radius()) * (columns + beside * p.radius());
+            const int64_t share = longest_share(batch * bands * strips, threads);
+            cheapest.offer({bands, strips}, share * (hidden * of_hidden + rows * columns * of_out));
+        });
+    });
+    std::tie(p.bands, p.strips) = cheapest.way();
 }
 
 struct PackedLeffn : PackedHeader {
@@ -344,6 +350,25 @@ LayerGradients leffn_layer_backward(const at::Tensor& grad_, const at::Tensor& x
 }
 
 }  // namespace
+
+// For tests: bands and strips of the forward.
+TORCH_LIBRARY_FRAGMENT(ipt_fast_cpu, m) {
+    m.def(
+        "leffn_partition(int batch, int height, int width, int channels, int hidden, int out_channels, int kernel, int "
+        "threads) -> (int, int)",
+        [](int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t hidden, int64_t out_channels,
+           int64_t kernel, int64_t threads) {
+            LeffnParams p{};
+            p.height = height;
+            p.width = width;
+            p.channels = channels;
+            p.hidden = hidden;
+            p.out_channels = out_channels;
+            p.kernel = kernel;
+            partition(p, batch, threads);
+            return std::tuple(p.bands, p.strips);
+        });
+}
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("leffn", leffn);
