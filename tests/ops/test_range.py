@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ipt_fast import reference
+from ipt_fast import _extension, reference
 from tests.ops.cases import CALLS, assert_within_rule, baseline, build, exact, forward_and_gradients, public
 from tests.ops.test_parity import on_backend, runnable
 
@@ -66,8 +66,8 @@ def check(operator, tensors, options, dtype, backends=None):
 @pytest.mark.parametrize("call", ATTENTION)
 def test_range(call, dtype, part, scale):
     operator, tensors, options = build(call, (1, 7, 9))
-    if dtype == torch.bfloat16:
-        scale = max(scale, 1e-36) if scale > 1e-40 else scale  # products of bf16 take subnormal numbers for zero
+    if dtype == torch.bfloat16 and scale == 1e-38 and _extension.isa() in ("avx512_bf16", "amx", "neon_bf16"):
+        pytest.skip("products of bfloat16 take subnormal numbers for zero")
     scaled(part, tensors, scale)
     check(operator, tensors, options, dtype)
 
