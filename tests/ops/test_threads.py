@@ -32,7 +32,7 @@ torch.save(found, sys.argv[2])
 
 def results(threads, folder):
     target = folder / f"{threads}.pt"
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     subprocess.run([sys.executable, "-c", PROGRAM, str(threads), str(target)], check=True, env=environment)
     return torch.load(target)
 
