@@ -47,22 +47,27 @@ def test_the_outputs_do_not_depend_on_the_threads(threads, of_one, tmp_path):
     found = results(threads, tmp_path)
     for call, (out, *gradients) in of_one.items():
         assert torch.equal(found[call][0], out), call
-        for one, many in zip(gradients, found[call][1:], strict=True):
-            torch.testing.assert_close(many, one, rtol=2e-2, atol=2e-2 * one.abs().max().item())
+        for one, many in zip(gradients, found[call][1:], strict=True):  # of sums in another order
+            assert (many - one).abs().max() <= 4 * torch.finfo(one.dtype).eps * one.abs().max(), call
 
 
 def most(tasks, threads):
     return math.ceil(tasks / threads)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 8, 32, 64])
-@pytest.mark.parametrize(("channels", "side"), [(32, 256), (64, 128)])
-def test_bands_and_strips_share_the_work(channels, side, threads):
-    """Rows and columns of the longest share, with what neighbours compute, too, beside an even share of the map."""
+@pytest.mark.parametrize(
+    ("channels", "side", "threads", "limit"),
+    [(32, 256, 2, 1.1), (32, 256, 64, 1.3), (64, 128, 32, 1.5), (128, 64, 64, 2.6), (256, 32, 32, 3.8)],
+)
+def test_bands_and_strips_share_the_work(channels, side, threads, limit):
+    """Rows and columns of the longest share, with what neighbours compute, too, beside an even share of the map.
+
+    Bands across the whole map, as few as there are threads, are at 1.03, 1.55, 1.59, 5.0 and 5.0.
+    """
     bands, strips = torch.ops.ipt_fast_cpu.leffn_partition(1, side, side, channels, 4 * channels, channels, 5, threads)
     rows, columns = math.ceil(side / bands), math.ceil(side / 16 / strips) * 16
     halo = (rows + 4 * (bands > 1)) * (columns + 4 * (strips > 1))
-    assert most(bands * strips, threads) * halo < 1.6 * side * side / threads
+    assert most(bands * strips, threads) * halo < limit * side * side / threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8, 32, 64])
@@ -71,5 +76,6 @@ def test_groups_of_heads_strips_and_shares(threads):
     groups, strips, shares = torch.ops.ipt_fast_cpu.focal_partition(1, side, side, 32, heads, window, threads)
     blocks = side // (window // 2) + 1  # those of shifted windows begin and end with a half
     assert groups == 1
-    assert most(strips * blocks, threads) < 1.5 * max(strips * blocks / threads, 1)
+    assert strips * blocks >= threads  # two strips, which the ring needs, would give 34 tasks
+    assert most(strips * blocks, threads) < 1.5 * strips * blocks / threads
     assert most(blocks**2 * shares, threads) < 1.5 * blocks**2 * shares / threads
