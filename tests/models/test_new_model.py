@@ -104,7 +104,7 @@ def test_restoring_merges_and_scales(folder):
     with torch.no_grad():
         expected = model(255 * image) / 255
     restorer = Restorer(model, dtype="float32")
-    assert restorer.model.ffn.merged and not model.ffn.merged
+    assert restorer.model._plain.ffn.merged and not model.ffn.merged
     torch.testing.assert_close(restorer(image), expected, rtol=1e-4, atol=1e-5)
     assert restorer(np.zeros((5, 6), np.uint8)).shape == (5, 6, 1)[: restorer(np.zeros((5, 6), np.uint8)).ndim]
     with pytest.raises(ValueError, match="image must have 3 channels"):

@@ -70,9 +70,9 @@ def test_leffn_costs_what_table_7c_says(monkeypatch):
     kernels = []
     layer = ipt_fast.ops.leffn_layer
 
-    def spy(x, norm_weight, norm_bias, expand, depthwise, project, **options):
-        kernels.append((depthwise.numel(), x.shape[2] * x.shape[3]))
-        return layer(x, norm_weight, norm_bias, expand, depthwise, project, **options)
+    def spy(x, **arguments):
+        kernels.append((arguments["depthwise_weight"].numel(), x.shape[2] * x.shape[3]))
+        return layer(x, **arguments)
 
     monkeypatch.setattr(ipt_fast.ops, "leffn_layer", spy)
     on_meta("ipt_v2_base", merged=True)(torch.empty(1, 3, 128, 128, device="meta"))
