@@ -147,8 +147,8 @@ def test_a_library_of_another_version_warns():
     script = """
 from ipt_fast import _extension
 schemas = _extension._declared["ipt_fast_cpu"]
-(place,) = (i for i, schema in enumerate(schemas) if schema.startswith("layer_norm_2d("))
-schemas[place] = schemas[place].replace(", bool centered", "")
+(place,) = (i for i, (schema, _) in enumerate(schemas) if schema.startswith("layer_norm_2d("))
+schemas[place] = schemas[place][0].replace(", bool centered", ""), None
 """
     said = run(script + CALL, ROOT).stderr
     assert "are not those of this version" in said and "ipt_fast_cpu::layer_norm_2d" in said
