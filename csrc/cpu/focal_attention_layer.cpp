@@ -160,6 +160,7 @@ at::Tensor focal_attention_layer(const at::Tensor& x, const at::Tensor& norm_wei
                                  bool centered) {
     check_image(x, "x");
     check_tensor(qkv_weight, "qkv_weight", {3 * x.size(1), x.size(1), 1, 1}, x);
+    const KeptLevel level;
     return focal_attention_layer_packed(
         x, pack_focal_attention_layer(norm_weight, norm_bias, qkv_weight, depthwise_weight, project_weight, temperature,
                                       token_weight, top_weight, bottom_weight, num_heads, window_size, eps, centered));

@@ -110,6 +110,7 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
                                 const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size, double eps,
                                 bool centered) {
     check_layer(x, qkv_weight, project_weight);
+    const KeptLevel level;
     return grid_attention_layer_packed(
         x, pack_grid_attention_layer(norm_weight, norm_bias, qkv_weight, project_weight, bias_table, num_heads,
                                      finest_grid(x, bias_table, grid_size), eps, centered));

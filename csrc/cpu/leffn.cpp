@@ -184,6 +184,7 @@ at::Tensor leffn_layer_packed(const at::Tensor& x, const at::Tensor& packed) {
 at::Tensor leffn(const at::Tensor& x, const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
                  const at::Tensor& project_weight) {
     check(x, expand_weight, depthwise_weight, project_weight);
+    const KeptLevel level;
     return leffn_packed(x, pack_leffn(expand_weight, depthwise_weight, project_weight));
 }
 
@@ -191,6 +192,7 @@ at::Tensor leffn_layer(const at::Tensor& x, const at::Tensor& norm_weight, const
                        const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
                        const at::Tensor& project_weight, double eps, bool centered) {
     check(x, expand_weight, depthwise_weight, project_weight);
+    const KeptLevel level;
     return leffn_layer_packed(
         x, pack_leffn_layer(norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, eps, centered));
 }

@@ -13,6 +13,8 @@ namespace {
 
 constexpr size_t kCount = std::size(kLevels);
 
+thread_local std::optional<size_t> kept;
+
 bool available(size_t level) {
     return kLevels[level].has_vectors() && (!kLevels[level].matrix_unit || has_matrix_unit());
 }
@@ -46,11 +48,18 @@ std::vector<size_t> available_levels() {
 }
 
 size_t level() {
+    if (kept.has_value()) {
+        return *kept;
+    }
     size_t level = highest_allowed();
     while (!available(level)) {  // the lowest one always is
         --level;
     }
     return level;
 }
+
+KeptLevel::KeptLevel() : before_(kept) { kept = level(); }
+
+KeptLevel::~KeptLevel() { kept = before_; }
 
 }  // namespace ipt_fast::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <vector>
 
 #include "levels.h"
@@ -13,6 +14,18 @@ std::vector<size_t> available_levels();
 
 // The level in use. IPT_FAST_CPU_ISA is read on every call; an unknown value raises.
 size_t level();
+
+// While it lives, level() stays what it is, for this thread: weights are packed and read at the same level, whatever
+// another thread does to the environment meanwhile.
+class KeptLevel {
+  public:
+    KeptLevel();
+    KeptLevel(const KeptLevel&) = delete;
+    ~KeptLevel();
+
+  private:
+    std::optional<size_t> before_;
+};
 
 // An operator's kernels for the level in use.
 template <typename Kernels>

@@ -2,8 +2,9 @@
 
 #include <ATen/ops/empty.h>
 
+#include <iterator>
+
 #include "arguments.h"
-#include "level.h"
 
 namespace ipt_fast::cpu {
 namespace {
@@ -42,7 +43,8 @@ void check_packed(const at::Tensor& packed, Layer layer, const at::Tensor& x) {
     const auto* header = static_cast<const PackedHeader*>(packed.const_data_ptr());
     const bool whole = packed.scalar_type() == at::kByte && packed.is_contiguous() &&
                        packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)) && header->mark == kMark &&
-                       header->bytes == packed.numel() && reinterpret_cast<uintptr_t>(header) % 64 == 0;
+                       header->level < static_cast<int64_t>(std::size(kLevels)) && header->bytes == packed.numel() &&
+                       reinterpret_cast<uintptr_t>(header) % 64 == 0;
     TORCH_CHECK_VALUE(whole && header->layer == layer, "packed must be what pack_", name_of(layer), " returned");
     TORCH_CHECK(header->level == static_cast<int64_t>(level()), "packed must be packed for ", kLevels[level()].name,
                 ", the level of instructions in use; got weights packed for ", kLevels[header->level].name,

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "layer_norm_2d.h"
+#include "level.h"
 
 namespace ipt_fast::cpu {
 
@@ -34,6 +35,8 @@ void check_packed(const at::Tensor& packed, Layer layer, const at::Tensor& x);
 // The pieces of a new block: added first, then allocated together, then filled.
 template <typename Header>
 class Packing {
+    const KeptLevel level_;
+
   public:
     Header header{};
     at::Tensor block;
@@ -80,6 +83,8 @@ class Packing {
 // A block as a call reads it.
 template <typename Header>
 class Packed {
+    const KeptLevel level_;
+
   public:
     Packed(const at::Tensor& packed, Layer layer, const at::Tensor& x) {
         check_packed(packed, layer, x);

@@ -124,26 +124,31 @@ def test_a_level_that_does_not_exist_is_an_error_also_in_mid_call():
     """The level is read once a call: changing it meanwhile must not end the process."""
     program = """
 import os, threading, torch, ipt_fast
-operator, tensors, options = __import__("tests.ops.cases", fromlist=["build"]).build("leffn_layer", (1, 90, 90))
-tensors = {name: value.float() for name, value in tensors.items()}
+from tests.ops.cases import build
+layers = []
+for name in ("leffn_layer", "focal_attention_layer", "grid_attention_layer"):
+    operator, tensors, options = build(name, (1, 40, 40))
+    tensors = {key: None if value is None else value.bfloat16() for key, value in tensors.items()}
+    layers.append((getattr(ipt_fast.ops, operator), tensors | options))
 stop = threading.Event()
 def flip():
     while not stop.is_set():
-        for level in ("avx2", "nonsense", "generic"):
+        for level in [*torch.ops.ipt_fast_cpu.isa_levels(), "nonsense"]:
             os.environ["IPT_FAST_CPU_ISA"] = level
-thread = threading.Thread(target=flip)
+thread = threading.Thread(target=flip, daemon=True)
 thread.start()
 errors = 0
 for _ in range(200):
-    try:
-        ipt_fast.ops.leffn_layer(**tensors, **options)
-    except ValueError:
-        errors += 1
+    for layer, arguments in layers:
+        try:
+            layer(**arguments)
+        except ValueError:
+            errors += 1
 stop.set()
 thread.join()
 print("alive", errors)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0 and done.stdout.startswith("alive"), done.stderr
 
 
