@@ -36,9 +36,13 @@ at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x);
 // x itself where its strides are exactly those of a channels-last map, else a copy that has them.
 at::Tensor channels_last(const at::Tensor& x);
 
-// The same in fp32: what a chain of kernels gets whose maps between them would be rounded to 16 bits.
+// The same in fp32.
 inline at::Tensor wide(const at::Tensor& x) { return x.to(at::kFloat); }
 inline OptionalTensor wide(const OptionalTensor& x) { return x.has_value() ? OptionalTensor(wide(*x)) : std::nullopt; }
+
+// The same in the dtype that a chain of kernels keeps its maps in: fp16 has no room for what lies between the kernels
+// of a backward, so they are fp32 there.
+inline at::Tensor with_range(const at::Tensor& x) { return x.scalar_type() == at::kHalf ? wide(x) : x; }
 
 // A small parameter as contiguous fp32, its last axis padded to `size` with zeros; all zeros if there is none.
 at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size);

@@ -183,9 +183,9 @@ FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, cons
     check_tensor(depthwise_weight_, "depthwise_weight", {3 * x_.size(1), 1, 3, 3}, x_);
 
     const DType products = dtype_of(x_);
-    const at::Tensor grad = channels_last(wide(grad_)), x = channels_last(wide(x_));
-    const at::Tensor norm_weight = wide(norm_weight_), qkv_weight = wide(qkv_weight_);
-    const at::Tensor depthwise_weight = wide(depthwise_weight_), project_weight = wide(project_weight_);
+    const at::Tensor grad = channels_last(with_range(grad_)), x = channels_last(with_range(x_));
+    const at::Tensor norm_weight = wide(norm_weight_), qkv_weight = with_range(qkv_weight_);
+    const at::Tensor depthwise_weight = with_range(depthwise_weight_), project_weight = with_range(project_weight_);
     const at::Tensor temperature = wide(temperature_), token_weight = wide(token_weight_);
     const at::Tensor top_weight = wide(top_weight_), bottom_weight = wide(bottom_weight_);
     const OptionalTensor norm_bias = wide(norm_bias_);

@@ -124,9 +124,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     check_layer(x, qkv_weight_, project_weight_);
     check_tensor(grad, "grad", x.sizes(), x);
     const DType products = dtype_of(x);
-    const at::Tensor map = channels_last(wide(x)), grad_out = channels_last(wide(grad));
-    const at::Tensor norm_weight = wide(norm_weight_), qkv_weight = wide(qkv_weight_);
-    const at::Tensor project_weight = wide(project_weight_);
+    const at::Tensor map = channels_last(with_range(x)), grad_out = channels_last(with_range(grad));
+    const at::Tensor norm_weight = wide(norm_weight_), qkv_weight = with_range(qkv_weight_);
+    const at::Tensor project_weight = with_range(project_weight_);
     const OptionalTensor norm_bias = wide(norm_bias_), bias_table = wide(bias_table_);
     const at::Tensor normal = layer_norm_2d(map, norm_weight, norm_bias, eps, centered);
     const at::Tensor qkv = pointwise(normal, qkv_weight, products);

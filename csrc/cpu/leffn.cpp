@@ -341,10 +341,10 @@ LayerGradients leffn_layer_backward(const at::Tensor& grad_, const at::Tensor& x
                                     const at::Tensor& depthwise, const at::Tensor& project, double eps, bool centered) {
     check_gradient(grad_, x_, expand, depthwise, project);
     check_tensor(grad_, "grad", x_.sizes(), x_);
-    const at::Tensor grad = wide(grad_), x = wide(x_);
+    const at::Tensor grad = with_range(grad_), x = with_range(x_);
     const LayerNorm norm(x, wide(norm_weight), wide(norm_bias), eps, centered);
     const auto [grad_normed, grad_expand, grad_depthwise, grad_project] =
-        backward(grad, x, wide(expand), wide(depthwise), wide(project), norm.params, dtype_of(x_));
+        backward(grad, x, with_range(expand), with_range(depthwise), with_range(project), norm.params, dtype_of(x_));
     const auto [grad_x, grad_weight, grad_bias] =
         layer_norm_2d_backward(grad_normed, x, wide(norm_weight), wide(norm_bias), eps, centered);
     grad_x.add_(grad);
