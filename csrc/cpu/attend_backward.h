@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "channel_attention_kernel.h"
+#include "units.h"
 #include "vec.h"
 #include "window_attend.h"
 
@@ -61,16 +62,17 @@ struct WindowBackward {
     const int64_t channels, depth, matrix;
 
     // In scratch memory.
-    double* const scores;       // [depth][depth], the Gram matrix of w^2 k and q, then their cosines
-    double* const grads;        // [depth][depth], the gradients of the attention, then of the cosines
-    double* const inverses;     // [2][depth], the squared norms, then the norms' inverses, then those in units
-    double* const norm_slopes;  // [2][depth], what the norms add to the gradient of each value, divided by the value
-    double* const most;         // [depth], the largest logit of each column
-    double* const sums;         // [depth], of a column's exponentials, then their inverses
-    double* const means;        // [depth], of the gradients of a column's attention, weighted with it
-    double* const slopes;       // [depth], the sums over a column of gradient times cosine
-    double* const of_scales;    // [depth], a column's part of the gradient of the scale
-    double* const attention;    // [depth][depth], the exponentials
+    double* const scores;     // [depth][depth], the Gram matrix of w^2 k and q, then their cosines
+    double* const grads;      // [depth][depth], the gradients of the attention, then of the cosines
+    double* const inverses;   // [2][depth], the squared norms, then the norms' inverses, then those in units
+    double* const through;    // [2][depth], 1 where a gradient goes through the norm, else 0
+    double* const norms;      // [2][depth], in units
+    double* const most;       // [depth], the largest logit of each column
+    double* const sums;       // [depth], of a column's exponentials, then their inverses
+    double* const means;      // [depth], of the gradients of a column's attention, weighted with it
+    double* const slopes;     // [depth], what the norms of q add to the gradient of each value, divided by the value
+    double* const of_scales;  // [depth], a column's part of the gradient of the scale
+    double* const attention;  // [depth][depth], the exponentials
 
     // The result, `matrices` of ChannelAttentionBackwardParams.
     float* const of_gram;             // [depth][depth]
@@ -96,8 +98,9 @@ struct WindowBackward {
           scores(scratch),
           grads(scores + matrix),
           inverses(grads + matrix),
-          norm_slopes(inverses + 2 * depth),
-          most(norm_slopes + 2 * depth),
+          through(inverses + 2 * depth),
+          norms(through + 2 * depth),
+          most(norms + 2 * depth),
           sums(most + depth),
           means(sums + depth),
           slopes(means + depth),
@@ -129,8 +132,8 @@ struct WindowBackward {
             const WindowBlock block(g.vertical, g.horizontal, index);
             tokens += block.rows * block.columns;
             float* const slot = p.slot(index, head);
-            const float* const norms = slot + 2 * (g.branches * matrix + branch * depth);
-            add_slot(slot + branch * matrix, norms, p.factors(slot), depth, scores, inverses, norm_slopes);
+            const float* const squares = slot + 2 * (g.branches * matrix + branch * depth);
+            add_slot(slot + branch * matrix, squares, p.factors(slot), depth, scores, inverses, norms);
             const float* const of_values = slot + (g.branches + branch) * matrix;
             for (int64_t n = 0; n < matrix; ++n) {
                 grads[n] += of_values[n];
@@ -138,13 +141,12 @@ struct WindowBackward {
         });
     }
 
-    // The inverses of the norms, and the slopes of normalisation but for a factor that write() finds.
     void invert_norms() {
         for (int64_t i = 0; i < 2 * depth; ++i) {
             const double norm = __builtin_sqrt(inverses[i]);
             clamped = clamped || (norm < 1e-12 && i % depth < channels);
             inverses[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
-            norm_slopes[i] = norm < 1e-12 ? 0.0 : -inverses[i] * inverses[i];
+            through[i] = norm < 1e-12 || i % depth >= channels ? 0.0 : 1.0;
         }
     }
 
@@ -187,58 +189,48 @@ struct WindowBackward {
         }
     }
 
-    // The gradients of the logits, the cosines and the scale, and the sums that the slopes of the norms are made of.
+    // The gradients of the logits, the cosines and the scale.
     void find_gradients() {
-        memset(slopes, 0, depth * sizeof(double));
         memset(of_scales, 0, depth * sizeof(double));
         float* const softmax = of_gram_transposed;
         memset(of_gram + channels * depth, 0, (depth - channels) * depth * sizeof(float));
         memset(softmax + channels * depth, 0, (depth - channels) * depth * sizeof(float));
         // a channel of one token is normalised to its sign, unless it is too small
-        const double through = tokens == 1 && !clamped ? 0.0 : g.scale[head];
+        const double slope = tokens == 1 && !clamped ? 0.0 : g.scale[head];
         double sizes[kChannelPad]{};
         for (int64_t j = 0; j < channels; ++j) {
-            double row[kChannelPad]{};
             for (int64_t first = 0; first < depth; first += kChannelPad) {
                 for (int64_t lane = 0; lane < kChannelPad; ++lane) {
                     const int64_t i = first + lane;
                     const double a = attention[j * depth + i] * sums[i], score = scores[j * depth + i];
-                    const double of_logit = a * (grads[j * depth + i] - means[i]), of_score = of_logit * through;
+                    const double of_logit = a * (grads[j * depth + i] - means[i]), of_score = of_logit * slope;
                     const double magnitude = __builtin_fabs(of_score);
                     of_scales[i] += of_logit * score;
-                    slopes[i] += of_score * score;
-                    row[lane] += of_score * score;
                     grads[j * depth + i] = of_score;
                     sizes[lane] = magnitude > sizes[lane] ? magnitude : sizes[lane];
                     softmax[j * depth + i] = static_cast<float>(a);
                 }
             }
-            double slope = 0;
-            for (int64_t lane = 0; lane < kChannelPad; ++lane) {
-                slope += row[lane];
-            }
-            norm_slopes[depth + j] *= slope;
         }
         for (const double each : sizes) {
             largest = each > largest ? each : largest;
         }
         for (int64_t i = 0; i < depth; ++i) {
             grad_scale += of_scales[i];
-            norm_slopes[i] *= slopes[i];
         }
     }
 
-    // The units, and what is multiplied by values in them.
+    // The units, the inverses of the norms and the norms in them.
     void choose_units() {
         find_units(inverses, channels, depth, largest, units);
         for (int64_t i = 0; i < 2 * depth; ++i) {
             inverses[i] /= units[i];
-            const double slope = norm_slopes[i] / units[i] / units[i];
-            out_slopes[i] = i % depth < channels ? static_cast<float>(slope) : 0.0f;
+            norms[i] = 1.0 / inverses[i];
         }
     }
 
-    // The gradient of the Gram matrix, the transpose of both matrices.
+    // The gradient of the Gram matrix, rounded as products take it; the slopes, made of what is rounded, so that both
+    // parts of a gradient cancel where they should; the transpose of both matrices.
     void write() {
         const double *const q = inverses, *const k = inverses + depth;
         for (int64_t j = 0; j < channels; ++j) {
@@ -246,6 +238,28 @@ struct WindowBackward {
                 of_gram[j * depth + i] = static_cast<float>(grads[j * depth + i] * q[i] * k[j]);
             }
         }
+        with_types(p.products.dtype, p.products,
+                   [&](auto, const auto& unit) { round_values(unit, of_gram, channels * depth); });
+        memset(slopes, 0, depth * sizeof(double));
+        for (int64_t j = 0; j < channels; ++j) {
+            double parts[kChannelPad]{}, slope = 0;
+            for (int64_t first = 0; first < depth; first += kChannelPad) {
+                for (int64_t lane = 0; lane < kChannelPad; ++lane) {
+                    const int64_t i = first + lane;
+                    const double of_score = of_gram[j * depth + i] * scores[j * depth + i];
+                    slopes[i] += of_score * norms[depth + j];
+                    parts[lane] += of_score * norms[i];
+                }
+            }
+            for (const double part : parts) {
+                slope += part;
+            }
+            out_slopes[depth + j] = static_cast<float>(-through[depth + j] * k[j] * slope);
+        }
+        for (int64_t i = 0; i < depth; ++i) {
+            out_slopes[i] = static_cast<float>(-through[i] * q[i] * slopes[i]);
+        }
+        memset(out_slopes + depth + channels, 0, (depth - channels) * sizeof(float));
         transpose_matrix(of_gram_transposed, depth, attention_transposed);
         transpose_matrix(of_gram, depth, of_gram_transposed);
     }

@@ -266,6 +266,16 @@ struct MatrixUnit {
     }
 };
 
+// Whole vectors of values as the factors that a unit's products are made of.
+template <typename Unit>
+inline void round_values(const Unit&, float* values, int64_t count) {
+    if constexpr (sizeof(typename Unit::Value) < sizeof(float)) {
+        for (int64_t i = 0; i < count; i += kLanes) {
+            store(values + i, to_float(to_factor(load(values + i)), BFloat16{}));
+        }
+    }
+}
+
 // body(T{}, unit) for the dtype of the maps and the unit of the products, which have the same dtype; with `wide` the
 // maps may be fp32 beside products of bf16.
 template <bool wide = false, typename Body>

@@ -9,7 +9,7 @@ import torch
 
 import ipt_fast
 from ipt_fast import _extension
-from tests.ops.cases import CALLS, assert_within_rule, baseline, build, exact, forward_and_gradients, public
+from tests.ops.cases import CALLS, IMAGES, assert_within_rule, baseline, build, exact, forward_and_gradients, public
 from tests.ops.test_parity import gradient_of_output
 from tests.ops.test_range import ATTENTION, LAYER, check, scaled
 
@@ -96,6 +96,19 @@ def test_range_at_every_level(call, dtype, level, scale):
     operator, tensors, options = large(call, torch.float64)
     scaled("mixed", tensors, scale)
     check(operator, tensors, options, dtype, ["cpu"])
+
+
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+@pytest.mark.parametrize("call", [call for call in CALLS if "attention" in call or "leffn" in call])
+def test_flat_images_at_every_level(call, level):
+    """Where all tokens are equal, parts of a gradient cancel, however products round their factors."""
+    operator, tensors, options = build(call, (1, 8, 9), torch.bfloat16)
+    for name, value in tensors.items():
+        if name in IMAGES:
+            tensors[name] = value[..., :1, :1].expand_as(value).contiguous()
+    grad = gradient_of_output(operator, tensors, options)
+    truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
+    assert_within_rule(on_cpu(operator, tensors, options, grad), truth, base)
 
 
 @pytest.fixture
