@@ -1,94 +1,79 @@
-"""Image files in and out: 8 bit through Pillow, 16 bit PNG and TIFF through OpenCV, with alpha, ICC profile and EXIF.
+"""Image files in and out, of 8 or 16 bits per channel, with alpha and with what describes the photo.
 
-The pixels come upright: the EXIF orientation is applied on reading and gone from the EXIF that is written. Gray stays
-gray and colour stays colour; a palette becomes RGB or RGBA, 1 bit becomes 8-bit gray. Other metadata (XMP, comments,
-resolution outside EXIF) is not kept; of a TIFF's tags those that describe the photo, Exif and GPS are. Pillow alone
-would read 16-bit colour as 8 bit without a word, so the depth is taken from the file's own header first.
+The pixels come upright: the EXIF orientation is applied on reading, and what the file says of orientation and size is
+kept true. Gray stays gray and colour stays colour; a palette becomes RGB or RGBA, 1 bit becomes 8-bit gray. ICC profile,
+EXIF, XMP, IPTC, resolution, PNG's chunks and JPEG's comment are kept where the format written holds them, and named in
+a warning where it does not. Pillow alone would read 16-bit colour as 8 bit without a word, so the depth is taken from
+the file's own header first; TIFFs and 16-bit PNGs are decoded by tifffile and imagecodecs.
 """
 
 import contextlib
 import dataclasses
 import io
 import struct
-import zlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
-from PIL import ExifTags, ImageOps, TiffImagePlugin, TiffTags
 
-from .._files import atomic_write
+from .._files import atomic_write, check_name
+from . import _metadata, _png, _tiff, _tiff_tags
+from ._image import Block as Block
+from ._image import Image, turned_upright
 from .files import IMAGE_SUFFIXES
 from .files import is_image_file as is_image_file  # it was defined here once
 
 SIXTEEN_BIT_SUFFIXES = (".png", ".tif", ".tiff")
 ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
+TIFF_SUFFIXES = (".tif", ".tiff")
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
 _MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "PA": "RGBA"}
-_READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
-_ORIENTATION = ExifTags.Base.Orientation
-# What describes the photo; the other tags of a TIFF's first directory describe how its pixels are stored.
-_PHOTO_TAGS = (
-    ExifTags.Base.ImageDescription,
-    ExifTags.Base.Make,
-    ExifTags.Base.Model,
-    ExifTags.Base.XResolution,
-    ExifTags.Base.YResolution,
-    ExifTags.Base.ResolutionUnit,
-    ExifTags.Base.Software,
-    ExifTags.Base.DateTime,
-    ExifTags.Base.Artist,
-    ExifTags.Base.HostComputer,
-    ExifTags.Base.Copyright,
-)
-_PHOTO_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+_READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
+_LONGEST_SIDES = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "BMP": 2**31 - 1}
+_BMP_BYTES = 2**32 - 2048  # that its header can count, less its palette
 
 
-@dataclasses.dataclass(frozen=True)
-class Image:
-    """One upright image and what its file carried.
-
-    Attributes:
-        pixels: (H, W, C) uint8 or uint16, C = 1 (gray) or 3 (RGB).
-        alpha: (H, W) of the same dtype, or None.
-        icc_profile: the embedded colour profile, or None.
-        exif: the EXIF block (starting with ``Exif\\0\\0``) without orientation, or None.
-    """
-
-    pixels: np.ndarray
-    alpha: np.ndarray | None = None
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
-
-
-def read_header(path: str | Path) -> tuple[int, int, np.dtype]:
+def read_header(path: str | Path, max_pixels: int | None = None) -> tuple[int, int, np.dtype]:
     """Height and width as they are stored, not yet upright, and the dtype of the pixels; nothing is decoded.
 
-    Raises:
-        ValueError: as ``read_image``, as far as the header shows it.
-    """
-    with _naming(path), Path(path).open("rb") as file, _opened(file) as image:
-        if _is_16_bit(file, image):
-            return image.height, image.width, np.dtype(np.uint16)
-        _check_mode(image)
-        return image.height, image.width, np.dtype(np.uint8)
-
-
-def read_image(path: str | Path) -> Image:
-    """Read a PNG, JPEG, TIFF, WebP or BMP file of 8 or 16 bits per channel.
+    Args:
+        path, max_pixels: as of :func:`read_image`.
 
     Raises:
-        ValueError: the file is missing, no image, truncated, an animation, larger than Pillow's decompression limit, or
-            of a kind that is not restored (CMYK, Lab, floating point, 16-bit gray with alpha).
-        ImportError: the file has 16 bits and OpenCV is not installed.
+        ValueError, ImportError: as ``read_image``, as far as the header shows it.
     """
     with _naming(path), Path(path).open("rb") as file:
-        return _read(file)
+        if _is_tiff(file):
+            return _tiff_header(file, max_pixels)
+        with _opened(file, max_pixels) as image:
+            if _is_16_bit(file, image):
+                return image.height, image.width, np.dtype(np.uint16)
+            _check_mode(image)
+            return image.height, image.width, np.dtype(np.uint8)
+
+
+def read_image(path: str | Path, max_pixels: int | None = None) -> Image:
+    """Read a PNG, JPEG, TIFF, WebP or BMP file of 8 or 16 bits per channel.
+
+    A TIFF may have any depth from 1 bit, which becomes 8 or 16 bits; associated alpha is divided out of the colours.
+
+    Args:
+        path: the file.
+        max_pixels: how many pixels it may have at most, against files that are made to fill the memory. By default
+            Pillow's limit, which is twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+
+    Raises:
+        ValueError: the file is missing, no image, damaged, an animation or of several pages, has too many pixels, or is
+            of a kind that is not restored (CMYK, Lab, floating point).
+        ImportError: it takes tifffile or imagecodecs, and they are not installed.
+    """
+    with _naming(path), Path(path).open("rb") as file:
+        return _read(file, max_pixels)
 
 
 def read_8_bit_image(path: Path, offset: int = 0, size: int = -1) -> Image:
@@ -124,24 +109,26 @@ def write_image(path: str | Path, image: Image) -> None:
     """Write ``image`` to ``path`` atomically, in the format of the suffix.
 
     16 bit goes to PNG and TIFF only and is never reduced to 8. JPEG is written at quality 95 with full chroma, WebP
-    lossless, TIFF with deflate. ICC profile and EXIF go into every format that holds them (BMP holds neither).
+    lossless, TIFF with deflate. What the format cannot hold of the metadata is dropped with a UserWarning that names it.
 
     Raises:
-        ValueError: unknown suffix, or a format that cannot hold the depth or the alpha channel.
+        ValueError: as :func:`check_writable_as`.
+        ImportError: a PNG of 16 bits, and imagecodecs is not installed.
         OSError: the file cannot be written.
     """
     path = Path(path)
     check_writable_as(path, image)
-    suffix = path.suffix.lower()
-    with atomic_write(path) as temporary:
-        if suffix in (".tif", ".tiff"):
-            temporary.write_bytes(_encode_tiff(image))
-        elif image.pixels.dtype == np.uint16:
-            temporary.write_bytes(_encode_png_16_bit(image))
+    format = _format_of(path)
+    image, dropped = _metadata.held_by(format, _metadata.with_size(image))
+    if dropped:
+        warnings.warn(f"{path.name} does not hold what the image had of: {', '.join(dropped)}", stacklevel=2)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        if format == "TIFF":
+            _tiff_tags.write(file, image)
+        elif format == "PNG":
+            _png.write(file, image)
         else:
-            options: dict[str, Any] = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
-            options |= {"lossless": True, "exact": True} if suffix == ".webp" else {}
-            to_pil(image).save(temporary, icc_profile=image.icc_profile, exif=image.exif or b"", **options)
+            to_pil(image).save(file, format, **_metadata.pillow_options(format, image))
 
 
 def check_suffix(path: Path) -> None:
@@ -150,14 +137,29 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"path must end in {', '.join(IMAGE_SUFFIXES)}; got {path}")
 
 
-def check_writable_as(path: Path, image: Image) -> None:
-    """Raise ValueError unless the format that ``path`` names can hold the depth and the channels of ``image``."""
+def check_writable_as(path: Path, image: Image, scale: int = 1) -> None:
+    """Raise ValueError unless ``path`` can be written with ``image`` made ``scale`` times larger.
+
+    Its format must hold the depth, the channels and the size, and the file system the length of the name.
+    """
     check_suffix(path)
+    check_name(path)
     suffix = path.suffix.lower()
     if image.pixels.dtype == np.uint16 and suffix not in SIXTEEN_BIT_SUFFIXES:
         raise ValueError(f"path must end in {', '.join(SIXTEEN_BIT_SUFFIXES)} for an image of 16 bits; got {path}")
     if image.alpha is not None and suffix not in ALPHA_SUFFIXES:
         raise ValueError(f"path must end in {', '.join(ALPHA_SUFFIXES)} for an image with alpha; got {path}")
+    if image.alpha is not None and image.alpha_kind == "unspecified" and suffix not in TIFF_SUFFIXES:
+        suffixes = ", ".join(TIFF_SUFFIXES)
+        raise ValueError(f"path must end in {suffixes} for an image with a channel of unspecified meaning; got {path}")
+    height, width, channels = image.pixels.shape
+    longest, format = scale * max(height, width), _format_of(path)
+    if longest > _LONGEST_SIDES.get(format, longest) or (
+        format == "BMP" and scale * height * (scale * width * channels + 3) > _BMP_BYTES
+    ):
+        fits = sorted({*IMAGE_SUFFIXES} & {".png", *TIFF_SUFFIXES})
+        size = f"{scale * width} x {scale * height} pixels"
+        raise ValueError(f"path must end in {', '.join(fits)} for an image of {size}; got {path}")
 
 
 def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
@@ -167,22 +169,18 @@ def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
     """
     _check_mode(image)
     if 0 in image.size:
-        raise ValueError(f"an image must have at least one pixel; got {image.width} x {image.height}")
+        raise ValueError(f"image must have at least one pixel; got {image.width} x {image.height}")
     mode = _MODES[image.mode]
     if "transparency" in image.info and mode in ("L", "RGB"):
         mode = {"L": "LA", "RGB": "RGBA"}[mode]
-    if upright:
-        ImageOps.exif_transpose(image, in_place=True)
-    exif = _exif_bytes(image)
-    channels = np.array(image.convert(mode)).reshape(image.height, image.width, -1)
-    colour = 3 if mode.startswith("RGB") else 1
-    alpha = channels[:, :, colour] if channels.shape[2] > colour else None
-    return Image(channels[:, :, :colour], alpha, image.info.get("icc_profile"), exif)
+    grays = image.convert("L") if image.mode == "1" else image
+    channels = np.array(grays.convert(mode)).reshape(image.height, image.width, -1)
+    return _described(image, channels, upright)
 
 
 def to_pil(image: Image) -> PIL.Image.Image:
     """The Pillow image (mode L, LA, RGB or RGBA) of an 8-bit ``image``, without metadata."""
-    channels = _with_alpha(image)
+    channels = image.channels
     return PIL.Image.fromarray(channels[:, :, 0] if channels.shape[2] == 1 else channels)
 
 
@@ -196,12 +194,43 @@ def _naming(name: str | Path) -> Iterator[None]:
         raise ValueError(f"cannot read image {name}: it must be one of {kinds}; got another kind or damage") from error
     except _READ_ERRORS as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
+    except ImportError as error:
+        raise ImportError(f"cannot read image {name}: {error}") from error
+
+
+def _read(file: BinaryIO, max_pixels: int | None = None, only_8_bits: bool = False) -> Image:
+    if _is_tiff(file):
+        deep = _tiff_header(file, max_pixels)[2] == np.uint16
+        if not (deep and only_8_bits):
+            return _tiff.read(file)
+        raise ValueError("training images must have 8 bits; got 16")
+    with _opened(file, max_pixels) as image:
+        if not _is_16_bit(file, image):
+            read = from_pil(image, upright=True)
+        elif only_8_bits:
+            raise ValueError("training images must have 8 bits; got 16")
+        else:
+            read = _described(image, _png.decode(file), upright=True)
+        if image.format == "BMP":
+            return dataclasses.replace(read, icc_profile=_bmp_profile(file))
+        blocks = _png.blocks(file) if image.format == "PNG" else _metadata.blocks_of_jpeg(image)
+        return dataclasses.replace(read, blocks=(*read.blocks, *blocks))
 
 
 @contextlib.contextmanager
-def _opened(file: BinaryIO) -> Iterator[PIL.ImageFile.ImageFile]:
+def _opened(file: BinaryIO, max_pixels: int | None) -> Iterator[PIL.ImageFile.ImageFile]:
     """The Pillow image of a file, not yet decoded."""
-    with PIL.Image.open(file, formats=_FORMATS) as image:
+    file.seek(0)
+    # Pillow has one limit for the whole process; its plugins, called by themselves, leave it to the caller.
+    PIL.Image.init()
+    signature = file.read(16)
+    openers = [PIL.Image.OPEN[name] for name in _FORMATS if name in PIL.Image.OPEN]
+    opener = next((factory for factory, accepts in openers if accepts is None or accepts(signature) is True), None)
+    if opener is None:
+        raise PIL.UnidentifiedImageError("no format that is read")
+    file.seek(0)
+    with opener(file, "") as image:
+        _check_size(image.height, image.width, max_pixels)
         # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
@@ -209,13 +238,23 @@ def _opened(file: BinaryIO) -> Iterator[PIL.ImageFile.ImageFile]:
         yield image
 
 
-def _read(file: BinaryIO, only_8_bits: bool = False) -> Image:
-    with _opened(file) as image:
-        if not _is_16_bit(file, image):
-            return from_pil(image, upright=True)
-        if only_8_bits:
-            raise ValueError("training images must have 8 bits; got 16")
-        return _read_16_bit(file, image)
+def _is_tiff(file: BinaryIO) -> bool:
+    file.seek(0)
+    return file.read(4) in _tiff.SIGNATURES
+
+
+def _tiff_header(file: BinaryIO, max_pixels: int | None) -> tuple[int, int, np.dtype]:
+    height, width, dtype = _tiff.read_header(file)
+    _check_size(height, width, max_pixels)
+    return height, width, dtype
+
+
+def _check_size(height: int, width: int, max_pixels: int | None) -> None:
+    limit = max_pixels
+    if limit is None and PIL.Image.MAX_IMAGE_PIXELS is not None:
+        limit = 2 * PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise ValueError(f"it must have at most max_pixels = {limit} pixels; got {width} x {height}")
 
 
 def _check_mode(image: PIL.Image.Image) -> None:
@@ -224,149 +263,26 @@ def _check_mode(image: PIL.Image.Image) -> None:
 
 
 def _is_16_bit(file: BinaryIO, image: PIL.ImageFile.ImageFile) -> bool:
-    if image.format == "PNG":
-        return _png_kind(file)[0] == 16
-    tags = getattr(image, "tag_v2", {})
-    return image.format == "TIFF" and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) == 16
+    return image.format == "PNG" and _png.is_16_bit(file)
 
 
-def _png_kind(file: BinaryIO) -> tuple[int, ...]:
-    """(bit depth, colour type), which stand behind signature, length, name, width and height of the first chunk."""
-    return tuple(_content(file, 26)[24:])
-
-
-def _content(file: BinaryIO, size: int = -1) -> bytes:
-    """The first ``size`` bytes or all of them; Pillow goes on reading where it was."""
-    position = file.tell()
+def _bmp_profile(file: BinaryIO) -> bytes | None:
     file.seek(0)
-    content = file.read(size)
-    file.seek(position)
-    return content
+    found = _metadata.bmp_profile(file.read(138))
+    if found is None:
+        return None
+    file.seek(found[0])
+    return file.read(found[1])
 
 
-def _read_16_bit(file: BinaryIO, image: PIL.ImageFile.ImageFile) -> Image:
-    tags = getattr(image, "tag_v2", {})
-    gray_alpha = _png_kind(file)[1] == 4 if image.format == "PNG" else tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 2
-    if gray_alpha or (image.mode == "I;16" and "transparency" in image.info):
-        raise ValueError(
-            "its 16 bits must be gray, RGB or RGBA; got 16-bit gray with alpha, which OpenCV cannot write back"
-        )
-    if image.mode not in ("I;16", "RGB", "RGBA") or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) not in (
-        1,
-        2,
-    ):
-        raise ValueError(f"its 16 bits must be unsigned gray, RGB or RGBA; got mode {image.mode}")
-    channels = _decode(file, image.format)
-    if channels is None or channels.dtype != np.uint16:
-        raise OSError("image file is damaged or truncated")
-    channels = channels.reshape(*channels.shape[:2], -1)
-    if image.format == "PNG":  # OpenCV turns a TIFF upright by itself, a PNG not with IMREAD_UNCHANGED
-        channels = _turn_upright(channels, image.getexif().get(_ORIENTATION, 1))
-    colour = 1 if channels.shape[2] == 1 else 3
-    alpha = channels[:, :, 3].copy() if channels.shape[2] == 4 else None
-    pixels = np.ascontiguousarray(channels[:, :, colour - 1 :: -1])  # BGR to RGB
-    return Image(pixels, alpha, image.info.get("icc_profile"), _exif_bytes(image))
+def _format_of(path: Path) -> str:
+    """Pillow's name of the format that a suffix stands for."""
+    return PIL.Image.registered_extensions()[path.suffix.lower()]
 
 
-def _decode(file: BinaryIO, format: str | None) -> np.ndarray | None:
-    """The file as OpenCV stores it, or None; without what libpng and OpenCV print about damage."""
-    cv2 = _import_cv2()
-    content = _content(file)
-    if format == "PNG":
-        with PIL.Image.open(io.BytesIO(content), formats=[format]) as image:
-            image.verify()  # compares the checksums
-    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
-
-
-def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation in (3, 4, 6, 7):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 7, 8):
-        pixels = pixels[:, ::-1]
-    return pixels.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else pixels
-
-
-def _exif_bytes(image: PIL.Image.Image) -> bytes | None:
-    exif = image.getexif()
-    if image.format == "TIFF":
-        exif = _photo_exif(exif)
-    elif _ORIENTATION not in exif:
-        return image.info.get("exif") or (exif.tobytes() if len(exif) else None)
-    else:
-        del exif[_ORIENTATION]
-    return exif.tobytes() if len(exif) or exif._ifds else None
-
-
-def _photo_exif(exif: PIL.Image.Exif) -> PIL.Image.Exif:
-    photo = PIL.Image.Exif()
-    photo.update({tag: exif[tag] for tag in _PHOTO_TAGS if tag in exif})
-    for directory in _PHOTO_DIRECTORIES:
-        if exif.get_ifd(directory):
-            photo.get_ifd(directory).update(exif.get_ifd(directory))
-    return photo
-
-
-def _with_alpha(image: Image) -> np.ndarray:
-    return image.pixels if image.alpha is None else np.dstack([image.pixels, image.alpha])
-
-
-def _encode_png_16_bit(image: Image) -> bytes:
-    cv2 = _import_cv2()
-    channels = _with_alpha(image)
-    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(channels.shape[2])
-    if order is None:
-        raise ValueError("image must be gray, RGB or RGBA for a PNG of 16 bits; got 16-bit gray with alpha")
-    kinds, blocks = [], []
-    if image.exif:
-        kinds.append(cv2.IMAGE_METADATA_EXIF)
-        blocks.append(np.frombuffer(image.exif.removeprefix(b"Exif\0\0"), np.uint8))
-    if image.icc_profile:
-        kinds.append(cv2.IMAGE_METADATA_ICCP)
-        blocks.append(np.frombuffer(image.icc_profile, np.uint8))
-    return cv2.imencodeWithMetadata(".png", np.ascontiguousarray(channels[:, :, order]), kinds, blocks)[1].tobytes()
-
-
-def _encode_tiff(image: Image) -> bytes:
-    # OpenCV writes no metadata into TIFF and Pillow no 16-bit colour: the directory is Pillow's, the one strip ours.
-    channels = _with_alpha(image)
-    height, width, count = channels.shape
-    strip = zlib.compress(np.ascontiguousarray(channels, channels.dtype.newbyteorder("<")).tobytes())
-    directory = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
-    directory[TiffImagePlugin.IMAGEWIDTH] = width
-    directory[TiffImagePlugin.IMAGELENGTH] = height
-    directory[TiffImagePlugin.BITSPERSAMPLE] = (8 * channels.itemsize,) * count
-    directory[TiffImagePlugin.COMPRESSION] = TiffImagePlugin.COMPRESSION_INFO_REV["tiff_adobe_deflate"]
-    directory[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 2 if image.pixels.shape[2] == 3 else 1  # RGB, black is zero
-    directory.tagtype[TiffImagePlugin.STRIPOFFSETS] = TiffTags.LONG
-    directory[TiffImagePlugin.STRIPOFFSETS] = 0  # save() moves it to the end of the directory
-    directory[TiffImagePlugin.SAMPLESPERPIXEL] = count
-    directory[TiffImagePlugin.ROWSPERSTRIP] = height
-    directory.tagtype[TiffImagePlugin.STRIPBYTECOUNTS] = TiffTags.LONG
-    directory[TiffImagePlugin.STRIPBYTECOUNTS] = len(strip)
-    if image.alpha is not None:
-        directory[TiffImagePlugin.EXTRASAMPLES] = 2  # alpha, not multiplied into the colours
-    if image.icc_profile:
-        directory[TiffImagePlugin.ICCPROFILE] = image.icc_profile
-    if image.exif:
-        exif = PIL.Image.Exif()
-        exif.load(image.exif)
-        photo = _photo_exif(exif)
-        for tag, value in (*photo.items(), *((tag, photo.get_ifd(tag)) for tag in _PHOTO_DIRECTORIES)):
-            if value:
-                directory[tag] = value
-    file = io.BytesIO()
-    directory.save(file)
-    file.write(strip)
-    return file.getvalue()
-
-
-def _import_cv2() -> ModuleType:
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("16-bit images need OpenCV: pip install ipt-fast[io]") from error
-    return cv2
+def _described(image: PIL.Image.Image, channels: np.ndarray, upright: bool) -> Image:
+    """(H, W, 1 to 4), as they are stored in ``image``, with its metadata."""
+    orientation, metadata = _metadata.of_pil(image, upright)
+    colours = 3 if channels.shape[2] > 2 else 1
+    alpha = turned_upright(channels[:, :, colours], orientation) if channels.shape[2] > colours else None
+    return dataclasses.replace(metadata, pixels=turned_upright(channels[:, :, :colours], orientation), alpha=alpha)

@@ -1,0 +1,189 @@
+"""What describes a photo beside its pixels: taken from Pillow's images, kept true, and given to what can hold it."""
+
+import dataclasses
+import struct
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from ._exif import HEADER, Exif, sized_xmp, upright_xmp, xmp_orientation
+from ._image import Block, Image
+from ._tiff_tags import photo_exif
+
+_NAMES = {"icc_profile": "ICC profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC", "resolution": "resolution"}
+_HELD = {
+    "PNG": ("icc_profile", "exif", "xmp", "resolution"),
+    "JPEG": ("icc_profile", "exif", "xmp", "iptc", "resolution"),
+    "TIFF": ("icc_profile", "exif", "xmp", "iptc", "resolution"),
+    "WEBP": ("icc_profile", "exif", "xmp"),
+    "BMP": ("resolution",),
+}
+# One segment of a JPEG file holds 65533 bytes, XMP with its name before it.
+_JPEG_LIMITS = {"exif": 65533, "xmp": 65533 - 29, "iptc": 65533 - 64}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},
+}
+_PHOTOSHOP, _IPTC_RESOURCE = b"Photoshop 3.0\0", 0x0404
+_KNOWN_RESOURCES = {_IPTC_RESOURCE, 0x0425, 0x03ED}  # the record, its checksum, and the resolution
+_BMP_EMBEDDED = b"DEBM"  # PROFILE_EMBEDDED, a number in little-endian order
+# Segments of a JPEG file that hold what is read by other names, by number and beginning.
+_READ_SEGMENTS = (
+    ("APP0", b"JFIF"),
+    ("APP1", b"Exif"),
+    ("APP1", b"http://ns.adobe.com/xap/1.0/"),
+    ("APP2", b"ICC_PROFILE"),
+    ("APP13", _PHOTOSHOP),
+    ("APP14", b"Adobe"),
+    ("COM", b""),
+)
+_SEGMENT_NAMES = (("APP0", b"JFXX", "thumbnail"), ("APP1", b"http://ns.adobe.com/xmp/ext", "extended XMP"))
+_SEGMENT_NAMES += (("APP2", b"MPF", "further pictures"),)
+# What Pillow's info says of how the pixels were stored.
+_LAYOUT_INFO = ("transparency", "compression", "background", "photoshop", "mp", "mpoffset", "sizes", "bbox")
+
+
+def of_pil(image: PIL.Image.Image, upright: bool) -> tuple[int, Image]:
+    """How the pixels are to be turned (1 unless ``upright``), and an image without pixels with all metadata."""
+    exif, xmp = _exif_of(image), image.info.get("xmp")
+    xmp = xmp.encode() if isinstance(xmp, str) else xmp
+    orientation: int | None = None
+    blocks = []
+    resolution = image.info.get("dpi")
+    if exif:
+        try:
+            block = Exif(exif)
+        except ValueError:
+            exif = None
+            blocks.append(Block("", "damaged EXIF"))
+        else:
+            if block.drop_thumbnail():
+                blocks.append(Block("", "EXIF thumbnail"))
+            if upright:
+                orientation = block.orientation
+                block.turn_upright()
+            exif = block.tobytes()
+    if upright and xmp:
+        orientation = orientation or xmp_orientation(xmp)
+        xmp = upright_xmp(xmp)
+    orientation = orientation or 1
+    if resolution:
+        across, down = (float(value) for value in resolution)
+        resolution = (down, across) if orientation >= 5 else (across, down)
+    photoshop = image.info.get("photoshop") or {}
+    iptc = photoshop.get(_IPTC_RESOURCE)
+    return orientation, Image(
+        np.empty((0, 0, 0), np.uint8),
+        None,
+        image.info.get("icc_profile"),
+        exif,
+        xmp,
+        iptc,
+        resolution if resolution and min(resolution) > 0 else None,
+        blocks=tuple(blocks),
+    )
+
+
+def info_of_pil(image: PIL.Image.Image, width: int, height: int) -> tuple[dict[Any, Any], list[str]]:
+    """What Pillow's ``info`` is to say of a restored ``image`` that has another size now, and what was dropped."""
+    _, metadata = of_pil(image, upright=False)
+    metadata = _sized(metadata, width, height)
+    info = {name: value for name, value in image.info.items() if name not in _LAYOUT_INFO}
+    for name, value in (("exif", metadata.exif), ("xmp", metadata.xmp)):
+        info.pop(name, None)
+        if value:
+            info[name] = value
+    if "XML:com.adobe.xmp" in info and metadata.xmp:  # as Pillow calls it in a PNG
+        info["XML:com.adobe.xmp"] = metadata.xmp.decode("utf-8", "replace")
+    return info, [block.name for block in metadata.blocks]
+
+
+def blocks_of_jpeg(image: PIL.Image.Image) -> list[Block]:
+    """A JPEG's comment, and the names of the segments that do not stay true or are not known."""
+    found = []
+    if comment := image.info.get("comment"):
+        found.append(Block("JPEG", "comment", comment if isinstance(comment, bytes) else comment.encode()))
+    if set(image.info.get("photoshop") or ()) - _KNOWN_RESOURCES:
+        found.append(Block("", "Photoshop's data"))
+    for segment, data in getattr(image, "applist", ()):
+        if any(segment == number and data.startswith(start) for number, start in _READ_SEGMENTS):
+            continue
+        names = (name for number, start, name in _SEGMENT_NAMES if segment == number and data.startswith(start))
+        block = Block("", next(names, segment))
+        if block not in found:
+            found.append(block)
+    return found
+
+
+def bmp_profile(header: bytes) -> tuple[int, int] | None:
+    """Where in a BMP file its colour profile begins and how long it is, by the file's first 138 bytes."""
+    if len(header) < 138 or header[70:74] != _BMP_EMBEDDED or struct.unpack_from("<I", header, 14)[0] < 124:
+        return None
+    start, size = struct.unpack_from("<II", header, 126)
+    return 14 + start, size
+
+
+def with_size(image: Image) -> Image:
+    """``image`` with EXIF and XMP that tell its own size."""
+    return _sized(image, image.pixels.shape[1], image.pixels.shape[0])
+
+
+def held_by(format: str, image: Image) -> tuple[Image, list[str]]:
+    """What of the metadata a format can hold, and the names of the rest."""
+    dropped = []
+    for field, name in _NAMES.items():
+        value = getattr(image, field)
+        too_long = value is not None and format == "JPEG" and len(value) > _JPEG_LIMITS.get(field, len(value))
+        if not value or (field in _HELD.get(format, ()) and not too_long):
+            continue
+        if field == "resolution" and "exif" in _HELD.get(format, ()) and image.exif and Exif(image.exif).has_resolution:
+            continue
+        dropped.append(f"{name} over 64 KB" if too_long else name)
+        image = dataclasses.replace(image, **{field: None})
+    dropped += [block.name for block in image.blocks if block.format != format]
+    return image, list(dict.fromkeys(dropped))
+
+
+def pillow_options(format: str, image: Image) -> dict[str, Any]:
+    """How Pillow is to save an image whose metadata the format can hold."""
+    options = dict(_OPTIONS.get(format, {}))
+    for name, value in (("icc_profile", image.icc_profile), ("exif", image.exif), ("xmp", image.xmp)):
+        if value:
+            options[name] = value
+    if image.resolution:
+        options["dpi"] = image.resolution
+    for block in image.blocks:
+        if block.format == format:
+            options[block.name] = block.data
+    if image.iptc and format == "JPEG":
+        options["extra"] = _iptc_segment(image.iptc)
+    return options
+
+
+def _exif_of(image: PIL.Image.Image) -> bytes | None:
+    """The EXIF block as it is in the file; a TIFF's is made of its tags."""
+    if image.format == "TIFF":
+        exif = photo_exif(image.getexif())
+        return exif.tobytes() if len(exif) or exif._ifds else None
+    block = image.info.get("exif")
+    if block is None and any(str(name).startswith("Raw profile type ") for name in image.info):
+        exif = image.getexif()  # which knows how EXIF was put into text
+        return exif.tobytes() if len(exif) else None
+    return HEADER + block.removeprefix(HEADER) if block else None
+
+
+def _sized(image: Image, width: int, height: int) -> Image:
+    exif, xmp = image.exif, image.xmp
+    if exif:
+        block = Exif(exif)
+        block.set_size(width, height)
+        exif = block.tobytes()
+    return dataclasses.replace(image, exif=exif, xmp=sized_xmp(xmp, width, height) if xmp else None)
+
+
+def _iptc_segment(iptc: bytes) -> bytes:
+    """A segment of a JPEG file with one of Photoshop's resources."""
+    resource = b"8BIM" + struct.pack(">HHI", _IPTC_RESOURCE, 0, len(iptc)) + iptc + bytes(len(iptc) % 2)
+    data = _PHOTOSHOP + resource
+    return b"\xff\xed" + struct.pack(">H", 2 + len(data)) + data
