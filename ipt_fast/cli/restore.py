@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from .. import use_backend
-from .._files import atomic_write
+from .._files import atomic_write, check_name
 from .._precision import DTYPES
 from ..data.files import IMAGE_SUFFIXES, list_images, match_images
-from ..data.io import Image, check_suffix, check_writable_as, read_image, write_image
+from ..data.io import Image, check_suffix, check_writable_as, fill_hidden, read_image, write_image
 from ..data.resize import resized
 from ..evaluation.figures import side_by_side, to_picture
 from ..evaluation.metrics import psnr
@@ -55,6 +55,7 @@ def add_parser(subparsers: Subparsers) -> None:
     option("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of the model (%(default)s)")
     option("--device", help="cpu, cuda ... (a GPU where there is one)")
     option("--backend", choices=POLICIES, help="kernels to use (IPT_FAST_BACKEND, or auto)")
+    option("--max-pixels", type=int, metavar="N", help="read images of up to N pixels (178956970)")
     option("--overwrite", action="store_true", help="restore again what is already in OUT, instead of skipping it")
     option(
         "--compare", action="store_true", help="write NAME_compare.png too: versions side by side, with a zoomed crop"
@@ -130,8 +131,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _restore_file(source: Path, destination: Path, restorer: Restorer, args: argparse.Namespace) -> str:
     """Restore one file and return the line to print about it."""
-    image = read_image(source)
-    check_writable_as(destination, image)
+    image = fill_hidden(read_image(source, args.max_pixels))
+    check_writable_as(destination, image, restorer.scale)
     top = np.iinfo(image.pixels.dtype).max
     pixels, target = image.pixels, _read_target(source, image, args, restorer.scale)
     if args.noise is not None:
@@ -170,7 +171,7 @@ def _read_target(source: Path, image: Image, args: argparse.Namespace, scale: in
             raise ValueError(
                 f"--target must hold an image by the name of each input; got none for {source.stem} in {args.target}"
             )
-    target = read_image(path).pixels
+    target = read_image(path, args.max_pixels).pixels
     shape = (scale * image.pixels.shape[0], scale * image.pixels.shape[1], image.pixels.shape[2])
     if target.shape != shape:
         raise ValueError(f"--target must have shape {shape}; got {target.shape} in {path}")
@@ -208,6 +209,7 @@ def _check_destinations(jobs: list[tuple[Path, Path]], args: argparse.Namespace)
     seen: dict[Path, Path] = {}
     for source, destination in jobs:
         for path in _written(destination, args):
+            check_name(path)
             if path.resolve() in inputs:
                 raise ValueError(f"OUT must not overwrite an input; got {path}")
             if path.resolve() in seen:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ import PIL.ImageFile
 
 from .._files import atomic_write, check_name
 from . import _metadata, _png, _tiff, _tiff_tags
+from ._hidden import fill_hidden as fill_hidden
 from ._image import Block as Block
 from ._image import Image, turned_upright
+from ._metadata import info_of_pil as info_of_pil
 from .files import IMAGE_SUFFIXES
 from .files import is_image_file as is_image_file  # it was defined here once
 
@@ -35,6 +38,7 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
 _MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "PA": "RGBA"}
 _READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
 _LONGEST_SIDES = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "BMP": 2**31 - 1}
+_limit_lock = threading.Lock()
 _BMP_BYTES = 2**32 - 2048  # that its header can count, less its palette
 
 
@@ -220,22 +224,27 @@ def _read(file: BinaryIO, max_pixels: int | None = None, only_8_bits: bool = Fal
 @contextlib.contextmanager
 def _opened(file: BinaryIO, max_pixels: int | None) -> Iterator[PIL.ImageFile.ImageFile]:
     """The Pillow image of a file, not yet decoded."""
-    file.seek(0)
-    # Pillow has one limit for the whole process; its plugins, called by themselves, leave it to the caller.
-    PIL.Image.init()
-    signature = file.read(16)
-    openers = [PIL.Image.OPEN[name] for name in _FORMATS if name in PIL.Image.OPEN]
-    opener = next((factory for factory, accepts in openers if accepts is None or accepts(signature) is True), None)
-    if opener is None:
-        raise PIL.UnidentifiedImageError("no format that is read")
-    file.seek(0)
-    with opener(file, "") as image:
+    with _pillow_without_limit():
+        image = PIL.Image.open(file, formats=_FORMATS)
+    with image:
         _check_size(image.height, image.width, max_pixels)
         # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise ValueError(f"it must have one frame or page; got {frames}")
         yield image
+
+
+@contextlib.contextmanager
+def _pillow_without_limit() -> Iterator[None]:
+    """Leave the number of pixels to ``max_pixels``: Pillow has one limit for the whole process."""
+    with _limit_lock:
+        limit = PIL.Image.MAX_IMAGE_PIXELS
+        PIL.Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = limit
 
 
 def _is_tiff(file: BinaryIO) -> bool:

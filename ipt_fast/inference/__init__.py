@@ -53,7 +53,8 @@ def restore(
     Args:
         image: a PIL image, an (H, W) or (H, W, C) array of uint8, uint16 or floats in [0, 1], or a (B, C, H, W) tensor
             of floats in [0, 1]. PIL modes are L, LA, RGB, RGBA and I;16; mode 1 is taken as L and P as RGB or RGBA.
-            Alpha is kept as it is. Gray into a model of 3 channels runs as three equal channels and gives back their
+            Alpha is kept as it is, and enlarged bicubically; colours that it hides are first taken from the visible
+            pixels near them. Floats may leave [0, 1] as noise does. Gray into a model of 3 channels runs as three equal channels and gives back their
             mean.
         model, task, tile, overlap, blend, self_ensemble, dtype, device: see :class:`Restorer`, which saves preparing
             the model again for each of many images.
@@ -64,8 +65,8 @@ def restore(
 
     Raises:
         TypeError: ``image`` is of another kind or dtype.
-        ValueError: a bad argument, an empty image, NaN or infinity in it, channels the model does not take, or an
-            output that is not finite even in float32.
+        ValueError: a bad argument, an empty image, NaN or infinity in it, floats in 0..255, channels the model does not
+            take, or an output that is not finite even in float32.
     """
     restorer = Restorer(
         model,
@@ -179,8 +180,6 @@ class Restorer:
 
     def __call__(self, image: ImageT) -> ImageT:
         batch, back = as_batch(image)
-        if not batch.isfinite().all():
-            raise ValueError("image must be finite; got NaN or infinity")
         takes = self.contract.in_channels
         gray_as_colour = batch.shape[1] == 1 and takes == 3
         if gray_as_colour:
@@ -246,6 +245,10 @@ class Restorer:
             limit = max(height, width)
         elif self.tile == "auto":
             available, fused = available_memory(self.device), self._layers_are_fused()
+            if self.device.type == "cpu":  # the joined output is yet to come, and lies where the image does
+                channels = self.contract.out_channels or image.shape[1]
+                output = image.element_size() * batch * channels * height * width * self.scale**2
+                available = max(0, available - output)
             limit = largest_tile(self.contract.memory, available, batch, fused)
             if self.overlap is not None:
                 limit = max(limit, 2 * self.overlap)

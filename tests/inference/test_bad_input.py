@@ -20,6 +20,42 @@ def test_non_finite_images_are_refused(bad):
         restore(torch.from_numpy(image)[None], nn.Identity())
 
 
+def pictures(dtype):
+    """A bright, a dark and a nearly black one in 0..255, a constant one, and one in -128..127."""
+    values = np.random.default_rng(0).random((3, 40, 40))
+    return [each.astype(dtype) for each in (255 * values, 255 * values**8, 12 * values, 0 * values + 3,
+                                                255 * values - 128, values * [[[255]], [[1]], [[1]]])]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_that_are_not_in_0_to_1_are_refused(index, dtype):
+    image = pictures(dtype)[index]
+    said = r"image must be in \[0, 1\], but for noise, where it is floats; got "
+    with pytest.raises(ValueError, match=said):
+        restore(image.transpose(1, 2, 0), nn.Identity())
+    with pytest.raises(ValueError, match=said):
+        restore(torch.from_numpy(image)[None], nn.Identity())
+    with pytest.raises(ValueError, match=said):  # one of a batch
+        restore(torch.from_numpy(np.stack([image * 0, image])), nn.Identity())
+
+
+@pytest.mark.parametrize("sigma", [15, 50, 100, 200])
+def test_floats_with_noise_are_not_refused(sigma):
+    random = np.random.default_rng(0)
+    for white in (np.zeros((300, 300, 3)), np.ones((300, 300, 3)), np.ones((1, 1)), random.random((300, 300))):
+        noisy = (white + random.normal(0, sigma / 255, white.shape)).astype(np.float32)
+        assert sigma < 50 or white.size == 1 or noisy.max() > 1.4 or white.max() == 0
+        np.testing.assert_array_equal(restore(noisy, nn.Identity()), noisy)
+
+
+def test_transparent_colour_of_sixteen_bits_is_refused():
+    image = PIL.Image.fromarray(np.zeros((4, 4), np.uint16))
+    image.info["transparency"] = 0
+    with pytest.raises(ValueError, match="image must have no transparent colour in mode I;16"):
+        restore(image, nn.Identity())
+
+
 @pytest.mark.parametrize(
     "image",
     [
