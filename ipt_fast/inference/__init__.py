@@ -202,7 +202,7 @@ class Restorer:
         runner = self._runner
 
         def run(size: TileSize) -> Tensor:
-            plan = size.plan(image.shape[2], image.shape[3], self.blend)
+            plan = size.plan(image.shape[2], image.shape[3], self.blend, self.scale)
             return runner.run_plan(image, plan, progress=self.progress)
 
         return runner.with_less_memory(

@@ -33,12 +33,14 @@ class TileSize:
     width: int
     overlap: int
 
-    def plan(self, height: int, width: int, blend: str) -> Plan:
-        """The tiles of an image of ``height`` x ``width`` pixels, spread evenly."""
+    def plan(self, height: int, width: int, blend: str, scale: int = 1) -> Plan:
+        """The tiles of an image of ``height`` x ``width`` pixels, spread evenly; the output is ``scale`` times larger."""
 
         def axis(length: int, tile: int) -> list[Span]:
-            weights = blend_weights(length, tile, self.overlap, blend)
-            return [Span(*span) for span in zip(tile_starts(length, tile, self.overlap), weights, strict=True)]
+            starts = tile_starts(length, tile, self.overlap)
+            places = [start * scale for start in starts]
+            weights = blend_weights(length * scale, tile * scale, self.overlap * scale, blend, places)
+            return [Span(*span) for span in zip(starts, weights, strict=True)]
 
         return Plan(axis(height, self.height), axis(width, self.width))
 

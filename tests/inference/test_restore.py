@@ -12,6 +12,7 @@ from torch import nn
 import ipt_fast
 from ipt_fast import _extension, inference
 from ipt_fast.inference import Restorer, restore
+from ipt_fast.models.contract import Contract
 
 
 class Double(nn.Module):
@@ -232,6 +233,16 @@ def test_tiles_of_a_convolution_equal_the_whole_away_from_seams():
     assert 0.3 < seam.float().mean() < 0.8
     torch.testing.assert_close(tiled[..., ~seam], whole[..., ~seam], rtol=0, atol=1e-6)
     assert (tiled - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tile", [None, 16, 24])
+def test_a_model_of_any_size_may_enlarge(tile):
+    class Enlarge(nn.Upsample):
+        contract = Contract(scale=lambda task: 3)
+
+    image = ramp(np.float32, (37, 50, 3))
+    expected = image.repeat(3, 0).repeat(3, 1)
+    np.testing.assert_allclose(restore(image, Enlarge(scale_factor=3), tile=tile), expected, rtol=1e-6)
 
 
 def test_tile_as_large_as_the_image_is_the_whole_exactly(tiny):
