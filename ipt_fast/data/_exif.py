@@ -29,10 +29,10 @@ class Exif:
 
     def __init__(self, block: bytes) -> None:
         self._data = bytearray(block.removeprefix(HEADER).removeprefix(HEADER))
-        self._order = {b"II": "<", b"MM": ">"}.get(bytes(self._data[:2]), "")
+        self._order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(self._data[:4]), "")
         self._places: dict[tuple[str, int], int] = {}  # of an entry, by its directory and tag
         if not self._order:
-            raise ValueError("exif must begin with II or MM; got another block")
+            raise ValueError("exif must begin as a TIFF does; got another block")
         try:
             self._next = self._read_directory("main", self._unpack("L", 4))
             self._unpack("L", self._next)

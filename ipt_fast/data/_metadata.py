@@ -50,7 +50,7 @@ def of_pil(image: PIL.Image.Image, upright: bool) -> tuple[int, Image]:
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     orientation: int | None = None
     blocks = []
-    resolution = image.info.get("dpi")
+    resolution = _resolution(image)
     if exif:
         try:
             block = Exif(exif)
@@ -68,9 +68,8 @@ def of_pil(image: PIL.Image.Image, upright: bool) -> tuple[int, Image]:
         orientation = orientation or xmp_orientation(xmp)
         xmp = upright_xmp(xmp)
     orientation = orientation or 1
-    if resolution:
-        across, down = (float(value) for value in resolution)
-        resolution = (down, across) if orientation >= 5 else (across, down)
+    if resolution and orientation >= 5:
+        resolution = resolution[::-1]
     photoshop = image.info.get("photoshop") or {}
     iptc = photoshop.get(_IPTC_RESOURCE)
     return orientation, Image(
@@ -80,7 +79,7 @@ def of_pil(image: PIL.Image.Image, upright: bool) -> tuple[int, Image]:
         exif,
         xmp,
         iptc,
-        resolution if resolution and min(resolution) > 0 else None,
+        resolution,
         blocks=tuple(blocks),
     )
 
@@ -171,6 +170,16 @@ def _exif_of(image: PIL.Image.Image) -> bytes | None:
         exif = image.getexif()  # which knows how EXIF was put into text
         return exif.tobytes() if len(exif) else None
     return HEADER + block.removeprefix(HEADER) if block else None
+
+
+def _resolution(image: PIL.Image.Image) -> tuple[float, float] | None:
+    """Pixels per inch as the format itself says, and not EXIF, which may be all that a JPEG's ``dpi`` is made of."""
+    info = image.info
+    inch = {1: 1.0, 2: 2.54}.get(info.get("jfif_unit", 0)) if image.format in ("JPEG", "MPO") else 1.0
+    values = info.get("jfif_density" if image.format in ("JPEG", "MPO") else "dpi")
+    if inch is None or values is None or min(values) <= 0:
+        return None
+    return float(values[0] * inch), float(values[1] * inch)
 
 
 def _sized(image: Image, width: int, height: int) -> Image:

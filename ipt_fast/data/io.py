@@ -294,4 +294,5 @@ def _described(image: PIL.Image.Image, channels: np.ndarray, upright: bool) -> I
     orientation, metadata = _metadata.of_pil(image, upright)
     colours = 3 if channels.shape[2] > 2 else 1
     alpha = turned_upright(channels[:, :, colours], orientation) if channels.shape[2] > colours else None
-    return dataclasses.replace(metadata, pixels=turned_upright(channels[:, :, :colours], orientation), alpha=alpha)
+    pixels = turned_upright(channels[:, :, :colours], orientation)
+    return _metadata.with_size(dataclasses.replace(metadata, pixels=pixels, alpha=alpha))
