@@ -26,7 +26,10 @@ def fill_hidden(image: Image) -> Image:
 
 
 def _filled(sums: Tensor, weights: Tensor) -> Tensor:
-    """Weighted colours (1, C, H, W) and their weights (1, 1, H, W) -> colours; where the weight is 0 from half the size."""
+    """Weighted colours (1, C, H, W) and their weights (1, 1, H, W) -> colours.
+
+    Where the weight is 0 they come from the image of half the size, in which more pixels have a weight.
+    """
     if (weights > 0).all():
         return sums / weights
     halved = [functional.avg_pool2d(each, 2, ceil_mode=True) for each in (sums, weights)]

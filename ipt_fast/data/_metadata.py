@@ -38,8 +38,11 @@ _READ_SEGMENTS = (
     ("APP14", b"Adobe"),
     ("COM", b""),
 )
-_SEGMENT_NAMES = (("APP0", b"JFXX", "thumbnail"), ("APP1", b"http://ns.adobe.com/xmp/ext", "extended XMP"))
-_SEGMENT_NAMES += (("APP2", b"MPF", "further pictures"),)
+_SEGMENT_NAMES = (
+    ("APP0", b"JFXX", "thumbnail"),
+    ("APP1", b"http://ns.adobe.com/xmp/ext", "extended XMP"),
+    ("APP2", b"MPF", "further pictures"),
+)
 # What Pillow's info says of how the pixels were stored.
 _LAYOUT_INFO = ("transparency", "compression", "background", "photoshop", "mp", "mpoffset", "sizes", "bbox")
 
@@ -139,7 +142,8 @@ def held_by(format: str, image: Image) -> tuple[Image, list[str]]:
         if field == "resolution" and "exif" in _HELD.get(format, ()) and image.exif and Exif(image.exif).has_resolution:
             continue
         dropped.append(f"{name} over 64 KB" if too_long else name)
-        image = dataclasses.replace(image, **{field: None})
+        nothing: dict[str, Any] = {field: None}
+        image = dataclasses.replace(image, **nothing)
     dropped += [block.name for block in image.blocks if block.format != format]
     return image, list(dict.fromkeys(dropped))
 

@@ -1,4 +1,4 @@
-"""TIFF files: pixels are read by tifffile, or by Pillow where that is known to be right; what else is in them, and the writer, in _tiff_tags.
+"""Reading TIFF files: by tifffile, or by Pillow where that is known to be right. Their tags are read in _tiff_tags.
 
 Gray of any depth and either direction, RGB and palettes are read, with one channel of alpha or of unknown meaning.
 Depths up to 8 bits become 8, others up to 16 become 16.
@@ -102,9 +102,9 @@ def _check_kind(page: Any) -> None:
         raise ValueError(f"it must have at least one pixel; got {page.imagewidth} x {page.imagelength}")
     if page.imagedepth != 1:
         raise ValueError(f"it must have one layer of pixels; got {page.imagedepth}")
-    kind = int(page.photometric) if 262 in page.tags else None
+    kind = int(page.photometric) if 262 in page.tags else -1
     if kind not in _COLOURS or (kind == _YCBCR and page.compression != _JPEG):
-        name = _OTHER_COLOURS.get(kind, f"photometric interpretation {kind}")
+        name = _OTHER_COLOURS.get(kind, f"photometric interpretation {kind}" if kind >= 0 else "none named")
         raise ValueError(f"its colours must be gray, RGB or a palette; got {name}")
     bits = page.bitspersample
     if page.sampleformat in _SAMPLE_FORMATS or not isinstance(bits, int) or not 1 <= bits <= 16:

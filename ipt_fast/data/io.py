@@ -1,10 +1,10 @@
 """Image files in and out, of 8 or 16 bits per channel, with alpha and with what describes the photo.
 
 The pixels come upright: the EXIF orientation is applied on reading, and what the file says of orientation and size is
-kept true. Gray stays gray and colour stays colour; a palette becomes RGB or RGBA, 1 bit becomes 8-bit gray. ICC profile,
-EXIF, XMP, IPTC, resolution, PNG's chunks and JPEG's comment are kept where the format written holds them, and named in
-a warning where it does not. Pillow alone would read 16-bit colour as 8 bit without a word, so the depth is taken from
-the file's own header first; TIFFs and 16-bit PNGs are decoded by tifffile and imagecodecs.
+kept true. Gray stays gray and colour stays colour; a palette becomes RGB or RGBA, 1 bit becomes 8-bit gray. ICC
+profile, EXIF, XMP, IPTC, resolution, PNG's chunks and JPEG's comment are kept where the format written holds them, and
+named in a warning where it does not. Pillow alone would read 16-bit colour as 8 bit without a word, so the depth is
+taken from the file's own header first; TIFFs and 16-bit PNGs are decoded by tifffile and imagecodecs.
 """
 
 import contextlib
@@ -113,7 +113,7 @@ def write_image(path: str | Path, image: Image) -> None:
     """Write ``image`` to ``path`` atomically, in the format of the suffix.
 
     16 bit goes to PNG and TIFF only and is never reduced to 8. JPEG is written at quality 95 with full chroma, WebP
-    lossless, TIFF with deflate. What the format cannot hold of the metadata is dropped with a UserWarning that names it.
+    lossless, TIFF with deflate. Metadata that the format cannot hold is dropped with a UserWarning that names it.
 
     Raises:
         ValueError: as :func:`check_writable_as`.
@@ -125,7 +125,7 @@ def write_image(path: str | Path, image: Image) -> None:
     format = _format_of(path)
     image, dropped = _metadata.held_by(format, _metadata.with_size(image))
     if dropped:
-        warnings.warn(f"{path.name} does not hold what the image had of: {', '.join(dropped)}", stacklevel=2)
+        warnings.warn(f"not kept in a {format} file: {', '.join(dropped)}", stacklevel=2)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         if format == "TIFF":
             _tiff_tags.write(file, image)

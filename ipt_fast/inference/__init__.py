@@ -52,10 +52,10 @@ def restore(
 
     Args:
         image: a PIL image, an (H, W) or (H, W, C) array of uint8, uint16 or floats in [0, 1], or a (B, C, H, W) tensor
-            of floats in [0, 1]. PIL modes are L, LA, RGB, RGBA and I;16; mode 1 is taken as L and P as RGB or RGBA.
-            Alpha is kept as it is, and enlarged bicubically; colours that it hides are first taken from the visible
-            pixels near them. Floats may leave [0, 1] as noise does. Gray into a model of 3 channels runs as three equal channels and gives back their
-            mean.
+            of floats in [0, 1]. Noise may take floats out of that range. PIL modes are L, LA, RGB, RGBA and I;16; mode
+            1 is taken as L and P as RGB or RGBA. Alpha is kept as it is, or enlarged bicubically; colours that it hides
+            are first taken from the visible pixels near them. Gray into a model of 3 channels runs as three equal
+            channels and gives back their mean.
         model, task, tile, overlap, blend, self_ensemble, dtype, device: see :class:`Restorer`, which saves preparing
             the model again for each of many images.
 

@@ -76,7 +76,7 @@ def _from_pil(image: PIL.Image.Image) -> tuple[Tensor, Back]:
             restored = io.to_pil(io.Image(pixels, magnified_alpha(record.alpha, scale)))
         restored.info, dropped = io.info_of_pil(image, restored.width, restored.height)
         if dropped:
-            warnings.warn(f"the result does not hold what the image had of: {', '.join(dropped)}", stacklevel=2)
+            warnings.warn(f"not kept in the result: {', '.join(dropped)}", stacklevel=2)
         return restored
 
     return batch, back

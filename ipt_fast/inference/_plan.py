@@ -34,7 +34,7 @@ class TileSize:
     overlap: int
 
     def plan(self, height: int, width: int, blend: str, scale: int = 1) -> Plan:
-        """The tiles of an image of ``height`` x ``width`` pixels, spread evenly; the output is ``scale`` times larger."""
+        """The tiles of an image of ``height`` x ``width`` pixels, spread evenly; their output is ``scale`` larger."""
 
         def axis(length: int, tile: int) -> list[Span]:
             starts = tile_starts(length, tile, self.overlap)

@@ -134,12 +134,36 @@ def test_format_that_cannot_hold_the_image(run, photos, tmp_path, capsys):
 
 
 def test_sixteen_bit_is_kept(run, tmp_path):
-    pytest.importorskip("cv2")
+    pytest.importorskip("imagecodecs")
     pixels = np.random.default_rng(0).integers(20000, 40000, (20, 20, 3), np.uint16)
     write_image(tmp_path / "deep.png", Image(pixels))
     assert run(tmp_path / "deep.png", tmp_path / "out") == 0
     output = read_image(tmp_path / "out" / "deep.png").pixels
     assert output.dtype == np.uint16 and len(np.unique(output)) > 256
+
+
+def test_a_result_too_large_for_its_format_is_told_before_the_work(run, tmp_path, capsys, monkeypatch):
+    write_image(tmp_path / "wide.png", Image(np.zeros((1, 16384, 3), np.uint8)))
+    monkeypatch.setattr(Restorer, "__call__", lambda self, image: image[:1] if image.size < 99 else pytest.fail("work"))
+    assert run(tmp_path / "wide.png", tmp_path / "out.webp") == 1
+    assert "for an image of 16384 x 1 pixels; got" in capsys.readouterr().err and not (tmp_path / "out.webp").exists()
+
+
+@pytest.mark.parametrize("compare, longest", [([], 255), (["--compare"], 247)])
+def test_names_are_checked_before_the_work(run, photos, tmp_path, capsys, compare, longest):
+    out = tmp_path / "out"
+    name = "n" * (longest - 4) + ".png"
+    assert run(photos / "wide.tif", out / f"n{name}", *compare) == 2
+    assert "must have a name of at most 255 bytes" in capsys.readouterr().err and not out.exists()
+    assert run(photos / "wide.tif", out / name, *compare) == 0
+    assert len(names(out)) == 1 + len(compare)
+
+
+def test_max_pixels_allows_a_scan(run, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    assert run(photos / "colour.png", tmp_path / "out.png") == 1
+    assert "must have at most max_pixels = 200 pixels" in capsys.readouterr().err
+    assert run(photos / "colour.png", tmp_path / "out.png", "--max-pixels", 24 * 33) == 0
 
 
 def test_target_prints_psnr_and_compare_shows_it(run, photos, tmp_path, capsys):

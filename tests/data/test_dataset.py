@@ -83,7 +83,7 @@ def test_truncated_files_are_named(tmp_path, suffix, kept):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_refused(tmp_path, suffix, channels, budget):
-    pytest.importorskip("cv2")
+    pytest.importorskip("imagecodecs")
     io.write_image(tmp_path / f"deep.{suffix}", io.Image(np.zeros((8, 8, channels), np.uint16)))
     with pytest.raises(ValueError, match=f"8 bits; got 16 in .*deep.{suffix}"):
         ImageFolder(tmp_path, memory_budget=budget)

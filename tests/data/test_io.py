@@ -11,7 +11,8 @@ import pytest
 from PIL import ImageCms, ImageOps, TiffImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
-from ipt_fast.data.io import Image, from_pil, is_image_file, read_header, read_image, write_image
+from ipt_fast._files import atomic_write
+from ipt_fast.data.io import Image, check_writable_as, from_pil, is_image_file, read_header, read_image, write_image
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 MAKE, ORIENTATION, EXIF_DIRECTORY, EXPOSURE_TIME, MAKER_NOTE = 0x010F, 0x0112, 0x8769, 0x829A, 0x927C
@@ -78,12 +79,7 @@ def tiff(array, tags):
 
 @pytest.mark.parametrize(
     "dtype, channels, alpha",
-    [
-        (dtype, channels, alpha)
-        for dtype in (np.uint8, np.uint16)
-        for channels in (1, 3)
-        for alpha in (False, True)
-    ],
+    [(dtype, channels, alpha) for dtype in (np.uint8, np.uint16) for channels in (1, 3) for alpha in (False, True)],
 )
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF"])
 def test_lossless_formats_keep_everything(tmp_path, suffix, alpha, channels, dtype):
@@ -105,13 +101,17 @@ def test_lossless_formats_keep_everything(tmp_path, suffix, alpha, channels, dty
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tiff_is_read_by_others(tmp_path, channels):
-    cv2 = pytest.importorskip("cv2")
+    tifffile = pytest.importorskip("tifffile")
     for dtype in (np.uint8, np.uint16):
-        array = pixels(channels, dtype, height=301, width=203)
+        array = pixels(channels, dtype, height=1501, width=803)  # of several strips
         path = tmp_path / f"{np.dtype(dtype).name}.tif"
         write_image(path, Image(array, None, bytes(100_000)))  # a profile that pushes the pixels beyond 64 KiB
-        other = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).reshape(array.shape)
-        np.testing.assert_array_equal(other[:, :, ::-1], array)
+        np.testing.assert_array_equal(tifffile.imread(path).reshape(array.shape), array)
+        with tifffile.TiffFile(path) as file:
+            assert len(file.pages[0].dataoffsets) > 1
+    if channels == 3:  # of the last one Pillow knows no 16 bits
+        with PIL.Image.open(tmp_path / "uint8.tif") as image:
+            assert image.size == (803, 1501) and np.asarray(image).shape == (1501, 803, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -319,6 +319,46 @@ def test_too_many_pixels_are_refused_unless_they_are_allowed(tmp_path, monkeypat
             function(path, max_pixels=76)
         function(path, max_pixels=77)
     assert read_image(path, max_pixels=77).pixels.shape[:2] == (11, 7)
+
+
+@pytest.mark.parametrize(
+    "name, width, scale",
+    [("a.webp", 16384, 1), ("a.jpg", 65501, 1), ("a.JPEG", 65501, 1), ("a.webp", 8192, 2), ("a.jpg", 21834, 3)],
+)
+def test_sizes_that_a_format_does_not_hold_are_told_first(tmp_path, name, width, scale):
+    for array in (np.zeros((2, width, 3), np.uint8), np.zeros((width, 2, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"path must end in \.png, .* for an image of \d+ x \d+ pixels; got .*a\."):
+            check_writable_as(tmp_path / name, Image(array), scale)
+        smaller = array[: array.shape[0] - scale, : array.shape[1] - scale]
+        check_writable_as(tmp_path / name, Image(smaller if 0 not in smaller.shape else array[:1, :9]), scale)
+    with pytest.raises(ValueError, match="for an image of"):
+        write_image(tmp_path / name, Image(np.zeros((1, width * scale, 1), np.uint8)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, width", [("a.webp", 16383), ("a.jpg", 65500), ("a.png", 70000), ("a.tif", 70000)])
+def test_the_largest_sizes_are_written(tmp_path, name, width):
+    write_image(tmp_path / name, Image(np.zeros((1, width, 1), np.uint8)))
+    assert read_image(tmp_path / name).pixels.shape[:2] == (1, width)
+
+
+def test_a_bitmap_over_4_gigabytes_is_told_first(tmp_path):
+    huge = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (40_000, 40_000, 3))
+    with pytest.raises(ValueError, match="for an image of 40000 x 40000 pixels"):
+        check_writable_as(tmp_path / "a.bmp", Image(huge))
+    check_writable_as(tmp_path / "a.bmp", Image(huge[:30_000]))
+
+
+@pytest.mark.parametrize("stem", ["n" * 251, "\u00e4" * 125 + "n", "a." + "n" * 249])
+def test_names_as_long_as_the_file_system_allows(tmp_path, stem):
+    write_image(tmp_path / f"{stem}.png", Image(pixels()))
+    assert read_image(tmp_path / f"{stem}.png").pixels.shape == (11, 7, 3)
+    assert [path.stem for path in tmp_path.iterdir()] == [stem]
+    with atomic_write(tmp_path / ("n." + "s" * 253)) as temporary:
+        temporary.touch()
+    for function in (write_image, check_writable_as):
+        with pytest.raises(ValueError, match="path must have a name of at most 255 bytes; got .*nn.png"):
+            function(tmp_path / f"{stem}n.png", Image(pixels()))
 
 
 def test_write_refuses_unknown_suffix_and_leaves_nothing_behind(tmp_path):

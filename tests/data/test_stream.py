@@ -106,7 +106,7 @@ def save_cmyk(path):
         ("a.png", save_pages, "it must have one frame or page; got 2"),
         ("a.webp", save_pages, "it must have one frame or page; got 2"),
         ("a.jpg", save_cmyk, "its mode must be .*; got CMYK"),
-        ("a.tif", save_cmyk, "its mode must be .*; got CMYK"),
+        ("a.tif", save_cmyk, "its colours must be .*; got CMYK"),
     ],
 )
 def test_wrong_kinds_are_refused(tmp_path, name, save, reason, in_shard):

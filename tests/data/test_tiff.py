@@ -128,7 +128,8 @@ def test_every_layout_is_read_as_tifffile_reads_it_or_refused(tmp_path, compress
         np.testing.assert_array_equal(image.alpha, extra, str(case))
         write_image(out, image)
         again = tifffile.imread(out)
-        np.testing.assert_array_equal(np.atleast_3d(again), np.dstack([colours] + [extra] * bool(kind.extra)), str(case))
+        both = colours if extra is None else np.dstack([colours, extra])
+        np.testing.assert_array_equal(np.atleast_3d(again), both, str(case))
         with tifffile.TiffFile(out) as file:  # the further channel is called what it was called
             assert [each.name.lower() for each in file.pages[0].extrasamples] == list(kind.extra), case
         read += 1
@@ -248,7 +249,7 @@ def test_more_pages_are_refused_and_smaller_copies_named(tmp_path):
         file.write(values[::2, ::2], photometric="rgb", subfiletype=1)
     image = read_image(path)
     np.testing.assert_array_equal(image.pixels, values)
-    with pytest.warns(UserWarning, match="does not hold what the image had of: .*smaller pictures"):
+    with pytest.warns(UserWarning, match="not kept in a .* file: .*smaller pictures"):
         write_image(tmp_path / "out.tif", image)
 
 
@@ -288,5 +289,5 @@ def test_colours_brighter_than_associated_alpha_are_named(tmp_path):
 
 def test_an_unspecified_channel_stays_in_a_tiff(tmp_path):
     write(tmp_path / "a.tif", Kind("rgb", 4, ("unspecified",)), np.uint8)
-    with pytest.raises(ValueError, match=r"must end in \.tif, \.tiff for an image with a channel of unspecified meaning"):
+    with pytest.raises(ValueError, match=r"must end in \.tif, \.tiff for .* a channel of unspecified meaning"):
         write_image(tmp_path / "out.png", read_image(tmp_path / "a.tif"))
