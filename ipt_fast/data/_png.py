@@ -28,6 +28,15 @@ def is_16_bit(file: BinaryIO) -> bool:
     return file.read(25)[24:] == b"\x10"
 
 
+def correct_transparent_gray(file: BinaryIO, image: PIL.Image.Image) -> None:
+    """Scale the transparent gray of an image of 2 or 4 bits as Pillow scales its pixels to 8 bits, but not it."""
+    file.seek(0)
+    bits, kind = file.read(26)[24:]
+    gray = image.info.get("transparency")
+    if kind == 0 and bits in (2, 4) and isinstance(gray, int) and gray < 1 << bits:
+        image.info["transparency"] = gray * 255 // ((1 << bits) - 1)
+
+
 def decode(file: BinaryIO) -> np.ndarray:
     """(H, W, 1 to 4) uint16: gray or RGB, and alpha where there is an alpha channel or a transparent colour.
 

@@ -209,6 +209,8 @@ def _read(file: BinaryIO, max_pixels: int | None = None, only_8_bits: bool = Fal
             return _tiff.read(file)
         raise ValueError("training images must have 8 bits; got 16")
     with _opened(file, max_pixels) as image:
+        if image.format == "PNG":
+            _png.correct_transparent_gray(file, image)
         if not _is_16_bit(file, image):
             read = from_pil(image, upright=True)
         elif only_8_bits:

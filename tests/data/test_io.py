@@ -46,15 +46,16 @@ def assert_photo_exif(path):
     assert float(photo[EXPOSURE_TIME]) == pytest.approx(0.01) and photo[MAKER_NOTE] == b"opaque"
 
 
-def sixteen_bit_png(array, *chunks):
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+def png_chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
+
+def sixteen_bit_png(array, *chunks):
     height, width, channels = array.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    body = b"".join(chunk(*each) for each in chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
+    body = b"".join(png_chunk(*each) for each in (*chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + body
 
 
 def tiff(array, tags):
@@ -227,6 +228,26 @@ def test_palette_and_one_bit_are_converted(tmp_path):
     bits = PIL.Image.fromarray(pixels(1)[:, :, 0] > 100)
     bits.save(tmp_path / "1.png")
     np.testing.assert_array_equal(read_image(tmp_path / "1.png").pixels[:, :, 0], np.asarray(bits) * 255)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_transparent_gray_of_any_depth_becomes_alpha(tmp_path, bits):
+    white = 2**bits - 1
+    values = np.random.default_rng(0).integers(0, white, (9, 16), np.uint8, endpoint=True)
+    for gray in {0, 1, white}:
+        rows = np.unpackbits(values[:, :, None], axis=2)[:, :, 8 - bits :].reshape(9, -1)
+        body = b"".join(b"\0" + row.tobytes() for row in np.packbits(rows, axis=1))
+        header = struct.pack(">IIBBBBB", 16, 9, bits, 0, 0, 0, 0)
+        content = [
+            (b"IHDR", header),
+            (b"tRNS", struct.pack(">H", gray)),
+            (b"IDAT", zlib.compress(body)),
+            (b"IEND", b""),
+        ]
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*each) for each in content))
+        image = read_image(tmp_path / "a.png")
+        np.testing.assert_array_equal(image.pixels[:, :, 0], values * (255 // white))
+        np.testing.assert_array_equal(image.alpha, np.where(values == gray, 0, 255))
 
 
 def test_other_modes_are_refused(tmp_path):

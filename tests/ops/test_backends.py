@@ -270,7 +270,8 @@ def test_import_needs_no_extension_and_no_extras():
     """A bare `import ipt_fast` in a process where the extension and every optional package are missing."""
     program = """
 import sys
-for name in ("ipt_fast._C", "ipt_fast._build_info", "triton", "tifffile", "imagecodecs", "matplotlib", "timm", "torchvision"):
+extras = ("triton", "tifffile", "imagecodecs", "matplotlib", "timm", "torchvision")
+for name in ("ipt_fast._C", "ipt_fast._build_info", *extras):
     sys.modules[name] = None
 import importlib.util
 real = importlib.util.find_spec
