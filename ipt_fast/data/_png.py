@@ -89,7 +89,8 @@ def write(file: BinaryIO, image: Image) -> None:
 def _encode(image: Image) -> bytes:
     channels = np.ascontiguousarray(image.channels)
     if channels.dtype == np.uint16:
-        return _import_imagecodecs().png_encode(channels)
+        # numpy leaves any stride where a side has one pixel; imagecodecs wants that of a new array.
+        return _import_imagecodecs().png_encode(channels.reshape(-1).reshape(channels.shape))
     file = io.BytesIO()
     PIL.Image.fromarray(channels[:, :, 0] if channels.shape[2] == 1 else channels).save(file, "PNG")
     return file.getvalue()

@@ -178,6 +178,22 @@ def test_sixteen_bit_orientation(tmp_path, channels, suffix, orientation):
     assert_photo_exif(path)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (4, 4)])
+def test_views_of_sixteen_bits_are_written(tmp_path, shape, channels, suffix):
+    pytest.importorskip("imagecodecs")
+    large = pixels(6, np.uint16)
+    for view in (
+        large[: shape[0], : shape[1], :channels],
+        large[::-2, ::2, ::2][: shape[0], : shape[1], :channels],
+        np.broadcast_to(large[:1, :1, :channels], (*shape, channels)),
+        large[: shape[0], : shape[1], 0, None],
+    ):
+        write_image(tmp_path / f"a{suffix}", Image(view))
+        np.testing.assert_array_equal(read_image(tmp_path / f"a{suffix}").pixels, view)
+
+
 def test_sixteen_bit_colour_is_not_read_as_eight(tmp_path):
     pytest.importorskip("imagecodecs")
     array = pixels(4, np.uint16)
