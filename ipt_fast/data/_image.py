@@ -55,6 +55,11 @@ class Image:
         return self.pixels if self.alpha is None else np.dstack([self.pixels, self.alpha])
 
 
+def usable_resolution(across: float, down: float) -> tuple[float, float] | None:
+    """Two numbers of a file as a resolution in pixels per inch; None where they cannot be one."""
+    return (across, down) if 0 < across < 1e6 and 0 < down < 1e6 else None
+
+
 def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """(H, W, ...) as an EXIF orientation (1 to 8) says that it is to be shown."""
     if orientation in (3, 4, 6, 7):

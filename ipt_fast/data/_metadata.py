@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from ._exif import HEADER, Exif, sized_xmp, upright_xmp, xmp_orientation
-from ._image import Block, Image
+from ._image import Block, Image, usable_resolution
 from ._tiff_tags import photo_exif
 
 _NAMES = {"icc_profile": "ICC profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC", "resolution": "resolution"}
@@ -181,9 +181,9 @@ def _resolution(image: PIL.Image.Image) -> tuple[float, float] | None:
     info = image.info
     inch = {1: 1.0, 2: 2.54}.get(info.get("jfif_unit", 0)) if image.format in ("JPEG", "MPO") else 1.0
     values = info.get("jfif_density" if image.format in ("JPEG", "MPO") else "dpi")
-    if inch is None or values is None or min(values) <= 0:
+    if inch is None or values is None:
         return None
-    return float(values[0] * inch), float(values[1] * inch)
+    return usable_resolution(float(values[0] * inch), float(values[1] * inch))
 
 
 def _sized(image: Image, width: int, height: int) -> Image:

@@ -24,6 +24,7 @@ _WHITE_IS_ZERO, _RGB, _PALETTE, _YCBCR, _JPEG = 0, 2, 3, 6, 7
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 6: 3}  # samples of a pixel, by photometric interpretation
 _OTHER_COLOURS = {4: "a mask", 5: "CMYK", 6: "YCbCr", 8: "Lab", 9: "Lab", 10: "Lab", 32803: "a raw photo"}
 _SAMPLE_FORMATS = {2: "signed integers", 3: "floating point", 5: "complex numbers", 6: "complex numbers"}
+_LARGEST_TILE = 1 << 24  # pixels, of a small image; larger ones are made to fill the memory
 _REDUCED = 1  # a bit of NewSubfileType
 _PILLOW_COMPRESSIONS = (1, 5, 8, 32773, 32946)  # none, LZW, deflate, PackBits
 
@@ -82,17 +83,28 @@ def _opened(file: BinaryIO) -> Iterator[Any]:
     tifffile = _import_tifffile()
     assert tifffile is not None
     file.seek(0)
-    with tifffile.TiffFile(file) as tiff:
-        pages = [page for page in tiff.pages if not page.subfiletype & _REDUCED]
-        count = len(pages)
-        if tiff.is_imagej:  # which keeps many pictures in one page
-            count = max(count, int((tiff.imagej_metadata or {}).get("images", 1)))
-        if tiff.is_shaped and any(each.get("truncated") for each in tiff.shaped_metadata or ()):
-            count = max(count, 2)
+    with contextlib.ExitStack() as stack:
+        with _naming_damage():
+            tiff = stack.enter_context(tifffile.TiffFile(file))
+            pages = [page for page in tiff.pages if not page.subfiletype & _REDUCED]
+            count = len(pages)
+            if tiff.is_imagej:  # which keeps many pictures in one page
+                count = max(count, int((tiff.imagej_metadata or {}).get("images", 1)))
+            if tiff.is_shaped and any(each.get("truncated") for each in tiff.shaped_metadata or ()):
+                count = max(count, 2)
         if count != 1:
             raise ValueError(f"it must have one frame or page; got {count}")
         _check_kind(pages[0])
         yield pages[0]
+
+
+@contextlib.contextmanager
+def _naming_damage() -> Iterator[None]:
+    """What tifffile and its codecs raise about damage, and about what they do not read, becomes a ValueError."""
+    try:
+        yield
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is damaged, or stored in a way that is not read ({error})") from error
 
 
 def _check_kind(page: Any) -> None:
@@ -110,6 +122,10 @@ def _check_kind(page: Any) -> None:
     if page.sampleformat in _SAMPLE_FORMATS or not isinstance(bits, int) or not 1 <= bits <= 16:
         got = _SAMPLE_FORMATS.get(page.sampleformat, f"{bits} bits")
         raise ValueError(f"its channels must be unsigned integers, all of the same depth, of 1 to 16 bits; got {got}")
+    if kind == _PALETTE and page.colormap is None:
+        raise ValueError("its palette must be in the file; got none")
+    if page.is_tiled and page.tilewidth * page.tilelength > max(_LARGEST_TILE, 4 * page.imagewidth * page.imagelength):
+        raise ValueError(f"its tiles must be about as large as it or less; got {page.tilewidth} x {page.tilelength}")
     extras = page.samplesperpixel - _COLOURS[kind]
     if extras not in (0, 1):
         name = {_RGB: "RGB", _PALETTE: "a palette", _YCBCR: "YCbCr"}.get(kind, "gray")
@@ -155,16 +171,15 @@ def _decode(page: Any) -> Image:
 
 def _samples(page: Any) -> np.ndarray:
     """(H, W, samples) as they are stored; every strip or tile must be there, as tifffile fills in what is not."""
-    size, segments = page.parent.filehandle.size, int(np.prod(page.chunked))
+    with _naming_damage():
+        size, segments = page.parent.filehandle.size, int(np.prod(page.chunked))
     places = list(zip(page.dataoffsets, page.databytecounts, strict=False))
     if len(places) < segments and not page.is_contiguous:
         raise ValueError(f"it must have {segments} strips or tiles; got {len(places)}")
     if any(not start or not length or start + length > size for start, length in places):
         raise ValueError("it must have all its strips or tiles; got a damaged or truncated file")
-    try:
+    with _naming_damage():
         samples = page.asarray(squeeze=False)  # (samples apart, depth, height, width, samples together)
-    except (RuntimeError, IndexError, TypeError) as error:  # as the codecs call damage, and tifffile what it lacks
-        raise ValueError(f"it is damaged, or stored in a way that is not read ({error})") from error
     return np.moveaxis(samples[:, 0], 0, -1).reshape(page.imagelength, page.imagewidth, -1)
 
 

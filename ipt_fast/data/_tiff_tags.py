@@ -9,7 +9,7 @@ import PIL.Image
 from PIL import ExifTags, TiffImagePlugin, TiffTags
 
 from ._exif import upright_xmp, xmp_orientation
-from ._image import Block, Image, turned_upright
+from ._image import Block, Image, turned_upright, usable_resolution
 
 ALPHA_KINDS = ("unspecified", "associated", "unassociated")  # by the number that ExtraSamples holds
 SUB_DIRECTORIES = 330
@@ -136,8 +136,10 @@ def _multiplied_by_alpha(image: Image) -> np.ndarray:
 
 def _resolution(exif: PIL.Image.Exif) -> tuple[float, float] | None:
     inches = _INCHES.get(exif.get(_UNIT, 2))
-    values = [float(exif[tag]) for tag in _RESOLUTIONS if tag in exif and exif[tag]]
-    return None if inches is None or len(values) < 2 else (values[0] / inches, values[1] / inches)
+    if inches is None or not all(isinstance(exif.get(tag), (TiffImagePlugin.IFDRational, int)) for tag in _RESOLUTIONS):
+        return None
+    across, down = (float(exif[tag]) / inches for tag in _RESOLUTIONS)
+    return usable_resolution(across, down)
 
 
 def _bytes(value: Any) -> bytes | None:

@@ -193,9 +193,6 @@ def _naming(name: str | Path) -> Iterator[None]:
     """Whatever goes wrong with an image file becomes a ValueError that names it."""
     try:
         yield
-    except PIL.UnidentifiedImageError as error:  # whose text has the address of an object
-        kinds = ", ".join(_FORMATS)
-        raise ValueError(f"cannot read image {name}: it must be one of {kinds}; got another kind or damage") from error
     except _READ_ERRORS as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
     except ImportError as error:
@@ -226,9 +223,12 @@ def _read(file: BinaryIO, max_pixels: int | None = None, only_8_bits: bool = Fal
 @contextlib.contextmanager
 def _opened(file: BinaryIO, max_pixels: int | None) -> Iterator[PIL.ImageFile.ImageFile]:
     """The Pillow image of a file, not yet decoded."""
-    with _pillow_without_limit():
-        image = PIL.Image.open(file, formats=_FORMATS)
-    with image:
+    try:
+        with _pillow_without_limit():
+            opened = PIL.Image.open(file, formats=_FORMATS)
+    except PIL.UnidentifiedImageError as error:  # whose text has the address of an object
+        raise ValueError(f"it must be one of {', '.join(_FORMATS)}; got another kind or damage") from error
+    with opened as image:
         _check_size(image.height, image.width, max_pixels)
         # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
         frames = getattr(image, "n_frames", 1)

@@ -194,6 +194,21 @@ def test_tiff_tags_that_are_not_kept_are_named(tmp_path):
     assert told(tmp_path / "out.tif")[0][305] == "a program"
 
 
+@pytest.mark.parametrize("numbers", [(0, 0), (1, 0), (0, 1), (2**32 - 1, 1)])
+def test_a_resolution_that_is_none_is_left_out(tmp_path, numbers):
+    value = TiffImagePlugin.IFDRational(*numbers)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[282], tags[283] = value, value
+    PIL.Image.fromarray(pixels()).save(tmp_path / "a.tif", tiffinfo=tags)
+    metres = struct.pack(">IIB", 0, 2**31 - 1, 1)
+    (tmp_path / "a.png").write_bytes(png(pixels(), (b"pHYs", metres)))
+    for name in ("a.tif", "a.png"):
+        image = read_image(tmp_path / name)
+        assert image.resolution is None
+        for suffix in (".png", ".tif", ".jpg"):
+            write_image(tmp_path / f"out{suffix}", image)
+
+
 COLOUR = {
     b"gAMA": struct.pack(">I", 100000),
     b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -291,3 +292,23 @@ def test_an_unspecified_channel_stays_in_a_tiff(tmp_path):
     write(tmp_path / "a.tif", Kind("rgb", 4, ("unspecified",)), np.uint8)
     with pytest.raises(ValueError, match=r"must end in \.tif, \.tiff for .* a channel of unspecified meaning"):
         write_image(tmp_path / "out.png", read_image(tmp_path / "a.tif"))
+
+
+def test_damaged_files_are_one_sentence(tmp_path):
+    """Any byte of header and directory may be wrong: a picture comes out, or a ValueError that names the file."""
+    random, path, refused = np.random.default_rng(0), tmp_path / "a.tif", 0
+    for kind, layout in itertools.product((KINDS[2], KINDS[3]), LAYOUTS.values()):
+        write(path, kind, np.uint8, compression="lzw", **layout)
+        content = path.read_bytes()
+        for _ in range(60):
+            hurt = bytearray(content)
+            hurt[random.integers(0, 300)] = random.integers(256)
+            path.write_bytes(hurt)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    assert read_image(path).pixels.ndim == 3
+                except ValueError as error:
+                    assert "a.tif" in str(error)
+                    refused += 1
+    assert refused > 100
