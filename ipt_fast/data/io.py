@@ -177,8 +177,9 @@ def from_pil(image: PIL.Image.Image, *, upright: bool = False) -> Image:
     mode = _MODES[image.mode]
     if "transparency" in image.info and mode in ("L", "RGB"):
         mode = {"L": "LA", "RGB": "RGBA"}[mode]
-    grays = image.convert("L") if image.mode == "1" else image
-    channels = np.array(grays.convert(mode)).reshape(image.height, image.width, -1)
+    converted = image.convert("L") if image.mode == "1" else image
+    converted = converted if converted.mode == mode else converted.convert(mode)  # which would copy
+    channels = np.array(converted).reshape(image.height, image.width, -1)
     return _described(image, channels, upright)
 
 
