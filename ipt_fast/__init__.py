@@ -1,7 +1,7 @@
 """ipt_fast: image-restoration transformers, exact and fast.
 
-Models by name (:func:`create_model`), restoration of images (:func:`restore`), models for inference (:func:`freeze`),
-drop-in modules (:mod:`ipt_fast.modules`) and operators (:mod:`ipt_fast.ops`) with several backends
+Models by name (:func:`create_model`), restoration of images (:func:`restore`, :class:`Restorer`), models for inference
+(:func:`freeze`), drop-in modules (:mod:`ipt_fast.modules`) and operators (:mod:`ipt_fast.ops`) with several backends
 (:func:`use_backend`).
 """
 
@@ -15,6 +15,7 @@ from .ops._explain import explain
 from .ops._select import keep_backend, use_backend
 
 __all__ = [
+    "Restorer",
     "create_model",
     "explain",
     "freeze",
@@ -30,12 +31,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .inference import restore
+    from .inference import Restorer, restore
 else:
 
     def __getattr__(name: str) -> Any:
-        if name == "restore":  # imports Pillow, which models and operators do not need
-            from .inference import restore
+        if name in ("Restorer", "restore"):  # these import Pillow, which models and operators do not need
+            from . import inference
 
-            return restore
+            return getattr(inference, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

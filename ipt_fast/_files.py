@@ -4,26 +4,73 @@ import contextlib
 import os
 import pathlib
 import secrets
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 
+from safetensors import SafetensorError
+
 _NAME_BYTES = 255  # of file systems that do not say
+# Names of what this process has open: a file behind one of them is written to, as its other writers expect.
+_OPEN_STREAMS = ("/dev", "/dev/fd", "/proc/self/fd")
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yield a temporary path in the folder of ``path`` (same suffix) that replaces ``path`` when the block succeeds.
+    """Yield a temporary path (same suffix) whose content goes to ``path`` when the block succeeds.
 
-    When the block raises, the temporary file is removed and whatever stood at ``path`` before is left as it was. The
-    temporary name is short, so that ``path`` may have the longest name that the file system allows.
+    A file is replaced at once; a link is followed, and the file behind it replaced. A device or a FIFO stays what it
+    is, and the content is written into it. When the block raises, the temporary file is removed and whatever stood at
+    ``path`` before is left as it was. The temporary name is short, so that ``path`` may have the longest name that the
+    file system allows.
     """
     path = pathlib.Path(path)
     suffix = path.suffix if len(path.suffix) <= 16 else ""
-    temporary = path.with_name(f".{secrets.token_hex(8)}{suffix}")
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = pathlib.Path(folder, f"content{suffix}")
+            yield temporary
+            with temporary.open("rb") as content, path.open("ab") as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    place = pathlib.Path(os.path.realpath(path))
+    temporary = place.with_name(f".{secrets.token_hex(8)}{suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system refuses while ``path`` is written becomes an OSError with the file's name.
+
+    Libraries say it in kinds of their own, or fail once more where they close a file on a full disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError | SafetensorError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        named = OSError(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}")
+        named.errno = getattr(cause, "errno", None)
+        raise named from error
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a device, a FIFO or another way out, which is written to and never replaced."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    if stat.S_ISREG(mode):
+        return os.path.dirname(os.path.abspath(path)) in _OPEN_STREAMS
+    return not stat.S_ISDIR(mode)
 
 
 def check_name(path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 # {part of the package: the parts that it may import}; all may import themselves and SHARED.
-SHARED = {"_files", "_precision", "_version"}
+SHARED = {"_device", "_files", "_precision", "_version"}
 OPERATORS = {"ops", "reference", "kernels", "_extension"}
 MODELS = {"models", "modules"} | OPERATORS
 MAY_IMPORT = {

@@ -78,3 +78,9 @@ def test_fields_of_eval(tmp_path):
 def test_fields_of_a_saved_config(name, tmp_path):
     create_model(name).save_pretrained(tmp_path)
     assert set(json.loads((tmp_path / "config.json").read_text())) == set(PUBLISHED["json"][name].split())
+
+
+def test_the_restorer_is_at_the_top_and_imported_when_asked_for():
+    program = "import sys, ipt_fast; assert 'PIL' not in sys.modules; from ipt_fast import Restorer, restore\n"
+    program += "from ipt_fast import inference; assert (Restorer, restore) == (inference.Restorer, inference.restore)"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -4,10 +4,13 @@ import argparse
 import json
 from typing import TypeAlias
 
+from ..models import shipped_models
 from ..tiling import PROCEDURES
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+RAW_HELP = "of a file with averaged weights (EMA), such as checkpoint.pth of a run, take those of the last iteration"
 TILE_HELP = f"auto (by estimated memory), whole, or a size in pixels; of IPT {', '.join(PROCEDURES)}"
+MODELS_HELP = "Models that ship: " + ". ".join(f"{name}: {purpose}" for name, purpose in shipped_models().items()) + "."
 
 
 def tile_size(text: str) -> str | int | None:

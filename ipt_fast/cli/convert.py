@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from ..models import open_checkpoint
-from ._arguments import Subparsers, json_object
+from ._arguments import RAW_HELP, Subparsers, json_object
+from ._outputs import check_new_folder
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -20,6 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
     option("--model", required=True, help="the architecture, such as ipt")
     option("--model-config", type=json_object, default={}, metavar="JSON",
            help="fields of the model's config, such as '{\"heads\": 6}'")  # fmt: skip
+    option("--raw-weights", action="store_true", help=RAW_HELP)
     option("--tasks", nargs="+", metavar="TASK", help="names of an IPT's heads in order, where its tails do not tell")
     parser.set_defaults(run=run)
 
@@ -30,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: bad arguments, OUT holds something already, or the file does not fit.
     """
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise ValueError(f"OUT must be a new folder, or an empty one; got {args.output}")
+    check_new_folder("OUT", args.output)
     if args.file.is_dir() or (args.file.name == "model.safetensors" and (args.file.parent / "config.json").exists()):
         raise ValueError(
             f"FILE must be weights alone; got {args.file}, which is a saved model already, whose folder --model takes"
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if "tasks" in config:
             raise ValueError("--tasks must be left out where --model-config has tasks; got both")
         config = {**config, "tasks": tuple(args.tasks)}
-    model = open_checkpoint(args.file, args.model, **config)
+    model = open_checkpoint(args.file, args.model, average=False if args.raw_weights else None, **config)
     model.save_pretrained(args.output)
     print(args.output)
     return 0

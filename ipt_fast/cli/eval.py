@@ -1,22 +1,27 @@
 """``ipt-fast eval``: PSNR and SSIM of a model on folders of images."""
 
 import argparse
+import dataclasses
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from .. import use_backend
+from .._files import is_stream
 from .._precision import DTYPES
+from ..data.files import list_images
 from ..evaluation.protocols import PROTOCOLS
-from ..evaluation.report import append_csv, format_table, read_csv, write_json
-from ..evaluation.runner import evaluate
+from ..evaluation.report import append_csv, format_table, is_report, read_csv, write_json
+from ..evaluation.runner import dataset_names, evaluate
 from ..inference import Restorer
 from ..models import open_model
 from ..ops._select import POLICIES, policy
-from ._arguments import TILE_HELP, Subparsers, tile_size
+from ._arguments import MODELS_HELP, TILE_HELP, Subparsers, tile_size
+from ._outputs import Outputs, model_files
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -28,13 +33,14 @@ def add_parser(subparsers: Subparsers) -> None:
         "Clean images get Gaussian noise (--sigma) or, for a task that magnifies, are shrunk; degraded ones are\n"
         "compared with --target.\n\n"
         f"protocols:\n{protocols}",
+        epilog=textwrap.fill(MODELS_HELP, 100),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
     option("--model", default="ipt_v2_tiny", help="a model that ships, or a folder of a saved one (%(default)s)")
     option("--task", help="of a model with several tasks: which; any of its denoising heads takes any --sigma")
     option("--data", nargs="+", required=True, metavar="FOLDER", help="clean images, or the inputs of a paired set")
-    option("--target", metavar="FOLDER", help="targets of a paired set, under the same file names")
+    option("--target", metavar="FOLDER", help="targets of a paired set, by the same names (the suffix may differ)")
     option("--sigma", nargs="+", type=float, default=[], metavar="S", help="noise levels on the 0..255 scale")
     option("--protocol", choices=list(PROTOCOLS), default="rgb", help="how the score is computed (%(default)s)")
     option("--crop", type=int, metavar="N", help="border pixels left out of the score (the magnification, else 0)")
@@ -74,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
             )
         crop = (scale or 0) if args.crop is None else args.crop
         restorer.try_one_pixel()
-        for folder in args.data:
+        names = args.data if args.target else dataset_names(args.data)
+        for folder, dataset in zip(args.data, names, strict=True):
             for sigma in args.sigma or [None]:
                 evaluation = evaluate(
                     restorer,
@@ -87,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
                     limit=args.limit,
                     progress=lambda paths: tqdm(paths, unit="image", leave=False, disable=None),
                 )
+                if not args.target:
+                    evaluation = dataclasses.replace(evaluation, dataset=dataset)
                 for name, reason in evaluation.failures:
                     print(f"ipt-fast eval: {evaluation.dataset}/{name}: {reason}", file=sys.stderr)
                 evaluations.append(evaluation)
@@ -104,17 +113,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_reports(args: argparse.Namespace) -> None:
     """Raise before the work is done, not after."""
-    for option, path in (("--csv", args.csv), ("--json", args.json)):
-        if not path:
+    reports = [(name, Path(path)) for name, path in (("--csv", args.csv), ("--json", args.json)) if path]
+    if not reports:
+        return
+    folders = [*args.data, *([args.target] if args.target else [])]
+    outputs = Outputs([*(image for folder in folders for image in list_images(folder)), *model_files(args.model)])
+    for name, path in reports:
+        if path.is_dir():
+            raise ValueError(f"{name} must be a file; got the folder {path}")
+        outputs.claim(name, path, is_report if name == "--json" else None)
+        if is_stream(path):
             continue
-        if Path(path).is_dir():
-            raise ValueError(f"{option} must be a file; got the folder {path}")
         try:
-            with tempfile.TemporaryFile(dir=Path(path).absolute().parent):
+            with tempfile.TemporaryFile(dir=path.resolve().parent):
                 pass
         except OSError as error:
             raise ValueError(
-                f"{option} must be in a folder that can be written; got {path} ({error.strerror})"
+                f"{name} must be in a folder that can be written; got {path} ({error.strerror})"
             ) from error
     if args.csv:
         read_csv(args.csv)

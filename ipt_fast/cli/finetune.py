@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..models import open_model, saved_folder
+from ..models import list_models, open_model, saved_folder
 from . import train
 from ._arguments import Subparsers
 
@@ -26,10 +26,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: --model is no trained model, or it has several tasks and --task names none.
     """
+    return train.run(args, _prepare)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """A name means the weights that ship; a resumed run needs no model, as it has its own."""
+    if args.resume and args.model not in list_models():
+        return
     if args.model is None:
         raise ValueError("--model must be the folder of a saved model, or one that ships; got none")
     args.model = str(saved_folder(args.model))
     tasks = open_model(args.model).contract.tasks
-    if args.task is None and len(tasks) > 1:
+    if args.task is None and len(tasks) > 1 and not args.resume:
         raise ValueError(f"--task must be the one of {', '.join(tasks)} to keep; got none")
-    return train.run(args)

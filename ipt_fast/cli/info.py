@@ -8,6 +8,7 @@ import torch
 import ipt_fast
 
 from .. import _extension
+from ..models import shipped_models
 from ._arguments import Subparsers
 
 
@@ -22,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPU      {', '.join(gpus) or 'none'}")
     print(f"models   {', '.join(ipt_fast.list_models())}")
+    for name, purpose in shipped_models().items():
+        print(f"ships    {name}: {purpose}")
     if error := _extension.error():
         print(f"C++      {error}")
     else:

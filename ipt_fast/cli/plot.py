@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from PIL import PngImagePlugin
 
 from .._files import atomic_write
 from ..data.degradations import degrade
@@ -17,9 +18,11 @@ from ..evaluation.metrics import psnr
 from ..inference import Restorer
 from ..models import open_model
 from ..models._pretrained import PretrainedModel
-from ._arguments import Subparsers
+from ._arguments import MODELS_HELP, Subparsers
+from ._outputs import Outputs, model_files
 
 KINDS = ("positions", "tasks", "restorations")
+_MARK = {"Software": "ipt-fast plot"}  # in the PNG, so that a picture can be drawn again in its place
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -28,6 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="draw a model's embeddings or restorations",
         description="positions, tasks: how alike the embeddings of an IPT are (figures 1 and 3 of its supplement). "
         "restorations: a clean image degraded, restored and itself, side by side with PSNR.",
+        epilog=MODELS_HELP,
     )
     option = parser.add_argument
     option("kind", choices=KINDS, help="what to draw")
@@ -42,21 +46,34 @@ def run(args: argparse.Namespace) -> int:
     """Draw as the parsed arguments say; 0.
 
     Raises:
-        ValueError: bad arguments, or a model without such embeddings.
+        ValueError: bad arguments, a model without such embeddings, or an OUT that holds something else.
     """
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"OUT must be a .png file; got {args.output}")
     if (args.kind == "restorations") != (args.image is not None):
         raise ValueError(f"--image must be given for restorations, and for nothing else; got {args.kind}, {args.image}")
+    reads = model_files(args.model) + ([args.image] if args.image else [])
+    Outputs(reads).claim("OUT", args.output, _is_plot)
     model = open_model(args.model)
     if args.kind == "restorations":
         picture = _restoration(model, args)
     else:
         picture = (draw_positions if args.kind == "positions" else draw_tasks)(model)
+    mark = PngImagePlugin.PngInfo()
+    for key, value in _MARK.items():
+        mark.add_text(key, value)
     with atomic_write(args.output) as path:
-        picture.save(path)
+        picture.save(path, pnginfo=mark)
     print(args.output)
     return 0
+
+
+def _is_plot(path: Path) -> bool:
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.items() >= _MARK.items()
+    except OSError:
+        return path.stat().st_size == 0
 
 
 def _restoration(model: PretrainedModel, args: argparse.Namespace) -> PIL.Image.Image:

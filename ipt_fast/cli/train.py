@@ -1,15 +1,28 @@
 """``ipt-fast train``: train a model on a folder of images."""
 
 import argparse
+import re
+import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from ..training.checkpoint import load_checkpoint
 from ..training.config import TrainingConfig
-from ..training.loop import train
+from ..training.distributed import FailedElsewhereError, World
+from ..training.loop import LOG_FIELDS, train
 from ..training.losses import LOSSES
 from ._arguments import Subparsers, json_object
+from ._outputs import Outputs, model_files
+
+
+class _Option(argparse.Action):
+    """Stores a value, and its name in ``given``: a run that is resumed must tell it from a default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = {*getattr(namespace, "given", ()), "patch_size" if self.dest == "patch" else self.dest}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -32,8 +45,11 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = {entry.name: entry.default for entry in fields(TrainingConfig)}
-    option = parser.add_argument
-    option("--data", type=Path, required=True, metavar="FOLDER", help="clean training images, subfolders included")
+
+    def option(name: str, **settings: Any) -> None:
+        parser.add_argument(name, action=_Option, **settings)
+
+    option("--data", type=Path, default=None, metavar="FOLDER", help="clean training images, subfolders included")
     option("--out", type=Path, required=True, metavar="FOLDER", help="where the model, checkpoint and log go")
     option("--model", default=default["model"], help="name of a model, or folder of a saved one to start from")
     option("--model-config", type=json_object, default={}, metavar="JSON", help="fields of the model's config")
@@ -64,27 +80,72 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--workers", type=int, default=default["workers"], metavar="N", help="processes that prepare batches")
     option("--threads", type=int, default=None, metavar="N", help="CPU threads; None leaves PyTorch's choice")
     option("--device", default=None, help="cpu, cuda ...; None takes a GPU where there is one")
-    option("--resume", action="store_true", help="continue the run in OUT, with the same settings")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in OUT, which has its settings; those given must agree",
+    )
     parser.set_defaults(run=run)
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train as the parsed arguments say; 0 when finished, 130 when stopped by a signal."""
-    settings = {entry.name: getattr(args, entry.name) for entry in fields(TrainingConfig) if entry.name != "patch_size"}
-    config = TrainingConfig(patch_size=args.patch, **settings)
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"threads must be at least 1; got {args.threads}")
-        torch.set_num_threads(args.threads)
+def run(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], None] = lambda args: None) -> int:
+    """Train as the parsed arguments say; 0 when finished, 130 when stopped by a signal.
+
+    Of several processes the first one prints.
+
+    Args:
+        prepare: checks and changes the arguments first.
+    """
+    world = World.join()
+    if world.rank:
+        warnings.simplefilter("ignore")  # the first one warns
     try:
+        config = world.together(lambda: _settings(args, prepare))
         finished = train(config, resume=args.resume)
-    except FloatingPointError as error:
+    except FailedElsewhereError:
+        return 2
+    except FloatingPointError as error:  # in all processes, which have the same gradients
+        if world.rank:
+            return 2
         saved = (config.out / "checkpoint.pth").exists()
         kept = f"the last checkpoint in {config.out} is kept" if saved else "no checkpoint was saved yet"
         raise ValueError(f"training diverged: {error}; {kept}") from error
-    if finished < config.total_iterations:
+    stopped = finished < config.total_iterations
+    if world.rank == 0 and stopped:
         print(f"stopped and saved after {finished} of {config.total_iterations} iterations; --resume continues")
-        return 130
-    print(f"finished {finished} iterations; the model is in {config.out}")
-    return 0
+    elif world.rank == 0:
+        print(f"finished {finished} iterations; the model is in {config.out}")
+    return 130 if stopped else 0
+
+
+def _settings(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], None]) -> TrainingConfig:
+    """Those of a new run, or those of the run in OUT and what is given beside."""
+    prepare(args)
+    settings = {"patch_size" if name == "patch" else name: value for name, value in vars(args).items()}
+    if args.resume:
+        given = {name: settings[name] for name in args.given}
+        config = TrainingConfig.resumed(load_checkpoint(args.out / "checkpoint.pth")["config"], **given)
+    elif args.data is None:
+        raise ValueError("--data must be a folder of clean images; got none")
+    else:
+        config = TrainingConfig(**{entry.name: settings[entry.name] for entry in fields(TrainingConfig)})
+    _check_out(config, args.resume)
+    return config
+
+
+def _check_out(config: TrainingConfig, resume: bool) -> None:
+    """Raise ValueError where the run would write over a file that no run made; the loop looks for its checkpoint."""
+    outputs = Outputs(model_files(config.model))
+    if not resume and not (config.out / "checkpoint.pth").exists():
+        for name in ("config.json", "model.safetensors"):
+            outputs.claim(f"{name} in --out", config.out / name, lambda _: False)
+    outputs.claim("log.csv in --out", config.out / "log.csv", _is_log)
+
+
+def _is_log(path: Path) -> bool:
+    """Whether all that a resumed run would keep or drop of this file are rows of a log."""
+    text = path.read_text(errors="replace")
+    header, *rows = text.splitlines() or [""]
+    whole = rows if text.endswith("\n") else rows[:-1]  # a killed run may have left half a row
+    return header == ",".join(LOG_FIELDS) and all(re.fullmatch(r"\d+(,[^,]*){4}", row) for row in whole)

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ._fingerprint import fingerprint
 from .degradations import add_gaussian_noise, degrade, random_sigma
 from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # an "as" marks names that are kept for older imports
+from .files import Entry, list_images
 from .files import is_image_file as is_image_file
-from .files import list_images
 from .io import Image as Image
 from .io import read_header, read_image, with_channels
 from .io import to_pil as to_pil
@@ -24,19 +26,21 @@ class ImageFolder(Sequence[Tensor]):
     is decoded when it is asked for. They are read by :func:`ipt_fast.data.io.read_image`: upright, and without alpha.
 
     Args:
-        folder: searched recursively, hidden files are left out.
+        folder: searched recursively and through links; what is hidden is left out.
         channels: 3 for RGB, 1 for gray (ITU-R 601-2 luma).
         memory_budget: bytes.
 
     Raises:
         ValueError: the folder is missing or has no images, ``channels`` is neither 1 nor 3, or an image has 16 bits or
-            cannot be read (where images are decoded on demand, what the header does not show comes then).
+            cannot be read (where images are decoded on demand, what the header does not show comes then, and so does
+            that the size has changed).
     """
 
     def __init__(self, folder: str | Path, channels: int = 3, memory_budget: int = 4 * 2**30):
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3; got {channels}")
         self.channels = channels
+        self.folder = Path(folder)
         self.paths = list_images(folder, recursive=True)
         self.sizes = [_read_size(path) for path in self.paths]
         fits = channels * sum(height * width for height, width in self.sizes) <= memory_budget
@@ -46,7 +50,16 @@ class ImageFolder(Sequence[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
-        return self._decode(self.paths[index]) if self._images is None else self._images[index]
+        if self._images is not None:
+            return self._images[index]
+        image = self._decode(self.paths[index])
+        if sorted(image.shape[1:]) != sorted(self.sizes[index]):
+            raise ValueError(f"images must stay as they are; got {self.paths[index]} of another size than at the start")
+        return image
+
+    def fingerprint(self) -> dict[str, Any]:
+        """By which a resumed run recognises its data, see :func:`ipt_fast.data._fingerprint.fingerprint`."""
+        return fingerprint(map(Entry, self.paths), self.folder)
 
     def _decode(self, path: Path) -> Tensor:
         return torch.from_numpy(with_channels(read_image(path), self.channels)).permute(2, 0, 1)

@@ -27,14 +27,14 @@ from ._hidden import fill_hidden as fill_hidden
 from ._image import Block as Block
 from ._image import Image, turned_upright
 from ._metadata import info_of_pil as info_of_pil
-from .files import IMAGE_SUFFIXES
-from .files import is_image_file as is_image_file  # it was defined here once
+from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # they were defined here once
+from .files import is_image_file as is_image_file
+from .formats import READ_FORMATS, WRITTEN_SUFFIXES, check_depth, kind_of
 
 SIXTEEN_BIT_SUFFIXES = (".png", ".tif", ".tiff")
 ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
 TIFF_SUFFIXES = (".tif", ".tiff")
 
-_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
 _MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "PA": "RGBA"}
 _READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
 _LONGEST_SIDES = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "BMP": 2**31 - 1}
@@ -62,7 +62,7 @@ def read_header(path: str | Path, max_pixels: int | None = None) -> tuple[int, i
 
 
 def read_image(path: str | Path, max_pixels: int | None = None) -> Image:
-    """Read a PNG, JPEG, TIFF, WebP or BMP file of 8 or 16 bits per channel.
+    """Read a file of one of :data:`ipt_fast.data.formats.READ_FORMATS`: 8 bits per channel, or 16 of PNG and TIFF.
 
     A TIFF may have any depth from 1 bit, which becomes 8 or 16 bits; associated alpha is divided out of the colours.
 
@@ -137,8 +137,8 @@ def write_image(path: str | Path, image: Image) -> None:
 
 def check_suffix(path: Path) -> None:
     """Raise ValueError unless the suffix of ``path`` names a format that is written."""
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"path must end in {', '.join(IMAGE_SUFFIXES)}; got {path}")
+    if path.suffix.lower() not in WRITTEN_SUFFIXES:
+        raise ValueError(f"path must end in {', '.join(WRITTEN_SUFFIXES)}; got {path}")
 
 
 def check_writable_as(path: Path, image: Image, scale: int = 1) -> None:
@@ -226,10 +226,12 @@ def _opened(file: BinaryIO, max_pixels: int | None) -> Iterator[PIL.ImageFile.Im
     """The Pillow image of a file, not yet decoded."""
     try:
         with _pillow_without_limit():
-            opened = PIL.Image.open(file, formats=_FORMATS)
+            image = PIL.Image.open(file, formats=[name for name in READ_FORMATS if name in PIL.Image.OPEN])
     except PIL.UnidentifiedImageError as error:  # whose text has the address of an object
-        raise ValueError(f"it must be one of {', '.join(_FORMATS)}; got another kind or damage") from error
-    with opened as image:
+        kinds = ", ".join(READ_FORMATS)
+        raise ValueError(f"it must be one of {kinds}; got a file that is {kind_of(file)}") from error
+    with image:
+        check_depth(file, image)
         _check_size(image.height, image.width, max_pixels)
         # The second picture of an MPO file is a phone's preview or stereo half, not a frame.
         frames = getattr(image, "n_frames", 1)

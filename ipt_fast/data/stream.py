@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .files import IMAGE_SUFFIXES, Entry, find_images, list_shard
+from ._fingerprint import fingerprint
+from .files import IMAGE_SUFFIXES, Entry, find_images, list_shard, walk
 from .files import is_image_file as is_image_file  # kept for older imports
 from .io import read_8_bit_image, with_channels
 
@@ -19,7 +21,7 @@ class ImageStream(Sequence[Tensor]):
     :func:`ipt_fast.data.io.read_image` reads them, upright; gray becomes three equal channels, alpha is dropped.
 
     Args:
-        source: a folder, or one .tar file.
+        source: a folder, searched recursively and through links but for what is hidden, or one .tar file.
         memory_budget: decoded images are kept until they take so many bytes in this process.
 
     Raises:
@@ -28,11 +30,11 @@ class ImageStream(Sequence[Tensor]):
     """
 
     def __init__(self, source: str | Path, memory_budget: int = 2 * 2**30):
-        source = Path(source)
+        self.source = source = Path(source)
         self.entries: list[Entry] = []
         if source.is_dir():
-            self.entries = [Entry(path) for path in find_images(source, recursive=True)]
-            shards = sorted(path for path in source.rglob("*.tar") if path.is_file())
+            self.entries = [Entry(path) for path in find_images(source, recursive=True, besides=(".tar",))]
+            shards = sorted(path for path in walk(source) if path.suffix == ".tar" and path.is_file())
         elif source.suffix == ".tar" and source.is_file():
             shards = [source]
         else:
@@ -46,6 +48,10 @@ class ImageStream(Sequence[Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """By which a resumed run recognises its data, see :func:`ipt_fast.data._fingerprint.fingerprint`."""
+        return fingerprint(self.entries, self.source if self.source.is_dir() else self.source.parent)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
         if index in self._kept:

@@ -50,18 +50,19 @@ def rgb_to_y(image: ArrayLike, weights: ArrayLike, divisor: float) -> np.ndarray
     """Luma 16 + (image · weights) / divisor of an RGB image on the 0..255 scale: (H, W, 3) -> (H, W) float64.
 
     BT.601: weights (65.481, 128.553, 24.966), divisor 255. The rounded variant that IPT uses: weights
-    (65.738, 129.057, 25.064), divisor 256. A gray image, (H, W) or (H, W, 1), is its own luma and comes back as (H, W).
+    (65.738, 129.057, 25.064), divisor 256. A gray image, (H, W) or (H, W, 1), counts as three equal channels, as in the
+    field's tables, whose programs read gray files so.
 
     Raises:
         ValueError: the image has another shape.
     """
     image = np.asarray(image, dtype=np.float64)
     if image.ndim == 2:
-        return image
+        image = image[:, :, None]
     if image.ndim != 3 or image.shape[2] not in (1, 3):
         raise ValueError(f"image must be (H, W), (H, W, 1) or (H, W, 3); got shape {image.shape}")
     if image.shape[2] == 1:
-        return image[:, :, 0]
+        image = image.repeat(3, axis=2)
     return 16 + image @ (np.asarray(weights, dtype=np.float64) / divisor)
 
 

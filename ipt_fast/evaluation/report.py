@@ -1,10 +1,12 @@
 """Evaluations as a table, as CSV rows that later runs add to, and as JSON with everything behind them."""
 
+import codecs
 import csv
 import io
 import json
 import math
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._files import atomic_write
+from .._files import atomic_write, is_stream
 from .._version import __version__
 from .runner import FIGURES, Evaluation
 
@@ -37,21 +39,37 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
 def read_csv(path: str | Path) -> bytes:
     """The content that `append_csv` adds to, empty where there is no file yet; raises as `append_csv` does."""
     path = Path(path)
-    content = path.read_bytes() if path.exists() else b""
-    if content and content.splitlines()[0] != ",".join(CSV_COLUMNS).encode():
-        raise ValueError(f"{path} must have the columns {','.join(CSV_COLUMNS)}; got others, give another file")
+    content = path.read_bytes() if path.is_file() and not is_stream(path) else b""
+    if not content.strip():
+        return b""
+    if b"\0" in content:
+        raise ValueError(f"{path} must be a text file in UTF-8; got NUL bytes in it, give another file")
+    try:
+        rows = list(csv.reader(io.StringIO(_text(content), newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path} must be a whole CSV file; got one with an error: {error}") from error
+    if tuple(rows[0]) != CSV_COLUMNS:
+        raise ValueError(
+            f"{path} must have the columns {','.join(CSV_COLUMNS)}; got others, give another file: {rows[0]}"
+        )
     return content
 
 
 def append_csv(path: str | Path, model: str, evaluations: Sequence[Evaluation]) -> None:
     """Add one row of means for each evaluation to a CSV file, made where there is none; replaced atomically.
 
-    An evaluation in which no image could be scored has no means and gets no row.
+    The rows that are there stay, and so do notes among them and a byte-order mark; a last line that was not ended is,
+    and all lines end as the first does. An evaluation in which no image could be scored has no means and gets no row.
 
     Raises:
-        ValueError: the file exists and its columns are others than CSV_COLUMNS.
+        ValueError: the file exists and its columns are others than CSV_COLUMNS, or it is no whole text file.
     """
-    before = read_csv(path)
+    content = read_csv(path)
+    mark, before = content[: len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)], _text(content)
+    end = "\r\n" if before.partition("\n")[0].endswith("\r") else "\n"
+    before = re.sub(r"\r\n|\r|\n", "\n", before)
+    if before and not before.endswith("\n"):
+        before += "\n"
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     if not before:
@@ -62,8 +80,23 @@ def append_csv(path: str | Path, model: str, evaluations: Sequence[Evaluation]) 
         sigma = "" if evaluation.sigma is None else f"{evaluation.sigma:g}"
         means = [f"{evaluation.mean(figure):.4f}" for figure in FIGURES]
         writer.writerow([model, evaluation.dataset, evaluation.protocol, sigma, len(evaluation.scores), *means])
+    text = (before + rows.getvalue()).replace("\n", end)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(before + rows.getvalue().encode())
+        temporary.write_bytes(mark + text.encode(errors="surrogateescape"))
+
+
+def _text(content: bytes) -> str:
+    """Without a byte-order mark; bytes that are no UTF-8, as in names of old files, become them again when written."""
+    return content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+
+
+def is_report(path: str | Path) -> bool:
+    """Whether a file is what `write_json` writes, or empty."""
+    try:
+        content = json.loads(Path(path).read_bytes() or b"{}")
+    except ValueError:
+        return False
+    return content == {} or (isinstance(content, dict) and {"settings", "environment", "evaluations"} <= content.keys())
 
 
 def write_json(path: str | Path, model: str, settings: dict, evaluations: Sequence[Evaluation]) -> None:

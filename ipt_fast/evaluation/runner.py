@@ -1,6 +1,6 @@
 """Restoring a folder of images and measuring the result."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # an "as" marks names that are kept for older imports
 from ..data.files import is_image_file as is_image_file
-from ..data.files import list_images
+from ..data.files import list_images, partner_of
 from ..data.io import read_image
 from ..data.resize import imresize as imresize
 from ..data.resize import resized, shrunk
@@ -40,6 +40,7 @@ class Evaluation:
         sigma: noise level on the 0..255 scale, or None for a paired set.
         scores: one for each image that could be evaluated, in the order of the file names.
         failures: (file name, reason) of each that could not.
+        folder: where the images are.
     """
 
     dataset: str
@@ -47,6 +48,7 @@ class Evaluation:
     sigma: float | None
     scores: tuple[ImageScore, ...]
     failures: tuple[tuple[str, str], ...]
+    folder: str = ""
 
     def mean(self, figure: str) -> float:
         """Mean over the images of one of FIGURES; NaN where there is no image."""
@@ -76,7 +78,8 @@ def evaluate(
         sigma: standard deviation of the Gaussian noise, on the 0..255 scale.
         scale: how many times images are shrunk, by MATLAB's bicubic imresize and rounded to 8 bits, after cropping to
             multiples of it; the scores of the input are those of enlarging it bicubically.
-        target: folder with the targets of a paired set, under the same file names (the suffix may differ).
+        target: folder with the targets of a paired set, under the same file names. The suffix may differ where
+            that leaves one target for one input.
         crop: border pixels left out of the score.
         limit: take only so many images, the first by name.
         progress: wraps the list of files, as tqdm does.
@@ -103,11 +106,11 @@ def evaluate(
         raise ValueError(f"crop must be at least 0; got {crop}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
-    paths = list_images(folder)[:limit]
-    targets = {} if target is None else {path.stem: path for path in list_images(target)}
+    images = list_images(folder)
+    targets = [] if target is None else list_images(target)
 
     scores, failures = [], []
-    for path in progress(paths):
+    for path in progress(images[:limit]):
         try:
             clean = image = before = read_float(path)
             if scale is not None:
@@ -116,10 +119,8 @@ def evaluate(
                 before = np.clip(resized(image, scale), 0, 1)
             elif sigma is not None:
                 image = before = chosen.add_noise(clean, sigma)
-            elif path.stem in targets:
-                clean = read_float(targets[path.stem])
             else:
-                raise ValueError(f"target must hold an image by the name of each input; got none in {target}")
+                clean = read_float(partner_of(path, images, targets))
             output = restorer(image)
             psnr_input, ssim_input = chosen.score_input(before, clean, crop=crop)
             psnr_output, ssim_output = chosen.score_output(output, clean, crop=crop)
@@ -129,7 +130,19 @@ def evaluate(
             scores.append(ImageScore(path.name, psnr_input, psnr_output, ssim_input, ssim_output))
     folder = Path(folder).resolve()
     dataset = folder.name if target is None else f"{folder.parent.name}/{folder.name}"  # often just "input"
-    return Evaluation(dataset, protocol, sigma, tuple(scores), tuple(failures))
+    return Evaluation(dataset, protocol, sigma, tuple(scores), tuple(failures), str(folder))
+
+
+def dataset_names(folders: Sequence[str | Path]) -> list[str]:
+    """The last part of each folder's path, and as many before it as tell it from the others."""
+    paths = [Path(folder).resolve().parts for folder in folders]
+
+    def name(path: tuple[str, ...]) -> str:
+        others = {other for other in paths if other != path}
+        enough = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
+        return "/".join(path[-next(enough, len(path)) :])
+
+    return [name(path) for path in paths]
 
 
 def read_float(path: Path) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _extension
+from .._device import usable_device
 from .._precision import usable_dtype
 from ..data import io as io
 from ..data.resize import imresize as imresize
@@ -301,9 +302,4 @@ def _usable_device(device: torch.device | str | None, model: nn.Module) -> torch
         if parameter is not None and parameter.is_meta:
             raise ValueError("model must have its weights in memory; got the meta device (offloaded, not loaded)")
         return torch.device("cpu") if parameter is None else parameter.device
-    try:
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch without CUDA raises an AssertionError
-        raise ValueError(f"device must be usable; got {device} ({str(error).splitlines()[0]})") from error
-    return device
+    return usable_device(device)

@@ -2,7 +2,7 @@
 
 from ._pretrained import Preset, PretrainedModel
 from ._registry import ASSETS as ASSETS
-from ._registry import create_model, list_models, open_checkpoint, open_model, register, saved_folder
+from ._registry import create_model, list_models, open_checkpoint, open_model, register, saved_folder, shipped_models
 from .checkpoint import load_checkpoint, load_state, read_state_dict
 from .contract import Contract, describe
 from .ipt import IPT, IPTConfig, config_of
@@ -27,4 +27,5 @@ __all__ = [
     "read_state_dict",
     "register",
     "saved_folder",
+    "shipped_models",
 ]

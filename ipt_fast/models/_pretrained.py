@@ -11,7 +11,7 @@ import huggingface_hub
 import safetensors.torch
 from torch import Tensor
 
-from .._files import atomic_write
+from .._files import atomic_write, naming
 from ..modules._fusion import Fusable
 from .checkpoint import load_state, read_state_dict
 from .contract import Contract
@@ -21,11 +21,13 @@ from .contract import Contract
 class Preset:
     """A model that has a name: the fields in which its config differs from the defaults of the class.
 
-    ``ships`` says that trained weights lie in ipt_fast/assets, in a folder of the preset's name.
+    ``ships`` says that trained weights lie in ipt_fast/assets, in a folder of the preset's name, and ``trained_for``
+    what they are for and what they are not: for people who choose a model.
     """
 
     config: dict[str, Any]
     ships: bool = False
+    trained_for: str = ""
 
 
 class PretrainedModel(Fusable):
@@ -93,6 +95,7 @@ class PretrainedModel(Fusable):
 
         Raises:
             ValueError: ``directory`` cannot be made, or the model is merged in part.
+            OSError: a file cannot be written, such as for want of space; the previous one is left.
         """
         config = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
         directory = pathlib.Path(directory)
@@ -101,9 +104,12 @@ class PretrainedModel(Fusable):
         except OSError as error:
             raise ValueError(f"directory must be a folder that can be written; got {directory} ({error})") from error
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        with atomic_write(directory / "model.safetensors") as path:
+        with naming(directory / "model.safetensors"), atomic_write(directory / "model.safetensors") as path:
+            path.touch()
+            mode = path.stat().st_mode
             safetensors.torch.save_file(state, path, metadata={"format": "pt"})
-        with atomic_write(directory / "config.json") as path:
+            path.chmod(mode)  # the library's own is for the owner alone
+        with naming(directory / "config.json"), atomic_write(directory / "config.json") as path:
             path.write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -139,10 +145,12 @@ class PretrainedModel(Fusable):
         return fields
 
     @classmethod
-    def open_weights(cls, path: str | os.PathLike[str], preset: str, **fields: Any) -> Self:
+    def open_weights(
+        cls, path: str | os.PathLike[str], preset: str, *, average: bool | None = None, **fields: Any
+    ) -> Self:
         """The model of a preset, in eval mode, with a file of weights; see :func:`ipt_fast.models.open_checkpoint`."""
         model = cls.from_fields({**cls.presets[preset].config, **cls.with_implied_fields(fields)})
-        load_state(model, read_state_dict(path), path)
+        load_state(model, read_state_dict(path, average=average), path)
         return model.eval()
 
 

@@ -31,6 +31,12 @@ def list_models() -> list[str]:
     return list(PRESETS)
 
 
+def shipped_models() -> dict[str, str]:
+    """{name: what it was trained for} of the models whose trained weights ship with the package."""
+    presets = {name: model.presets[name] for name, model in PRESETS.items()}
+    return {name: preset.trained_for for name, preset in presets.items() if preset.ships}
+
+
 def create_model(name: str, pretrained: bool = False, **config: Any) -> PretrainedModel:
     """Build a model by name, in training form unless ``merged=True``.
 
@@ -62,20 +68,23 @@ def create_model(name: str, pretrained: bool = False, **config: Any) -> Pretrain
     return model.from_pretrained(folder, **config)
 
 
-def open_checkpoint(path: str | os.PathLike[str], name: str, **config: Any) -> PretrainedModel:
+def open_checkpoint(
+    path: str | os.PathLike[str], name: str, *, average: bool | None = None, **config: Any
+) -> PretrainedModel:
     """A model in eval mode from a file of weights, which must fit one to one.
 
     Args:
         path: see :func:`load_checkpoint`.
         name: its architecture, one of :func:`list_models`. Of an IPT the shape is read from the tensors, and the name
             tells the number of heads, which they do not have.
+        average: which weights of a file that holds an average, too, see :func:`read_state_dict`.
         config: fields of the model's config that differ from the name's; of an IPT those of
             :meth:`IPT.from_checkpoint`.
 
     Raises:
         ValueError: an unknown name or config field, or a file that does not fit.
     """
-    return _class_of(name).open_weights(path, name, **config)
+    return _class_of(name).open_weights(path, name, average=average, **config)
 
 
 def open_model(source: str | os.PathLike[str]) -> PretrainedModel:
@@ -113,7 +122,7 @@ def _class_of(name: object) -> type[PretrainedModel]:
 
 
 def _shipped() -> str:
-    return ", ".join(name for name, model in PRESETS.items() if model.presets[name].ships)
+    return ", ".join(shipped_models())
 
 
 def _shipped_folder(name: str) -> pathlib.Path:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import warnings
 import zipfile
 from typing import Any, TypeVar
 
@@ -15,21 +16,29 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..modules.feed_forward import Reparameterized
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-WRAPPERS = ("params_ema", "ema", "params", "state_dict", "model", "net")
+# Names under which files have weights: averages over training (EMA), and the weights of the last iteration.
+AVERAGES = ("params_ema", "ema", "average", "model_ema", "state_dict_ema", "ema_state_dict")
+WRAPPERS = (*AVERAGES, "params", "state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
 # Wrappers of a model, which is their attribute ``module``.
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike, *, average: bool | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, by parameter name, on the CPU.
 
-    Unwraps one dict under "params_ema", "ema", "params", "state_dict", "model" or "net" (in this order, repeatedly),
-    strips the prefixes "module." and "_orig_mod." (this also within names) and the counter "n_averaged" of
-    torch.optim.swa_utils.AveragedModel. Pickles are read with ``weights_only=True``.
+    Unwraps one dict under a name of ``WRAPPERS`` (in this order, repeatedly), strips the prefixes "module." and
+    "_orig_mod." (this also within names) and the counter "n_averaged" of torch.optim.swa_utils.AveragedModel. Pickles
+    are read with ``weights_only=True``.
+
+    Args:
+        path: a file, such as the checkpoint.pth of a training run, or a folder written by ``save_pretrained``.
+        average: of a file that holds an average over training (EMA) and the last iteration's weights, whether the
+            average is taken. None takes it, with a UserWarning.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it holds something else than tensors by name.
+        ValueError: there is no such file, it is damaged, it holds something else than tensors by name, or it does not
+            hold what ``average`` asks for.
         PermissionError: it may not be read.
     """
     path = pathlib.Path(path)
@@ -48,8 +57,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     except Exception as error:  # what a damaged file raises depends on where the damage is
         raise ValueError(f"path must be a readable file of weights; got {path} ({_first_line(error)})") from error
 
-    while isinstance(state, dict) and (wrapper := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
-        state = state[wrapper]
+    state = _unwrapped_weights(state, path, average)
     if not isinstance(state, dict) or not state:
         raise ValueError(f"path must hold a state dict, tensors by parameter name; got {path}, which holds none")
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
@@ -59,6 +67,26 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     if len(stripped) < len(state):
         raise ValueError(f"path must hold one tensor of a name once {PREFIXES} are stripped; got several in {path}")
     return stripped
+
+
+def _unwrapped_weights(state: Any, path: pathlib.Path, average: bool | None) -> Any:
+    """What lies within the wrappers of a file: the average where there is one, unless ``average`` says otherwise."""
+    averaged: str | None = None
+    while isinstance(state, dict) and (names := [name for name in WRAPPERS if isinstance(state.get(name), dict)]):
+        averages, last = ([name for name in names if (name in AVERAGES) == each] for each in (True, False))
+        if averages and last and average is None:
+            warnings.warn(
+                f"took the averaged weights ({averages[0]}) of {path}, which holds those of the last iteration, too "
+                f"({last[0]})",
+                stacklevel=4,
+            )
+        name = (averages + last)[0] if average is not False else (last + averages)[0]
+        averaged = averaged or (name if name in AVERAGES else None)
+        state = state[name]
+    if average is not None and average != (averaged is not None):
+        kind, found = ("averaged weights", "none") if average else ("weights of the last iteration", averaged)
+        raise ValueError(f"path must hold {kind}; got {path}, which holds {found}")
+    return state
 
 
 def check_archive(path: pathlib.Path) -> None:
@@ -81,7 +109,7 @@ def _strip(name: str) -> str:
     return name
 
 
-def load_checkpoint(model: ModuleT, path: str | os.PathLike) -> ModuleT:
+def load_checkpoint(model: ModuleT, path: str | os.PathLike, *, average: bool | None = None) -> ModuleT:
     """Load a checkpoint into ``model``, in place and strictly; on any error the model is left as it was.
 
     A training-form file is merged on its way into a merged model; the reverse is refused.
@@ -90,6 +118,7 @@ def load_checkpoint(model: ModuleT, path: str | os.PathLike) -> ModuleT:
         model: a module, usually from :func:`ipt_fast.create_model`. It may be compiled, in DataParallel,
             DistributedDataParallel or an AveragedModel. Parameters on the meta device become real, on the CPU.
         path: a .safetensors or PyTorch file, or a folder written by ``save_pretrained``.
+        average: which weights of a file that holds an average, too, see :func:`ipt_fast.models.read_state_dict`.
 
     Returns:
         ``model``.
@@ -100,7 +129,7 @@ def load_checkpoint(model: ModuleT, path: str | os.PathLike) -> ModuleT:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    load_state(model, read_state_dict(path), path)
+    load_state(model, read_state_dict(path, average=average), path)
     return model
 
 

@@ -140,6 +140,8 @@ class IPTV2(PretrainedModel):
         "ipt_v2_tiny": Preset(
             dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1),
             ships=True,
+            trained_for="Gaussian noise of any σ from 5 to 50 (of 255) in colour photos, drawn for each channel by "
+            "itself; noise that is equal in all channels, as in gray photos, stays for the most part",
         ),
         "ipt_v2_small": Preset(dict(width=32, depths=(4, 6, 6, 8), refinement=0, window_size=32, grid_size=8)),
         "ipt_v2_base": Preset(dict(width=48, depths=(4, 6, 6, 8), refinement=4, window_size=32, grid_size=16)),

@@ -5,16 +5,21 @@ from typing import Any
 
 import torch
 
-from .._files import atomic_write
+from .._files import atomic_write, naming
 from ..models.checkpoint import check_archive
 
 _FORMAT = "ipt_fast.training.1"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors, containers of tensors and plain values so that ``torch.load(weights_only=True)`` reads them."""
-    with atomic_write(path) as temporary:
-        torch.save({"format": _FORMAT, **state}, temporary)
+    """Write tensors, containers of tensors and plain values so that ``torch.load(weights_only=True)`` reads them.
+
+    Raises:
+        OSError: the file cannot be written, such as for want of space; the previous one is left.
+    """
+    # Into an open file: where torch.save opens it, a full disk is an internal error of its archive alone.
+    with naming(path), atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": _FORMAT, **state}, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

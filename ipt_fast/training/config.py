@@ -1,13 +1,15 @@
 """What a training run is: one frozen, validated dataclass."""
 
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from ..models import list_models
 from .losses import LOSSES
 
 # Fields that do not change the sequence of weights, so a resumed run may set them anew.
-_FREE_ON_RESUME = {"out", "val", "val_sigma", "log_every", "save_every", "workers", "device"}
+_FREE_ON_RESUME = {"out", "val", "val_sigma", "log_every", "save_every", "workers", "threads", "device"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class TrainingConfig:
         val, val_sigma: folder of images whose PSNR is measured at each checkpoint, and its noise level.
         log_every, save_every: iterations between rows of the log, and between checkpoints.
         workers: processes that prepare batches; 0 prepares them in this one.
+        threads: CPU threads of this process; None leaves PyTorch's choice.
         device: "cpu", "cuda" …; None takes a GPU where there is one.
 
     Raises:
@@ -65,6 +68,7 @@ class TrainingConfig:
     log_every: int = 100
     save_every: int = 1000
     workers: int = 0
+    threads: int | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -88,14 +92,18 @@ class TrainingConfig:
             )
         for name, least in (("warmup", 0), ("seed", 0), ("log_every", 1), ("save_every", 1), ("workers", 0)):
             _check_integer(name, getattr(self, name), least)
-        for name in ("lr_min", "weight_decay", "grad_clip", "val_sigma", "contrastive"):
+        if self.threads is not None:
+            _check_integer("threads", self.threads, 1)
+        for name in ("lr_min", "weight_decay", "grad_clip", "contrastive"):
             _check_number(name, getattr(self, name), 0, float("inf"))
         _check_number("lr", self.lr, self.lr_min, float("inf"))
         _check_number("ema", self.ema, 0, 1)
         if not isinstance(self.sigma, list | tuple) or len(self.sigma) != 2:
             raise ValueError(f"sigma must be a pair (lowest, highest); got {self.sigma!r}")
-        for value in self.sigma:
-            _check_number("sigma", value, 0, float("inf"))
+        for name, value in (("sigma", self.sigma[0]), ("sigma", self.sigma[1]), ("val_sigma", self.val_sigma)):
+            _check_number(name, value, 0, float("inf"))
+            if value > 255:
+                raise ValueError(f"{name} must be at most 255, the range of the values; got {value}")
         put("sigma", tuple(float(value) for value in self.sigma))
         if self.sigma[0] > self.sigma[1]:
             raise ValueError(f"sigma must be a pair (lowest, highest); got {self.sigma}")
@@ -111,9 +119,29 @@ class TrainingConfig:
     def total_iterations(self) -> int:
         return sum(per_stage(self.iterations))
 
+    def is_default(self, name: str) -> bool:
+        """Whether a field has the value that it has where it is not given."""
+        return getattr(self, name) == next(entry.default for entry in fields(self) if entry.name == name)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as stored in a checkpoint."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        """Plain values, as stored in a checkpoint: paths are absolute, as a run may be resumed from anywhere."""
+        values = asdict(self)
+        for name, value in values.items():
+            if isinstance(value, Path) or (name == "model" and value not in list_models()):
+                values[name] = str(Path(value).absolute())
+        return values
+
+    @classmethod
+    def resumed(cls, saved: dict[str, Any], **given: Any) -> Self:
+        """The settings of the run that ``saved`` describes, and those that are given again or, where free, anew.
+
+        Raises:
+            ValueError: one that is given contradicts the run.
+        """
+        known = {entry.name for entry in fields(cls)}
+        config = cls(**{**{name: value for name, value in saved.items() if name in known}, **given})
+        config.check_resumable(saved)
+        return config
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Raise ValueError naming the first field in which this run contradicts the one that ``saved`` describes."""
@@ -121,8 +149,14 @@ class TrainingConfig:
         for name in (entry.name for entry in fields(self) if entry.name not in _FREE_ON_RESUME):
             if name not in saved:
                 raise ValueError(f"checkpoint must be of this version to be resumed; got one without {name}")
-            if current[name] != saved[name]:
+            if not _same(name, current[name], saved[name]):
                 raise ValueError(f"{name} must be {saved[name]!r}, as in the run to resume; got {current[name]!r}")
+
+
+def _same(name: str, current: Any, saved: Any) -> bool:
+    if name in ("data", "model") and isinstance(saved, str) and saved not in list_models():
+        saved = str(Path(saved).absolute())  # older checkpoints have relative paths
+    return json.dumps(current, default=repr) == json.dumps(saved, default=repr)  # to which tuples are lists
 
 
 def per_stage(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:

@@ -1,12 +1,22 @@
 """Several processes that train one model, as ``torchrun`` starts them: each has a share of every batch."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+
+from .._device import usable_device
+
+ResultT = TypeVar("ResultT")
+
+
+class FailedElsewhereError(RuntimeError):
+    """What went wrong is raised in the first process, so that it is said once."""
 
 
 @dataclass(frozen=True)
@@ -17,15 +27,27 @@ class World:
     size: int = 1
 
     @classmethod
-    def join(cls, device_type: str) -> "World":
+    def join(cls) -> "World":
         """The processes that torchrun has started, or this one alone."""
         if "WORLD_SIZE" not in os.environ:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-        if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
+
+    def device(self, name: str | None) -> torch.device:
+        """The device of that name; "cuda" is the GPU with this process's number on its machine, None one if there is.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "cuda" and self.size > 1:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = usable_device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        return device
 
     def share(self, batch: int) -> range:
         """The places of a batch that are this process's."""
@@ -56,6 +78,34 @@ class World:
             dist.all_reduce(value)
         return value / self.size
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
-        return bool(self.mean(torch.tensor(float(flag), device=device)) > 0)
+        return bool(self.mean(torch.tensor(float(flag))) > 0)
+
+    def together(self, action: Callable[[], ResultT]) -> ResultT:
+        """The action's result, once every process has one. Where it fails in any, it fails in all.
+
+        Raises:
+            Exception: what this process's action raised, or in the first process a ValueError with what another's did.
+            FailedElsewhereError: in the others.
+        """
+        try:
+            result = action()
+        except Exception as error:
+            self.fail(error)
+            raise
+        self.fail(None)
+        return result
+
+    def fail(self, error: Exception | None) -> None:
+        """Raise in every process where one has an error, as :meth:`together` does; all must call this."""
+        if self.size > 1 and not self.any(error is not None):
+            return
+        if self.size > 1:
+            messages: list[str | None] = [None] * self.size
+            dist.all_gather_object(messages, None if error is None else str(error) or type(error).__name__)
+            if self.rank:
+                raise FailedElsewhereError("another process failed; the first one tells how") from error
+            error = error or ValueError(next(filter(None, messages)))
+        if error is not None:
+            raise error

@@ -2,10 +2,14 @@
 
 import contextlib
 import csv
+import dataclasses
+import json
 import math
 import signal
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -17,28 +21,34 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from .._files import atomic_write
-from ..models import create_model, open_model
+from .._files import atomic_write, naming
+from ..models import create_model, list_models, open_model
 from ..models._pretrained import PretrainedModel
+from ..models._registry import CLASSES
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig, per_stage
 from .distributed import World
 from .objectives import Denoising, Pretraining, objective_of
 
 LOG_FIELDS = ("iteration", "loss", "lr", "seconds", "psnr")
+# What making a batch can fail with.
+_DATA_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 
 
 def build_model(config: TrainingConfig) -> PretrainedModel:
     """The model that ``config`` names, initialised from ``config.seed``, or loaded from a folder."""
     torch.manual_seed(config.seed)
-    if Path(config.model).is_dir():
+    if config.model in list_models():
+        model = create_model(config.model, **config.model_config)
+    elif not Path(config.model).is_dir():
+        names = ", ".join(list_models())
+        raise ValueError(f"model must be a folder written by save_pretrained or one of {names}; got {config.model}")
+    else:
         if config.model_config:
             raise ValueError(
                 f"model_config must be empty where model is a folder; got {config.model_config} for {config.model}"
             )
         model = open_model(config.model)
-    else:
-        model = create_model(config.model, **config.model_config)
     return model if config.task is None else model.only(config.task)
 
 
@@ -83,6 +93,7 @@ def batches(
             sampler=numbers,
             num_workers=config.workers,
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=_ignore_interrupts,
         )
         try:
             yield from loader
@@ -94,45 +105,77 @@ def batches(
             raise ValueError(message or kind) from error
 
 
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the main one stops the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def train(config: TrainingConfig, resume: bool = False) -> int:
     """Train until the last iteration, or until SIGINT or SIGTERM, which end it after the current one.
 
     ``config.out`` receives ``checkpoint.pth`` (everything a resume needs), ``log.csv`` and the EMA model as
     ``save_pretrained`` writes it, every ``save_every`` iterations and at the end. A run that was stopped and resumed on
-    the same machine with the same number of threads gives bitwise the weights of one that was not.
+    the same machine with the same number of threads gives bitwise the weights of one that was not. Where the data have
+    changed since, a UserWarning says so.
 
     Returns:
         The number of finished iterations, ``config.total_iterations`` unless stopped.
 
     Raises:
         ValueError: bad data, ``out`` already holds a run and ``resume`` is False, or it holds none or one with other
-            settings and ``resume`` is True.
-        OSError: ``out`` cannot be written.
+            settings and ``resume`` is True. Where an image fails in the middle, the work so far is saved first.
+        OSError: ``out`` cannot be written; the last checkpoint stays.
         FloatingPointError: gradients are not finite; the last checkpoint stays.
+        FailedElsewhereError: another one of several processes failed.
     """
-    run = _Run(config, resume)
-    progress = tqdm(total=config.total_iterations, initial=run.iteration, unit="it", disable=run.world.rank > 0 or None)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    world = World.join()
+    run = world.together(lambda: _Run(config, resume, world))
+    try:
+        world.together(run.start)
+        _train(run)
+    except BaseException:
+        run.leave_nothing()
+        raise
+    return run.iteration
+
+
+def _train(run: "_Run") -> None:
+    config, world = run.config, run.world
+    progress = tqdm(total=config.total_iterations, initial=run.iteration, unit="it", disable=world.rank > 0 or None)
     with _stop_on_signal() as stop_here, progress:
-        for batch in batches(config, run.objective, run.iteration, run.world):
+        source = batches(config, run.objective, run.iteration, world)
+        while run.iteration < config.total_iterations:
+            failure: Exception | None = None
+            try:
+                batch = next(source)
+            except _DATA_ERRORS as error:
+                failure = error
+            if world.any(stop_here.is_set() or failure is not None):
+                if run.iteration or failure is None:
+                    world.together(run.save)
+                    failure = failure and ValueError(
+                        f"{failure}; the {run.iteration} iterations before it are saved in {config.out}"
+                    )
+                world.fail(failure)
+                return
             run.step(batch)
             progress.update()
-            stop = run.world.any(stop_here.is_set(), run.device)
             logged, saved = run.iteration % config.log_every == 0, run.iteration % config.save_every == 0
             saved |= run.iteration == config.total_iterations
             if logged or saved:
-                progress.set_postfix(run.log(validate=saved))
-            if saved or stop:
-                run.save()
-            if stop:
-                break
-    return run.iteration
+                progress.set_postfix(world.together(lambda validate=saved: run.log(validate)))  # type: ignore[misc]
+            if saved:
+                world.together(run.save)
 
 
 class _Run:
     """State of a run: model, average, optimizer and counters, and their way to and from the files in ``config.out``."""
 
-    def __init__(self, config: TrainingConfig, resume: bool):
+    def __init__(self, config: TrainingConfig, resume: bool, world: World | None = None):
         self.config = config
+        self.world = world or World.join()
         self.checkpoint_path = config.out / "checkpoint.pth"
         self.log_path = config.out / "log.csv"
         if not resume and self.checkpoint_path.exists():
@@ -141,11 +184,14 @@ class _Run:
         if state is not None:
             config.check_resumable(state["config"])
 
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.world = World.join(self.device.type)
-        model: Any = build_model(config)  # PyTorch's stubs of `to` lack the memory format
+        self.device = self.world.device(config.device)
+        for batch in per_stage(config.batch_size):
+            self.world.share(batch)
+        # A resumed run needs no folder of the model that it started from.
+        model: Any = _rebuilt(state["architecture"]) if state and "architecture" in state else build_model(config)
         self.model: PretrainedModel = model.to(self.device, memory_format=torch.channels_last).train()
         self.objective = objective_of(config, self.model, self.world)
+        self.data = self.objective.images.fingerprint()
         self.average: Any = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
@@ -155,17 +201,30 @@ class _Run:
             fused=True,
         )
         self.iteration = 0
+        self.saved: int | None = None  # iteration of the last save
         self.loss_sum = torch.zeros((), device=self.device)  # since the last row of the log
         self.loss_count = 0
         self.seconds = 0.0
         if state is not None:
             self._load(state)
-        try:
-            config.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out must be a folder that can be made; got {config.out}: {error.strerror}") from error
-        self._start_log()
+        self.made: list[Path] = []  # folders
+        self.log_started = False
         self.started = time.perf_counter() - self.seconds
+
+    def start(self) -> None:
+        """Make the folder and the log; until here nothing is written."""
+        if self.world.rank:
+            return
+        out = self.config.out
+        self.made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        except OSError as error:
+            raise ValueError(f"out must be a folder that can be written; got {out}: {error.strerror}") from error
+        self._start_log()
+        self.log_started = True
 
     def step(self, batch: list[Tensor]) -> None:
         """One update of the weights and of their average."""
@@ -200,17 +259,19 @@ class _Run:
             "psnr": "" if psnr is None else f"{psnr:.3f}",
         }
         if self.world.rank == 0:
-            with self.log_path.open("a", newline="") as file:
+            with naming(self.log_path), self.log_path.open("a", newline="") as file:
                 csv.DictWriter(file, LOG_FIELDS).writerow(row)
         return row
 
     def save(self) -> None:
         """Write the checkpoint, then the averaged model; the first process does."""
-        if self.world.rank:
+        if self.world.rank or self.saved == self.iteration:
             return
         cuda = self.device.type == "cuda"
         state = {
             "config": self.config.to_dict(),
+            "architecture": json.dumps({"model": type(self.model).__name__, **dataclasses.asdict(self.model.config)}),
+            "data": self.data,
             "iteration": self.iteration,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -223,12 +284,32 @@ class _Run:
         }
         save_checkpoint(self.checkpoint_path, state)
         self.average.module.save_pretrained(self.config.out)
+        self.saved = self.iteration
+
+    def leave_nothing(self) -> None:
+        """Remove the folder that this run has made, if it ended before its first iteration."""
+        if self.world.rank or self.iteration or self.checkpoint_path.exists():
+            return
+        with contextlib.suppress(OSError):  # something else has come to lie there
+            if self.log_started:
+                self.log_path.unlink()
+            for folder in self.made:
+                folder.rmdir()
 
     def _load(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration = state["iteration"]
+        self.iteration = self.saved = state["iteration"]
+        before = state.get("data", self.data)
+        if before != self.data and self.world.rank == 0:
+            changed = f"{before['images']} images then, {self.data['images']} now"
+            if before["images"] == self.data["images"]:
+                changed = f"{before['images']} images as then, but of other names or sizes"
+            warnings.warn(
+                f"data have changed since the run was saved ({changed}): {self.config.data}; the run goes on with them",
+                stacklevel=2,
+            )
         self.loss_sum.copy_(state["loss_sum"])
         self.loss_count = state["loss_count"]
         self.seconds = state["seconds"]
@@ -237,17 +318,25 @@ class _Run:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     def _start_log(self) -> None:
-        """Keep the rows up to the checkpoint's iteration: a killed run may have logged more."""
-        if self.world.rank:
-            return
+        """Keep the rows up to the checkpoint's iteration: a killed run may have logged more, the last one in part."""
         rows = []
-        if self.iteration and self.log_path.exists():
+        if self.iteration and self.log_path.is_file():  # not a device or a FIFO
             with self.log_path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= self.iteration]
-        with atomic_write(self.log_path) as temporary, open(temporary, "w", newline="") as file:
+                whole = [row for row in csv.DictReader(file) if None not in row.values()]
+                rows = [row for row in whole if int(row["iteration"]) <= self.iteration]
+        with naming(self.log_path), atomic_write(self.log_path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, LOG_FIELDS)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _rebuilt(architecture: str) -> PretrainedModel:
+    """A model of the shape that a checkpoint tells."""
+    fields = json.loads(architecture)
+    name = fields.pop("model")
+    if name not in CLASSES:
+        raise ValueError(f"model in the checkpoint must be one of {', '.join(CLASSES)}; got {name}")
+    return CLASSES[name].from_fields(fields)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,8 @@ class Denoising:
         self.config, self.value_range = config, model.contract.value_range
         self.patch_sizes = per_stage(config.patch_size or (128,) * len(per_stage(config.iterations)))
         self.images = ImageFolder(config.data, channels)
+        if config.val is None and not config.is_default("val_sigma"):
+            raise ValueError(f"val_sigma must be left out where val is, whose noise it is; got {config.val_sigma}")
         self.loss_function = LOSSES[config.loss]
         for patch in self.patch_sizes:
             self.dataset(patch, 1)  # a later stage's bad patch size must show now
@@ -62,6 +64,12 @@ class Pretraining:
             raise ValueError(f"patch_size must be {size}, the model's image_size, or left out; got {self.patch_sizes}")
         if config.contrastive and min(per_stage(config.batch_size)) < 2:
             raise ValueError(f"batch_size must be at least 2 for the contrastive loss; got {config.batch_size}")
+        if "denoise" not in contract.tasks and not config.is_default("sigma"):
+            names = ", ".join(contract.tasks)
+            raise ValueError(f"sigma must be left out where no task is denoise, of {names}; got {config.sigma}")
+        if not config.is_default("val_sigma"):
+            name = type(model).__name__
+            raise ValueError(f"val_sigma must be left out for {name}, whose tasks tell theirs; got {config.val_sigma}")
         self.tasks = {task: contract.scale(task) for task in contract.tasks}
         self.images = ImageStream(config.data)
         self.loss_function = LOSSES[config.loss]

@@ -1,6 +1,7 @@
 """`ipt-fast eval` through its parser, on synthetic images and a small saved model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +186,21 @@ def test_a_folder_of_unreadable_images_adds_no_row(model, photos, tmp_path, caps
     assert run("--model", model, "--data", photos, "--sigma", 25, "--csv", files[0], "--json", files[1]) == 1
     assert len(files[0].read_text().splitlines()) == 1
     assert json.loads(files[1].read_text())["evaluations"][0]["mean"]["psnr_output"] is None
+
+
+def test_data_sets_of_one_name_are_told_apart(model, photos, tmp_path, capsys):
+    other = tmp_path / "more" / "photos"
+    shutil.copytree(photos, other)
+    report = tmp_path / "r.json"
+    assert run("--model", model, "--data", photos, other, "--sigma", 25, "--json", report) == 0
+    names = [f"{tmp_path.name}/photos", "more/photos"]
+    assert [row[0] for row in rows(capsys.readouterr().out)] == names
+    content = json.loads(report.read_text())["evaluations"]
+    assert [each["dataset"] for each in content] == names
+    assert [each["folder"] for each in content] == [str(photos), str(other)]
+
+
+def test_what_is_left_out_of_a_folder_is_named_once(model, photos, capsys):
+    (photos / "notes.txt").write_text("")
+    assert run("--model", model, "--data", photos, "--sigma", 15, 25) == 0
+    assert capsys.readouterr().err == f"ipt-fast: warning: left out of {photos}, as no image by name: 1 (notes.txt)\n"

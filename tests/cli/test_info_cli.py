@@ -1,10 +1,12 @@
 import re
 
+import pytest
 import torch
 
 import ipt_fast
 from ipt_fast import _extension
 from ipt_fast.cli import main
+from ipt_fast.models import shipped_models
 
 
 def sections(text):
@@ -37,3 +39,16 @@ def test_info_keeps_the_text_of_a_broken_extension(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "undefined symbol _Zfoo" in sections(out)["layer_norm_2d"]["cpu"]
     assert sections(out)["layer_norm_2d"]["reference"] == "yes"
+
+
+def test_info_and_help_say_what_the_models_that_ship_are_for(capsys):
+    assert main(["info"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ships")]
+    shipped = shipped_models()
+    assert lines == [f"ships    {name}: {purpose}" for name, purpose in shipped.items()]
+    assert set(shipped) == {"ipt_tiny", "ipt_v2_tiny"} and all("gray" in purpose for purpose in shipped.values())
+    for command in ("restore", "eval", "plot"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(f"{name}: {purpose}" in text for name, purpose in shipped.items())

@@ -47,7 +47,8 @@ def run(model):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """Of what a user sees."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def test_file_to_file(run, photos, tmp_path, capsys):
@@ -109,12 +110,15 @@ def test_existing_outputs_are_skipped_unless_overwritten(run, photos, tmp_path, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "gray.jpg").write_bytes(b"mine")
-    assert run(photos, out) == 0
-    assert (out / "gray.jpg").read_bytes() == b"mine"
-    assert "skipped 1 of 3" in capsys.readouterr().out
+    for summary in ("restored 2, skipped 0, failed 1", "restored 0, skipped 2, failed 1"):
+        assert run(photos, out) == 1
+        assert (out / "gray.jpg").read_bytes() == b"mine"
+        captured = capsys.readouterr()
+        assert summary in captured.out
+        assert f"gray.jpg: error: {out}/gray.jpg exists, and is not known to be made of this image" in captured.err
+    assert run(photos, out, "--overwrite") == 0
     assert run(photos, out) == 0
     assert "skipped 3 of 3" in capsys.readouterr().out
-    assert run(photos, out, "--overwrite") == 0
     assert read_image(out / "gray.jpg").pixels.shape == (24, 33, 1)
 
 
@@ -300,7 +304,7 @@ def test_two_images_never_become_one_file(run, photos, tmp_path, capsys):
     (photos / "more").mkdir()
     write_image(photos / "more" / "wide.tif", Image(np.zeros((4, 4, 3), np.uint8)))
     assert run(f"{photos}/**/*.tif", tmp_path / "out") == 2
-    assert "OUT must have a place for each image; got" in capsys.readouterr().err
+    assert "OUT must have a place for each output; got" in capsys.readouterr().err
 
 
 def test_unwritable_folder_is_told_before_any_work(run, photos, tmp_path, capsys):

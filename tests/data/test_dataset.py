@@ -56,6 +56,13 @@ def test_images_over_the_budget_are_read_on_demand(folder):
         lazy[0]
 
 
+def test_an_image_that_changes_is_named(folder):
+    lazy = ImageFolder(folder, memory_budget=0)
+    Image.fromarray(coordinates(10, 10)).save(folder / "a.png")
+    with pytest.raises(ValueError, match="images must stay as they are; got .*a.png of another size than at the start"):
+        lazy[0]
+
+
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="folder must exist; got .*nowhere"):
         ImageFolder(tmp_path / "nowhere")

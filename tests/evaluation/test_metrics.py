@@ -78,10 +78,12 @@ def test_luma_of_known_colours():
     assert rgb_to_y(colours, BT601, 255) == pytest.approx(np.array(expected))
 
 
-def test_luma_of_gray_is_the_image():
-    gray = image(3, 4)
-    assert (rgb_to_y(gray, BT601, 255) == gray).all()
-    assert (rgb_to_y(gray[..., None], BT601, 255) == gray).all()
+def test_luma_of_gray_is_that_of_three_equal_channels():
+    gray = 255 * image(3, 4)
+    expected = rgb_to_y(np.repeat(gray[..., None], 3, axis=2), BT601, 255)
+    assert (rgb_to_y(gray, BT601, 255) == expected).all()
+    assert (rgb_to_y(gray[..., None], BT601, 255) == expected).all()
+    assert rgb_to_y(np.array([[0, 255]]), BT601, 255) == pytest.approx(np.array([[16, 235]]))
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])

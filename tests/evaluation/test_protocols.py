@@ -58,14 +58,21 @@ def test_the_four_differ():
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_gray_is_its_own_luma(name):
+def test_gray_scores_as_three_equal_channels(name):
     target = colour()[..., 0]
     output = disturbed(target)
-    clipped = 255 * np.clip(output, 0, 1)
-    compared = clipped if name == "basicsr-y" else np.rint(clipped)
-    expected = decibel(compared - 255 * target)
-    for axes in (..., (..., None)):
-        assert get_protocol(name).score_output(output[axes], target[axes])[0] == pytest.approx(expected)
+    protocol, as_colour = get_protocol(name), [np.repeat(each[..., None], 3, 2) for each in (output, target)]
+    for score in (protocol.score_output, protocol.score_input):
+        for axes in (..., (..., None)):
+            assert score(output[axes], target[axes]) == pytest.approx(score(*as_colour), rel=1e-12)
+
+
+def test_luma_of_gray_by_hand():
+    target = np.full(SIZE, 100 / 255)
+    output = np.full(SIZE, 110 / 255)
+    weight = (65.481 + 128.553 + 24.966) / 255
+    assert get_protocol("basicsr-y").score_output(output, target)[0] == pytest.approx(decibel(10 * weight))
+    assert get_protocol("rgb").score_output(output, target)[0] == pytest.approx(decibel(10))
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

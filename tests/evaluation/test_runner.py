@@ -14,7 +14,7 @@ from ipt_fast.data.files import list_images
 from ipt_fast.data.io import Image, write_image
 from ipt_fast.evaluation.protocols import PROTOCOLS, get_protocol
 from ipt_fast.evaluation.report import CSV_COLUMNS, append_csv, cpu_name, environment, format_table, write_json
-from ipt_fast.evaluation.runner import Evaluation, ImageScore, evaluate, read_float
+from ipt_fast.evaluation.runner import Evaluation, ImageScore, dataset_names, evaluate, read_float
 
 
 def identity(image):
@@ -195,7 +195,7 @@ def test_earlier_csv_rows_keep_their_bytes(tmp_path):
     before = ",".join(CSV_COLUMNS).encode() + b"\r\nm\xfcller,photos,rgb,25,1,1,1,1,1\r\n"
     path.write_bytes(before)
     append_csv(path, "tiny", [an_evaluation()])
-    assert path.read_bytes() == before + b"tiny,photos,rgb,25,2,20.5000,31.0000,0.4500,0.8500\n"
+    assert path.read_bytes() == before + b"tiny,photos,rgb,25,2,20.5000,31.0000,0.4500,0.8500\r\n"
 
 
 @pytest.mark.parametrize("content", [b"name,value\nx,1\n", b"\x89PNG\r\n\x1a\n"])
@@ -258,3 +258,85 @@ def test_noise_on_cbsd68():
     assert len(images) == 68
     scores = [rgb.score_input(rgb.add_noise(image, 25), image)[0] for image in images[::8]]
     assert np.mean(scores) == pytest.approx(20.17, abs=0.02)
+
+
+HEADER = ",".join(CSV_COLUMNS).encode()
+OLD, NEW = b"old,photos,rgb,25,1,1,1,1,1", b"tiny,photos,rgb,25,2,20.5000,31.0000,0.4500,0.8500"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (HEADER, [HEADER, NEW]),
+        (HEADER + b"\n" + OLD, [HEADER, OLD, NEW]),
+        (b"\xef\xbb\xbf" + HEADER + b"\n" + OLD + b"\n", [b"\xef\xbb\xbf" + HEADER, OLD, NEW]),
+        (HEADER + b"\n" + OLD + b"\na note of mine\n", [HEADER, OLD, b"a note of mine", NEW]),
+        (HEADER + b"\n\n" + OLD + b"\r\n", [HEADER, b"", OLD, NEW]),
+        (HEADER + b"\r" + OLD, [HEADER, OLD, NEW]),
+        (HEADER + b'\n"a,b\nc",photos,rgb,25,1,1,1,1,1\n', [HEADER, b'"a,b', b'c",photos,rgb,25,1,1,1,1,1', NEW]),
+        (b"\n", [HEADER, NEW]),
+    ],
+)
+def test_rows_are_added_to_tables_as_people_leave_them(tmp_path, before, after):
+    path = tmp_path / "results.csv"
+    path.write_bytes(before)
+    append_csv(path, "tiny", [an_evaluation()])
+    assert path.read_bytes() == b"".join(line + b"\n" for line in after)
+
+
+def test_all_lines_end_as_the_first(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_bytes(HEADER + b"\r\n" + OLD + b"\n" + OLD)
+    append_csv(path, "tiny", [an_evaluation()])
+    assert path.read_bytes() == b"".join(line + b"\r\n" for line in (HEADER, OLD, OLD, NEW))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEADER.replace(b",", b";") + b"\n",
+        b"measured at home\n" + HEADER + b"\n",
+        HEADER + b"\n" + OLD + b"\0\0\n",
+        (HEADER + b"\n").decode().encode("utf-16"),
+        HEADER + b'\n"a quote without an end\n' + OLD + b"\n",
+    ],
+)
+def test_tables_that_would_be_spoilt_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "results.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="results.csv must "):
+        append_csv(path, "tiny", [an_evaluation()])
+    assert path.read_bytes() == content
+
+
+def test_targets_that_share_a_stem(tmp_path):
+    for name, seed in (("1.png", 1), ("1.bmp", 2), ("2.png", 3)):
+        save(tmp_path / "input" / name, seed)
+        save(tmp_path / "target" / name, seed)
+    save(tmp_path / "target" / "2.bmp", 4)
+    save(tmp_path / "input" / "3.png", 5)
+    save(tmp_path / "target" / "3.bmp", 5)
+    save(tmp_path / "target" / "3.tif", 6)
+    evaluation = evaluate(identity, tmp_path / "input", target=tmp_path / "target", limit=4)
+    assert [(score.image, score.psnr_input) for score in evaluation.scores] == [
+        ("1.bmp", float("inf")),
+        ("1.png", float("inf")),
+        ("2.png", float("inf")),
+    ]
+    ((name, reason),) = evaluation.failures
+    assert name == "3.png" and "got 3.bmp, 3.tif for 3.png" in reason
+
+
+def test_two_inputs_of_one_target_are_ambiguous_even_beyond_the_limit(tmp_path):
+    for name in ("1.bmp", "1.png"):
+        save(tmp_path / "input" / name)
+    save(tmp_path / "target" / "1.tif")
+    evaluation = evaluate(identity, tmp_path / "input", target=tmp_path / "target", limit=1)
+    assert not evaluation.scores and "got 1.tif for 1.bmp, 1.png" in evaluation.failures[0][1]
+
+
+def test_names_of_data_sets_tell_them_apart(tmp_path):
+    folders = [tmp_path / name for name in ("a/test", "b/test", "b/c/test", "x", "a/../a/test")]
+    assert dataset_names(folders) == ["a/test", "b/test", "c/test", "x", "a/test"]
+    assert dataset_names([tmp_path / "a/x/test", tmp_path / "b/x/test"]) == ["a/x/test", "b/x/test"]
+    assert dataset_names(["/", "/x"]) == ["/", "x"]

@@ -355,6 +355,12 @@ def test_missing_file_and_folder(tmp_path):
             ipt_fast.load_checkpoint(micro_model(), path)
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    ipt_fast.create_model("ipt_v2_tiny").save_pretrained(tmp_path)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_read_state_dict_gives_the_bare_tensors(tmp_path):
     torch.save({"params_ema": {"module.a": torch.arange(3.0)}}, tmp_path / "a.pth")
     state = read_state_dict(tmp_path / "a.pth")

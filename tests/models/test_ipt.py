@@ -357,3 +357,18 @@ def test_bad_input():
         model(torch.rand(1, 1, 12, 12), 0)
     with pytest.raises(TypeError, match="config must be an IPTConfig"):
         IPT({})
+
+
+def test_a_model_of_several_tasks_names_them():
+    model, image = ipt_fast.create_model("ipt_tiny", pretrained=True), numpy.zeros((50, 60, 3), numpy.uint8)
+    x = torch.zeros(1, 3, 48, 48)
+    said = r"^task must be one of sr_x2, derain, denoise30, denoise50 or a number below 4; got none$"
+    for call in (
+        lambda: model(x),
+        lambda: ipt_fast.freeze(model)(x),
+        lambda: ipt_fast.restore(image, model),
+        lambda: ipt_fast.Restorer(model),
+        lambda: model.scale(),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()

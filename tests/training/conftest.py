@@ -38,3 +38,14 @@ def make_config(images, tmp_path):
         return TrainingConfig(images, tmp_path / out, **(settings | changes))
 
     return make
+
+
+@pytest.fixture
+def error_of_command(capsys):
+    """The one line that a command has printed to stderr."""
+
+    def read() -> str:
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return read

@@ -112,6 +112,7 @@ def test_two_processes_are_one(make, images, tmp_path):
         list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("finished 6 iterations") == 1
     both = make("both", log_every=1)
     for one, two in zip(read_log(alone), read_log(both), strict=True):
         assert abs(float(one["loss"]) - float(two["loss"])) < 2e-4 * float(one["loss"])
@@ -195,7 +196,7 @@ def test_an_unreadable_image_is_one_sentence(make, images, workers, capsys):
     for path in sorted(images.iterdir())[1:]:  # the first is read before training begins
         path.write_bytes(b"no image")
     with pytest.raises(
-        ValueError, match=r"^cannot read image .*\.png: it must be one of PNG, .*; got another kind or damage$"
+        ValueError, match=r"^cannot read image .*\.png: it must be one of PNG, .*; got a file that is text$"
     ) as raised:
         train(config)
     assert "\n" not in str(raised.value)
