@@ -238,8 +238,7 @@ struct WindowBackward {
                 of_gram[j * depth + i] = static_cast<float>(grads[j * depth + i] * q[i] * k[j]);
             }
         }
-        with_types(p.products.dtype, p.products,
-                   [&](auto, const auto& unit) { round_values(unit, of_gram, channels * depth); });
+        with_types(p.dtype, p.brgemm, [&](auto, const auto& unit) { round_values(unit, of_gram, channels * depth); });
         memset(slopes, 0, depth * sizeof(double));
         for (int64_t j = 0; j < channels; ++j) {
             double parts[kChannelPad]{}, slope = 0;

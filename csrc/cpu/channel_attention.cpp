@@ -130,7 +130,7 @@ void forward(ChannelAttentionParams& p) {
     g.slots = space.at<float>(slots);
     const auto for_all = [&](int64_t count, const auto& pass) {
         at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-            const ProductScope scope{p.products};
+            const ProductScope scope{p.brgemm};
             pass(begin, end, space.at<float>(scratch) + at::get_thread_num() * each);
         });
     };
@@ -150,7 +150,7 @@ at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const a
     const WindowGroups windows(q, temperature, num_heads, window_size);
     ChannelAttentionParams params{};
     params.dtype = dtype_of(q);
-    params.products = products_in(params.dtype);
+    params.brgemm = brgemm_of(params.dtype);
     params.groups = windows.groups;
     params.q = pixels_of(q);
     params.k = pixels_of(k);
@@ -201,7 +201,7 @@ Sums backward(ChannelAttentionBackwardParams& p) {
     p.token_sums = space.at<float>(token_sums);
     const auto for_all = [&](int64_t count, const auto& pass) {
         at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-            const ProductScope scope{p.products};
+            const ProductScope scope{p.brgemm};
             pass(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * p.scratch());
         });
     };
@@ -243,7 +243,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_bac
     const WindowGroups windows(q, temperature, num_heads, window_size);
     ChannelAttentionBackwardParams p{};
     p.dtype = dtype_of(q);
-    p.products = products_in(p.dtype);
+    p.brgemm = brgemm_of(p.dtype);
     p.groups = windows.groups;
     p.q = pixels_of(q);
     p.k = pixels_of(k);
@@ -261,8 +261,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_bac
 
 at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& temperature,
                                    const at::Tensor& token_weight, const at::Tensor& top_weight,
-                                   const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
-                                   DType products) {
+                                   const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
     check_image(qkv_, "qkv");
     const int64_t channels = attention_channels(qkv_);
     check_heads(channels, num_heads, "a third of qkv");
@@ -271,7 +270,7 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& tem
     const FocalGroups focal(out, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
     ChannelAttentionParams params{};
     params.dtype = dtype_of(qkv);
-    params.products = products_in(products);
+    params.brgemm = brgemm_of(params.dtype);
     params.groups = focal.groups;
     const auto part = [&](int64_t index) { return pixels_of(qkv.narrow(1, index * channels, channels)); };
     params.q = part(0);
@@ -284,8 +283,7 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& tem
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
     const at::Tensor& grad_, const at::Tensor& qkv_, const at::Tensor& temperature, const at::Tensor& token_weight,
-    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
-    DType products) {
+    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
     check_image(qkv_, "qkv");
     const int64_t channels = attention_channels(qkv_);
     check_heads(channels, num_heads, "a third of qkv");
@@ -295,7 +293,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_cha
     const FocalGroups focal(grad, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
     ChannelAttentionBackwardParams p{};
     p.dtype = dtype_of(qkv);
-    p.products = products_in(products);
+    p.brgemm = brgemm_of(p.dtype);
     p.groups = focal.groups;
     const auto part = [&](const at::Tensor& map, int64_t index) { return map.narrow(1, index * channels, channels); };
     p.q = pixels_of(part(qkv, 0));
@@ -316,19 +314,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_cha
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
     m.impl("channel_attention", channel_attention);
     m.impl("channel_attention_backward", channel_attention_backward);
-    m.impl("focal_channel_attention",
-           [](const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
-              const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
-               return focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads,
-                                              window_size, dtype_of(qkv));
-           });
-    m.impl(
-        "focal_channel_attention_backward",
-        [](const at::Tensor& grad, const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
-           const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
-            return focal_channel_attention_backward(grad, qkv, temperature, token_weight, top_weight, bottom_weight,
-                                                    num_heads, window_size, dtype_of(qkv));
-        });
+    m.impl("focal_channel_attention", focal_channel_attention);
+    m.impl("focal_channel_attention_backward", focal_channel_attention_backward);
 }
 
 }  // namespace ipt_fast::cpu

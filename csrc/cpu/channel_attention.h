@@ -9,16 +9,14 @@
 
 namespace ipt_fast::cpu {
 
-// Products are computed in the dtype of the map or, of fp32, in bf16.
 at::Tensor focal_channel_attention(const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
                                    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
-                                   int64_t window_size, DType products);
+                                   int64_t window_size);
 
 // -> the gradients of qkv and of the parameters in this order.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
     const at::Tensor& grad, const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
-    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
-    DType products);
+    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size);
 
 // `name` is what has the channels.
 void check_heads(int64_t channels, int64_t num_heads, const char* name);

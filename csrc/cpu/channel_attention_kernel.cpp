@@ -105,13 +105,13 @@ void apply(const ChannelAttentionParams& p, const Unit& unit, int64_t begin, int
 }
 
 void gram_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.products, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
+    with_branches(p.dtype, p.brgemm, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
         gram<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
     });
 }
 
 void apply_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.products, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
+    with_branches(p.dtype, p.brgemm, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
         apply<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
     });
 }

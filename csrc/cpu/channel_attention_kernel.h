@@ -57,7 +57,7 @@ struct Pixels {
 
 struct ChannelAttentionParams {
     DType dtype;
-    Products products;
+    Brgemm brgemm;
     Groups groups;
     Pixels q, k, v;  // channels of head 0 first
     void* out;       // dense
@@ -88,7 +88,7 @@ struct ChannelAttentionKernels {
 
 struct ChannelAttentionBackwardParams {
     DType dtype;
-    Products products;
+    Brgemm brgemm;
     Groups groups;  // without slots
     Pixels q, k, v, grad;
     void *grad_q, *grad_k, *grad_v;  // channels of head 0 first

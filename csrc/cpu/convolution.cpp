@@ -31,13 +31,13 @@ void check_gradient(const at::Tensor& grad, const at::Tensor& x) {
     check_tensor(grad, "grad", {x.size(0), grad.dim() == 4 ? grad.size(1) : 0, x.size(2), x.size(3)}, x);
 }
 
-at::Tensor multiply(const at::Tensor& map, const Weight& weight, DType products) {
+at::Tensor multiply(const at::Tensor& map, const Weight& weight) {
     const at::Tensor x = channels_last(map);
     const at::Tensor out = empty_channels_last({x.size(0), weight.columns, x.size(2), x.size(3)}, x);
     const ConvolutionKernels& kernel = kernels_in_use<ConvolutionKernels>();
     PointwiseParams p{};
     p.dtype = dtype_of(x);
-    p.products = products_in(products);
+    p.brgemm = brgemm_of(p.dtype);
     p.x = x.const_data_ptr();
     p.pixels = x.size(0) * x.size(2) * x.size(3);
     p.channels = weight.depth;
@@ -45,14 +45,14 @@ at::Tensor multiply(const at::Tensor& map, const Weight& weight, DType products)
     p.out = out.mutable_data_ptr();
     const int64_t scratch_size = pointwise_scratch(p.channels, p.columns);
     WorkSpace work;
-    const int64_t packed = work.add(kernel.packed_size(p.products, p.columns, p.channels));
+    const int64_t packed = work.add(kernel.packed_size(p.dtype, p.brgemm, p.columns, p.channels));
     const int64_t scratch = work.add(at::get_num_threads() * scratch_size * static_cast<int64_t>(sizeof(float)));
     work.allocate();
-    kernel.pack(p.dtype, p.products, weight, work.at<void>(packed));
+    kernel.pack(p.dtype, p.brgemm, weight, work.at<void>(packed));
     p.packed = work.at<void>(packed);
     const int64_t blocks = divide_up(p.pixels, kPointwiseBlock);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        const ProductScope scope{p.products};
+        const ProductScope scope{p.brgemm};
         kernel.pointwise(p, begin, end, work.at<float>(scratch) + at::get_thread_num() * scratch_size);
     });
     return out;
@@ -95,24 +95,24 @@ at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight, bool flippe
 
 }  // namespace
 
-at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight, DType products) {
+at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight) {
     check_image(x, "x");
     check_tensor(weight, "weight", {weight.dim() == 4 ? weight.size(0) : 0, x.size(1), 1, 1}, x);
-    return multiply(x, weight_of(weight), products);
+    return multiply(x, weight_of(weight));
 }
 
-at::Tensor pointwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight, DType products) {
+at::Tensor pointwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight) {
     check_image(grad, "grad");
     check_tensor(weight, "weight", {grad.size(1), weight.dim() == 4 ? weight.size(1) : 0, 1, 1}, grad);
-    return multiply(grad, transposed(weight_of(weight)), products);
+    return multiply(grad, transposed(weight_of(weight)));
 }
 
-at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x, DType products) {
+at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x) {
     check_gradient(grad, x);
     const at::Tensor images = channels_last(x), grads = channels_last(grad);
     PointwiseWeightParams p{};
     p.dtype = dtype_of(x);
-    p.products = products_in(products);
+    p.brgemm = brgemm_of(p.dtype);
     p.x = images.const_data_ptr();
     p.grad = grads.const_data_ptr();
     p.channels = x.size(1);
@@ -126,7 +126,7 @@ at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x
     float* const first = sums.mutable_data_ptr<float>();
     const ConvolutionKernels& kernel = kernels_in_use<ConvolutionKernels>();
     at::parallel_for(0, shares * tiles, 1, [&](int64_t begin, int64_t end) {
-        const ProductScope scope{p.products};
+        const ProductScope scope{p.brgemm};
         const at::Tensor scratch = scratch_of(pointwise_weight_scratch(p.channels));
         for (int64_t item = begin; item < end; ++item) {
             const int64_t share = item / tiles;

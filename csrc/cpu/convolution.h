@@ -5,15 +5,14 @@
 
 namespace ipt_fast::cpu {
 
-// (B, C, H, W), weight (N, C, 1, 1) of the same dtype -> (B, N, H, W). Products are computed in that dtype or, of fp32,
-// in bf16.
-at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight, DType products);
+// (B, C, H, W), weight (N, C, 1, 1) of the same dtype -> (B, N, H, W).
+at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight);
 
 // grad (B, N, H, W) -> (B, C, H, W).
-at::Tensor pointwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight, DType products);
+at::Tensor pointwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight);
 
 // grad (B, N, H, W), x (B, C, H, W) -> (N, C, 1, 1) in x's dtype.
-at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x, DType products);
+at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x);
 
 // (B, C, H, W), weight (C, 1, k, k) with k = 3 or 5, zero padding -> (B, C, H, W).
 at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight);

@@ -20,14 +20,12 @@ constexpr bool kIsFloat = sizeof(T) == sizeof(float);
 
 // ---- pointwise ------------------------------------------------------------------------------------------------------
 
-int64_t packed_size(const Products& products, int64_t columns, int64_t depth) {
-    return with_types(products.dtype, products,
-                      [&](auto, const auto& unit) { return unit.packed_size(columns, depth); });
+int64_t packed_size(DType dtype, Brgemm brgemm, int64_t columns, int64_t depth) {
+    return with_types(dtype, brgemm, [&](auto, const auto& unit) { return unit.packed_size(columns, depth); });
 }
 
-void pack(DType dtype, const Products& products, const Weight& weight, void* packed) {
-    with_types<true>(dtype, products,
-                     [&](auto type, const auto& unit) { unit.template pack<decltype(type)>(weight, packed); });
+void pack(DType dtype, Brgemm brgemm, const Weight& weight, void* packed) {
+    with_types(dtype, brgemm, [&](auto type, const auto& unit) { unit.template pack<decltype(type)>(weight, packed); });
 }
 
 template <typename T, typename Unit>
@@ -45,13 +43,7 @@ void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_
         const Matrix result{products, count, p.columns, padded(p.columns)};
         if constexpr (kIsFloat<T>) {
             if (p.columns % kLanes == 0) {
-                const Matrix target{out, count, p.columns, p.columns};
-                if constexpr (kIsFloat<Value>) {
-                    unit.multiply(pixels, p.packed, target, Accumulate::no);
-                } else {
-                    load_rows(pixels, left);
-                    unit.multiply(left, p.packed, target, Accumulate::no);
-                }
+                unit.multiply(pixels, p.packed, Matrix{out, count, p.columns, p.columns}, Accumulate::no);
                 continue;
             }
         }
@@ -62,8 +54,8 @@ void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_
 }
 
 void pointwise_any(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types<true>(p.dtype, p.products,
-                     [&](auto type, const auto& unit) { pointwise<decltype(type)>(p, unit, begin, end, scratch); });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { pointwise<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 template <typename T, typename Unit>
@@ -94,7 +86,7 @@ void pointwise_weight(const PointwiseWeightParams& p, const Unit& unit, int64_t 
 
 void pointwise_weight_any(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row, float* scratch,
                           float* sums) {
-    with_types<true>(p.dtype, p.products, [&](auto type, const auto& unit) {
+    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) {
         pointwise_weight<decltype(type)>(p, unit, begin, end, first_row, scratch, sums);
     });
 }

@@ -12,7 +12,7 @@ constexpr int64_t kPointwiseTile = 96;
 
 struct PointwiseParams {
     DType dtype;  // of x, out and the weight
-    Products products;
+    Brgemm brgemm;
     const void* x;  // (pixels, channels)
     int64_t pixels, channels, columns;
     const void* packed;  // the weight, by `pack`
@@ -28,7 +28,7 @@ inline int64_t pointwise_scratch(int64_t channels, int64_t columns) {
 // sums[i][j] = the sum over pixels of grad[pixel][i] x[pixel][j] for a tile of rows i.
 struct PointwiseWeightParams {
     DType dtype;
-    Products products;
+    Brgemm brgemm;
     const void* x;     // (pixels, channels)
     const void* grad;  // (pixels, columns)
     int64_t channels, columns;
@@ -55,8 +55,8 @@ struct DepthwiseParams {
 };
 
 struct ConvolutionKernels {
-    int64_t (*packed_size)(const Products& products, int64_t columns, int64_t depth);
-    void (*pack)(DType dtype, const Products& products, const Weight& weight, void* packed);
+    int64_t (*packed_size)(DType dtype, Brgemm brgemm, int64_t columns, int64_t depth);
+    void (*pack)(DType dtype, Brgemm brgemm, const Weight& weight, void* packed);
     // Blocks begin <= k < end of kPointwiseBlock pixels.
     void (*pointwise)(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch);
     // Pixels begin <= k < end; rows of the tile from first_row on; sums is [columns][padded channels] in fp32.

@@ -79,7 +79,7 @@ at::Tensor pack_focal_attention_layer(const at::Tensor& norm_weight, const Optio
 
     FocalAttentionLayerParams p{};
     p.dtype = dtype_of(qkv_weight);
-    p.products = products_in(p.dtype);
+    p.brgemm = brgemm_of(p.dtype);
     p.groups.heads = num_heads;
     p.groups.head_channels = head_channels;
     p.groups.depth = padded(head_channels);
@@ -115,7 +115,7 @@ at::Tensor focal_attention_layer_packed(const at::Tensor& x_, const at::Tensor& 
     const at::Tensor x = channels_last(x_), out = empty_channels_last(x.sizes(), x);
     FocalAttentionLayerParams params{};
     params.dtype = dtype_of(x);
-    params.products = products_in(params.dtype);
+    params.brgemm = brgemm_of(params.dtype);
     params.groups = focal_groups(x, header.heads, header.window);
     params.norm = packed.norm();
     params.x = x.const_data_ptr();
@@ -141,7 +141,7 @@ at::Tensor focal_attention_layer_packed(const at::Tensor& x_, const at::Tensor& 
     const ChannelAttentionKernels& attention = kernels_in_use<ChannelAttentionKernels>();
     const auto for_all = [&](int64_t count, const auto& pass) {
         at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-            const ProductScope scope{params.products};
+            const ProductScope scope{params.brgemm};
             pass(begin, end, space.at<float>(scratch) + at::get_thread_num() * each);
         });
     };
@@ -182,7 +182,6 @@ FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, cons
     check_tensor(grad_, "grad", x_.sizes(), x_);
     check_tensor(depthwise_weight_, "depthwise_weight", {3 * x_.size(1), 1, 3, 3}, x_);
 
-    const DType products = dtype_of(x_);
     const at::Tensor grad = channels_last(with_range(grad_)), x = channels_last(with_range(x_));
     const at::Tensor norm_weight = wide(norm_weight_), qkv_weight = with_range(qkv_weight_);
     const at::Tensor depthwise_weight = with_range(depthwise_weight_), project_weight = with_range(project_weight_);
@@ -190,24 +189,22 @@ FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, cons
     const at::Tensor top_weight = wide(top_weight_), bottom_weight = wide(bottom_weight_);
     const OptionalTensor norm_bias = wide(norm_bias_);
     at::Tensor normed = layer_norm_2d(x, norm_weight, norm_bias, eps, centered);
-    at::Tensor projected = pointwise(normed, qkv_weight, products);
+    at::Tensor projected = pointwise(normed, qkv_weight);
     at::Tensor qkv = depthwise(projected, depthwise_weight);
-    const at::Tensor grad_project =
-        pointwise_weight_gradient(grad,
-                                  focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight,
-                                                          num_heads, window_size, products),
-                                  products);
+    const at::Tensor grad_project = pointwise_weight_gradient(
+        grad,
+        focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size));
     auto [grad_qkv, grad_temperature, grad_token, grad_top, grad_bottom] =
-        focal_channel_attention_backward(pointwise_input_gradient(grad, project_weight, products), qkv, temperature,
-                                         token_weight, top_weight, bottom_weight, num_heads, window_size, products);
+        focal_channel_attention_backward(pointwise_input_gradient(grad, project_weight), qkv, temperature, token_weight,
+                                         top_weight, bottom_weight, num_heads, window_size);
     qkv.reset();
     const at::Tensor grad_depthwise = depthwise_weight_gradient(grad_qkv, projected, 3);
     projected.reset();
     at::Tensor grad_projected = depthwise_input_gradient(grad_qkv, depthwise_weight);
     grad_qkv.reset();
-    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_projected, normed, products);
+    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_projected, normed);
     normed.reset();
-    at::Tensor grad_normed = pointwise_input_gradient(grad_projected, qkv_weight, products);
+    at::Tensor grad_normed = pointwise_input_gradient(grad_projected, qkv_weight);
     grad_projected.reset();
     auto [grad_x, grad_norm_weight, grad_norm_bias] =
         layer_norm_2d_backward(grad_normed, x, norm_weight, norm_bias, eps, centered);

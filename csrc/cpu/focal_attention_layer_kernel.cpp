@@ -303,16 +303,16 @@ void apply(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, 
 }
 
 void pack_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end) {
-    with_types(p.dtype, p.products, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
+    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
 }
 
 void gram_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p.dtype, p.products,
+    with_types(p.dtype, p.brgemm,
                [&](auto type, const auto& unit) { gram<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 void apply_any(const FocalAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p.dtype, p.products,
+    with_types(p.dtype, p.brgemm,
                [&](auto type, const auto& unit) { apply<decltype(type)>(p, unit, begin, end, scratch); });
 }
 

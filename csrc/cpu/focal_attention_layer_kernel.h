@@ -15,7 +15,7 @@ constexpr int64_t kRingBytes = 448 << 10;
 
 struct FocalAttentionLayerParams {
     DType dtype;
-    Products products;
+    Brgemm brgemm;
     Groups groups;
     Norm norm;
     const void* x;  // dense

@@ -263,8 +263,8 @@ struct GramTile {
 
 // body(T{}, unit, Constant<branches>) for the dtype of the maps and the unit of the products.
 template <typename Body>
-inline void with_branches(DType dtype, const Products& products, int branches, const Body& body) {
-    with_types<true>(dtype, products, [&](auto type, const auto& unit) {
+inline void with_branches(DType dtype, Brgemm brgemm, int branches, const Body& body) {
+    with_types(dtype, brgemm, [&](auto type, const auto& unit) {
         branches == 1 ? body(type, unit, Constant<1>{}) : body(type, unit, Constant<2>{});
     });
 }

@@ -23,10 +23,9 @@ constexpr int64_t kGrain = 1 << 20;
 
 }  // namespace
 
-void set_lattice(GridAttention& p, const at::Tensor& map, DType products, int64_t channels, int64_t num_heads,
-                 int64_t grid_size) {
+void set_lattice(GridAttention& p, const at::Tensor& map, int64_t channels, int64_t num_heads, int64_t grid_size) {
     p.dtype = dtype_of(map);
-    p.products = products_in(products);
+    p.brgemm = brgemm_of(p.dtype);
     p.lattice = {map.size(2), map.size(3), grid_size};
     p.batch = map.size(0);
     p.heads = num_heads;
@@ -58,21 +57,21 @@ int64_t finest_grid(const at::Tensor& map, const OptionalTensor& bias_table, int
     return bias_table.has_value() ? grid_size : std::min(grid_size, std::max(map.size(2), map.size(3)));
 }
 
-at::Tensor set_attention(GridAttention& p, const at::Tensor& map, DType products, int64_t channels,
-                         const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size) {
+at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channels, const OptionalTensor& bias_table,
+                         int64_t num_heads, int64_t grid_size) {
     check_attention(map, channels, bias_table, num_heads, grid_size);
-    set_lattice(p, map, products, channels, num_heads, finest_grid(map, bias_table, grid_size));
+    set_lattice(p, map, channels, num_heads, finest_grid(map, bias_table, grid_size));
     at::Tensor bias = spread_biases(p, bias_table);
     p.bias = bias.const_data_ptr<float>();
     return bias;
 }
 
-at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size,
-                          DType products) {
+at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads,
+                          int64_t grid_size) {
     check_image(qkv, "qkv");
     const int64_t channels = attention_channels(qkv), height = qkv.size(2), width = qkv.size(3);
     GridAttentionParams p{};
-    const at::Tensor bias = set_attention(p, qkv, products, channels, bias_table, num_heads, grid_size);
+    const at::Tensor bias = set_attention(p, qkv, channels, bias_table, num_heads, grid_size);
     const at::Tensor map = channels_last(qkv);
     at::Tensor out = empty_channels_last({p.batch, channels, height, width}, qkv);
     p.qkv = map.const_data_ptr();
@@ -86,7 +85,7 @@ at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_tabl
     space.allocate();
     const int64_t grain = std::max<int64_t>(1, kGrain / (4 * tokens * tokens * p.depth));
     at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-        const ProductScope scope{p.products};
+        const ProductScope scope{p.brgemm};
         kernel.forward(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * floats);
     });
     return out;
@@ -94,11 +93,11 @@ at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_tabl
 
 std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& grad, const at::Tensor& qkv,
                                                            const OptionalTensor& bias_table, int64_t num_heads,
-                                                           int64_t grid_size, DType products) {
+                                                           int64_t grid_size) {
     check_image(qkv, "qkv");
     const int64_t channels = attention_channels(qkv);
     GridAttentionGradients p{};
-    const at::Tensor bias = set_attention(p, qkv, products, channels, bias_table, num_heads, grid_size);
+    const at::Tensor bias = set_attention(p, qkv, channels, bias_table, num_heads, grid_size);
     check_tensor(grad, "grad", {p.batch, channels, qkv.size(2), qkv.size(3)}, qkv);
     const at::Tensor map = channels_last(qkv), grad_map = channels_last(grad);
     at::Tensor grad_qkv = empty_channels_last(qkv.sizes(), qkv);
@@ -119,7 +118,7 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
     const int64_t scratch = space.add(at::get_num_threads() * floats * static_cast<int64_t>(sizeof(float)));
     space.allocate();
     at::parallel_for(0, num_heads * shares, 1, [&](int64_t begin, int64_t end) {
-        const ProductScope scope{p.products};
+        const ProductScope scope{p.brgemm};
         for (int64_t k = begin; k < end; ++k) {
             const int64_t head = k / shares, share = k % shares;
             kernel.backward(p, head, share * groups / shares, (share + 1) * groups / shares,
@@ -135,14 +134,8 @@ std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& gra
 }
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
-    m.impl("grid_attention",
-           [](const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size) {
-               return grid_attention(qkv, bias_table, num_heads, grid_size, dtype_of(qkv));
-           });
-    m.impl("grid_attention_backward", [](const at::Tensor& grad, const at::Tensor& qkv,
-                                         const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size) {
-        return grid_attention_backward(grad, qkv, bias_table, num_heads, grid_size, dtype_of(qkv));
-    });
+    m.impl("grid_attention", grid_attention);
+    m.impl("grid_attention_backward", grid_attention_backward);
 }
 
 }  // namespace ipt_fast::cpu

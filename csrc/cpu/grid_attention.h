@@ -17,22 +17,21 @@ void check_attention(const at::Tensor& like, int64_t channels, const OptionalTen
 int64_t finest_grid(const at::Tensor& map, const OptionalTensor& bias_table, int64_t grid_size);
 
 // Fills in the common parameters but the biases.
-void set_lattice(GridAttention& p, const at::Tensor& map, DType products, int64_t channels, int64_t num_heads,
-                 int64_t grid_size);
+void set_lattice(GridAttention& p, const at::Tensor& map, int64_t channels, int64_t num_heads, int64_t grid_size);
 
 // (heads, bias_rows, bias_row) as described at GridAttention::bias.
 at::Tensor spread_biases(const GridAttention& p, const OptionalTensor& table);
 
 // Checks the arguments and fills in the common parameters; `map` has `channels` = heads * depth or three times as
 // many. The returned tensor holds the biases. `products` is the dtype of the map's or, of an fp32 map, bf16.
-at::Tensor set_attention(GridAttention& p, const at::Tensor& map, DType products, int64_t channels,
-                         const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size);
+at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channels, const OptionalTensor& bias_table,
+                         int64_t num_heads, int64_t grid_size);
 
-at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size,
-                          DType products);
+at::Tensor grid_attention(const at::Tensor& qkv, const OptionalTensor& bias_table, int64_t num_heads,
+                          int64_t grid_size);
 
 std::tuple<at::Tensor, at::Tensor> grid_attention_backward(const at::Tensor& grad, const at::Tensor& qkv,
                                                            const OptionalTensor& bias_table, int64_t num_heads,
-                                                           int64_t grid_size, DType products);
+                                                           int64_t grid_size);
 
 }  // namespace ipt_fast::cpu

@@ -46,8 +46,8 @@ void forward(const GridAttentionParams& p, const Unit& unit, int64_t begin, int6
 }
 
 void forward_any(const GridAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types<true>(p.dtype, p.products,
-                     [&](auto type, const auto& unit) { forward<decltype(type)>(p, unit, begin, end, scratch); });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { forward<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
 // The sum over k of body(k), rows added up in short blocks: a few short sums round less than one long one.
@@ -196,7 +196,7 @@ void backward(const GridAttentionGradients& p, const Unit& unit, int64_t head, i
 
 void backward_any(const GridAttentionGradients& p, int64_t head, int64_t begin, int64_t end, float* scratch,
                   double* grad_bias) {
-    with_types<true>(p.dtype, p.products, [&](auto type, const auto& unit) {
+    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) {
         backward<decltype(type)>(p, unit, head, begin, end, scratch, grad_bias);
     });
 }

@@ -11,7 +11,7 @@ constexpr float kLog2E = 0x1.715476p0f;  // scores are computed times this
 // What the operator, its gradient and the layer have in common.
 struct GridAttention {
     DType dtype;  // of all maps
-    Products products;
+    Brgemm brgemm;
     Lattice lattice;
     int64_t batch, heads, depth;  // depth: channels of a head
     float scale;                  // of the scores

@@ -56,7 +56,7 @@ at::Tensor pack_grid_attention_layer(const at::Tensor& norm_weight, const Option
     const LayerNorm norm(qkv_weight, norm_weight, norm_bias, eps, centered);
     GridAttentionLayerParams p{};
     p.dtype = dtype_of(qkv_weight);
-    p.products = products_in(p.dtype);
+    p.brgemm = brgemm_of(p.dtype);
     p.lattice.grid = grid_size;
     p.heads = num_heads;
     p.depth = channels / num_heads;
@@ -85,7 +85,7 @@ at::Tensor grid_attention_layer_packed(const at::Tensor& x, const at::Tensor& pa
     const at::Tensor map = channels_last(x);
     at::Tensor out = empty_channels_last(x.sizes(), x);
     GridAttentionLayerParams p{};
-    set_lattice(p, x, dtype_of(x), x.size(1), header.heads, header.grid);
+    set_lattice(p, x, x.size(1), header.heads, header.grid);
     p.bias = packed.at<float>(header.bias);
     p.x = map.const_data_ptr();
     p.out = out.mutable_data_ptr();
@@ -99,7 +99,7 @@ at::Tensor grid_attention_layer_packed(const at::Tensor& x, const at::Tensor& pa
     const int64_t scratch = space.add(at::get_num_threads() * floats * static_cast<int64_t>(sizeof(float)));
     space.allocate();
     at::parallel_for(0, p.batch * blocks_of_image(p), 1, [&](int64_t begin, int64_t end) {
-        const ProductScope scope{p.products};
+        const ProductScope scope{p.brgemm};
         kernel.forward(p, begin, end, space.at<float>(scratch) + at::get_thread_num() * floats);
     });
     return out;
@@ -123,20 +123,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     int64_t num_heads, int64_t grid_size, double eps, bool centered) {
     check_layer(x, qkv_weight_, project_weight_);
     check_tensor(grad, "grad", x.sizes(), x);
-    const DType products = dtype_of(x);
     const at::Tensor map = channels_last(with_range(x)), grad_out = channels_last(with_range(grad));
     const at::Tensor norm_weight = wide(norm_weight_), qkv_weight = with_range(qkv_weight_);
     const at::Tensor project_weight = with_range(project_weight_);
     const OptionalTensor norm_bias = wide(norm_bias_), bias_table = wide(bias_table_);
     const at::Tensor normal = layer_norm_2d(map, norm_weight, norm_bias, eps, centered);
-    const at::Tensor qkv = pointwise(normal, qkv_weight, products);
+    const at::Tensor qkv = pointwise(normal, qkv_weight);
     const at::Tensor grad_project =
-        pointwise_weight_gradient(grad_out, grid_attention(qkv, bias_table, num_heads, grid_size, products), products);
-    const auto [grad_qkv, grad_table] = grid_attention_backward(
-        pointwise_input_gradient(grad_out, project_weight, products), qkv, bias_table, num_heads, grid_size, products);
-    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_qkv, normal, products);
+        pointwise_weight_gradient(grad_out, grid_attention(qkv, bias_table, num_heads, grid_size));
+    const auto [grad_qkv, grad_table] = grid_attention_backward(pointwise_input_gradient(grad_out, project_weight), qkv,
+                                                                bias_table, num_heads, grid_size);
+    const at::Tensor grad_qkv_weight = pointwise_weight_gradient(grad_qkv, normal);
     auto [grad_x, grad_norm_weight, grad_norm_bias] = layer_norm_2d_backward(
-        pointwise_input_gradient(grad_qkv, qkv_weight, products), map, norm_weight, norm_bias, eps, centered);
+        pointwise_input_gradient(grad_qkv, qkv_weight), map, norm_weight, norm_bias, eps, centered);
     grad_x.add_(grad_out);
     return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_project, grad_table};
 }

@@ -121,15 +121,15 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
 }
 
 int64_t packed_size_any(const GridAttentionLayerParams& p) {
-    return with_types(p.dtype, p.products, [&]<typename Unit>(auto, const Unit&) { return packed_size<Unit>(p); });
+    return with_types(p.dtype, p.brgemm, [&]<typename Unit>(auto, const Unit&) { return packed_size<Unit>(p); });
 }
 
 void pack_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end) {
-    with_types(p.dtype, p.products, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
+    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) { pack<decltype(type)>(p, unit, begin, end); });
 }
 
 void forward_any(const GridAttentionLayerParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p.dtype, p.products,
+    with_types(p.dtype, p.brgemm,
                [&](auto type, const auto& unit) { forward<decltype(type)>(p, unit, begin, end, scratch); });
 }
 

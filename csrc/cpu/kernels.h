@@ -47,11 +47,4 @@ struct Pair {
 // c (+)= a b on the matrix unit: a and b in pairs, c in fp32. nullptr where there is no such unit.
 using Brgemm = void (*)(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate);
 
-// What a kernel's products are computed in: of fp32 and fp16, fp32. Gradients of a layer in bf16 have fp32 maps between
-// their kernels, and products of bf16.
-struct Products {
-    DType dtype;
-    Brgemm brgemm;
-};
-
 }  // namespace ipt_fast::cpu

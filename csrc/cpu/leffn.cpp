@@ -98,7 +98,7 @@ at::Tensor pack(Layer layer, const LayerNorm* norm, const at::Tensor& expand, co
     p.out_channels = project.size(0);
     p.expand = weight_of(expand);
     p.project = weight_of(project);
-    p.products = products_in(p.dtype);
+    p.brgemm = brgemm_of(p.dtype);
     Packing<PackedLeffn> packing(layer, expand);
     PackedLeffn& header = packing.header;
     header.hidden = p.hidden;
@@ -143,7 +143,7 @@ at::Tensor run(Layer layer, const at::Tensor& x_, const at::Tensor& packed_) {
     p.depthwise = packed.at<float>(header.depthwise);
     p.packed_expand = packed.at<void>(header.expand);
     p.packed_project = packed.at<void>(header.project);
-    p.products = products_in(p.dtype);
+    p.brgemm = brgemm_of(p.dtype);
     const int64_t threads = at::get_num_threads();
     partition(p, batch, threads);
 
@@ -153,7 +153,7 @@ at::Tensor run(Layer layer, const at::Tensor& x_, const at::Tensor& packed_) {
     const int64_t scratch = space.add(threads * scratch_size);
     space.allocate();
     at::parallel_for(0, batch * p.bands * p.strips, 1, [&](int64_t begin, int64_t end) {
-        const ProductScope scope{p.products};
+        const ProductScope scope{p.brgemm};
         kernel.forward(p, begin, end, space.at<char>(scratch) + at::get_thread_num() * scratch_size);
     });
     return out;
@@ -236,11 +236,11 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // The gradients of norm(x) and of the weights.
 Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& expand_,
-                   const at::Tensor& depthwise_, const at::Tensor& project_, const Norm& norm, DType products) {
+                   const at::Tensor& depthwise_, const at::Tensor& project_, const Norm& norm) {
     const at::Tensor x = channels_last(x_), grad = channels_last(grad_), grad_x = empty_channels_last(x.sizes(), x);
     LeffnBackwardParams p{};
     p.dtype = dtype_of(x);
-    p.products = products_in(products);
+    p.brgemm = brgemm_of(p.dtype);
     p.x = x.const_data_ptr();
     p.grad = grad.const_data_ptr();
     p.grad_x = grad_x.mutable_data_ptr();
@@ -306,7 +306,7 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tens
         }
     });
     at::parallel_for(0, p.shares.count * p.groups.count, 1, [&](int64_t begin, int64_t end) {
-        const ProductScope scope{p.products};
+        const ProductScope scope{p.brgemm};
         float* own = space.at<float>(scratch + at::get_thread_num() * scratch_size);
         for (int64_t task = begin; task < end; ++task) {
             kernel.run(p, task / p.groups.count, task % p.groups.count, own);
@@ -330,7 +330,7 @@ Gradients backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tens
 Gradients leffn_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& expand,
                          const at::Tensor& depthwise, const at::Tensor& project) {
     check_gradient(grad, x, expand, depthwise, project);
-    return backward(grad, x, expand, depthwise, project, {}, dtype_of(x));
+    return backward(grad, x, expand, depthwise, project, {});
 }
 
 using LayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -344,7 +344,7 @@ LayerGradients leffn_layer_backward(const at::Tensor& grad_, const at::Tensor& x
     const at::Tensor grad = with_range(grad_), x = with_range(x_);
     const LayerNorm norm(x, wide(norm_weight), wide(norm_bias), eps, centered);
     const auto [grad_normed, grad_expand, grad_depthwise, grad_project] =
-        backward(grad, x, with_range(expand), with_range(depthwise), with_range(project), norm.params, dtype_of(x_));
+        backward(grad, x, with_range(expand), with_range(depthwise), with_range(project), norm.params);
     const auto [grad_x, grad_weight, grad_bias] =
         layer_norm_2d_backward(grad_normed, x, wide(norm_weight), wide(norm_bias), eps, centered);
     grad_x.add_(grad);

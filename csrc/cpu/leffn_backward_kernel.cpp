@@ -351,14 +351,14 @@ void run(const LeffnBackwardParams& p, const Unit& unit, int64_t share, int64_t 
 }
 
 void run_any(const LeffnBackwardParams& p, int64_t share, int64_t group, float* scratch) {
-    with_types<true>(p.dtype, p.products,
-                     [&](auto type, const auto& unit) { run<decltype(type)>(p, unit, share, group, scratch); });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { run<decltype(type)>(p, unit, share, group, scratch); });
 }
 
 void pack(const LeffnBackwardParams& p, int64_t chunk) {
     const int64_t first = p.chunks.first(chunk) * kChannelPad, last = p.chunks.first(chunk + 1) * kChannelPad;
     const int64_t width = last - first, channels = padded(p.channels), hidden = padded(p.hidden);
-    with_types(p.products.dtype, p.products, [&](auto, const auto& unit) {
+    with_types(p.dtype, p.brgemm, [&](auto, const auto& unit) {
         const float* const expand = p.expand + first * channels;
         unit.template pack<float>({expand, width, p.channels, channels, 1}, p.packed_expand + first * channels);
         unit.template pack<float>({p.project + first, width, p.out_channels, 1, hidden},

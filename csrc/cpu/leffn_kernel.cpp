@@ -263,7 +263,7 @@ struct Leffn {
 // body(Leffn, unit) for the storage type and the unit in use.
 template <typename Body>
 auto with_type(const LeffnParams& p, const Body& body) {
-    return with_types(p.dtype, p.products,
+    return with_types(p.dtype, p.brgemm,
                       [&]<typename T, typename Unit>(T, const Unit& unit) { return body(Leffn<T, Unit>{}, unit); });
 }
 

@@ -19,7 +19,7 @@ struct LeffnParams {
     bool residual;
     Weight expand, project;
     const float* depthwise;  // [padded hidden / kChannelPad][kernel * kernel][kChannelPad]
-    Products products;
+    Brgemm brgemm;
     int64_t bands, strips, rows_per_step;
     void *packed_expand, *packed_project;  // packed_floats() each
 
@@ -66,7 +66,7 @@ struct Cut {
 
 struct LeffnBackwardParams {
     DType dtype;  // of x, grad and grad_x
-    Products products;
+    Brgemm brgemm;
     const void* x;     // channels-last, as grad and grad_x
     const void* grad;  // of the output
     void* grad_x;

@@ -44,15 +44,15 @@ bool has_matrix_unit() {
 
 void emulate_matrix_unit(bool on) { emulated = on; }
 
-Products products_in(DType dtype) {
+Brgemm brgemm_of(DType dtype) {
     if (dtype != DType::bf16 || !kLevels[level()].matrix_unit) {
-        return {dtype, nullptr};
+        return nullptr;
     }
-    return {dtype, emulated ? emulated_brgemm : torch_brgemm};
+    return emulated ? emulated_brgemm : torch_brgemm;
 }
 
 ProductScope::~ProductScope() {
-    if (used.brgemm == torch_brgemm) {
+    if (used == torch_brgemm) {
         at::native::cpublas::brgemm_release();
     }
 }

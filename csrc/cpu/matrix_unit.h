@@ -11,12 +11,12 @@ bool has_matrix_unit();
 // For tests, on processors without one: its products are computed by a plain loop.
 void emulate_matrix_unit(bool on);
 
-// Products of this dtype at the level in use.
-Products products_in(DType dtype);
+// What multiplies values of this dtype at the level in use; nullptr: vectors.
+Brgemm brgemm_of(DType dtype);
 
 // Gives the matrix unit back at the end of a parallel region's share that used it.
 struct ProductScope {
-    Products used;
+    Brgemm used;
     ~ProductScope();
 };
 

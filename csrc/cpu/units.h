@@ -276,25 +276,17 @@ inline void round_values(const Unit&, float* values, int64_t count) {
     }
 }
 
-// body(T{}, unit) for the dtype of the maps and the unit of the products, which have the same dtype; with `wide` the
-// maps may be fp32 beside products of bf16.
-template <bool wide = false, typename Body>
-inline auto with_types(DType dtype, [[maybe_unused]] const Products& products, const Body& body) {
-    if constexpr (kDots || kMatrixUnit) {
-        if (products.dtype == DType::bf16 && (kDots || products.brgemm != nullptr)) {
-            const auto unit = [&] {
-                if constexpr (kDots) {
-                    return DotUnit{};
-                } else {
-                    return MatrixUnit{products.brgemm};
-                }
-            }();
-            if constexpr (wide) {
-                if (dtype == DType::f32) {
-                    return body(float{}, unit);
-                }
-            }
-            return body(BFloat16{}, unit);
+// body(T{}, unit) for the dtype of the maps and the unit of their products: of fp32 and fp16, which are computed in
+// fp32, and of bf16 where nothing multiplies pairs, vectors.
+template <typename Body>
+inline auto with_types(DType dtype, [[maybe_unused]] Brgemm brgemm, const Body& body) {
+    if constexpr (kDots) {
+        if (dtype == DType::bf16) {
+            return body(BFloat16{}, DotUnit{});
+        }
+    } else if constexpr (kMatrixUnit) {
+        if (dtype == DType::bf16 && brgemm != nullptr) {
+            return body(BFloat16{}, MatrixUnit{brgemm});
         }
     }
     return with_type(dtype, [&](auto type) { return body(type, VectorUnit{}); });
