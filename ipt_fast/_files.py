@@ -6,24 +6,25 @@ import pathlib
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
 _NAME_BYTES = 255  # of file systems that do not say
-# Names of what this process has open: a file behind one of them is written to, as its other writers expect.
-_OPEN_STREAMS = ("/dev", "/dev/fd", "/proc/self/fd")
+_OPEN_FILES = ("/dev/fd", "/proc/self/fd")  # what this process has open, by number
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yield a temporary path (same suffix) whose content goes to ``path`` when the block succeeds.
 
-    A file is replaced at once; a link is followed, and the file behind it replaced. A device or a FIFO stays what it
-    is, and the content is written into it. When the block raises, the temporary file is removed and whatever stood at
-    ``path`` before is left as it was. The temporary name is short, so that ``path`` may have the longest name that the
-    file system allows.
+    A file is replaced at once, and its successor has its permissions and, where the system allows it, its owner; a link
+    is followed, and the file behind it replaced. A device or a FIFO stays what it is, and the content is written into
+    it; so it is with a file that is this process's standard output or error. When the block raises, the temporary file
+    is removed and whatever stood at ``path`` before is left as it was. The temporary name is short, so that ``path``
+    may have the longest name that the file system allows.
     """
     path = pathlib.Path(path)
     suffix = path.suffix if len(path.suffix) <= 16 else ""
@@ -31,13 +32,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = pathlib.Path(folder, f"content{suffix}")
             yield temporary
-            with temporary.open("rb") as content, path.open("ab") as stream:
+            descriptor = _descriptor_of(path)
+            if descriptor is not None:
+                for printed in filter(None, (sys.stdout, sys.stderr)):
+                    printed.flush()  # it comes first
+            target = path if descriptor is None else os.dup(descriptor)
+            with temporary.open("rb") as content, open(target, "wb") as stream:
                 shutil.copyfileobj(content, stream)
         return
     place = pathlib.Path(os.path.realpath(path))
     temporary = place.with_name(f".{secrets.token_hex(8)}{suffix}")
     try:
         yield temporary
+        with contextlib.suppress(FileNotFoundError):
+            _keep_owner_and_mode(place.stat(), temporary)
         os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
@@ -63,14 +71,34 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a device, a FIFO or another way out, which is written to and never replaced."""
+    """Whether ``path`` is a device, a FIFO or a file that is open for output, which is written to, never replaced."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return False
     if stat.S_ISREG(mode):
-        return os.path.dirname(os.path.abspath(path)) in _OPEN_STREAMS
+        return _descriptor_of(path) is not None
     return not stat.S_ISDIR(mode)
+
+
+def _descriptor_of(path: str | os.PathLike[str]) -> int | None:
+    """The number by which this process writes to ``path`` already: only so do all that write share one position."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if folder in _OPEN_FILES and name.isdigit():
+        return int(name)
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(number)):
+                return number
+    return None
+
+
+def _keep_owner_and_mode(before: os.stat_result, path: pathlib.Path) -> None:
+    """As far as the user and the file system may."""
+    with contextlib.suppress(OSError):
+        os.chown(path, before.st_uid, before.st_gid)
+    with contextlib.suppress(OSError):
+        os.chmod(path, before.st_mode & 0o777)
 
 
 def check_name(path: str | os.PathLike[str]) -> None:

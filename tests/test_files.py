@@ -1,7 +1,10 @@
 """Atomic writing, through links and into what is no plain file."""
 
 import os
+import shlex
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -53,7 +56,46 @@ def test_a_file_that_is_open_as_a_stream_is_added_to(tmp_path):
         log.flush()
         with atomic_write(f"/dev/fd/{log.fileno()}") as temporary:
             temporary.write_text("content\n")
-        assert (tmp_path / "log").read_text() == "before\ncontent\n"
+        log.write("after\n")
+        log.flush()
+        assert (tmp_path / "log").read_text() == "before\ncontent\nafter\n"
+
+
+def test_a_report_comes_between_what_is_printed(tmp_path):
+    """Without the environment's PYTHONUNBUFFERED, as users have it."""
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    program = """
+from ipt_fast._files import atomic_write
+for name in ("/dev/stdout", "/dev/stderr", "/dev/fd/1", "table", "link"):
+    print("before", name)
+    with atomic_write(name) as path:
+        path.write_text("report\\n")
+    print("after")
+"""
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} > table 2>&1; echo end >> table"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
+    subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True, timeout=60)
+    names = ("/dev/stdout", "/dev/stderr", "/dev/fd/1", "table", "link")
+    expected = "".join(f"before {name}\nreport\nafter\n" for name in names) + "end\n"
+    assert (tmp_path / "table").read_text() == expected
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_the_mode_and_the_owner_of_a_file_are_kept(tmp_path, mode):
+    (tmp_path / "file.csv").write_text("before")
+    (tmp_path / "file.csv").chmod(mode)
+    (tmp_path / "link.csv").symlink_to("file.csv")
+    if os.getuid() == 0:
+        os.chown(tmp_path / "file.csv", 12, 34)
+    before = (tmp_path / "file.csv").stat()
+    put(tmp_path / "link.csv", "after")
+    after = (tmp_path / "file.csv").stat()
+    assert (tmp_path / "file.csv").read_text() == "after" and stat.S_IMODE(after.st_mode) == mode
+    assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
+    put(tmp_path / "new.csv", "")
+    (tmp_path / "other.csv").write_text("")
+    assert (tmp_path / "new.csv").stat().st_mode == (tmp_path / "other.csv").stat().st_mode
 
 
 def test_what_is_a_stream(tmp_path):

@@ -10,6 +10,7 @@ from .._files import check_name, is_stream
 from ..data.files import list_images, match_images, partner_of
 from ..data.formats import IMAGE_SUFFIXES, WRITTEN_SUFFIXES
 from ..data.io import check_suffix
+from ._journal import NAME
 from ._outputs import Outputs, model_files
 
 
@@ -44,19 +45,24 @@ def plan(args: argparse.Namespace) -> list[Job]:
     sources = [path for name in args.input for path in match_images(name)]
     sources = list(dict.fromkeys(sources))
     single_file = len(args.input) == 1 and Path(args.input[0]).is_file()
-    to_file = args.output.suffix.lower() in IMAGE_SUFFIXES and not args.output.is_dir()
-    if single_file and args.output.suffix and not args.output.is_dir():
-        check_suffix(args.output)  # a typo is not the name of a new folder
-    if not args.output.is_dir() and not single_file and (to_file or os.path.lexists(args.output)):
-        raise ValueError(f"OUT must be a folder for several images; got {args.output}")
-    if args.target is not None and not args.target.exists():
-        raise ValueError(f"--target must be an image or a folder of images; got {args.target}, which is not there")
+    output = Path(args.output)
+    folder_meant = output.is_dir() or args.output.endswith("/")  # which Path drops
+    suffixed = output.suffix != "" if single_file else output.suffix.lower() in IMAGE_SUFFIXES
+    to_file = suffixed and not folder_meant
+    if not single_file and not output.is_dir() and (to_file or os.path.lexists(output)):
+        raise ValueError(f"OUT must be a folder for several images; got {output}")
+    if to_file:
+        check_suffix(output)  # a typo is not the name of a new folder
+    elif not output.is_dir() and os.path.lexists(output):
+        raise ValueError(f"OUT must be a folder, or a file with a suffix that says its format; got {args.output}")
+    if args.target is not None and not (args.target.is_file() or args.target.is_dir()):
+        raise ValueError(f"--target must be an image or a folder of images; got {args.target}, which is none")
     if args.target is not None and args.target.is_file() and not single_file:
         raise ValueError(f"--target must be a folder for several images; got {args.target}")
     targets = [] if args.target is None else list_images(args.target) if args.target.is_dir() else [args.target]
     jobs = []
     for source in sources:
-        destination = args.output if to_file else args.output / result_name(source)
+        destination = output if to_file else output / result_name(source)
         comparison = destination.with_name(f"{destination.stem}_compare.png") if args.compare else None
         target, reason = None, ""
         if args.target is not None:
@@ -66,6 +72,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 reason = f"--{error} in {args.target}"
         jobs.append(Job(source, destination, comparison, target, reason))
     outputs = Outputs([*sources, *targets, *model_files(args.model), *([args.checkpoint] if args.checkpoint else [])])
+    if not to_file:
+        outputs.claim("OUT", output / NAME)
     for job in jobs:
         for path in job.results:
             check_name(path)

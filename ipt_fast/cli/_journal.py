@@ -31,7 +31,7 @@ class Journal:
             try:
                 record = json.loads(line)
                 self._records.setdefault(record["result"], []).append(record)
-            except (ValueError, TypeError, KeyError):  # a line that a killed run did not finish
+            except (ValueError, TypeError, KeyError, RecursionError):  # a line that a killed run did not finish
                 continue
 
     def holds(self, result: Path, made_from: dict[str, Any]) -> bool:
@@ -48,7 +48,7 @@ class Journal:
         record = {"result": result.name, "sha256": digest_of_file(content), "made_from": made_from}
         # One write, with a line end on both sides: what a killed run left unfinished spoils no other line.
         line = f"\n{json.dumps(record)}\n".encode()
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             os.write(descriptor, line)
         finally:

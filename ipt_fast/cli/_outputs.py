@@ -4,6 +4,7 @@ Links are followed, and devices and FIFOs are written to: :func:`ipt_fast._files
 """
 
 import os
+import tempfile
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
@@ -47,6 +48,21 @@ class Outputs:
             raise ValueError(f"{name} must be a file; got the folder {path}")
         if path.exists() and not made_by_us(path):
             raise ValueError(f"{name} must be a new file, or one that this command made; got {path}")
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise ValueError unless a file can be written in the folder of ``path``, which must be there.
+
+    Args:
+        name: of the argument that says the path.
+    """
+    if is_stream(path):
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} must be in a folder that can be written; got {path} ({error.strerror})") from error
 
 
 def check_new_folder(name: str, folder: Path) -> None:

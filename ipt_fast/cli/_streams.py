@@ -38,10 +38,11 @@ class Stream:
 
     def _give_up(self, error: Exception) -> None:
         self.error = error
+        nowhere = _nowhere()
         try:  # What is still in the stream's buffer must go somewhere when Python ends.
-            os.dup2(_nowhere().fileno(), self._stream.fileno())
+            os.dup2(nowhere.fileno(), self._stream.fileno())
         except (OSError, ValueError):
-            self._stream = _nowhere()
+            self._stream = nowhere
 
 
 @contextlib.contextmanager

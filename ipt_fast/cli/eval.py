@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from .. import use_backend
-from .._files import is_stream
 from .._precision import DTYPES
 from ..data.files import list_images
 from ..evaluation.protocols import PROTOCOLS
@@ -21,7 +19,7 @@ from ..inference import Restorer
 from ..models import open_model
 from ..ops._select import POLICIES, policy
 from ._arguments import MODELS_HELP, TILE_HELP, Subparsers, tile_size
-from ._outputs import Outputs, model_files
+from ._outputs import Outputs, check_writable, model_files
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -122,14 +120,6 @@ def _check_reports(args: argparse.Namespace) -> None:
         if path.is_dir():
             raise ValueError(f"{name} must be a file; got the folder {path}")
         outputs.claim(name, path, is_report if name == "--json" else None)
-        if is_stream(path):
-            continue
-        try:
-            with tempfile.TemporaryFile(dir=path.resolve().parent):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"{name} must be in a folder that can be written; got {path} ({error.strerror})"
-            ) from error
+        check_writable(name, path)
     if args.csv:
         read_csv(args.csv)

@@ -19,7 +19,7 @@ from ..inference import Restorer
 from ..models import open_model
 from ..models._pretrained import PretrainedModel
 from ._arguments import MODELS_HELP, Subparsers
-from ._outputs import Outputs, model_files
+from ._outputs import Outputs, check_writable, model_files
 
 KINDS = ("positions", "tasks", "restorations")
 _MARK = {"Software": "ipt-fast plot"}  # in the PNG, so that a picture can be drawn again in its place
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--image must be given for restorations, and for nothing else; got {args.kind}, {args.image}")
     reads = model_files(args.model) + ([args.image] if args.image else [])
     Outputs(reads).claim("OUT", args.output, _is_plot)
+    check_writable("OUT", args.output)
     model = open_model(args.model)
     if args.kind == "restorations":
         picture = _restoration(model, args)

@@ -30,8 +30,8 @@ from ._journal import Journal, digest_of_file, digest_of_model
 
 # What one image can fail with while the others go on.
 FAILURES = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
-# The options that make a result what it is, beside the source and the model.
-_DECISIVE = ("task", "tile", "overlap", "blend", "self_ensemble", "noise")
+# The options that make a result what it is, beside the source and the model; as given, so the same on any machine.
+_DECISIVE = ("task", "tile", "overlap", "blend", "self_ensemble", "dtype", "noise")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -40,14 +40,14 @@ def add_parser(subparsers: Subparsers) -> None:
         help="restore image files",
         description="Restore images: files, all images of a folder (without its subfolders) or all that match a quoted "
         "glob. 8 and 16 bit, gray, colour and alpha are kept, and so are the ICC profile and EXIF; the EXIF "
-        "orientation is applied. What an earlier run made of the same image, with the same model and options, is "
-        "skipped; a file that is there and not known to be that is an error, unless --overwrite is given. "
+        "orientation is applied. What an earlier run made of the same image for the same folder, with the same model "
+        "and options, is skipped; any other file that is there is an error, unless --overwrite is given. "
         "Exit status: 0, 1 where some images failed, 2 for a wrong call.",
         epilog=MODELS_HELP,
     )
     option = parser.add_argument
     option("input", nargs="+", metavar="IN", help="image file, folder, or quoted glob such as 'photos/*.jpg'")
-    option("output", type=Path, metavar="OUT", help="image file (for one image) or folder; the suffix says the format")
+    option("output", metavar="OUT", help="image file (for one image), whose suffix says the format, or folder")
     option("--model", default="ipt_v2_tiny", help="a model that ships, or a folder of a saved one (%(default)s)")
     option("--checkpoint", type=Path, metavar="FILE", help="weights for the architecture that --model names")
     option("--raw-weights", action="store_true", help=RAW_HELP)
@@ -79,8 +79,8 @@ def _take_rest(args: argparse.Namespace, rest: list[str]) -> bool:
     """Files after an option that stands between files, which argparse leaves over; whether they are all of ``rest``."""
     if any(each.startswith("-") for each in rest):
         return False
-    files: list[str] = [*args.input, str(args.output), *rest]
-    args.input, args.output = files[:-1], Path(files[-1])
+    files: list[str] = [*args.input, args.output, *rest]
+    args.input, args.output = files[:-1], files[-1]
     return True
 
 
@@ -102,7 +102,11 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     jobs = plan(args)
     model = _open_model(args)
-    digest = digest_of_model(model)
+    journal, made_with = None, {}
+    if jobs[0].destination != Path(args.output):  # which is a folder then
+        options = {name: getattr(args, name) for name in _DECISIVE}
+        journal = Journal(jobs[0].destination.parent)
+        made_with = {"model": digest_of_model(model), "options": options}
     restorer = Restorer(
         model,
         task=args.task,
@@ -117,8 +121,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--noise must be left out for a task that magnifies, as its target is the input itself; got {args.task}"
         )
-    options = {name: getattr(args, name) for name in _DECISIVE} | {"dtype": str(restorer.dtype)}
-    work = _Work(restorer, args, Journal(jobs[0].destination.parent), {"model": digest, "options": options})
+    work = _Work(restorer, args, journal, made_with)
     pending, failed = [], 0
     for job in jobs:
         if args.overwrite or (found := work.found(job)) == "nothing":
@@ -165,12 +168,13 @@ class _Work:
     """Restoring one image after the other, and the record of it.
 
     Attributes:
+        journal: of a folder of results; a file that is the result of one image has none.
         made_with: the model and the options, as the journal has them.
     """
 
     restorer: Restorer
     args: argparse.Namespace
-    journal: Journal
+    journal: Journal | None
     made_with: dict[str, Any]
 
     def found(self, job: Job) -> str:
@@ -187,6 +191,8 @@ class _Work:
                 found = "nothing"
             elif path.is_dir():
                 return f"{path} is a folder"
+            elif self.journal is None:
+                return f"{path} exists; --overwrite replaces it"
             elif not self.journal.holds(path, self._made_from(job, path)):
                 return (
                     f"{path} exists, and is not known to be made of this image by this model with these options; "
@@ -201,7 +207,8 @@ class _Work:
             raise ValueError(job.reason)
         if destination.is_dir():
             raise ValueError(f"{destination} is a folder")
-        made_from = {path: self._made_from(job, path) for path in job.results}  # before the source can change
+        known = job.results if self.journal else []
+        made_from = {path: self._made_from(job, path) for path in known}  # before the source can change
         image = fill_hidden(read_image(source, args.max_pixels))
         check_writable_as(destination, image, restorer.scale)
         top = np.iinfo(image.pixels.dtype).max
@@ -240,7 +247,7 @@ class _Work:
         return made_from
 
     def _record(self, result: Path, content: Path, made_from: dict[Path, dict[str, Any]]) -> None:
-        if is_stream(result):
+        if self.journal is None or is_stream(result):
             return
         try:
             self.journal.add(result, content, made_from[result])

@@ -86,6 +86,8 @@ def match_images(name: str) -> list[Path]:
         return list_images(path)
     if path.is_file():
         return [path]
+    if path.exists():
+        raise ValueError(f"images must be files, which can be read twice; got {name}, which is a pipe or a device")
     matches = [match for match in map(Path, sorted(glob.glob(name, recursive=True))) if not match.is_dir()]
     paths = [match for match in matches if is_image_file(match)]
     _warn_of_left_out([match for match in matches if match not in {*paths}], name)

@@ -64,13 +64,14 @@ class Protocol:
     def _score(self, image: np.ndarray, target: np.ndarray, crop: int) -> tuple[float, float]:
         target = 255 * np.asarray(target, dtype=np.float64)
         target = np.rint(target) if self.round_to_8_bits else target
-        if image.shape != target.shape:
+        planes = self.plane(image), self.plane(target)  # of Y, which gray and RGB both have
+        if planes[0].shape != planes[1].shape:
             raise ValueError(f"image and target must have the same shape; got {image.shape} and {target.shape}")
         if crop < 0 or 2 * crop >= min(target.shape[:2]):
             raise ValueError(f"crop must be at least 0 and leave some of {target.shape[:2]}; got {crop}")
         inner = (slice(crop, target.shape[0] - crop), slice(crop, target.shape[1] - crop))
-        planes = self.plane(image)[inner], self.plane(target)[inner]
-        return psnr(*planes, data_range=255), ssim(*planes, data_range=255)
+        image, target = (plane[inner] for plane in planes)
+        return psnr(image, target, data_range=255), ssim(image, target, data_range=255)
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:

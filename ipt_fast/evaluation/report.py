@@ -40,8 +40,8 @@ def read_csv(path: str | Path) -> bytes:
     """The content that `append_csv` adds to, empty where there is no file yet; raises as `append_csv` does."""
     path = Path(path)
     content = path.read_bytes() if path.is_file() and not is_stream(path) else b""
-    if not content.strip():
-        return b""
+    if not _text(content).strip():
+        return _mark(content)
     if b"\0" in content:
         raise ValueError(f"{path} must be a text file in UTF-8; got NUL bytes in it, give another file")
     try:
@@ -65,7 +65,7 @@ def append_csv(path: str | Path, model: str, evaluations: Sequence[Evaluation]) 
         ValueError: the file exists and its columns are others than CSV_COLUMNS, or it is no whole text file.
     """
     content = read_csv(path)
-    mark, before = content[: len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)], _text(content)
+    mark, before = _mark(content), _text(content)
     end = "\r\n" if before.partition("\n")[0].endswith("\r") else "\n"
     before = re.sub(r"\r\n|\r|\n", "\n", before)
     if before and not before.endswith("\n"):
@@ -85,6 +85,10 @@ def append_csv(path: str | Path, model: str, evaluations: Sequence[Evaluation]) 
         temporary.write_bytes(mark + text.encode(errors="surrogateescape"))
 
 
+def _mark(content: bytes) -> bytes:
+    return codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b""
+
+
 def _text(content: bytes) -> str:
     """Without a byte-order mark; bytes that are no UTF-8, as in names of old files, become them again when written."""
     return content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
@@ -94,7 +98,7 @@ def is_report(path: str | Path) -> bool:
     """Whether a file is what `write_json` writes, or empty."""
     try:
         content = json.loads(Path(path).read_bytes() or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return content == {} or (isinstance(content, dict) and {"settings", "environment", "evaluations"} <= content.keys())
 

@@ -162,7 +162,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"source must be a folder of a saved model; got {path.parent}, which has no {path.name}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} must be readable JSON; got {path} ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold one JSON object; got {type(config).__name__}")

@@ -9,7 +9,8 @@ from ..models import list_models
 from .losses import LOSSES
 
 # Fields that do not change the sequence of weights, so a resumed run may set them anew.
-_FREE_ON_RESUME = {"out", "val", "val_sigma", "log_every", "save_every", "workers", "threads", "device"}
+# The data may lie elsewhere; where they are others, the run warns.
+_FREE_ON_RESUME = {"data", "out", "val", "val_sigma", "log_every", "save_every", "workers", "threads", "device"}
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ class TrainingConfig:
 
 
 def _same(name: str, current: Any, saved: Any) -> bool:
-    if name in ("data", "model") and isinstance(saved, str) and saved not in list_models():
-        saved = str(Path(saved).absolute())  # older checkpoints have relative paths
+    if name == "model" and saved not in list_models() and current not in list_models():
+        return Path(current).resolve() == Path(saved).resolve()  # older checkpoints have relative paths
     return json.dumps(current, default=repr) == json.dumps(saved, default=repr)  # to which tuples are lists
 
 

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from .._files import atomic_write, naming
+from .._files import atomic_write, is_stream, naming
 from ..models import create_model, list_models, open_model
 from ..models._pretrained import PretrainedModel
 from ..models._registry import CLASSES
@@ -77,7 +77,7 @@ class _Numbers(Sampler[int]):
 
 def batches(
     config: TrainingConfig, objective: Denoising | Pretraining, start: int, world: World
-) -> Iterator[list[Tensor]]:
+) -> Generator[list[Tensor]]:
     """This process's part of the batches of iterations ``start``, ``start`` + 1 … to the end of the last stage."""
     stages = list(zip(per_stage(config.iterations), objective.patch_sizes, per_stage(config.batch_size), strict=True))
     first_sample = 0
@@ -96,7 +96,9 @@ def batches(
             worker_init_fn=_ignore_interrupts,
         )
         try:
-            yield from loader
+            loading = iter(loader)
+            with _undisturbed_by_deaths() if config.workers else contextlib.nullcontext():
+                yield from loading
         except (ValueError, OSError, RuntimeError) as error:
             if not str(error).startswith("Caught "):
                 raise
@@ -106,8 +108,24 @@ def batches(
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one stops the others."""
+    """Ctrl-C reaches all processes of a terminal; the main one stops the others, by SIGTERM where they hang."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _undisturbed_by_deaths() -> Iterator[None]:
+    """Without the handler by which PyTorch raises an error for a dead worker anywhere, as in the middle of a step.
+
+    The loader raises one too, some seconds later, where it waits for a batch: there the state of the run is whole.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where handlers run
+        yield
+        return
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def train(config: TrainingConfig, resume: bool = False) -> int:
@@ -144,14 +162,15 @@ def train(config: TrainingConfig, resume: bool = False) -> int:
 def _train(run: "_Run") -> None:
     config, world = run.config, run.world
     progress = tqdm(total=config.total_iterations, initial=run.iteration, unit="it", disable=world.rank > 0 or None)
-    with _stop_on_signal() as stop_here, progress:
-        source = batches(config, run.objective, run.iteration, world)
+    loading = contextlib.closing(batches(config, run.objective, run.iteration, world))
+    with _stop_on_signal() as stop_here, progress, loading as source:
         while run.iteration < config.total_iterations:
             failure: Exception | None = None
             try:
-                batch = next(source)
+                batch = [] if stop_here.is_set() else next(source)
             except _DATA_ERRORS as error:
-                failure = error
+                if not stop_here.is_set():  # a SIGTERM to all processes of a group ends workers, too
+                    failure = error
             if world.any(stop_here.is_set() or failure is not None):
                 if run.iteration or failure is None:
                     world.together(run.save)
@@ -178,6 +197,9 @@ class _Run:
         self.world = world or World.join()
         self.checkpoint_path = config.out / "checkpoint.pth"
         self.log_path = config.out / "log.csv"
+        for name in ("checkpoint.pth", "log.csv", "config.json", "model.safetensors"):
+            if is_stream(config.out / name):  # it could hang, and there would be nothing to resume
+                raise ValueError(f"{name} in out must be a file; got {config.out / name}, which is none")
         if not resume and self.checkpoint_path.exists():
             raise ValueError(f"out must be a folder without a training run, or be resumed; got {config.out}")
         state = load_checkpoint(self.checkpoint_path) if resume else None
@@ -320,7 +342,7 @@ class _Run:
     def _start_log(self) -> None:
         """Keep the rows up to the checkpoint's iteration: a killed run may have logged more, the last one in part."""
         rows = []
-        if self.iteration and self.log_path.is_file():  # not a device or a FIFO
+        if self.iteration and self.log_path.is_file():
             with self.log_path.open(newline="") as file:
                 whole = [row for row in csv.DictReader(file) if None not in row.values()]
                 rows = [row for row in whole if int(row["iteration"]) <= self.iteration]

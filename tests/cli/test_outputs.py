@@ -137,6 +137,14 @@ def test_plot_writes_over_its_own_pictures_only(model, photos, tmp_path, capsys)
     refused(capsys, *plot, photos / "a.png", message="or one that this command made", folder=tmp_path)
 
 
+def test_plot_into_a_missing_folder_fails_before_the_work(model, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ipt_fast.cli.plot.open_model", None)
+    out = tmp_path / "none" / "plot.png"
+    message = f"OUT must be in a folder that can be written; got {out} (No such file or directory)"
+    arguments = ["plot", "restorations", out, "--model", model, "--image", photos / "a.png"]
+    refused(capsys, *arguments, message=message, folder=tmp_path)
+
+
 def test_restore_never_writes_over_what_it_reads(model, photos, tmp_path, capsys):
     (tmp_path / "link.png").symlink_to(photos / "a.png")
     os.link(photos / "a.png", tmp_path / "hard.png")
@@ -161,8 +169,8 @@ def test_restore_writes_through_links_and_into_pipes(model, photos, tmp_path):
     reader.start()
     assert run("restore", photos / "a.png", tmp_path / "pipe.png", *options) == 0
     reader.join(10)
-    for _ in range(2):
-        assert run("restore", photos / "a.png", tmp_path / "link.png", *options) == 0
+    for again in ([], ["--overwrite"]):
+        assert run("restore", photos / "a.png", tmp_path / "link.png", *options, *again) == 0
     assert (tmp_path / "link.png").is_symlink() and (tmp_path / "far" / "real.png").read_bytes() == got[0]
     assert stat.S_ISFIFO((tmp_path / "pipe.png").stat().st_mode)
 

@@ -1,6 +1,8 @@
 """`ipt-fast restore`: files in, files out, and an exit status that tells."""
 
+import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,9 +257,9 @@ def test_the_kernels_of_the_environment_restore_a_model_in_training_form(run, ph
 
 
 def test_missing_comparison_is_not_already_restored(run, photos, tmp_path):
-    assert run(photos / "wide.tif", tmp_path / "out.png") == 0
-    assert run(photos / "wide.tif", tmp_path / "out.png", "--compare") == 0
-    assert (tmp_path / "out_compare.png").exists()
+    assert run(photos / "wide.tif", tmp_path / "out") == 0
+    assert run(photos / "wide.tif", tmp_path / "out", "--compare") == 0
+    assert (tmp_path / "out" / "wide_compare.png").exists()
 
 
 def test_backend_that_cannot_run_is_a_wrong_call(run, photos, tmp_path, capsys):
@@ -278,6 +280,34 @@ def test_existing_folder_may_have_any_name(run, photos, tmp_path):
     (tmp_path / "out.gif").mkdir()
     assert run(photos / "wide.tif", tmp_path / "out.gif") == 0
     assert names(tmp_path / "out.gif") == ["wide.tif"]
+
+
+@pytest.mark.parametrize("name", ["results.v2", "results.png"])
+def test_a_new_folder_with_a_dot(run, photos, tmp_path, name):
+    assert run(photos / "wide.tif", f"{tmp_path}/{name}/") == 0
+    assert run(photos / "wide.tif", photos / "gray.jpg", f"{tmp_path}/{name}/") == 0
+    assert names(tmp_path / name) == ["gray.jpg", "wide.tif"]
+
+
+@pytest.mark.parametrize("out", [os.devnull, "/dev/fd/1", "text", "text.png/"])
+def test_outputs_that_are_neither_a_folder_nor_an_image(run, photos, tmp_path, capsys, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text", "text.png"):
+        (tmp_path / name).write_text("in the way")
+    assert run(photos / "wide.tif", out) == 2
+    message = f"OUT must be a folder, or a file with a suffix that says its format; got {out}"
+    assert capsys.readouterr().err == f"ipt-fast: error: {message}\n"
+    assert run(photos, out) == 2
+    assert f"OUT must be a folder for several images; got {Path(out)}" in capsys.readouterr().err
+
+
+def test_inputs_that_are_streams(run, tmp_path, capsys):
+    read, write = os.pipe()
+    assert run(f"/dev/fd/{read}", tmp_path / "out.png") == 2
+    message = f"images must be files, which can be read twice; got /dev/fd/{read}, which is a pipe or a device"
+    assert capsys.readouterr().err == f"ipt-fast: error: {message}\n"
+    os.close(read)
+    os.close(write)
 
 
 @pytest.mark.parametrize("pattern", ["", "*.*"])

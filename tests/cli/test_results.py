@@ -54,24 +54,50 @@ def photo(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["o.png", "o.jpg", "o.tif", "o.webp", "o.bmp"])
-def test_the_same_again_is_skipped_in_every_format(run, photo, tmp_path, capsys, name):
-    assert run(photo, tmp_path / name) == 0
-    before = (tmp_path / name).stat()
+def test_the_same_again_is_skipped_in_every_format(run, tmp_path, capsys, name):
+    photo, out = save(tmp_path / "photos" / name), tmp_path / "out"
+    assert run(photo, out) == 0
+    before = (out / name).stat()
     capsys.readouterr()
-    assert run(photo, tmp_path / name) == 0
+    assert run(photo, out) == 0
     assert capsys.readouterr().out == "skipped 1 of 1: already restored (--overwrite restores them again)\n"
-    assert (tmp_path / name).stat().st_ino == before.st_ino
+    assert (out / name).stat().st_ino == before.st_ino
+
+
+def test_a_file_for_a_file_has_no_record(run, photo, tmp_path, capsys):
+    """A folder of photos gets no hidden file; what is there is there, whatever it was made of."""
+    out, comparison = tmp_path / "o.png", tmp_path / "o_compare.png"
+    assert run(photo, out) == 0
+    content = out.read_bytes()
+    capsys.readouterr()
+    for options in ([], ["--compare"]):
+        assert run(photo, out, *options) == 1
+        assert capsys.readouterr().err == f"{photo}: error: {out} exists; --overwrite replaces it\n"
+    out.unlink()
+    comparison.write_text("mine")
+    assert run(photo, out, "--compare") == 1 and not out.exists()
+    assert run(photo, out, "--compare", "--overwrite") == 0 and out.read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == ["o.png", "o_compare.png", "photos"]
+    assert os.listdir(tmp_path / "photos") == ["a.png"]
+
+
+def test_the_record_is_of_what_was_asked(run, photo, tmp_path, monkeypatch):
+    """Not of what that means on this machine: a folder can be moved to another."""
+    assert run(photo, tmp_path / "out") == 0
+    (line,) = (tmp_path / "out" / _journal.NAME).read_text().split("\n")[1:-1]
+    options = json.loads(line)["made_from"]["options"]
+    assert (options["dtype"], options["tile"], options["overlap"]) == ("auto", "auto", None)
 
 
 @pytest.mark.parametrize(
     "change", ["other source", "changed source", "model", "weights", "option", "dtype", "edited", "empty", "no journal"]
 )
 def test_anything_else_exists_and_is_an_error(run, photo, tmp_path, capsys, change):
-    out = tmp_path / "o.png"
-    assert run(photo, out) == 0
+    folder, out = tmp_path / "out", tmp_path / "out" / "a.png"
+    assert run(photo, folder) == 0
     source, options = photo, []
     if change == "other source":
-        source = save(tmp_path / "photos" / "b.png", 1)
+        source = save(tmp_path / "others" / "a.png", 1)
     elif change == "changed source":
         save(photo, 1)
     elif change == "model":
@@ -81,28 +107,28 @@ def test_anything_else_exists_and_is_an_error(run, photo, tmp_path, capsys, chan
     elif change == "option":
         options = ["--self-ensemble"]
     elif change == "dtype":
-        options = ["--dtype", "bfloat16" if "float32" in (tmp_path / _journal.NAME).read_text() else "float32"]
+        options = ["--dtype", "float32"]
     elif change == "edited":
         save(out, 5)
     elif change == "empty":
         out.write_bytes(b"")
     else:
-        (tmp_path / _journal.NAME).unlink()
+        (folder / _journal.NAME).unlink()
     before = out.read_bytes()
     capsys.readouterr()
-    assert run(source, out, *options) == 1
+    assert run(source, folder, *options) == 1
     captured = capsys.readouterr()
     assert f"{source}: error: {out} exists, and is not known to be made of this image by this model" in captured.err
     assert "--overwrite" in captured.err and captured.out == "restored 0, skipped 0, failed 1\n"
     assert out.read_bytes() == before
-    assert run(source, out, *options, "--overwrite") == 0 and len(out.read_bytes()) > 0
-    assert run(source, out, *options) == 0
+    assert run(source, folder, *options, "--overwrite") == 0 and len(out.read_bytes()) > 0
+    assert run(source, folder, *options) == 0
 
 
 def test_the_same_model_from_another_place_is_the_same(run, photo, tmp_path, model):
-    assert run(photo, tmp_path / "o.png") == 0
+    assert run(photo, tmp_path / "out") == 0
     shutil.copytree(model, tmp_path / "copy")
-    assert run(photo, tmp_path / "o.png", "--model", tmp_path / "copy") == 0
+    assert run(photo, tmp_path / "out", "--model", tmp_path / "copy") == 0
 
 
 def test_a_folder_in_the_place_of_a_result(run, photo, tmp_path, capsys):
@@ -120,22 +146,51 @@ def test_a_moved_folder_of_results_keeps_its_records(run, photo, tmp_path):
 
 def test_a_comparison_depends_on_its_target(run, photo, tmp_path):
     targets = [save(tmp_path / name / "a.png", 7 + i) for i, name in enumerate(("one", "two"))]
-    call = [photo, tmp_path / "o.png", "--compare", "--target"]
+    call = [photo, tmp_path / "out", "--compare", "--target"]
     assert [run(*call, targets[0]), run(*call, targets[0]), run(*call, targets[1])] == [0, 0, 1]
-    assert run(photo, tmp_path / "o.png", "--target", targets[1]) == 0  # the result itself does not
-    (tmp_path / "o_compare.png").unlink()
+    assert run(photo, tmp_path / "out", "--target", targets[1]) == 0  # the result itself does not
+    (tmp_path / "out" / "a_compare.png").unlink()
     assert run(*call, targets[1]) == 0
 
 
 def test_a_damaged_journal_is_survived(run, photo, tmp_path):
-    assert run(photo, tmp_path / "o.png") == 0
-    journal = tmp_path / _journal.NAME
-    journal.write_bytes(b'\xff\n[]\n{"result": "o.png"}\n' + journal.read_bytes() + b'{"result": "o.p')
-    assert run(photo, tmp_path / "o.png") == 0
-    assert run(photo, tmp_path / "p.png") == 0
-    assert run(photo, tmp_path / "p.png") == 0
+    out, other = tmp_path / "out", save(tmp_path / "photos" / "p.png", 1)
+    assert run(photo, out) == 0
+    journal = out / _journal.NAME
+    damage = b'\xff\n[]\n{"result": "a.png"}\n' + 100_000 * b"[" + b"\n"
+    journal.write_bytes(damage + journal.read_bytes() + b'{"result": "o.p')
+    assert run(photo, out) == 0
+    assert run(other, out) == 0
+    assert run(other, out) == 0
     lines = journal.read_bytes().splitlines()
     assert len([json.loads(line) for line in lines if line.startswith(b'{"result": "p')]) == 1
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_journal_that_is_an_input(run, photo, tmp_path, capsys, link):
+    (tmp_path / "out").mkdir()
+    link(photo, tmp_path / "out" / _journal.NAME)
+    before = photo.read_bytes()
+    assert run(photo, tmp_path / "out") == 2
+    assert f"OUT must not overwrite an input; got {tmp_path}/out/{_journal.NAME}" in capsys.readouterr().err
+    assert photo.read_bytes() == before
+
+
+def test_a_journal_that_leads_elsewhere(run, photo, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "out" / _journal.NAME).symlink_to("../notes")
+    assert run(photo, tmp_path / "out") == 0
+    assert "no record could be kept" in capsys.readouterr().err and (tmp_path / "notes").read_text() == "mine"
+
+
+def test_what_killed_runs_leave_is_no_image(run, photo, tmp_path):
+    for folder in ("photos", "out"):
+        save(tmp_path / folder / ".0123456789abcdef.png")
+    for source in (tmp_path / "photos", f"{tmp_path}/photos/*"):
+        assert run(source, tmp_path / "out") == 0
+    assert run(tmp_path / "out", tmp_path / "again") == 0
+    assert sorted(os.listdir(tmp_path / "again")) == [_journal.NAME, "a.png"]
 
 
 def test_a_result_without_a_record_is_told(run, photo, tmp_path, capsys):

@@ -118,11 +118,24 @@ def test_a_stream_stays_what_it_is_otherwise():
 def test_a_whole_process(photos, tmp_path, redirect):
     """Its end, too, at which Python flushes the streams; "" stands for a reader that is gone."""
     arguments = " ".join([*COMMAND, "restore", str(photos), str(tmp_path / "out"), "--device", "cpu"])
-    read, write = os.pipe()
-    os.close(read)
-    process = subprocess.run(
-        f"{arguments} {redirect}", shell=True, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
-    )
-    os.close(write)
+    process = ended(f"{arguments} {redirect}")
     assert process.returncode == 0 and results(tmp_path) == 2
     assert process.stderr.count("\n") == (redirect == ">/dev/full"), process.stderr
+
+
+@pytest.mark.parametrize("redirect", ["", ">/dev/full"])
+def test_help_that_nobody_reads(redirect):
+    assert ended(f"{' '.join(COMMAND)} --help {redirect}").returncode == 0
+
+
+def ended(command):
+    """A process with buffered streams, as users have it, whose output nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        return subprocess.run(
+            command, shell=True, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=environment
+        )
+    finally:
+        os.close(write)

@@ -67,6 +67,18 @@ def test_gray_scores_as_three_equal_channels(name):
             assert score(output[axes], target[axes]) == pytest.approx(score(*as_colour), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "rgb"])
+def test_gray_and_the_same_saved_as_colour_are_compared(name):
+    target = colour()[..., :1]
+    output = disturbed(target)
+    protocol, as_colour = get_protocol(name), [each.repeat(3, axis=2) for each in (output, target)]
+    for score in (protocol.score_output, protocol.score_input):
+        for pair in ((output, as_colour[1]), (as_colour[0], target)):
+            assert score(*pair) == pytest.approx(score(*as_colour), rel=1e-12)
+    with pytest.raises(ValueError, match=r"same shape; got .*1\) and .*3\)"):
+        get_protocol("rgb").score_output(output, as_colour[1])
+
+
 def test_luma_of_gray_by_hand():
     target = np.full(SIZE, 100 / 255)
     output = np.full(SIZE, 110 / 255)

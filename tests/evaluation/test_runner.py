@@ -275,6 +275,8 @@ OLD, NEW = b"old,photos,rgb,25,1,1,1,1,1", b"tiny,photos,rgb,25,2,20.5000,31.000
         (HEADER + b"\r" + OLD, [HEADER, OLD, NEW]),
         (HEADER + b'\n"a,b\nc",photos,rgb,25,1,1,1,1,1\n', [HEADER, b'"a,b', b'c",photos,rgb,25,1,1,1,1,1', NEW]),
         (b"\n", [HEADER, NEW]),
+        (b"\xef\xbb\xbf", [b"\xef\xbb\xbf" + HEADER, NEW]),
+        (b"\xef\xbb\xbf\r\n", [b"\xef\xbb\xbf" + HEADER, NEW]),
     ],
 )
 def test_rows_are_added_to_tables_as_people_leave_them(tmp_path, before, after):

@@ -2,9 +2,14 @@
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import pathlib
 import resource
+import signal
+import subprocess
+import threading
+import time
 import warnings
 
 import pytest
@@ -152,6 +157,81 @@ def test_an_image_that_is_broken_from_the_start(on_demand, images, tmp_path):
     with pytest.raises(ValueError, match=r"^cannot read image [^;]*\.png[^;]*$"):
         train(on_demand("a/run", batch_size=24))
     assert not (tmp_path / "a").exists()
+
+
+# Processes that prepare batches
+
+
+@pytest.fixture
+def signal_workers(monkeypatch):
+    """Send a signal to the processes that prepare batches, and perhaps to this one, at the start of a step."""
+
+    def arrange(iteration, number, all=False):
+        step = loop._Run.step
+
+        def disturbed(run, batch):
+            if run.iteration == iteration:
+                pids = [worker.pid for worker in multiprocessing.active_children()] + [os.getpid()] * all
+                # From another process: PyTorch's workers take SIGTERM of their parent for a regular end.
+                subprocess.run(["kill", f"-{number:d}", *map(str, pids)], check=True)
+                time.sleep(0.3)
+            step(run, batch)
+
+        monkeypatch.setattr(loop._Run, "step", disturbed)
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield arrange
+    assert signal.getsignal(signal.SIGTERM) is before and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_stops(make_config, signal_workers, number):
+    signal_workers(3, number, all=True)
+    config = make_config(iterations=12, save_every=10, workers=2)
+    assert train(config) == 4
+    assert load_checkpoint(config.out / "checkpoint.pth")["iteration"] == 4
+
+
+def test_a_killed_worker_costs_nothing(make_config, signal_workers, monkeypatch):
+    whole, config = (make_config(out, iterations=12, save_every=10, workers=1) for out in ("whole", "parts"))
+    train(whole)
+    with monkeypatch.context():
+        signal_workers(3, signal.SIGKILL)
+        said = r"^DataLoader worker .*exited unexpectedly; the (\d+) iterations before it are saved in .*parts$"
+        with pytest.raises(ValueError, match=said):
+            train(config)
+    reached = load_checkpoint(config.out / "checkpoint.pth")["iteration"]
+    assert 4 <= reached < 10
+    monkeypatch.undo()
+    assert train(config, resume=True) == 12
+    assert_equal_states(*(load_checkpoint(each.out / "checkpoint.pth") for each in (whole, config)))
+
+
+# Logs that are none
+
+
+@pytest.mark.parametrize("name", ["log.csv", "config.json", "model.safetensors", "checkpoint.pth"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_outputs_that_are_no_files(make_config, name, kind):
+    config = make_config(iterations=1)
+    config.out.mkdir()
+    if kind == "pipe":
+        os.mkfifo(config.out / name)
+    else:
+        (config.out / name).symlink_to(os.devnull)
+    raised = []
+
+    def run():  # in a thread, as it could hang
+        try:
+            train(config)
+        except ValueError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert raised == [f"{name} in out must be a file; got {config.out / name}, which is none"]
+    assert [path.name for path in config.out.iterdir()] == [name]
 
 
 # Links

@@ -1,5 +1,6 @@
 """Resuming a run by its folder alone: what must agree, and what may have changed."""
 
+import dataclasses
 import os
 import signal
 import warnings
@@ -92,7 +93,7 @@ def test_relative_paths_hold_from_anywhere(stopped, images, tmp_path, monkeypatc
         (["--task", "denoise"], "task must be None"),
         (["--model", "ipt_tiny"], "model must be 'ipt_v2_tiny'"),
         (["--model-config", '{"width": 16}'], "model_config must be {"),
-        (["--data", "/nowhere"], "data must be "),
+        (["--data", "/nowhere"], "folder must exist; got /nowhere"),
         (["--warmup", "500"], "warmup must be 2"),  # the default, but given
         (["--device", "meta"], "device must be usable; got meta"),
         (["--val", "/nowhere"], "folder must exist; got /nowhere"),
@@ -145,6 +146,21 @@ def test_a_model_that_is_not_registered_any_more(make_config, monkeypatch):
     monkeypatch.setattr(loop, "CLASSES", {"IPT": None})
     with pytest.raises(ValueError, match="model in the checkpoint must be one of IPT; got IPTV2"):
         train(config, resume=True)
+
+
+def test_data_and_models_by_another_way(make_config, images, tmp_path):
+    """Data that moved are the same still; those of another place need not be, and then the run warns."""
+    create_model("ipt_v2_tiny", **MICRO).save_pretrained(tmp_path / "saved")
+    (tmp_path / "link").symlink_to(tmp_path / "saved")
+    config = make_config(model=str(tmp_path / "link"), model_config={})
+    assert train(config) == 6
+    images.rename(tmp_path / "moved")
+    options = ["--out", str(config.out), "--resume", "--model", str(tmp_path / "saved"), "--data"]
+    with warnings.catch_warnings(action="error"):
+        assert main(["train", *options, str(tmp_path / "moved")]) == 0
+    (tmp_path / "moved" / "2.png").unlink()
+    with pytest.warns(UserWarning, match="data have changed .*3 images then, 2 now"):
+        train(dataclasses.replace(config, data=tmp_path / "moved"), resume=True)
 
 
 @pytest.mark.parametrize("changes", [{}, FIELDS])
