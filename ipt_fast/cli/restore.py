@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .. import use_backend
-from .._files import atomic_write, is_stream
+from .._files import atomic_write, check_name, is_stream
 from .._precision import DTYPES
 from ..data.io import Image, check_writable_as, fill_hidden, read_image, write_image
 from ..data.resize import resized
@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--target must be left out with --noise, whose target is the input itself; got both")
     if args.noise is not None and not 0 <= args.noise < float("inf"):
         raise ValueError(f"--noise must be finite and at least 0; got {args.noise}")
+    if args.max_pixels is not None and args.max_pixels < 1:
+        raise ValueError(f"--max-pixels must be at least 1; got {args.max_pixels}")
+    check_name(args.output)
     with use_backend(args.backend or policy()):
         return _run(args)
 

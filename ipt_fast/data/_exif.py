@@ -13,7 +13,7 @@ _THUMBNAIL, _THUMBNAIL_SIZE = 0x0201, 0x0202
 _WIDTHS = (("main", 0x0100), ("exif", 0xA002), ("interoperability", 0x1001))
 _HEIGHTS = (("main", 0x0101), ("exif", 0xA003), ("interoperability", 0x1002))
 _RESOLUTIONS = ("main", 0x011A), ("main", 0x011B)
-_SHORT, _LONG = 3, 4
+_BYTE, _SHORT, _LONG = 1, 3, 4
 _XMP_ORIENTATION = rb"tiff:Orientation"
 _XMP_WIDTHS = rb"(?:tiff:ImageWidth|exif:PixelXDimension)"
 _XMP_HEIGHTS = rb"(?:tiff:ImageLength|exif:PixelYDimension)"
@@ -99,7 +99,7 @@ class Exif:
         if key not in self._places:
             return 0
         place = self._places[key]
-        return self._unpack("H" if self._unpack("H", place + 2) == _SHORT else "L", place + 8)
+        return self._unpack({_BYTE: "B", _SHORT: "H"}.get(self._unpack("H", place + 2), "L"), place + 8)
 
     def _set(self, key: tuple[str, int], value: int) -> None:
         if key in self._places:

@@ -9,19 +9,27 @@ from torch.nn import functional
 
 from ._image import Image
 
+_HIDDEN = 2  # of 255: the largest alpha that counts as transparent
+
 
 def fill_hidden(image: Image) -> Image:
-    """``image`` with the colours of its fully transparent pixels taken from the visible pixels near them.
+    """``image`` with the colours of its transparent pixels taken from the visible pixels near them.
 
-    The nearer and the less transparent those are the more they count. Visible pixels and alpha are as they were, and so
-    is an image without visible pixels, or whose further channel does not say what is visible.
+    Transparent is an alpha of at most 2 of 255, which shows a colour by less than a screen can: there programs leave
+    colours as wrong as where it is 0. The nearer and the less transparent the visible pixels are the more they count.
+    Their colours and all alpha are as they were, and so is an image without visible pixels, or whose further channel
+    does not say what is visible.
     """
-    if image.alpha is None or image.alpha_kind == "unspecified" or image.alpha.all() or not image.alpha.any():
+    if image.alpha is None or image.alpha_kind == "unspecified":
         return image
-    weights = torch.from_numpy(image.alpha.astype(np.float32))[None, None] / np.iinfo(image.alpha.dtype).max
+    top = int(np.iinfo(image.alpha.dtype).max)
+    visible = image.alpha > top // 255 * _HIDDEN
+    if visible.all() or not visible.any():
+        return image
+    weights = torch.from_numpy(np.where(visible, image.alpha, 0).astype(np.float32))[None, None] / top
     colours = torch.from_numpy(image.pixels.astype(np.float32)).permute(2, 0, 1)[None]
     filled = _filled(colours.mul_(weights), weights)[0].permute(1, 2, 0).round_().numpy()
-    pixels = np.where(image.alpha[:, :, None] > 0, image.pixels, filled.astype(image.pixels.dtype))
+    pixels = np.where(visible[:, :, None], image.pixels, filled.astype(image.pixels.dtype))
     return dataclasses.replace(image, pixels=pixels)
 
 

@@ -1,6 +1,7 @@
 """What describes a photo beside its pixels: taken from Pillow's images, kept true, and given to what can hold it."""
 
 import dataclasses
+import numbers
 import struct
 from typing import Any
 
@@ -9,7 +10,7 @@ import PIL.Image
 
 from ._exif import HEADER, Exif, sized_xmp, upright_xmp, xmp_orientation
 from ._image import Block, Image, usable_resolution
-from ._tiff_tags import photo_exif
+from ._tiff_tags import not_held, of_pillow
 
 _NAMES = {"icc_profile": "ICC profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC", "resolution": "resolution"}
 _HELD = {
@@ -19,8 +20,12 @@ _HELD = {
     "WEBP": ("icc_profile", "exif", "xmp"),
     "BMP": ("resolution",),
 }
-# One segment of a JPEG file holds 65533 bytes, XMP with its name before it.
-_JPEG_LIMITS = {"exif": 65533, "xmp": 65533 - 29, "iptc": 65533 - 64}
+TEXT_BYTES = 1 << 26  # of a compressed chunk in a PNG, against files that are made to fill the memory
+# How many bytes a format holds. One segment of a JPEG file has 65533, XMP with its name before it; a profile takes 255.
+_LIMITS = {
+    "JPEG": {"exif": 65533, "xmp": 65533 - 29, "iptc": 65533 - 64, "icc_profile": 255 * (65533 - 14)},
+    "PNG": {"icc_profile": TEXT_BYTES, "xmp": TEXT_BYTES},
+}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
@@ -43,17 +48,31 @@ _SEGMENT_NAMES = (
     ("APP1", b"http://ns.adobe.com/xmp/ext", "extended XMP"),
     ("APP2", b"MPF", "further pictures"),
 )
+# What Pillow's info holds, by name.
+_INFO_TYPES: dict[str, tuple[type, ...]] = {
+    "icc_profile": (bytes,),
+    "exif": (bytes,),
+    "xmp": (bytes, str),
+    "XML:com.adobe.xmp": (str,),
+    "Raw profile type exif": (str,),
+    "Raw profile type APP1": (str,),
+    "photoshop": (dict,),
+    "dpi": (tuple, list),
+    "jfif_density": (tuple, list),
+}
 # What Pillow's info says of how the pixels were stored.
 _LAYOUT_INFO = ("transparency", "compression", "background", "photoshop", "mp", "mpoffset", "sizes", "bbox")
 
 
 def of_pil(image: PIL.Image.Image, upright: bool) -> tuple[int, Image]:
     """How the pixels are to be turned (1 unless ``upright``), and an image without pixels with all metadata."""
-    exif, xmp = _exif_of(image), image.info.get("xmp")
+    info, unusable = _usable(image.info)
+    exif, not_in_exif = _exif_of(image, info)
+    xmp = info.get("xmp")
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     orientation: int | None = None
-    blocks = []
-    resolution = _resolution(image)
+    blocks = [Block("", name) for name in (*unusable, *not_in_exif)]
+    resolution = _resolution(image, info)
     if exif:
         try:
             block = Exif(exif)
@@ -73,12 +92,11 @@ def of_pil(image: PIL.Image.Image, upright: bool) -> tuple[int, Image]:
     orientation = orientation or 1
     if resolution and orientation >= 5:
         resolution = resolution[::-1]
-    photoshop = image.info.get("photoshop") or {}
-    iptc = photoshop.get(_IPTC_RESOURCE)
+    iptc = info.get("photoshop", {}).get(_IPTC_RESOURCE)
     return orientation, Image(
         np.empty((0, 0, 0), np.uint8),
         None,
-        image.info.get("icc_profile"),
+        info.get("icc_profile"),
         exif,
         xmp,
         iptc,
@@ -91,7 +109,8 @@ def info_of_pil(image: PIL.Image.Image, width: int, height: int) -> tuple[dict[A
     """What Pillow's ``info`` is to say of a restored ``image`` that has another size now, and what was dropped."""
     _, metadata = of_pil(image, upright=False)
     metadata = _sized(metadata, width, height)
-    info = {name: value for name, value in image.info.items() if name not in _LAYOUT_INFO}
+    usable, _ = _usable(image.info)
+    info = {name: value for name, value in usable.items() if name not in _LAYOUT_INFO}
     for name, value in (("exif", metadata.exif), ("xmp", metadata.xmp)):
         info.pop(name, None)
         if value:
@@ -136,14 +155,17 @@ def held_by(format: str, image: Image) -> tuple[Image, list[str]]:
     dropped = []
     for field, name in _NAMES.items():
         value = getattr(image, field)
-        too_long = value is not None and format == "JPEG" and len(value) > _JPEG_LIMITS.get(field, len(value))
+        limit = _LIMITS.get(format, {}).get(field)
+        too_long = value is not None and limit is not None and len(value) > limit
         if not value or (field in _HELD.get(format, ()) and not too_long):
             continue
         if field == "resolution" and "exif" in _HELD.get(format, ()) and image.exif and Exif(image.exif).has_resolution:
             continue
-        dropped.append(f"{name} over 64 KB" if too_long else name)
+        dropped.append(f"{name} over {round((limit or 0) / 1024)} KB" if too_long else name)
         nothing: dict[str, Any] = {field: None}
         image = dataclasses.replace(image, **nothing)
+    if format == "TIFF" and image.exif:
+        dropped += not_held(image.exif)
     dropped += [block.name for block in image.blocks if block.format != format]
     return image, list(dict.fromkeys(dropped))
 
@@ -164,26 +186,39 @@ def pillow_options(format: str, image: Image) -> dict[str, Any]:
     return options
 
 
-def _exif_of(image: PIL.Image.Image) -> bytes | None:
-    """The EXIF block as it is in the file; a TIFF's is made of its tags."""
+def _exif_of(image: PIL.Image.Image, info: dict[Any, Any]) -> tuple[bytes | None, list[str]]:
+    """The EXIF block as it is in the file, a TIFF's made of its tags, and the names of what cannot be in it."""
     if image.format == "TIFF":
-        exif = photo_exif(image.getexif())
-        return exif.tobytes() if len(exif) or exif._ifds else None
-    block = image.info.get("exif")
-    if block is None and any(str(name).startswith("Raw profile type ") for name in image.info):
-        exif = image.getexif()  # which knows how EXIF was put into text
-        return exif.tobytes() if len(exif) else None
-    return HEADER + block.removeprefix(HEADER) if block else None
+        return of_pillow(image.getexif())
+    block = info.get("exif")
+    if block is None and (text := info.get("Raw profile type exif") or info.get("Raw profile type APP1")):
+        try:
+            block = bytes.fromhex("".join(text.split("\n")[3:]))  # behind two names and the length
+        except ValueError:
+            return None, ["damaged EXIF"]
+    return HEADER + block.removeprefix(HEADER) if block else None, []
 
 
-def _resolution(image: PIL.Image.Image) -> tuple[float, float] | None:
+def _resolution(image: PIL.Image.Image, info: dict[Any, Any]) -> tuple[float, float] | None:
     """Pixels per inch as the format itself says, and not EXIF, which may be all that a JPEG's ``dpi`` is made of."""
-    info = image.info
     inch = {1: 1.0, 2: 2.54}.get(info.get("jfif_unit", 0)) if image.format in ("JPEG", "MPO") else 1.0
     values = info.get("jfif_density" if image.format in ("JPEG", "MPO") else "dpi")
     if inch is None or values is None:
         return None
     return usable_resolution(float(values[0] * inch), float(values[1] * inch))
+
+
+def _usable(info: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
+    """Pillow's ``info``, in which a program may set anything, and what a warning calls the entries left out of it."""
+    usable = {name: value for name, value in info.items() if value is not None or name not in _INFO_TYPES}
+    odd = [name for name, types in _INFO_TYPES.items() if name in usable and not isinstance(usable[name], types)]
+    for name in ("dpi", "jfif_density"):
+        values = usable.get(name)
+        if isinstance(values, tuple | list) and not (
+            len(values) == 2 and all(isinstance(value, numbers.Real) for value in values)
+        ):
+            odd.append(name)
+    return {name: value for name, value in usable.items() if name not in odd}, [f"info[{name!r}]" for name in odd]
 
 
 def _sized(image: Image, width: int, height: int) -> Image:

@@ -47,8 +47,7 @@ def decode(file: BinaryIO) -> np.ndarray:
     codecs = _import_imagecodecs()
     file.seek(0)
     content = file.read()
-    with PIL.Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        image.verify()  # compares the checksums
+    _check_sums(content)
     try:
         channels = codecs.png_decode(content)
     except codecs.PngError as error:
@@ -123,6 +122,23 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
             data = file.read(length)
         file.seek(4, io.SEEK_CUR)
         yield name, data
+
+
+def has_late_text(file: BinaryIO) -> bool:
+    """Whether text, which may be compressed, stands behind the pixels, where Pillow reads it after them."""
+    names = [name for name, _ in _chunks(file)]
+    return b"IDAT" in names and any(name.endswith(b"Xt") for name in names[names.index(b"IDAT") :])
+
+
+def _check_sums(content: bytes) -> None:
+    """Raise ValueError unless each chunk is what its checksum says; libpng looks at some of them only."""
+    place = len(SIGNATURE)
+    while place < len(content):
+        length, name = struct.unpack_from(">I4s", content, place)
+        end = place + 8 + length
+        if struct.unpack_from(">I", content, end)[0] != zlib.crc32(memoryview(content)[place + 4 : end]):
+            raise ValueError(f"it is damaged or truncated (checksum of {name.decode('latin-1')})")
+        place = end + 4
 
 
 def _import_imagecodecs() -> ModuleType:

@@ -87,15 +87,32 @@ def _opened(file: BinaryIO) -> Iterator[Any]:
         with _naming_damage():
             tiff = stack.enter_context(tifffile.TiffFile(file))
             pages = [page for page in tiff.pages if not page.subfiletype & _REDUCED]
+            inside = [each for page in tiff.pages if page.subifds for each in page.pages or ()]
+            others = [each for each in (*tiff.pages, *inside) if each is not pages[0]] if pages else inside
             count = len(pages)
             if tiff.is_imagej:  # which keeps many pictures in one page
                 count = max(count, int((tiff.imagej_metadata or {}).get("images", 1)))
             if tiff.is_shaped and any(each.get("truncated") for each in tiff.shaped_metadata or ()):
                 count = max(count, 2)
+        if not pages:
+            raise ValueError(f"it must have a page that is not marked as a smaller copy; got {_larger(inside)}")
         if count != 1:
             raise ValueError(f"it must have one frame or page; got {count}")
-        _check_kind(pages[0])
+        page = pages[0]
+        if any(each.imagewidth * each.imagelength > page.imagewidth * page.imagelength for each in others):
+            size = f"{page.imagewidth} x {page.imagelength}"
+            raise ValueError(f"its page must be its largest picture; got {size}, and {_larger(others)}")
+        _check_kind(page)
         yield pages[0]
+
+
+def _larger(others: list[Any]) -> str:
+    """What a sentence says of the pictures that stand beside or inside of the pages."""
+    sizes = [(each.imagewidth * each.imagelength, each) for each in others]
+    if not sizes:
+        return "none"
+    largest = max(sizes, key=lambda each: each[0])[1]
+    return f"one of {largest.imagewidth} x {largest.imagelength} beside it or in a SubIFD"
 
 
 @contextlib.contextmanager
@@ -108,8 +125,6 @@ def _naming_damage() -> Iterator[None]:
 
 
 def _check_kind(page: Any) -> None:
-    if page.parent.is_bigtiff and page.parent.byteorder == ">":  # whose tags Pillow does not read
-        raise ValueError("a TIFF with offsets of 64 bits must be little-endian; got big-endian")
     if 0 in (page.imagewidth, page.imagelength):
         raise ValueError(f"it must have at least one pixel; got {page.imagewidth} x {page.imagelength}")
     if page.imagedepth != 1:
@@ -122,8 +137,10 @@ def _check_kind(page: Any) -> None:
     if page.sampleformat in _SAMPLE_FORMATS or not isinstance(bits, int) or not 1 <= bits <= 16:
         got = _SAMPLE_FORMATS.get(page.sampleformat, f"{bits} bits")
         raise ValueError(f"its channels must be unsigned integers, all of the same depth, of 1 to 16 bits; got {got}")
-    if kind == _PALETTE and page.colormap is None:
-        raise ValueError("its palette must be in the file; got none")
+    shape = np.shape(page.colormap) if kind == _PALETTE and page.colormap is not None else ()
+    if kind == _PALETTE and shape != (3, 1 << bits):
+        got = " x ".join(map(str, shape)) or "none"
+        raise ValueError(f"its palette must have 3 x {1 << bits} numbers; got {got}")
     if page.is_tiled and page.tilewidth * page.tilelength > max(_LARGEST_TILE, 4 * page.imagewidth * page.imagelength):
         raise ValueError(f"its tiles must be about as large as it or less; got {page.tilewidth} x {page.tilelength}")
     extras = page.samplesperpixel - _COLOURS[kind]

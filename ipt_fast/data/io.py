@@ -13,6 +13,7 @@ import io
 import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
+from PIL import PngImagePlugin
 
 from .._files import atomic_write, check_name
 from . import _metadata, _png, _tiff, _tiff_tags
@@ -36,7 +38,9 @@ ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
 TIFF_SUFFIXES = (".tif", ".tiff")
 
 _MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "PA": "RGBA"}
-_READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
+# What Pillow and the codecs raise about damage; a missing package is told apart.
+_CODEC_ERRORS = (RuntimeError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+                 AssertionError, struct.error, zlib.error)  # fmt: skip
 _LONGEST_SIDES = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "BMP": 2**31 - 1}
 _limit_lock = threading.Lock()
 _BMP_BYTES = 2**32 - 2048  # that its header can count, less its palette
@@ -51,6 +55,7 @@ def read_header(path: str | Path, max_pixels: int | None = None) -> tuple[int, i
     Raises:
         ValueError, ImportError: as ``read_image``, as far as the header shows it.
     """
+    _check_limit(max_pixels)
     with _naming(path), Path(path).open("rb") as file:
         if _is_tiff(file):
             return _tiff_header(file, max_pixels)
@@ -76,6 +81,7 @@ def read_image(path: str | Path, max_pixels: int | None = None) -> Image:
             of a kind that is not restored (CMYK, Lab, floating point).
         ImportError: it takes tifffile or imagecodecs, and they are not installed.
     """
+    _check_limit(max_pixels)
     with _naming(path), Path(path).open("rb") as file:
         return _read(file, max_pixels)
 
@@ -127,12 +133,15 @@ def write_image(path: str | Path, image: Image) -> None:
     if dropped:
         warnings.warn(f"not kept in a {format} file: {', '.join(dropped)}", stacklevel=2)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        if format == "TIFF":
-            _tiff_tags.write(file, image)
-        elif format == "PNG":
-            _png.write(file, image)
-        else:
-            to_pil(image).save(file, format, **_metadata.pillow_options(format, image))
+        try:
+            if format == "TIFF":
+                _tiff_tags.write(file, image)
+            elif format == "PNG":
+                _png.write(file, image)
+            else:
+                to_pil(image).save(file, format, **_metadata.pillow_options(format, image))
+        except _CODEC_ERRORS as error:
+            raise ValueError(f"cannot write image {path}: {error}") from error
 
 
 def check_suffix(path: Path) -> None:
@@ -194,7 +203,7 @@ def _naming(name: str | Path) -> Iterator[None]:
     """Whatever goes wrong with an image file becomes a ValueError that names it."""
     try:
         yield
-    except _READ_ERRORS as error:
+    except (OSError, ValueError, *_CODEC_ERRORS) as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
     except ImportError as error:
         raise ImportError(f"cannot read image {name}: {error}") from error
@@ -209,6 +218,9 @@ def _read(file: BinaryIO, max_pixels: int | None = None, only_8_bits: bool = Fal
     with _opened(file, max_pixels) as image:
         if image.format == "PNG":
             _png.correct_transparent_gray(file, image)
+            if _png.has_late_text(file):
+                with _pillow_limits():
+                    image.load()
         if not _is_16_bit(file, image):
             read = from_pil(image, upright=True)
         elif only_8_bits:
@@ -225,7 +237,7 @@ def _read(file: BinaryIO, max_pixels: int | None = None, only_8_bits: bool = Fal
 def _opened(file: BinaryIO, max_pixels: int | None) -> Iterator[PIL.ImageFile.ImageFile]:
     """The Pillow image of a file, not yet decoded."""
     try:
-        with _pillow_without_limit():
+        with _pillow_limits():
             image = PIL.Image.open(file, formats=[name for name in READ_FORMATS if name in PIL.Image.OPEN])
     except PIL.UnidentifiedImageError as error:  # whose text has the address of an object
         kinds = ", ".join(READ_FORMATS)
@@ -241,15 +253,18 @@ def _opened(file: BinaryIO, max_pixels: int | None) -> Iterator[PIL.ImageFile.Im
 
 
 @contextlib.contextmanager
-def _pillow_without_limit() -> Iterator[None]:
-    """Leave the number of pixels to ``max_pixels``: Pillow has one limit for the whole process."""
+def _pillow_limits() -> Iterator[None]:
+    """Leave the number of pixels to ``max_pixels``, and allow large profiles and texts in PNG files.
+
+    Pillow's limits are those of the whole process.
+    """
     with _limit_lock:
-        limit = PIL.Image.MAX_IMAGE_PIXELS
-        PIL.Image.MAX_IMAGE_PIXELS = None
+        limits = PIL.Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+        PIL.Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, _metadata.TEXT_BYTES
         try:
             yield
         finally:
-            PIL.Image.MAX_IMAGE_PIXELS = limit
+            PIL.Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
 
 
 def _is_tiff(file: BinaryIO) -> bool:
@@ -261,6 +276,11 @@ def _tiff_header(file: BinaryIO, max_pixels: int | None) -> tuple[int, int, np.d
     height, width, dtype = _tiff.read_header(file)
     _check_size(height, width, max_pixels)
     return height, width, dtype
+
+
+def _check_limit(max_pixels: int | None) -> None:
+    if max_pixels is not None and max_pixels < 1:
+        raise ValueError(f"max_pixels must be None or at least 1; got {max_pixels}")
 
 
 def _check_size(height: int, width: int, max_pixels: int | None) -> None:

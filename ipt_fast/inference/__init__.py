@@ -66,8 +66,8 @@ def restore(
 
     Raises:
         TypeError: ``image`` is of another kind or dtype.
-        ValueError: a bad argument, an empty image, NaN or infinity in it, floats in 0..255, channels the model does not
-            take, or an output that is not finite even in float32.
+        ValueError: a bad argument, an empty image, NaN or infinity in it, floats in 0..255 or dark ones in
+            [-1, 1], channels the model does not take, or an output that is not finite even in float32.
     """
     restorer = Restorer(
         model,

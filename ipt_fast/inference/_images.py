@@ -19,6 +19,8 @@ Back = Callable[[Tensor], Any]  # from a restored batch to an image of the kind 
 # [0, 1], and takes no mean above 2. Images in 0..255 go beyond that, unless they are black.
 LARGEST_VALUE = 8.0
 LARGEST_MEAN = 2.0
+# Noise takes no mean below this, but for that of few values; images in [-1, 1] that are dark have one below it.
+SMALLEST_MEAN = -0.25
 
 
 def as_batch(image: PIL.Image.Image | np.ndarray | Tensor) -> tuple[Tensor, Back]:
@@ -54,7 +56,11 @@ def _check_range(batch: Tensor) -> None:
     low, high = (float(value) for value in batch.aminmax())  # NaN where one is in the batch
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("image must be finite; got NaN or infinity")
-    if max(-low, high) > LARGEST_VALUE or (high > LARGEST_MEAN and batch.flatten(1).mean(1).max() > LARGEST_MEAN):
+    values = batch[0].numel()
+    too_bright = high > LARGEST_MEAN and batch.flatten(1).mean(1).max() > LARGEST_MEAN
+    # The mean of as many values of that noise strays by their root; five times as far it does not.
+    too_dark = low < SMALLEST_MEAN and batch.flatten(1).mean(1).min() < SMALLEST_MEAN - 5 / values**0.5
+    if max(-low, high) > LARGEST_VALUE or too_bright or too_dark:
         raise ValueError(f"image must be in [0, 1], but for noise, where it is floats; got {low:g} to {high:g}")
 
 
@@ -66,6 +72,10 @@ def _from_pil(image: PIL.Image.Image) -> tuple[Tensor, Back]:
     else:
         record = io.fill_hidden(io.from_pil(image))
     batch, back_to_array = _from_array(record.pixels)
+    # What cannot be kept is known before the work, which must not be lost to it.
+    _, dropped = io.info_of_pil(image, image.width, image.height)
+    if dropped:
+        warnings.warn(f"not kept in the result: {', '.join(dropped)}", stacklevel=2)
 
     def back(output: Tensor) -> PIL.Image.Image:
         pixels = back_to_array(output)
@@ -74,9 +84,7 @@ def _from_pil(image: PIL.Image.Image) -> tuple[Tensor, Back]:
         else:
             scale = pixels.shape[0] // record.pixels.shape[0]
             restored = io.to_pil(io.Image(pixels, magnified_alpha(record.alpha, scale)))
-        restored.info, dropped = io.info_of_pil(image, restored.width, restored.height)
-        if dropped:
-            warnings.warn(f"not kept in the result: {', '.join(dropped)}", stacklevel=2)
+        restored.info, _ = io.info_of_pil(image, restored.width, restored.height)
         return restored
 
     return batch, back

@@ -170,6 +170,15 @@ def test_max_pixels_allows_a_scan(run, photos, tmp_path, capsys, monkeypatch):
     assert run(photos / "colour.png", tmp_path / "out.png") == 1
     assert "must have at most max_pixels = 200 pixels" in capsys.readouterr().err
     assert run(photos / "colour.png", tmp_path / "out.png", "--max-pixels", 24 * 33) == 0
+    for wrong in (0, -1):
+        assert run(photos / "colour.png", tmp_path / "no.png", "--max-pixels", wrong) == 2
+        assert f"--max-pixels must be at least 1; got {wrong}" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_a_wrong_call(run, photos, tmp_path, capsys):
+    name = "n" * 252 + ".png"
+    assert run(photos / "colour.png", tmp_path / name) == 2
+    assert f"path must have a name of at most 255 bytes; got {tmp_path / name}" in capsys.readouterr().err
 
 
 def test_target_prints_psnr_and_compare_shows_it(run, photos, tmp_path, capsys):

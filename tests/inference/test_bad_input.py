@@ -21,13 +21,14 @@ def test_non_finite_images_are_refused(bad):
 
 
 def pictures(dtype):
-    """A bright, a dark and a nearly black one in 0..255, a constant one, and one in -128..127."""
+    """A bright, a dark and a nearly black one in 0..255, a constant one, one in -128..127, and two below 0."""
     values = np.random.default_rng(0).random((3, 40, 40))
     return [each.astype(dtype) for each in (255 * values, 255 * values**8, 12 * values, 0 * values + 3,
-                                                255 * values - 128, values * [[[255]], [[1]], [[1]]])]  # fmt: skip
+                                                255 * values - 128, values * [[[255]], [[1]], [[1]]],
+                                                2 * values**3 - 1, 0 * values - 7)]  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_floats_that_are_not_in_0_to_1_are_refused(index, dtype):
     image = pictures(dtype)[index]
@@ -46,6 +47,14 @@ def test_floats_with_noise_are_not_refused(sigma):
     for white in (np.zeros((300, 300, 3)), np.ones((300, 300, 3)), np.ones((1, 1)), random.random((300, 300))):
         noisy = (white + random.normal(0, sigma / 255, white.shape)).astype(np.float32)
         assert sigma < 50 or white.size == 1 or noisy.max() > 1.4 or white.max() == 0
+        np.testing.assert_array_equal(restore(noisy, nn.Identity()), noisy)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 20])
+def test_small_dark_images_with_the_strongest_noise_are_not_refused(side):
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        noisy = np.minimum(random.normal(0, 1, (side, side)), 2).astype(np.float32)
         np.testing.assert_array_equal(restore(noisy, nn.Identity()), noisy)
 
 

@@ -64,12 +64,25 @@ def test_nothing_else_is_changed():
     np.testing.assert_array_equal(fill_hidden(one).pixels, one.pixels)
 
 
-def test_nearly_hidden_pixels_count_little():
+def test_faint_pixels_count_little():
     pixels = np.full((1, 3, 1), 0, np.uint8)
     pixels[0, :, 0] = 250, 77, 10
-    image = Image(pixels, np.array([[255, 0, 1]], np.uint8))
+    image = Image(pixels, np.array([[255, 0, 3]], np.uint8))
     assert fill_hidden(image).pixels[0, 1, 0] > 150
     np.testing.assert_array_equal(fill_hidden(image).pixels[0, ::2], pixels[0, ::2])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("alpha", [1, 2, 3])
+def test_nearly_hidden_colours_are_junk_too(alpha, dtype):
+    """Alpha up to 2 of 255 counts as hidden, 3 as visible."""
+    image = sprite(0, dtype=dtype)
+    step = np.iinfo(dtype).max // 255
+    faint = Image(image.pixels, np.where(disc(), image.alpha, alpha * step).astype(dtype))
+    filled = fill_hidden(faint)
+    np.testing.assert_array_equal(filled.alpha, faint.alpha)
+    np.testing.assert_array_equal(filled.pixels[disc()], image.pixels[disc()])
+    assert (filled.pixels[~disc()].min() > 0.5 * np.iinfo(dtype).max) == (alpha < 3)
 
 
 def shown(image, background=0.75):
