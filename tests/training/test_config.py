@@ -51,8 +51,8 @@ def test_bad_values_are_named(name, value, kind):
 def test_resume_may_change_only_what_leaves_the_weights_alone():
     config = TrainingConfig("data", "out")
     saved = config.to_dict()
-    dataclasses.replace(config, out="elsewhere", val="images", log_every=7, save_every=3).check_resumable(saved)
-    for change in ({"lr": 1e-3}, {"seed": 1}, {"iterations": 5}, {"data": "other"}, {"model_config": {"width": 8}}):
+    dataclasses.replace(config, data="moved", out="elsewhere", val="images", log_every=7).check_resumable(saved)
+    for change in ({"lr": 1e-3}, {"seed": 1}, {"iterations": 5}, {"patch_size": 16}, {"model_config": {"width": 8}}):
         with pytest.raises(ValueError, match=f"{next(iter(change))} must be .*, as in the run to resume; got"):
             dataclasses.replace(config, **change).check_resumable(saved)
 

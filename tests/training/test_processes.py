@@ -65,8 +65,8 @@ def test_what_fails_in_one_process_is_saved_and_said_by_the_first(torchrun, tmp_
     ("options", "message"),
     [
         (["--batch-size", "3"], "batch_size must be a multiple of the 2 processes; got 3"),
-        (["--lr", "-1"], "lr must be in"),
-        (["--device", "meta"], "device must be usable; got meta"),
+        pytest.param(["--lr", "-1"], "lr must be in", marks=pytest.mark.slow),
+        pytest.param(["--device", "meta"], "device must be usable; got meta", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_call_is_said_once(torchrun, tmp_path, options, message):
