@@ -23,7 +23,7 @@ void set_lattice(GridAttention& p, const at::Tensor& map, int64_t channels, int6
 at::Tensor spread_biases(const GridAttention& p, const OptionalTensor& table);
 
 // Checks the arguments and fills in the common parameters; `map` has `channels` = heads * depth or three times as
-// many. The returned tensor holds the biases. `products` is the dtype of the map's or, of an fp32 map, bf16.
+// many. The returned tensor holds the biases.
 at::Tensor set_attention(GridAttention& p, const at::Tensor& map, int64_t channels, const OptionalTensor& bias_table,
                          int64_t num_heads, int64_t grid_size);
 
