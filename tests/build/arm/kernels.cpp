@@ -56,9 +56,6 @@ void write(const T* data, int64_t count) {
     fwrite(data, sizeof(T), count, stdout);
 }
 
-// Products are computed in the dtype of the maps.
-Products products_in(DType dtype) { return {dtype, nullptr}; }
-
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 void write_map(const void* data, DType dtype, int64_t count) {
@@ -97,7 +94,6 @@ void layer_norm_2d() {
 void leffn() {
     LeffnParams p{};
     p.dtype = static_cast<DType>(number());
-    p.products = products_in(p.dtype);
     const int64_t batch = number();
     p.height = number();
     p.width = number();
@@ -127,7 +123,6 @@ void leffn() {
 void leffn_backward() {
     LeffnBackwardParams p{};
     p.dtype = static_cast<DType>(number());
-    p.products = products_in(p.dtype);
     p.batch = number();
     p.height = number();
     p.width = number();
@@ -189,7 +184,7 @@ void channel_attention() {
     const Pixels q{part(qkv, 0), 3 * channels}, k{part(qkv, 1), 3 * channels}, v{part(qkv, 2), 3 * channels};
     const int64_t blocks = g.blocks() * g.heads, windows = g.windows() * g.heads * g.branches;
 
-    ChannelAttentionParams p{dtype, products_in(dtype), g, q, k, v, new_map(dtype, values)};
+    ChannelAttentionParams p{dtype, nullptr, g, q, k, v, new_map(dtype, values)};
     p.groups.slots = memory<float>(g.slots_bytes() / 4);
     float* scratch = memory<float>(gram_scratch(g) + attend_scratch(g) + apply_scratch(g) + kTileTokens * g.depth);
     const ChannelAttentionKernels& forward = kernels<ChannelAttentionKernels>();
@@ -201,7 +196,6 @@ void channel_attention() {
     char* grad_qkv = static_cast<char*>(new_map(dtype, 3 * values));
     ChannelAttentionBackwardParams b{};
     b.dtype = dtype;
-    b.products = products_in(dtype);
     b.groups = g;
     b.q = q;
     b.k = k;
@@ -226,7 +220,6 @@ void channel_attention() {
 void grid_attention() {
     GridAttention p{};
     p.dtype = static_cast<DType>(number());
-    p.products = products_in(p.dtype);
     p.batch = number();
     p.lattice.height = number();
     p.lattice.width = number();
