@@ -70,6 +70,16 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise named from error
 
 
+def make_folder(name: str, folder: str | os.PathLike[str]) -> None:
+    """Make ``folder``, the argument ``name``, and raise ValueError unless files can be written there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} must be a folder that can be written; got {folder} ({error.strerror})") from error
+
+
 def is_stream(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a device, a FIFO or a file that is open for output, which is written to, never replaced."""
     try:

@@ -3,10 +3,9 @@
 import argparse
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 
-from .._files import check_name, is_stream
+from .._files import check_name, is_stream, make_folder
 from ..data.files import list_images, match_images, partner_of
 from ..data.formats import IMAGE_SUFFIXES, WRITTEN_SUFFIXES
 from ..data.io import check_suffix
@@ -88,12 +87,5 @@ def result_name(source: Path) -> str:
 
 def make_writable(path: Path) -> None:
     """Make the folder for an output, and raise ValueError unless files can be written there."""
-    if is_stream(path):
-        return
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"OUT must be a folder that can be written; got {folder} ({error.strerror})") from error
+    if not is_stream(path):
+        make_folder("OUT", path.parent)

@@ -11,7 +11,7 @@ import huggingface_hub
 import safetensors.torch
 from torch import Tensor
 
-from .._files import atomic_write, naming
+from .._files import atomic_write, make_folder, naming
 from ..modules._fusion import Fusable
 from .checkpoint import load_state, read_state_dict
 from .contract import Contract
@@ -99,10 +99,7 @@ class PretrainedModel(Fusable):
         """
         config = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
         directory = pathlib.Path(directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"directory must be a folder that can be written; got {directory} ({error})") from error
+        make_folder("directory", directory)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         with naming(directory / "model.safetensors"), atomic_write(directory / "model.safetensors") as path:
             path.touch()

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import signal
-import tempfile
 import threading
 import time
 import warnings
@@ -21,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from .._files import atomic_write, is_stream, naming
+from .._files import atomic_write, is_stream, make_folder, naming
 from ..models import create_model, list_models, open_model
 from ..models._pretrained import PretrainedModel
 from ..models._registry import CLASSES
@@ -239,12 +238,7 @@ class _Run:
             return
         out = self.config.out
         self.made = [folder for folder in (out, *out.parents) if not folder.exists()]
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out):
-                pass
-        except OSError as error:
-            raise ValueError(f"out must be a folder that can be written; got {out}: {error.strerror}") from error
+        make_folder("out", out)
         self._start_log()
         self.log_started = True
 

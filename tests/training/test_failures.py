@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_written(make_config, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # the tests' user may write everywhere
-    with pytest.raises(ValueError, match=r"out must be a folder that can be written; got .*run: Permission denied"):
+    with pytest.raises(ValueError, match=r"out must be a folder that can be written; got .*run \(Permission denied\)"):
         train(make_config())
     assert not [*(tmp_path / "run").iterdir()]
 
