@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import huggingface_hub
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from .._files import atomic_write, make_folder, naming
@@ -88,19 +89,25 @@ class PretrainedModel(Fusable):
                 module.plain = True
         return twin
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
+    def save_pretrained(self, directory: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors into ``directory``, made if need be.
 
-        Each file is replaced atomically. Weights keep their dtype.
+        Each file is replaced atomically.
+
+        Args:
+            directory: a folder.
+            dtype: of the floating-point weights in the file, such as ``torch.float16`` for half the size; opened, they
+                have the dtype of a new model again. None keeps that of each.
 
         Raises:
-            ValueError: ``directory`` cannot be made, or the model is merged in part.
+            ValueError: ``directory`` cannot be made, the model is merged in part, or a weight is too large for
+                ``dtype``.
             OSError: a file cannot be written, such as for want of space; the previous one is left.
         """
         config = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
         directory = pathlib.Path(directory)
+        state = {name: _stored(name, value, dtype) for name, value in self.state_dict().items()}
         make_folder("directory", directory)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         with naming(directory / "model.safetensors"), atomic_write(directory / "model.safetensors") as path:
             path.touch()
             mode = path.stat().st_mode
@@ -149,6 +156,17 @@ class PretrainedModel(Fusable):
         model = cls.from_fields({**cls.presets[preset].config, **cls.with_implied_fields(fields)})
         load_state(model, read_state_dict(path, average=average), path)
         return model.eval()
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    value = value.detach().cpu().contiguous()
+    if dtype is None or not value.is_floating_point():
+        return value
+    rounded = value.to(dtype)
+    if not torch.equal(rounded.isfinite(), value.isfinite()):
+        largest = value[value.isfinite()].abs().max().item()
+        raise ValueError(f"dtype must hold all weights; got {dtype}, and {name} has one of {largest:.3g}")
+    return rounded
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
