@@ -129,13 +129,15 @@ def footprint(rows):
     return table(("what", "model", "dtype", "of", "value", "run"), lines)
 
 
-def denoising(path=results.FOLDER / "denoise.csv"):
-    """Mean PSNR of the shipped model before and after, one line per data set and noise level."""
+def quality(rows):
+    """Mean PSNR and SSIM of the shipped IPT-V2 models before and after, one line per data set and noise level."""
     lines = []
-    for row in newest(results.read(path), "dataset", "sigma").values():
+    for row in newest(rows, "model", "dataset", "sigma").values():
         before, after, ssim = (float(row[name]) for name in ("psnr_input", "psnr_output", "ssim_output"))
-        lines.append([row["dataset"], row["sigma"], row["images"], f"{before:.2f}", f"**{after:.2f}**", f"{ssim:.3f}"])
-    return table(("data set", "σ", "images", "noisy, dB", "restored, dB", "SSIM"), lines)
+        cells = [row["model"], row["dataset"], row["sigma"] or "-", row["images"], row["protocol"]]
+        lines.append([*cells, f"{before:.2f}", f"**{after:.2f}**", f"{ssim:.3f}", measured(row)])
+    names = ("model", "data set", "σ", "images", "protocol", "input, dB", "restored, dB", "SSIM", "run")
+    return table(names, lines)
 
 
 def ipt_restoration(path=results.FOLDER / "ipt_tiny.csv"):
