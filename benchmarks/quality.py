@@ -38,7 +38,7 @@ def measured(model, folder, sigma, protocol):
         name: value for name, value in results.environment().items() if name in ("date", "commit", "cpu", "torch")
     }
     return {
-        **shared,
+        **{name: environment[name] for name in ("date", "commit", "cpu", "torch")},
         "model": model,
         "dataset": folder.name,
         "sigma": "" if sigma is None else f"{sigma:g}",
