@@ -34,9 +34,7 @@ def measured(model, folder, sigma, protocol):
     evaluation = evaluate(restorer, folder if sigma else folder / "input", protocol, sigma=sigma, **pairs)
     if evaluation.failures:
         raise SystemExit(f"{folder}: {evaluation.failures}")
-    shared = {
-        name: value for name, value in results.environment().items() if name in ("date", "commit", "cpu", "torch")
-    }
+    environment = results.environment()
     return {
         **{name: environment[name] for name in ("date", "commit", "cpu", "torch")},
         "model": model,
