@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import stat
@@ -121,3 +122,10 @@ def check_name(path: str | os.PathLike[str]) -> None:
         longest = _NAME_BYTES
     if len(os.fsencode(path.name)) > longest:
         raise ValueError(f"path must have a name of at most {longest} bytes; got {path}")
+
+
+def remove_abandoned(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that :func:`atomic_write` of killed programs left in ``folder``, a run's own."""
+    for path in pathlib.Path(folder).glob(".*"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.(pth|csv|json|safetensors)", path.name):
+            path.unlink(missing_ok=True)

@@ -1,18 +1,19 @@
 """``ipt-fast train``: train a model on a folder of images."""
 
 import argparse
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..training.checkpoint import load_checkpoint
+from ..training.checkpoint import find_checkpoint, load_checkpoint
 from ..training.config import TrainingConfig
 from ..training.distributed import FailedElsewhereError, World
-from ..training.loop import LOG_FIELDS, train
+from ..training.log import is_log
+from ..training.loop import train
 from ..training.losses import LOSSES
+from ..training.parallel import STRATEGIES
 from ._arguments import Subparsers, json_object
 from ._outputs import Outputs, model_files
 
@@ -23,6 +24,14 @@ class _Option(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, values)
         namespace.given = {*getattr(namespace, "given", ()), "patch_size" if self.dest == "patch" else self.dest}
+
+
+class _Flag(argparse.BooleanOptionalAction):
+    """The same for --name and --no-name."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        namespace.given = {*getattr(namespace, "given", ()), self.dest}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -46,8 +55,8 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     )
     default = {entry.name: entry.default for entry in fields(TrainingConfig)}
 
-    def option(name: str, **settings: Any) -> None:
-        parser.add_argument(name, action=_Option, **settings)
+    def option(name: str, action: type[argparse.Action] = _Option, **settings: Any) -> None:
+        parser.add_argument(name, action=action, **settings)
 
     option("--data", type=Path, default=None, metavar="FOLDER", help="clean training images, subfolders included")
     option("--out", type=Path, required=True, metavar="FOLDER", help="where the model, checkpoint and log go")
@@ -80,6 +89,14 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--workers", type=int, default=default["workers"], metavar="N", help="processes that prepare batches")
     option("--threads", type=int, default=None, metavar="N", help="CPU threads; None leaves PyTorch's choice")
     option("--device", default=None, help="cpu, cuda ...; None takes a GPU where there is one")
+    # How a step is carried out.
+    option("--accumulate", type=int, default=default["accumulate"], metavar="N",
+           help="micro-batches an update, one after the other: less memory")  # fmt: skip
+    option("--activation-checkpointing", action=_Flag, default=default["activation_checkpointing"],
+           help="compute activations of transformer layers again: less memory")  # fmt: skip
+    option("--strategy", choices=list(STRATEGIES), default=default["strategy"],
+           help="several processes have all weights each, or parts of them (FSDP2)")  # fmt: skip
+    option("--tensorboard", action=_Flag, default=default["tensorboard"], help="log for TensorBoard, too")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -102,13 +119,15 @@ def run(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], None] 
         warnings.simplefilter("ignore")  # the first one warns
     try:
         config = world.together(lambda: _settings(args, prepare))
-        finished = train(config, resume=args.resume)
+        finished = train(config, resume=args.resume, say=print)
     except FailedElsewhereError:
         return 2
+    except ImportError as error:  # of an extra
+        raise ValueError(str(error)) from error
     except FloatingPointError as error:  # in all processes, which have the same gradients
         if world.rank:
             return 2
-        saved = (config.out / "checkpoint.pth").exists()
+        saved = find_checkpoint(config.out).exists()
         kept = f"the last checkpoint in {config.out} is kept" if saved else "no checkpoint was saved yet"
         raise ValueError(f"training diverged: {error}; {kept}") from error
     stopped = finished < config.total_iterations
@@ -125,7 +144,7 @@ def _settings(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], 
     settings = {"patch_size" if name == "patch" else name: value for name, value in vars(args).items()}
     if args.resume:
         given = {name: settings[name] for name in args.given}
-        config = TrainingConfig.resumed(load_checkpoint(args.out / "checkpoint.pth")["config"], **given)
+        config = TrainingConfig.resumed(load_checkpoint(find_checkpoint(args.out))["config"], **given)
     elif args.data is None:
         raise ValueError("--data must be a folder of clean images; got none")
     else:
@@ -137,15 +156,7 @@ def _settings(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], 
 def _check_out(config: TrainingConfig, resume: bool) -> None:
     """Raise ValueError where the run would write over a file that no run made; the loop looks for its checkpoint."""
     outputs = Outputs(model_files(config.model))
-    if not resume and not (config.out / "checkpoint.pth").exists():
+    if not resume and not find_checkpoint(config.out).exists():
         for name in ("config.json", "model.safetensors"):
             outputs.claim(f"{name} in --out", config.out / name, lambda _: False)
-    outputs.claim("log.csv in --out", config.out / "log.csv", _is_log)
-
-
-def _is_log(path: Path) -> bool:
-    """Whether all that a resumed run would keep or drop of this file are rows of a log."""
-    text = path.read_text(errors="replace")
-    header, *rows = text.splitlines() or [""]
-    whole = rows if text.endswith("\n") else rows[:-1]  # a killed run may have left half a row
-    return header == ",".join(LOG_FIELDS) and all(re.fullmatch(r"\d+(,[^,]*){4}", row) for row in whole)
+    outputs.claim("log.csv in --out", config.out / "log.csv", is_log)

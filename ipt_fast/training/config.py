@@ -11,6 +11,8 @@ from .losses import LOSSES
 # Fields that do not change the sequence of weights, so a resumed run may set them anew.
 # The data may lie elsewhere; where they are others, the run warns.
 _FREE_ON_RESUME = {"data", "out", "val", "val_sigma", "log_every", "save_every", "workers", "threads", "device"}
+# How a step is carried out: of the weights only the rounding changes.
+_FREE_ON_RESUME |= {"accumulate", "activation_checkpointing", "strategy", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class TrainingConfig:
         workers: processes that prepare batches; 0 prepares them in this one.
         threads: CPU threads of this process; None leaves PyTorch's choice.
         device: "cpu", "cuda" …; None takes a GPU where there is one.
+        accumulate: micro-batches into which each process divides its share of a batch, one after the other.
+        activation_checkpointing: keep only the inputs of transformer layers for the backward pass.
+        strategy: of several processes, "ddp" (each has all weights) or "fsdp" (each keeps a part of them, FSDP2).
+        tensorboard: write the log into the folder ``tensorboard``, too.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
@@ -71,6 +77,11 @@ class TrainingConfig:
     workers: int = 0
     threads: int | None = None
     device: str | None = None
+    # How a step is carried out.
+    accumulate: int = 1
+    activation_checkpointing: bool = False
+    strategy: str = "ddp"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -113,8 +124,21 @@ class TrainingConfig:
         _check_choice("schedule", self.schedule, ("cosine", "step"))
         if self.task is not None and not isinstance(self.task, str):
             raise TypeError(f"task must be a name; got {self.task!r}")
+        self._check_execution()
         if not isinstance(self.model_config, dict):
             raise TypeError(f"model_config must be a dict; got {type(self.model_config).__name__}")
+
+    def _check_execution(self) -> None:
+        _check_integer("accumulate", self.accumulate, 1)
+        _check_choice("strategy", self.strategy, ("ddp", "fsdp"))
+        for name in ("activation_checkpointing", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        if self.contrastive and self.accumulate > 1:
+            raise ValueError(
+                "accumulate must be 1 with the contrastive loss, which compares all images of a batch; "
+                f"got {self.accumulate}"
+            )
 
     @property
     def total_iterations(self) -> int:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 from .._device import usable_device
@@ -49,10 +49,15 @@ class World:
             torch.cuda.set_device(device)
         return device
 
-    def share(self, batch: int) -> range:
-        """The places of a batch that are this process's."""
-        if batch % self.size:
-            raise ValueError(f"batch_size must be a multiple of the {self.size} processes; got {batch}")
+    def share(self, batch: int, parts: int = 1) -> range:
+        """The places of a batch that are this process's, of which each of ``parts`` micro-batches has as many.
+
+        Raises:
+            ValueError: the batch cannot be divided into as many equal parts.
+        """
+        if batch % (self.size * parts):
+            divisor = f"the {self.size} processes" if parts == 1 else f"{self.size} processes times accumulate {parts}"
+            raise ValueError(f"batch_size must be a multiple of {divisor}; got {batch}")
         own = batch // self.size
         return range(self.rank * own, (self.rank + 1) * own)
 
@@ -60,19 +65,8 @@ class World:
         """(B, ...) of every process, one after the other; gradients flow back to all of them."""
         return features if self.size == 1 else torch.cat(all_gather(features.contiguous()))
 
-    def average_gradients(self, model: nn.Module) -> None:
-        """Every process gets the mean of all gradients. All must have the same parameters in use."""
-        if self.size == 1:
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.size
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over the processes."""
+        """The mean of a tensor over the processes."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -81,6 +75,10 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
         return bool(self.mean(torch.tensor(float(flag))) > 0)
+
+    def first(self, text: str | None) -> str | None:
+        """The text of the first process that has one, in all of them."""
+        return next((found for found in self._texts(text) if found is not None), None)
 
     def together(self, action: Callable[[], ResultT]) -> ResultT:
         """The action's result, once every process has one. Where it fails in any, it fails in all.
@@ -102,10 +100,15 @@ class World:
         if self.size > 1 and not self.any(error is not None):
             return
         if self.size > 1:
-            messages: list[str | None] = [None] * self.size
-            dist.all_gather_object(messages, None if error is None else str(error) or type(error).__name__)
+            message = self.first(None if error is None else str(error) or type(error).__name__)
             if self.rank:
                 raise FailedElsewhereError("another process failed; the first one tells how") from error
-            error = error or ValueError(next(filter(None, messages)))
+            error = error or ValueError(message)
         if error is not None:
             raise error
+
+    def _texts(self, text: str | None) -> list[str | None]:
+        texts = [text] * self.size
+        if self.size > 1:
+            dist.all_gather_object(texts, text)
+        return texts

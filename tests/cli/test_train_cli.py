@@ -54,14 +54,14 @@ def test_train_then_open_the_model(main, arguments, tmp_path, capsys):
 
 
 def test_stop_and_resume(main, arguments, tmp_path, monkeypatch, capsys):
-    step = loop._Run.step
+    step = loop.Run.step
 
     def stopping(run, *batch):
         step(run, *batch)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "step", stopping)
+        patch.setattr(loop.Run, "step", stopping)
         assert main(arguments) == 130
     assert "after 1 of 2 iterations; --resume continues" in capsys.readouterr().out
     with pytest.raises(ValueError, match="lr must be 0.0003, as in the run to resume"):
@@ -70,8 +70,8 @@ def test_stop_and_resume(main, arguments, tmp_path, monkeypatch, capsys):
 
 
 def test_divergence_is_one_sentence(main, arguments, monkeypatch):
-    step = loop._Run.step
-    monkeypatch.setattr(loop._Run, "step", lambda run, batch: step(run, [batch[0] / 0, batch[1]]))
+    step = loop.Run.step
+    monkeypatch.setattr(loop.Run, "step", lambda run, batch: step(run, [batch[0] / 0, batch[1]]))
     with pytest.raises(ValueError, match="training diverged"):
         main(arguments)
 

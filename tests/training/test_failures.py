@@ -89,7 +89,7 @@ def test_nothing_is_left_of_a_run_whose_first_step_fails(make_config, tmp_path, 
     def fail(run, batch):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop._Run, "step", fail)
+    monkeypatch.setattr(loop.Run, "step", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         train(make_config("a/b/run"))
     assert not (tmp_path / "a").exists()
@@ -121,7 +121,7 @@ def test_an_image_that_breaks_in_the_middle(on_demand, images, monkeypatch, work
     config, contents, step = (
         on_demand("parts", **settings),
         {p: p.read_bytes() for p in images.iterdir()},
-        loop._Run.step,
+        loop.Run.step,
     )
 
     def breaking(run, batch):
@@ -131,7 +131,7 @@ def test_an_image_that_breaks_in_the_middle(on_demand, images, monkeypatch, work
                 path.write_bytes(content[: len(content) // 2])
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "step", breaking)
+        patch.setattr(loop.Run, "step", breaking)
         said = r"^cannot read image .*\.png.*; the (\d+) iterations before it are saved in .*parts$"
         with pytest.raises(ValueError, match=said) as raised:
             train(config)
@@ -167,7 +167,7 @@ def signal_workers(monkeypatch):
     """Send a signal to the processes that prepare batches, and perhaps to this one, at the start of a step."""
 
     def arrange(iteration, number, all=False):
-        step = loop._Run.step
+        step = loop.Run.step
 
         def disturbed(run, batch):
             if run.iteration == iteration:
@@ -177,7 +177,7 @@ def signal_workers(monkeypatch):
                 time.sleep(0.3)
             step(run, batch)
 
-        monkeypatch.setattr(loop._Run, "step", disturbed)
+        monkeypatch.setattr(loop.Run, "step", disturbed)
 
     before = signal.getsignal(signal.SIGTERM)
     yield arrange
@@ -298,7 +298,7 @@ def test_no_space_for_the_checkpoint(make_config, monkeypatch):
             monkeypatch.setattr(checkpoint, "atomic_write", full_disk)
         usual(path, state)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     with pytest.raises(OSError, match=r"^cannot write .*checkpoint\.pth: No space left on device$") as raised:
         train(config)
     assert raised.value.errno == errno.ENOSPC
@@ -328,7 +328,7 @@ def test_no_space_for_the_model_or_the_log(make_config):
     assert [path.name for path in config.out.iterdir()] == ["log.csv"]
     train(config)
     with pytest.raises(OSError, match=r"^cannot write .*model\.safetensors: .*File too large"):
-        run = loop._Run(config, resume=True)
+        run = loop.Run(config, resume=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
         try:
             run.average.module.save_pretrained(config.out)

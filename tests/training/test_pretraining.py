@@ -49,14 +49,14 @@ def test_resume_is_exact(make, images, stop_after, monkeypatch):  # noqa: F811
 def test_the_loss_is_that_of_the_paper(make):
     """Eq. 6 in the model's range of values, of the one task of the batch."""
     config = make(contrastive=0.5)
-    run = loop._Run(config, resume=False)
+    run = loop.Run(config, resume=False)
     batch = next(loop.batches(config, run.objective, 0, run.world))
     degraded, clean, task = batch
     name = TINY["tasks"][task[0]]
     output, features = run.model.forward_with_features(255 * degraded, name)
     expected = (output - 255 * clean).abs().mean() + 0.5 * loop_contrastive(features)
     assert abs(run.objective.loss(run.model, batch).item() - expected.item()) < 1e-3
-    alone = loop._Run(make("alone", contrastive=0.0), resume=False)
+    alone = loop.Run(make("alone", contrastive=0.0), resume=False)
     expected = (alone.model(255 * degraded, name) - 255 * clean).abs().mean()
     assert abs(alone.objective.loss(alone.model, batch).item() - expected.item()) < 1e-4
 
@@ -69,7 +69,7 @@ def loop_contrastive(features):
 
 def test_only_the_task_of_the_batch_and_the_body_change(make):
     config = make(iterations=1, weight_decay=0.0)
-    run = loop._Run(config, resume=False)
+    run = loop.Run(config, resume=False)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     batch = next(loop.batches(config, run.objective, 0, run.world))
     run.step(batch)

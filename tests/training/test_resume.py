@@ -12,7 +12,7 @@ from PIL import Image
 
 from ipt_fast.cli import main
 from ipt_fast.models import create_model, open_model
-from ipt_fast.training import loop
+from ipt_fast.training import loop, run
 from ipt_fast.training.checkpoint import load_checkpoint
 from ipt_fast.training.loop import train
 from tests.training.conftest import MICRO
@@ -26,7 +26,7 @@ def stopped(make_config, monkeypatch):
 
     def make(*options):
         config = make_config()
-        step = loop._Run.step
+        step = loop.Run.step
 
         def stopping(run, batch):
             step(run, batch)
@@ -48,7 +48,7 @@ def stopped(make_config, monkeypatch):
         model = ["--model-config", '{"width": 8, "depths": [2, 0, 0, 0], "window_size": 8, "grid_size": 4}']
         arguments = [*data, *(options or model), "--warmup", "2", "--sigma", "10", "40", "--threads", "1"]
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Run, "step", stopping)
+            patch.setattr(loop.Run, "step", stopping)
             assert main(["train", *arguments, "--out", str(config.out)]) == 130
         return config.out, arguments
 
@@ -117,7 +117,7 @@ def test_a_new_run_needs_data(tmp_path, error_of_command):
 
 def test_resuming_without_the_folder_of_the_model(make_config, tmp_path, monkeypatch, capsys):
     create_model("ipt", **TINY).save_pretrained(tmp_path / "pretrained")
-    config, step = make_config(), loop._Run.step
+    config, step = make_config(), loop.Run.step
     options = ["--model", str(tmp_path / "pretrained"), "--task", "derain", "--data", str(config.data)]
     options += ["--iterations", "4", "--batch-size", "2", "--out", str(config.out)]
 
@@ -127,7 +127,7 @@ def test_resuming_without_the_folder_of_the_model(make_config, tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "step", stopping)
+        patch.setattr(loop.Run, "step", stopping)
         assert main(["finetune", *options]) == 130
     (tmp_path / "pretrained").rename(tmp_path / "gone")
     assert main(["finetune", "--out", str(config.out), "--resume", "--model", str(tmp_path / "other")]) == 2
@@ -143,7 +143,7 @@ def test_resuming_without_the_folder_of_the_model(make_config, tmp_path, monkeyp
 def test_a_model_that_is_not_registered_any_more(make_config, monkeypatch):
     config = make_config()
     train(config)
-    monkeypatch.setattr(loop, "CLASSES", {"IPT": None})
+    monkeypatch.setattr(run, "CLASSES", {"IPT": None})
     with pytest.raises(ValueError, match="model in the checkpoint must be one of IPT; got IPTV2"):
         train(config, resume=True)
 
@@ -166,13 +166,13 @@ def test_data_and_models_by_another_way(make_config, images, tmp_path):
 @pytest.mark.parametrize("changes", [{}, FIELDS])
 def test_changed_data_are_noticed(make_config, images, monkeypatch, changes):
     config = make_config(**changes)
-    step = loop._Run.step
+    step = loop.Run.step
 
     def stopping(run, batch):
         step(run, batch)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop._Run, "step", stopping)
+    monkeypatch.setattr(loop.Run, "step", stopping)
     assert train(config) == 1
     with warnings.catch_warnings(action="error"):
         assert train(config, resume=True) == 2
