@@ -7,6 +7,7 @@ all processes write into the folder ``checkpoint-<iteration>``, in the format of
 import contextlib
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def load_sharded(folder: Path, tensors: dict[str, Tensor], world: World) -> None
     Raises:
         ValueError: one is missing or has another shape, or a file is damaged.
     """
-    with _readable(folder):
+    with _readable(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by one process
         dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
 
 

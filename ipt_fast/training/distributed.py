@@ -3,12 +3,11 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from .._device import usable_device
 
@@ -17,6 +16,22 @@ ResultT = TypeVar("ResultT")
 
 class FailedElsewhereError(RuntimeError):
     """What went wrong is raised in the first process, so that it is said once."""
+
+
+class _Gather(torch.autograd.Function):
+    """Tensors of one shape of all processes, joined along their first axis."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class World:
 
     def gather(self, features: Tensor) -> Tensor:
         """(B, ...) of every process, one after the other; gradients flow back to all of them."""
-        return features if self.size == 1 else torch.cat(all_gather(features.contiguous()))
+        return features if self.size == 1 else _Gather.apply(features.contiguous())
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the processes."""

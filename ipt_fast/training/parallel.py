@@ -74,6 +74,9 @@ def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def replicate(loss: LossOf, device: torch.device) -> DistributedDataParallel:
     """Each process has all weights; gradients are averaged in buckets while the backward pass goes on (DDP)."""
+    for parameter in loss.parameters():
+        if parameter.is_contiguous():  # of an axis of length 1 any stride is; buckets want those of the gradient
+            parameter.data = parameter.data.flatten().view(parameter.shape)
     return DistributedDataParallel(
         loss,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -83,18 +86,17 @@ def replicate(loss: LossOf, device: torch.device) -> DistributedDataParallel:
     )
 
 
-def shard(module: Any, world: World, device: torch.device, bf16: bool = False) -> None:
+def shard(module: Any, world: World, device: torch.device) -> None:
     """Each process keeps a part of every weight; a transformer layer's are together only while it runs (FSDP2).
 
-    Args:
-        bf16: layers' weights travel in bfloat16, to which autocast would round them; gradients are summed in fp32.
+    Weights and gradients travel in their own dtype. Under autocast a layer still needs norms in fp32, and rounds the
+    other weights itself, so that several processes compute what one does.
     """
     mesh = init_device_mesh(device.type, (world.size,))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    in_layers = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else policy
     module.to(memory_format=torch.contiguous_format)  # the only one that can be sharded
     for layer in transformer_layers(module).values():
-        fully_shard(layer, mesh=mesh, mp_policy=in_layers)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
 
 

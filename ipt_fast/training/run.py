@@ -117,7 +117,7 @@ class Run:
         if self.config.activation_checkpointing:  # after the average, whose copies of layers would call these
             parallel.checkpoint_activations(self.model)
         if self.sharded:
-            parallel.shard(loss, self.world, self.device, bf16=self.config.amp == "bf16")
+            parallel.shard(loss, self.world, self.device)
             parallel.shard(self.average, self.world, self.device)
         elif self.world.size > 1:
             return parallel.replicate(loss, self.device)

@@ -7,15 +7,19 @@ from ipt_fast.training.config import TrainingConfig
 MICRO = {"width": 8, "depths": (2, 0, 0, 0), "window_size": 8, "grid_size": 4}
 
 
-@pytest.fixture
-def images(tmp_path):
-    """A folder of three smooth synthetic images."""
-    folder = tmp_path / "images"
+def write_images(folder):
+    """Make a folder of three smooth synthetic images."""
     folder.mkdir()
     rows, columns = np.mgrid[:40, :48] / 10
     for index in range(3):
         waves = [np.sin(rows * (index + 1) + channel) * np.cos(columns) for channel in range(3)]
         Image.fromarray((127 + 100 * np.stack(waves, -1)).astype(np.uint8)).save(folder / f"{index}.png")
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder)
     return folder
 
 
