@@ -8,6 +8,7 @@ import contextlib
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, depending on where the damage lies
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"checkpoint must be a readable file of a training run; got {path} ({reason})") from error
+        raise ValueError(
+            f"checkpoint must be a readable file of a training run; got {path} ({_reason(error)})"
+        ) from error
     if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
         raise ValueError(f"checkpoint must be a file of a training run of format {_FORMAT}; got {path}, which is not")
     return state
@@ -80,19 +82,24 @@ def save_sharded(out: Path, tensors: dict[str, Tensor], values: dict[str, Any], 
 
     def prepare() -> None:
         if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-            temporary.mkdir()
+            with naming(folder):
+                shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
+                temporary.mkdir()
 
     def finish() -> None:
         if world.rank == 0:
             save_checkpoint(temporary / _VALUES, values)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            with naming(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
 
-    with naming(folder):
-        world.together(prepare)
-        dcp.save(tensors, checkpoint_id=temporary, no_dist=world.size == 1)
-        world.together(finish)
+    world.together(prepare)
+    try:
+        with _one_process_is_enough():
+            dcp.save(tensors, checkpoint_id=temporary, no_dist=world.size == 1)
+    except dcp.CheckpointException as error:  # in all processes
+        raise OSError(f"cannot write {folder}: {_reason(error)}") from error
+    world.together(finish)
     return folder
 
 
@@ -108,8 +115,7 @@ def load_sharded(folder: Path, tensors: dict[str, Tensor], world: World) -> None
     Raises:
         ValueError: one is missing or has another shape, or a file is damaged.
     """
-    with _readable(folder), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by one process
+    with _readable(folder), _one_process_is_enough():
         dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
 
 
@@ -128,9 +134,24 @@ def _folders(out: Path, prefix: str = "checkpoint-") -> list[Path]:
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Any:
+def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # many kinds, depending on where the damage lies
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"checkpoint must be a readable folder of a training run; got {folder} ({reason})") from error
+    except (Exception, dcp.CheckpointException) as error:  # many kinds, depending on where the damage lies
+        raise ValueError(
+            f"checkpoint must be a readable folder of a training run; got {folder} ({_reason(error)})"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, in the first process that tells."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _one_process_is_enough() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield

@@ -62,9 +62,8 @@ class Run:
     def __init__(self, config: TrainingConfig, resume: bool, world: World | None = None):
         self.config = config
         self.world = world or World.join()
-        path = checkpoint.find_checkpoint(config.out)
         # What follows makes processes wait for each other, so all of them must have come so far.
-        state = self.world.together(lambda: self._prepare(path, resume))
+        path, state = self.world.together(lambda: self._prepare(resume))
         self.loss: nn.Module = self._parallel_loss()
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
@@ -84,12 +83,17 @@ class Run:
         self.started = time.perf_counter() - (state["seconds"] if state else 0.0)
         self.pace, self.total = Pace(), Pace()
 
-    def _prepare(self, path: Path, resume: bool) -> dict[str, Any] | None:
-        """Check the settings, make the model and what it is trained for; the state of a run that is resumed."""
+    def _prepare(self, resume: bool) -> tuple[Path, dict[str, Any] | None]:
+        """Check the settings, make the model and what it is trained for.
+
+        Returns:
+            The path and the content of the checkpoint of a run that is resumed.
+        """
         config = self.config
         for name in (checkpoint.FILE, "log.csv", "config.json", "model.safetensors"):
             if is_stream(config.out / name):  # it could hang, and there would be nothing to resume
                 raise ValueError(f"{name} in out must be a file; got {config.out / name}, which is none")
+        path = checkpoint.find_checkpoint(config.out)
         if not resume and path.exists():
             raise ValueError(f"out must be a folder without a training run, or be resumed; got {config.out}")
         state = checkpoint.load_checkpoint(path) if resume else None
@@ -105,7 +109,7 @@ class Run:
         self.objective = objective_of(config, self.model, self.world)
         self.data = self.objective.images.fingerprint()
         self.average: Any = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-        return state
+        return path, state
 
     @property
     def sharded(self) -> bool:
@@ -130,7 +134,7 @@ class Run:
         out = self.config.out
         self.made = [folder for folder in (out, *out.parents) if not folder.exists()]
         make_folder("out", out)
-        if self.iteration:
+        if self.iteration or self.log_file.path.exists():
             remove_abandoned(out)
         self.log_file.start(self.iteration)
         self.log_started = True
@@ -340,7 +344,8 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     def _load_sharded(self, folder: Path) -> None:
-        names = [name for name in checkpoint.stored_names(folder) if name.startswith("optimizer.")]
+        stored = self.world.together(lambda: checkpoint.stored_names(folder))
+        names = [name for name in stored if name.startswith("optimizer.")]
         tensors = self._tensors(names)
         checkpoint.load_sharded(folder, tensors, self.world)  # in place, but for the optimizer
         moments: dict[int, dict[str, Tensor]] = {}
