@@ -28,12 +28,12 @@ def first_fault(loss: nn.Module, model: nn.Module, batches: Sequence[Sequence[Te
     inside = tuple(f"{path}." for path in transformer_layers(model))
     paths = {path for path, _ in model.named_modules()}
     for seen, note in ((paths, ""), ({p for p in paths if not p.startswith(inside)}, " (as a fused layer)")):
-        said = None
-        for batch in batches:
-            found = _Repetition(model, seen).fault(loss, batch)
-            said = said or (found and found + note)
-        if said := world.first(said):
-            return said
+        repetitions = [_Repetition(model, seen) for _ in batches]
+        found = [repetition.faults(loss, batch) for repetition, batch in zip(repetitions, batches, strict=True)]
+        # Values first: of sharded weights all processes get the gradients that one has spoilt.
+        for said in zip(*found, strict=True):
+            if fault := world.first(next(filter(None, said), None)):
+                return fault + note
     return "when the step was repeated all values and gradients were finite"
 
 
@@ -59,20 +59,16 @@ class _Repetition:
         self.inputs: dict[str, tuple[bool, list[Tensor]]] = {}
         self.recording = False
 
-    def fault(self, loss: nn.Module, batch: Sequence[Tensor]) -> str | None:
+    def faults(self, loss: nn.Module, batch: Sequence[Tensor]) -> tuple[str | None, str | None]:
+        """What is wrong first in values, and in gradients."""
         for parameter in self.model.parameters():
             parameter.grad = None
         with self._hooks():
             self.recording = True
             value = loss(batch)
             self.recording = False  # checkpointed layers are called again in the backward pass
-            if said := self._in_values(batch):
-                value.backward()  # processes wait for each other in it
-                return said
-            if not torch.isfinite(value):
-                return f"the loss is {value.item()}, though all that the modules give is finite"
             value.backward()
-        return self._in_gradients()
+        return self._in_values(batch, value.detach()), self._in_gradients()
 
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -108,10 +104,12 @@ class _Repetition:
 
         return record
 
-    def _in_values(self, batch: Sequence[Tensor]) -> str | None:
+    def _in_values(self, batch: Sequence[Tensor], loss: Tensor) -> str | None:
         call = next((call for call in self.calls if not call.output_finite), None)
-        if call is None:
+        if call is None and torch.isfinite(loss):
             return None
+        if call is None:
+            return f"the loss is {loss.item()}, though all that the modules give is finite"
         if not _finite(_tensors(batch)):
             return f"the batch is not finite, and so the output of {call.name} is not"
         given = f"its input {'was' if call.input_finite else 'was not'} finite"

@@ -34,6 +34,14 @@ from .run import learning_rate as learning_rate
 # What making a batch can fail with.
 _DATA_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 
+_SHOWN = (
+    "loss",
+    "psnr",
+    "images_per_second",
+    "data_wait",
+    "peak_memory_mb",
+)  # of a row of the log, by the progress bar
+
 
 def train(config: TrainingConfig, resume: bool = False, say: Callable[[str], None] = lambda line: None) -> int:
     """Train until the last iteration, or until SIGINT or SIGTERM, which end it after the current one.
@@ -101,7 +109,8 @@ def _train(run: Run) -> None:
             logged, saved = run.iteration % config.log_every == 0, run.iteration % config.save_every == 0
             saved |= run.iteration == config.total_iterations
             if logged or saved:
-                progress.set_postfix(world.together(lambda validate=saved: run.log(validate)))  # type: ignore[misc]
+                row = world.together(lambda validate=saved: run.log(validate))  # type: ignore[misc]
+                progress.set_postfix({name: row[name] for name in _SHOWN if row[name]})
             if saved:
                 world.together(run.save)
 

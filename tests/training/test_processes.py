@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ipt_fast.training.checkpoint import load_checkpoint
+from ipt_fast.training.checkpoint import find_checkpoint, load_checkpoint
 from ipt_fast.training.distributed import World
 
 PROGRAM = """
@@ -23,11 +23,14 @@ class Breaking:
 
     def __getitem__(self, number):
         if number >= 2 * 4 and os.environ["RANK"] == "1":
-            raise ValueError("cannot read image x.png")
+            if how == "--break":
+                raise ValueError("cannot read image x.png")
+            degraded, *others = self.whole[number]
+            return degraded * float("nan"), *others
         return self.whole[number]
 
-if "--break" in sys.argv:
-    sys.argv.remove("--break")
+for how in {"--break", "--poison"} & set(sys.argv):
+    sys.argv.remove(how)
     Pretraining.dataset = lambda self, *sizes: Breaking(dataset(self, *sizes))
 sys.exit(main(sys.argv[1:]))
 """
@@ -59,6 +62,19 @@ def test_what_fails_in_one_process_is_saved_and_said_by_the_first(torchrun, tmp_
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.count("ipt-fast: warning: left out of") == 1
     assert result.stdout.count("finished 4 iterations") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_is_not_finite_in_one_process_is_found_and_said_by_the_first(torchrun, tmp_path, strategy):
+    result = torchrun("--batch-size", "4", "--save-every", "1", "--poison", "--strategy", strategy)
+    assert result.returncode != 0
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("ipt-fast:")]
+    out = tmp_path / "a" / "run"
+    assert said.startswith("ipt-fast: error: training diverged: gradients are not finite after 2 iterations, loss ")
+    found = "the batch is not finite, and so the output of sub_mean (MeanShift) is not"
+    assert said.endswith(f": {found}; the last checkpoint in {out} is kept")
+    assert load_checkpoint(find_checkpoint(out))["iteration"] == 2
 
 
 @pytest.mark.parametrize(

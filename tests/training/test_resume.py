@@ -13,7 +13,7 @@ from PIL import Image
 from ipt_fast.cli import main
 from ipt_fast.models import create_model, open_model
 from ipt_fast.training import loop, run
-from ipt_fast.training.checkpoint import load_checkpoint
+from ipt_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from ipt_fast.training.loop import train
 from tests.training.conftest import MICRO
 from tests.training.test_loop import assert_equal_states, read_log
@@ -187,6 +187,25 @@ def test_changed_data_are_noticed(make_config, images, monkeypatch, changes):
     Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(images / "4.png")
     with pytest.warns(UserWarning, match="4 images as then, but of other names or sizes"):
         assert train(config, resume=True) == 6
+
+
+def test_a_checkpoint_of_an_older_version(make_config, monkeypatch):
+    """It knows neither how steps are carried out nor norms of gradients."""
+    whole, config = make_config("whole"), make_config()
+    train(whole)
+    train(dataclasses.replace(config, iterations=3, save_every=3))
+    state = load_checkpoint(config.out / "checkpoint.pth")
+    del state["norm_sum"]
+    for name in ("accumulate", "activation_checkpointing", "strategy", "tensorboard"):
+        del state["config"][name]
+    state["config"]["iterations"] = whole.to_dict()["iterations"]
+    save_checkpoint(config.out / "checkpoint.pth", state)
+    log = (config.out / "log.csv").read_text().splitlines()
+    (config.out / "log.csv").write_text("".join(",".join(row.split(",")[:5]) + "\r\n" for row in log))
+    assert main(["train", "--out", str(config.out), "--resume"]) == 0
+    rows, expected = read_log(config), read_log(whole)
+    assert [row["iteration"] for row in rows] == ["2", "3", "4", "6"] and rows[0]["grad_norm"] == ""
+    assert rows[3]["grad_norm"] == expected[3]["grad_norm"]
 
 
 def test_a_row_of_the_log_that_was_written_in_part(make_config):
