@@ -48,7 +48,7 @@ def build_model(config: TrainingConfig) -> PretrainedModel:
                 f"model_config must be empty where model is a folder; got {config.model_config} for {config.model}"
             )
         model = open_model(config.model)
-    return model if config.task is None else model.only(config.task)
+    return model.only(config.task) if isinstance(config.task, str) and model.contract.tasks else model
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
@@ -217,7 +217,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=config.lr,
-            betas=(0.9, 0.999),
+            betas=config.betas,
             weight_decay=config.weight_decay,
             fused=True,
         )
@@ -266,6 +266,7 @@ class _Run:
         self.loss_count = 0
         validation = self.objective.validation if validate and self.world.rank == 0 else None
         psnr = validation.psnr(self.average.module, self.device) if validation else None
+        self.objective.images.warn_of_skipped()
         self.seconds = time.perf_counter() - self.started
         row = {
             "iteration": str(self.iteration),
