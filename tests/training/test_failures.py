@@ -154,7 +154,7 @@ def test_an_image_that_is_broken_from_the_start(on_demand, images, tmp_path):
     contents = {path: path.read_bytes() for path in sorted(images.iterdir())}
     for path, content in contents.items():
         path.write_bytes(content[:200])
-    with pytest.raises(ValueError, match=r"^data must hold an image that can be used; got none: cannot read image .*png"):
+    with pytest.raises(ValueError, match=r"^data must hold an image that can be used; got none: cannot read image "):
         train(on_demand("a/run", batch_size=24))
     assert not (tmp_path / "a").exists()
     first = next(iter(contents))

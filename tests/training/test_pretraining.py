@@ -179,7 +179,10 @@ def test_the_published_schedule(make):
             {"model_config": {**TINY, "tasks": ("derain", "sr_x4")}},
             "patch_size must be at most 10 for sr_x4, by the largest image; got 12",
         ),
-        ({"model": "ipt_v2_tiny", "model_config": {}, "task": "haze", "contrastive": 0.0}, "task must be sr_x<n>, derain"),
+        (
+            {"model": "ipt_v2_tiny", "model_config": {}, "task": "haze", "contrastive": 0.0},
+            "task must be sr_x<n>, derain",
+        ),
         ({"model": "ipt_v2_tiny", "model_config": {}}, "contrastive must be 0 for IPTV2"),
         ({"schedule": "linear"}, "schedule must be one of cosine, step"),
         ({"contrastive": -1.0}, "contrastive must be in"),
