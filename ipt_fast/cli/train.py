@@ -41,6 +41,13 @@ def _mixture(text: str) -> tuple[str, float | None]:
         raise argparse.ArgumentTypeError(f"must be NAME or NAME=WEIGHT; got {text!r}") from None
 
 
+class _Folders(_Option):
+    """A folder, or a list of several."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        super().__call__(parser, namespace, values[0] if len(values) == 1 else values, option_string)
+
+
 class _Task(_Option):
     """One name, or names with weights."""
 
@@ -78,9 +85,9 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
 
     parser.add_argument("--config", default=None, metavar="FILE",
                         help="YAML file of settings, or a recipe that ships; options given here win")  # fmt: skip
-    option("--data", type=Path, nargs="+", default=None, metavar="FOLDER",
+    option("--data", action=_Folders, type=Path, nargs="+", default=None, metavar="FOLDER",
            help="clean training images with subfolders, or .tar shards; with --target inputs of pairs")  # fmt: skip
-    option("--target", type=Path, nargs="+", default=None, metavar="FOLDER",
+    option("--target", action=_Folders, type=Path, nargs="+", default=None, metavar="FOLDER",
            help="targets of pairs, by the same names; with two views one for each two folders of --data")  # fmt: skip
     option("--shrink", type=int, nargs="+", default=[default["shrink"]], metavar="N",
            help="make clean images so many times smaller first, as is good for JPEGs")  # fmt: skip
@@ -112,7 +119,8 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--seed", type=int, default=default["seed"], help="seed of the weights and of the data")
     option("--amp", choices=["none", "bf16"], default=default["amp"], help="mixed precision")
     option("--betas", type=float, nargs=2, default=default["betas"], metavar=("B1", "B2"), help="AdamW's betas")
-    option("--val", type=Path, nargs="+", default=None, metavar="FOLDER", help="images for a quick PSNR at each save")
+    option("--val", action=_Folders, type=Path, nargs="+", default=None, metavar="FOLDER",
+           help="images for a quick PSNR at each checkpoint")  # fmt: skip
     option("--val-target", type=Path, default=None, metavar="FOLDER", help="targets, where --val are inputs of pairs")
     option("--val-sigma", type=float, default=default["val_sigma"], help="noise level of that PSNR")
     option("--log-every", type=int, default=default["log_every"], metavar="N", help="iterations between log rows")

@@ -158,7 +158,8 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
         elif key == "network_g" or any(each.startswith(f"{key}.") for each in known):
             flat |= _flat({} if value is None else value, f"{key}.")
         else:
-            nearest = difflib.get_close_matches(key, known, 1, cutoff=0)[0]
+            sections = {each.rpartition(".")[0] for each in known} - {""}
+            nearest = difflib.get_close_matches(key, [*known, *sorted(sections)], 1, cutoff=0)[0]
             raise ValueError(f"{key} is no known key; the nearest one is {nearest}")
     return flat
 
@@ -200,9 +201,7 @@ def _folders(keys: dict[str, Any], prefix: str, data: str, target: str) -> dict[
     if not any(each != [None] for each in inputs):
         return {data: clean or None}
     if len(inputs) != len(clean):
-        raise ValueError(
-            f"{prefix}dataroot_gt must be as many folders as the inputs; got {len(clean)} for {len(inputs)}"
-        )
+        raise ValueError(f"{prefix}dataroot_gt must be one folder for each input; got {len(clean)} for {len(inputs)}")
     both = list(zip(inputs, clean, strict=True))
     targets = [None if views == [None] else gt for views, gt in both]
     return {
