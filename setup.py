@@ -33,7 +33,7 @@ BUILD_INFO = "ipt_fast._build_info"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 # Of CUDA's module, which any Python from 3.11 on can load, as any torch from 2.10 on can.
 STABLE_SUFFIX = get_abi3_suffix() or SUFFIX
-DEPENDENCIES = ["numpy", "safetensors", "huggingface-hub", "pillow", "tqdm"]
+DEPENDENCIES = ["numpy", "safetensors", "huggingface-hub", "pillow", "pyyaml", "tqdm"]
 CUDA_SHARED_MEMORY = 163 << 10  # bytes a block, as in ipt_fast/ops/_cuda.py
 CUDA_ARCHITECTURES = "8.0+PTX 9.0a"  # unless TORCH_CUDA_ARCH_LIST is set
 WHEEL_COMMANDS = {"dist_info", "bdist_wheel", "editable_wheel"}

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..data.degradations import DEGRADATIONS
 from ..training.checkpoint import find_checkpoint, load_checkpoint
 from ..training.config import TrainingConfig
 from ..training.distributed import FailedElsewhereError, World
@@ -14,6 +15,7 @@ from ..training.log import is_log
 from ..training.loop import train
 from ..training.losses import LOSSES
 from ..training.parallel import STRATEGIES
+from ..training.recipe import read_recipe, shipped_recipes
 from ._arguments import Subparsers, json_object
 from ._outputs import Outputs, model_files
 
@@ -23,7 +25,37 @@ class _Option(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, values)
-        namespace.given = {*getattr(namespace, "given", ()), "patch_size" if self.dest == "patch" else self.dest}
+        namespace.given = {*getattr(namespace, "given", ()), self.dest}
+
+
+def _field(option: str) -> str:
+    """The field of the settings that an option sets."""
+    return "patch_size" if option == "patch" else option
+
+
+def _mixture(text: str) -> tuple[str, float | None]:
+    """NAME or NAME=WEIGHT."""
+    name, equals, weight = text.partition("=")
+    try:
+        return name, float(weight) if equals else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME or NAME=WEIGHT; got {text!r}") from None
+
+
+class _Folders(_Option):
+    """A folder, or a list of several."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        super().__call__(parser, namespace, values[0] if len(values) == 1 else values, option_string)
+
+
+class _Task(_Option):
+    """One name, or names with weights."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        alone = len(values) == 1 and values[0][1] is None
+        mixture = {name: 1.0 if weight is None else weight for name, weight in values}
+        super().__call__(parser, namespace, values[0][0] if alone else mixture, option_string)
 
 
 class _Flag(argparse.BooleanOptionalAction):
@@ -38,8 +70,8 @@ def add_parser(subparsers: Subparsers) -> None:
     add_training_parser(
         subparsers,
         "train",
-        help="train a model on a folder of clean images",
-        description="Train a blind Gaussian denoiser, or all tasks of a model that has tasks.",
+        help="train a model on clean images or on pairs",
+        description="Train a model for a task or a mixture of tasks, or all tasks of a model that has some of its own.",
     )
 
 
@@ -48,9 +80,11 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     parser = subparsers.add_parser(
         name,
         help=help,
-        description=f"{description} Training pairs are made from a folder of clean images (for models with tasks also "
-        "from WebDataset shards). The output folder receives the averaged model (config.json, model.safetensors), "
+        description=f"{description} Data are clean images, of which training pairs are made, or pairs (--target), in "
+        "folders or WebDataset shards. The output folder receives the averaged model (config.json, model.safetensors), "
         "checkpoint.pth and log.csv. Ctrl-C saves and stops.",
+        epilog=f"Tasks: {'; '.join(f'{kind}: {each.summary}' for kind, each in DEGRADATIONS.items())}. "
+        f"Recipes that ship: {', '.join(shipped_recipes())}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = {entry.name: entry.default for entry in fields(TrainingConfig)}
@@ -58,11 +92,22 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     def option(name: str, action: type[argparse.Action] = _Option, **settings: Any) -> None:
         parser.add_argument(name, action=action, **settings)
 
-    option("--data", type=Path, default=None, metavar="FOLDER", help="clean training images, subfolders included")
-    option("--out", type=Path, required=True, metavar="FOLDER", help="where the model, checkpoint and log go")
+    parser.add_argument("--config", default=None, metavar="FILE",
+                        help="YAML file of settings, or a recipe that ships; options given here win")  # fmt: skip
+    option("--data", action=_Folders, type=Path, nargs="+", default=None, metavar="FOLDER",
+           help="clean training images with subfolders, or .tar shards; with --target inputs of pairs")  # fmt: skip
+    option("--target", action=_Folders, type=Path, nargs="+", default=None, metavar="FOLDER",
+           help="targets of pairs, by the same names; with two views one for each two folders of --data")  # fmt: skip
+    option("--shrink", type=int, nargs="+", default=[default["shrink"]], metavar="N",
+           help="make clean images so many times smaller first, as is good for JPEGs")  # fmt: skip
+    option("--data-weights", type=float, nargs="+", default=None, metavar="W",
+           help="how often each folder is drawn from; None: by the number of its images")  # fmt: skip
+    option("--out", type=Path, default=None, metavar="FOLDER", help="where the model, checkpoint and log go")
     option("--model", default=default["model"], help="name of a model, or folder of a saved one to start from")
     option("--model-config", type=json_object, default={}, metavar="JSON", help="fields of the model's config")
-    option("--task", default=None, metavar="NAME", help="keep only this task of a saved model with several")
+    option("--task", action=_Task, type=_mixture, nargs="+", default=None, metavar="NAME[=WEIGHT]",
+           help="what the images suffer from, one task or a mixture; of a model with several tasks a single name keeps "
+           "only that one; None: denoise, or all tasks of the model")  # fmt: skip
     option("--contrastive", type=float, default=default["contrastive"], metavar="LAMBDA",
            help="weight of the contrastive loss (IPT)")  # fmt: skip
     option("--sigma", type=float, nargs=2, default=default["sigma"], metavar=("LOW", "HIGH"),
@@ -82,7 +127,10 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--ema", type=float, default=default["ema"], help="decay of the averaged weights")
     option("--seed", type=int, default=default["seed"], help="seed of the weights and of the data")
     option("--amp", choices=["none", "bf16"], default=default["amp"], help="mixed precision")
-    option("--val", type=Path, default=None, metavar="FOLDER", help="images for a quick PSNR at each checkpoint")
+    option("--betas", type=float, nargs=2, default=default["betas"], metavar=("B1", "B2"), help="AdamW's betas")
+    option("--val", action=_Folders, type=Path, nargs="+", default=None, metavar="FOLDER",
+           help="images for a quick PSNR at each checkpoint")  # fmt: skip
+    option("--val-target", type=Path, default=None, metavar="FOLDER", help="targets, where --val are inputs of pairs")
     option("--val-sigma", type=float, default=default["val_sigma"], help="noise level of that PSNR")
     option("--log-every", type=int, default=default["log_every"], metavar="N", help="iterations between log rows")
     option("--save-every", type=int, default=default["save_every"], metavar="N", help="iterations between checkpoints")
@@ -140,15 +188,22 @@ def run(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], None] 
 
 def _settings(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], None]) -> TrainingConfig:
     """Those of a new run, or those of the run in OUT and what is given beside."""
+    args.given = {_field(option) for option in getattr(args, "given", ())}
+    args.patch_size = args.patch
+    if args.config is not None:
+        for name, value in read_recipe(args.config, args.given).items():
+            setattr(args, name, value)
+            args.given.add(name)
     prepare(args)
-    settings = {"patch_size" if name == "patch" else name: value for name, value in vars(args).items()}
+    if args.out is None:
+        raise ValueError("--out must be a folder for the run; got none")
     if args.resume:
-        given = {name: settings[name] for name in args.given}
+        given = {name: getattr(args, name) for name in args.given}
         config = TrainingConfig.resumed(load_checkpoint(find_checkpoint(args.out))["config"], **given)
     elif args.data is None:
         raise ValueError("--data must be a folder of clean images; got none")
     else:
-        config = TrainingConfig(**{entry.name: settings[entry.name] for entry in fields(TrainingConfig)})
+        config = TrainingConfig(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingConfig)})
     _check_out(config, args.resume)
     return config
 

@@ -1,29 +1,29 @@
-"""Training data: a folder of clean images, and the degraded patches drawn from it."""
+"""Training data: patches of clean images with their degraded versions, and patches of pairs."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ._fingerprint import fingerprint
-from .degradations import add_gaussian_noise, degrade, random_sigma
-from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # an "as" marks names that are kept for older imports
-from .files import Entry, list_images
+from .degradations import add_gaussian_noise as add_gaussian_noise  # an "as" marks names kept for older imports
+from .degradations import degrade, find_task, target_of
+from .degradations import random_sigma as random_sigma
+from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from .files import is_image_file as is_image_file
 from .io import Image as Image
-from .io import read_header, read_image, with_channels
+from .io import read_header as read_header
+from .io import read_image as read_image
 from .io import to_pil as to_pil
+from .stream import MEMORY_BUDGET, ImageStream, PairStream, TrainingData
 
 
-class ImageFolder(Sequence[Tensor]):
-    """The 8-bit images of a folder and its subfolders in the order of their names, each a uint8 tensor (C, H, W).
+class ImageFolder(ImageStream):
+    """The images of a folder and its subfolders in the order of their names, of which none may be bad.
 
     Where all decoded images together take at most ``memory_budget`` bytes they are decoded once, here; otherwise each
-    is decoded when it is asked for. They are read by :func:`ipt_fast.data.io.read_image`: upright, and without alpha.
+    is decoded when it is asked for.
 
     Args:
         folder: searched recursively and through links; what is hidden is left out.
@@ -31,120 +31,144 @@ class ImageFolder(Sequence[Tensor]):
         memory_budget: bytes.
 
     Raises:
-        ValueError: the folder is missing or has no images, ``channels`` is neither 1 nor 3, or an image has 16 bits or
-            cannot be read (where images are decoded on demand, what the header does not show comes then, and so does
-            that the size has changed).
+        ValueError: the folder is missing or has no images, ``channels`` is neither 1 nor 3, or an image cannot be read
+            (where images are decoded on demand, what the header does not show comes then, and so does that the size has
+            changed).
     """
 
-    def __init__(self, folder: str | Path, channels: int = 3, memory_budget: int = 4 * 2**30):
+    def __init__(self, folder: str | Path, channels: int = 3, memory_budget: int = MEMORY_BUDGET):
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3; got {channels}")
-        self.channels = channels
         self.folder = Path(folder)
-        self.paths = list_images(folder, recursive=True)
-        self.sizes = [_read_size(path) for path in self.paths]
-        fits = channels * sum(height * width for height, width in self.sizes) <= memory_budget
-        self._images = [self._decode(path) for path in self.paths] if fits else None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
-        if self._images is not None:
-            return self._images[index]
-        image = self._decode(self.paths[index])
-        if sorted(image.shape[1:]) != sorted(self.sizes[index]):
-            raise ValueError(f"images must stay as they are; got {self.paths[index]} of another size than at the start")
-        return image
-
-    def fingerprint(self) -> dict[str, Any]:
-        """By which a resumed run recognises its data, see :func:`ipt_fast.data._fingerprint.fingerprint`."""
-        return fingerprint(map(Entry, self.paths), self.folder)
-
-    def _decode(self, path: Path) -> Tensor:
-        return torch.from_numpy(with_channels(read_image(path), self.channels)).permute(2, 0, 1)
+        if not self.folder.is_dir():
+            raise ValueError(f"folder must exist; got {folder}")
+        super().__init__(self.folder, memory_budget, channels=channels)
+        self.paths = [entry.path for entry in self.entries]
+        self.preload()
+        if self.skipped:
+            raise ValueError(next(iter(self.skipped.values())))
 
 
-def _read_size(path: Path) -> tuple[int, int]:
-    height, width, dtype = read_header(path)
-    if dtype != np.uint8:
-        raise ValueError(f"training images must have 8 bits; got {8 * dtype.itemsize} in {path}")
-    return height, width
+class Patches(Dataset):
+    """Random patches of training data as pairs (degraded, clean), float32 (C, H, W).
 
+    Item ``n``, for any n >= 0, is a pure function of (seed, n) and, with ``batch_size``, of that: a task, a source, an
+    image, a crop, one of the 8 flips and transposes, and what the degradation draws. So training can go on from
+    anywhere, with any number of processes. A clean image is degraded by the task; a pair is taken as it is, both images
+    cropped at the same place and turned alike. Where an image cannot be read the next one in order takes its place.
 
-class NoisyPatches(Dataset):
-    """Pairs (noisy, clean) for Gaussian denoising: random patches, float32 (C, patch_size, patch_size).
-
-    Item ``n``, for any n >= 0, is a pure function of (seed, n): a random image and crop, one of the 8 flips and
-    transposes, a noise level uniform in ``sigma``, and noise that is not clipped. So training can go on from anywhere.
+    Args:
+        data: the sources.
+        patch_size: sides of the degraded patch in pixels; those of the clean one are as many times larger as the task
+            magnifies.
+        tasks: {name: how often, in proportion}, names as :func:`ipt_fast.data.degradations.degrade` takes them.
+        batch_size: draws one task for each batch, and appends its number to the items; None draws one for each item.
+        sigma: range of noise levels of tasks without one, on the 0..255 scale.
+        seed: at least 0.
 
     Raises:
-        ValueError: an image is smaller than the patch (the images are neither padded nor skipped).
+        ValueError: a source has no image that is large enough for a task. When an item is asked for: no image of its
+            source can be read.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        patch_size: int,
+        tasks: dict[str, float],
+        *,
+        batch_size: int | None = None,
+        sigma: tuple[float, float] = (5.0, 50.0),
+        seed: int = 0,
+    ):
+        self.data, self.patch_size, self.batch_size = data, patch_size, batch_size
+        self.tasks, self.shares = list(tasks), torch.tensor([*tasks.values()], dtype=torch.float64)
+        self.sigma, self.seed = sigma, seed
+        self.places = [[self._usable(stream, task) for stream in data.streams] for task in self.tasks]
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]:
+        generator = _generator(self.seed, number)
+        if self.batch_size is None:
+            task = _draw_by(self.shares, generator)
+        else:
+            task = _draw_by(self.shares, _generator(self.seed, number // self.batch_size, 1))
+        places = self.places[task]
+        counts = [len(numbers) for numbers in places] if self.data.weights is None else self.data.weights
+        source = _draw_by(torch.tensor(counts, dtype=torch.float64), generator)
+        images = self._images(source, places[source], generator)
+        pair = self._pair(images, self.tasks[task], generator)
+        return pair if self.batch_size is None else (*pair, task)
+
+    def _usable(self, stream: ImageStream | PairStream, task: str) -> list[int]:
+        side = self.patch_size * (find_task(task).scale if isinstance(stream, ImageStream) else 1)
+        numbers = stream.usable(side)
+        if not numbers:
+            largest = max((min(size) for size in stream.sizes if size is not None), default=None)
+            if largest is None:
+                raise ValueError(f"data must hold an image that can be used; got none: {_first(stream.skipped)}")
+            raise ValueError(
+                f"patch_size must be at most {largest * self.patch_size // side} for {task}, by the largest image; "
+                f"got {self.patch_size}"
+            )
+        return numbers
+
+    def _images(self, source: int, numbers: list[int], generator: torch.Generator) -> tuple[Tensor, ...]:
+        stream, start = self.data.streams[source], _draw(len(numbers), generator)
+        for step in range(len(numbers)):
+            if (images := stream.take(numbers[(start + step) % len(numbers)])) is not None:
+                return images
+        stream.note_failures()
+        raise ValueError(f"data must hold an image that can be used; got none: {_first(stream.skipped)}")
+
+    def _pair(self, images: tuple[Tensor, ...], task: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        *inputs, target = images
+        height, width = (inputs or [target])[0].shape[1:]
+        scale = target.shape[1] // height if inputs else 1
+        side = self.patch_size * (1 if inputs else find_task(task).scale)
+        top, left = _draw(height - side + 1, generator), _draw(width - side + 1, generator)
+        symmetry = _draw(8, generator)
+        clean = _patch(target, scale * top, scale * left, scale * side, symmetry)
+        if inputs:
+            return torch.cat([_patch(image, top, left, side, symmetry) for image in inputs]), clean
+        clean = target_of(clean, task)
+        return degrade(clean, task, generator, self.sigma).contiguous(), clean.contiguous()
+
+
+class NoisyPatches(Patches):
+    """:class:`Patches` for Gaussian denoising of images that must all be at least as large as the patch.
+
+    Raises:
+        ValueError: an image is smaller.
     """
 
     def __init__(self, images: ImageFolder, patch_size: int, sigma: tuple[float, float], seed: int = 0):
         for path, size in zip(images.paths, images.sizes, strict=True):
-            if min(size) < patch_size:
+            if size is not None and min(size) < patch_size:
                 raise ValueError(
                     f"patch_size must be at most the height and width of every image; got {patch_size} and {path} of "
                     f"{size[0]}x{size[1]} pixels"
                 )
-        self.images = images
-        self.patch_size = patch_size
-        self.sigma = sigma
-        self.seed = seed
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        generator = _generator(self.seed, number)
-        clean = _random_patch(self.images[_draw(len(self.images), generator)], self.patch_size, generator)
-        return add_gaussian_noise(clean, random_sigma(*self.sigma, generator), generator), clean
+        super().__init__(TrainingData([images]), patch_size, {"denoise": 1.0}, sigma=sigma, seed=seed)
 
 
-class TaskPatches(Dataset):
-    """Triples (degraded, clean, task) for pre-training on several tasks (IPT, section 3.2).
-
-    Item ``n`` belongs to batch ``n // batch_size``, and all of a batch to one task, drawn at random. The degraded patch
-    has ``patch_size`` pixels a side, float32 in [0, 1] but for noise; the clean one as many times more as the task
-    magnifies. ``task`` is the task's number. Item ``n`` is a pure function of (seed, n, batch_size); an image that is
-    smaller than the patch is passed over for another one.
+class TaskPatches(Patches):
+    """:class:`Patches` of clean images, all of a batch of one of several tasks, which are drawn alike.
 
     Args:
-        images: uint8 (3, H, W) each, such as :class:`ipt_fast.data.stream.ImageStream`.
-        tasks: {name: magnification}, names as :func:`ipt_fast.data.degradations.degrade` takes them.
-        sigma: range of noise levels of the task "denoise", on the 0..255 scale.
+        tasks: {name: magnification}.
     """
-
-    ATTEMPTS = 100
 
     def __init__(
         self,
-        images: Sequence[Tensor],
+        images: ImageStream,
         patch_size: int,
         tasks: dict[str, int],
         batch_size: int,
         sigma: tuple[float, float] = (5.0, 50.0),
         seed: int = 0,
     ):
-        self.images = images
-        self.patch_size = patch_size
-        self.tasks = tasks
-        self.batch_size = batch_size
-        self.sigma = sigma
-        self.seed = seed
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, int]:
-        task = _draw(len(self.tasks), _generator(self.seed, number // self.batch_size, 1))
-        name, scale = list(self.tasks.items())[task]
-        generator = _generator(self.seed, number)
-        for _ in range(self.ATTEMPTS):
-            image = self.images[_draw(len(self.images), generator)]
-            if min(image.shape[1:]) >= scale * self.patch_size:
-                clean = _random_patch(image, scale * self.patch_size, generator)
-                return degrade(clean, name, generator, self.sigma).contiguous(), clean, task
-        raise ValueError(
-            f"images must have at least {scale * self.patch_size} pixels a side for {name}; "
-            f"got {self.ATTEMPTS} smaller ones in a row"
-        )
+        equal = dict.fromkeys(tasks, 1.0)
+        super().__init__(TrainingData([images]), patch_size, equal, batch_size=batch_size, sigma=sigma, seed=seed)
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -156,11 +180,19 @@ def _draw(bound: int, generator: torch.Generator) -> int:
     return int(torch.randint(bound, (), generator=generator))
 
 
-def _random_patch(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A random crop of a uint8 image in one of 8 orientations, float32 in [0, 1]."""
-    top, left = _draw(image.shape[1] - size + 1, generator), _draw(image.shape[2] - size + 1, generator)
-    patch = image[:, top : top + size, left : left + size]
-    return apply_symmetry(patch, _draw(8, generator)).contiguous().float() / 255
+def _draw_by(shares: Tensor, generator: torch.Generator) -> int:
+    """A number of ``shares`` (N,), drawn in proportion; where there is one, nothing is drawn."""
+    return 0 if len(shares) == 1 else int(torch.multinomial(shares, 1, generator=generator))
+
+
+def _first(skipped: dict[str, str]) -> str:
+    return next((why if name in why else f"{name}: {why}" for name, why in skipped.items()), "there is none")
+
+
+def _patch(image: Tensor, top: int, left: int, size: int, symmetry: int) -> Tensor:
+    """A crop of a uint8 or uint16 image in one of 8 orientations, float32 in [0, 1], as precise as the image."""
+    patch = image[:, top : top + size, left : left + size].float() / torch.iinfo(image.dtype).max
+    return apply_symmetry(patch, symmetry).contiguous()
 
 
 def apply_symmetry(image: Tensor, index: int) -> Tensor:

@@ -1,14 +1,23 @@
-"""Synthetic degradations that make training pairs from clean images (IPT, eq. 3)."""
+"""Synthetic degradations that make training pairs from clean images (IPT, eq. 3), by the names of tasks.
+
+Each is a pure function of an image and a generator. :data:`DEGRADATIONS` lists them; a new one is a line there.
+"""
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .blur import convolved, defocus_blur, dual_pixel_blur, motion_blur
+from .camera import camera_noise
+from .camera import jpeg as add_jpeg_artefacts
 from .resize import CUBIC as CUBIC  # this name and imresize were defined here once
 from .resize import imresize
+
+QUALITIES = (10, 95)  # of JPEG, drawn uniformly
 
 
 def random_sigma(low: float, high: float, generator: torch.Generator) -> float:
@@ -36,6 +45,28 @@ def add_gaussian_noise(image: Tensor, sigma: float, generator: torch.Generator) 
         raise ValueError(f"sigma must be finite and at least 0; got {sigma}")
     noise = torch.randn(image.shape, generator=generator, dtype=image.dtype, device=image.device)
     return image + noise * (sigma / 255)
+
+
+def add_alike_noise(image: Tensor, sigma: float, correlation: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise that the channels share in part: of variance (sigma / 255)² in each, not clipped.
+
+    n_c = sqrt(correlation) common + sqrt(1 - correlation) own_c, as real noise is after a camera has mixed its colours
+    (Nam et al., "A Holistic Approach to Cross-Channel Image Noise Modeling", CVPR 2016).
+
+    Args:
+        image: (C, H, W) floating point.
+        sigma: standard deviation on the 0..255 scale.
+        correlation: of the noise of any two channels, from 0 (independent) to 1 (the same).
+        generator: source of the noise, on the image's device.
+
+    Raises:
+        TypeError: ``image`` is not floating point. ValueError: another argument is out of its range.
+    """
+    if not 0 <= correlation <= 1:
+        raise ValueError(f"correlation must be in [0, 1]; got {correlation}")
+    noisy = add_gaussian_noise(image, sigma * math.sqrt(1 - correlation), generator)
+    common = add_gaussian_noise(torch.zeros_like(image[:1]), sigma * math.sqrt(correlation), generator)
+    return noisy + common
 
 
 def add_rain(
@@ -80,7 +111,8 @@ def add_rain(
     drops = torch.rand(height, across, generator=generator)
     share = min(density / (length * width), 1.0)
     drops = torch.where(drops < share, torch.rand(height, across, generator=generator), 0.0)
-    streaks = F.conv2d(drops[None, None], kernel[None, None]).clamp(max=1)[0]
+    streaks = convolved(drops[None], kernel).clamp(max=1)
+    streaks = torch.where(streaks < 1e-5, 0.0, streaks)  # what is no streak comes as about 1e-7
     return (image + brightness * streaks.to(image)).clamp(max=1)
 
 
@@ -111,27 +143,163 @@ def random_rain(image: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
+def gray_of(image: Tensor) -> Tensor:
+    """ITU-R 601-2 luma of (3, H, W), as three equal channels; (1, H, W) as it is."""
+    if image.shape[0] == 1:
+        return image
+    return torch.einsum("c,chw->hw", image.new_tensor([0.299, 0.587, 0.114]), image).expand_as(image)
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """A kind of task, whose name may end in a number.
+
+    Args:
+        apply: (image, number or None, range of noise levels, generator) -> input.
+        summary: what it does, in a few words.
+        number: what the number is, such as "<σ>"; "" where the name has none.
+        optional: whether the number may be left out.
+        least, most: of the number.
+        views: how many images side by side in the channels the input has.
+        gray: the photo itself is made gray.
+        takes_sigma: without a number it draws its noise level from a range.
+    """
+
+    apply: Callable[[Tensor, int | None, tuple[float, float], torch.Generator], Tensor]
+    summary: str
+    number: str = ""
+    optional: bool = False
+    least: int = 1
+    most: int = 255
+    views: int = 1
+    gray: bool = False
+
+    @property
+    def takes_sigma(self) -> bool:
+        return self.number == "<σ>"
+
+
+def _denoise(image: Tensor, sigma: int | None, levels: tuple[float, float], generator: torch.Generator) -> Tensor:
+    return add_gaussian_noise(image, random_sigma(*levels, generator) if sigma is None else sigma, generator)
+
+
+def _gray_denoise(image: Tensor, sigma: int | None, levels: tuple[float, float], generator: torch.Generator) -> Tensor:
+    return _denoise(gray_of(image)[:1], sigma, levels, generator).expand_as(image)
+
+
+def _luma_denoise(image: Tensor, sigma: int | None, levels: tuple[float, float], generator: torch.Generator) -> Tensor:
+    level = random_sigma(*levels, generator) if sigma is None else sigma
+    equal, correlation = torch.rand(2, generator=generator).tolist()
+    return add_alike_noise(image, level, 1.0 if equal < 0.5 else correlation, generator)
+
+
+def _jpeg(image: Tensor, quality: int | None, levels: tuple[float, float], generator: torch.Generator) -> Tensor:
+    drawn = torch.randint(QUALITIES[0], QUALITIES[1] + 1, (), generator=generator).item()
+    return add_jpeg_artefacts(image.clamp(0, 1), int(drawn) if quality is None else quality).to(image)
+
+
+DEGRADATIONS = {
+    "sr_x": Degradation(
+        lambda image, number, levels, generator: imresize(image, 1 / (number or 1)).clamp(0, 1),
+        "super-resolution by n",
+        "<n>",
+        most=16,
+    ),
+    "derain": Degradation(lambda image, number, levels, generator: random_rain(image, generator), "light rain"),
+    "denoise": Degradation(_denoise, "Gaussian noise", "<σ>", optional=True, least=0),
+    "gray_denoise": Degradation(_gray_denoise, "Gaussian noise, gray", "<σ>", optional=True, least=0, gray=True),
+    "luma_denoise": Degradation(
+        _luma_denoise, "Gaussian noise that the channels share wholly or in part", "<σ>", optional=True, least=0
+    ),
+    "camera": Degradation(
+        lambda image, number, levels, generator: camera_noise(image, generator).to(image), "noise of a camera"
+    ),
+    "motion_deblur": Degradation(
+        lambda image, number, levels, generator: motion_blur(image, generator), "a shaken camera"
+    ),
+    "defocus_deblur": Degradation(
+        lambda image, number, levels, generator: defocus_blur(image, generator), "a lens out of focus"
+    ),
+    "dual_pixel_deblur": Degradation(
+        lambda image, number, levels, generator: dual_pixel_blur(image, generator),
+        "a lens out of focus, seen by both halves of the pixels: 6 channels in, 3 out",
+        views=2,
+    ),
+    "jpeg": Degradation(_jpeg, "artefacts of JPEG", "<quality>", optional=True, most=100),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The name of a task, taken apart; see :func:`find_task`."""
+
+    name: str
+    kind: str
+    number: int | None
+
+    @property
+    def degradation(self) -> Degradation:
+        return DEGRADATIONS[self.kind]
+
+    @property
+    def scale(self) -> int:
+        """How many times larger than the input the output is."""
+        return self.number or 1 if self.kind == "sr_x" else 1
+
+    @property
+    def draws_sigma(self) -> bool:
+        """Whether the noise level comes from a range."""
+        return self.degradation.takes_sigma and self.number is None
+
+
+def find_task(name: str) -> Task:
+    """The task of a name such as "denoise25".
+
+    Raises:
+        ValueError: there is none, or its number is out of range.
+    """
+    match = re.fullmatch(rf"({'|'.join(DEGRADATIONS)})(\d*)", name)
+    kind, digits = match.groups() if match else ("", "")
+    known = DEGRADATIONS.get(kind)
+    if known is None or bool(digits) > bool(known.number) or bool(known.number) > (bool(digits) or known.optional):
+        raise ValueError(f"task must be {task_names()}; got {name!r}")
+    if digits and not known.least <= int(digits) <= known.most:
+        raise ValueError(
+            f"task must be {kind}{known.number} with a number in [{known.least}, {known.most}]; got {name!r}"
+        )
+    return Task(name, kind, int(digits) if digits else None)
+
+
+def task_names() -> str:
+    """All names of tasks, for messages: "sr_x<n>, derain, denoise[<σ>] ..."."""
+    names = [kind + (f"[{known.number}]" if known.optional else known.number) for kind, known in DEGRADATIONS.items()]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def target_of(image: Tensor, task: str) -> Tensor:
+    """What a model should make of ``degrade(image, task, ...)``: the image (C, H, W), or its gray for a gray task."""
+    return gray_of(image) if find_task(task).degradation.gray else image
+
+
 def degrade(image: Tensor, task: str, generator: torch.Generator, sigma: tuple[float, float] = (5, 50)) -> Tensor:
     """A clean image as the input of a task.
 
     Args:
         image: (C, H, W) floating point in [0, 1].
-        task: "sr_x<n>" (shrunk n times by :func:`ipt_fast.data.resize.imresize`), "derain", "denoise<σ>", or "denoise"
-            with a level drawn from ``sigma``.
-        generator: source of noise and rain, on the CPU.
+        task: the name of a task, a key of :data:`DEGRADATIONS` and perhaps a number, such as "derain", "sr_x4",
+            "denoise25", or "denoise" with a level drawn from ``sigma``.
+        generator: source of all that is drawn, on the CPU.
+        sigma: lowest and highest noise level on the 0..255 scale.
+
+    Returns:
+        (C, H, W) of the dtype of ``image``; for "sr_x<n>" H and W are divided by n, for "dual_pixel_deblur" there are
+        twice as many channels.
 
     Raises:
-        ValueError: another task.
+        ValueError: another task, or one that cannot be made of such an image.
     """
-    match = re.fullmatch(r"(sr_x|denoise|derain)(\d*)", task)
-    kind, number = match.groups() if match else ("", "")
-    if kind == "sr_x" and number:
-        return imresize(image, 1 / int(number)).clamp(0, 1)
-    if kind == "denoise":
-        return add_gaussian_noise(image, float(number) if number else random_sigma(*sigma, generator), generator)
-    if kind == "derain" and not number:
-        return random_rain(image, generator)
-    raise ValueError(f"task must be sr_x<n>, derain, denoise or denoise<σ>; got {task!r}")
+    found = find_task(task)
+    return found.degradation.apply(image, found.number, sigma, generator)
 
 
 def _check_image(image: Tensor) -> None:

@@ -4,18 +4,24 @@ What is no image is left out with a warning that counts and names it, so that no
 """
 
 import glob
+import io
 import os
 import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from .formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # it was defined here once
 from .formats import missing_plugin
 
 NAMED = 10  # files that a warning names
+
+
+# The first byte of an image in a file and the number of its bytes, all for -1.
+Part: TypeAlias = tuple[int, int]
+WHOLE = (0, -1)
 
 
 class Entry(NamedTuple):
@@ -24,6 +30,48 @@ class Entry(NamedTuple):
     path: Path
     offset: int = 0
     size: int = -1
+
+    @property
+    def part(self) -> Part:
+        return self.offset, self.size
+
+    def __str__(self) -> str:
+        return f"{self.path}, at byte {self.offset}" if self.offset else str(self.path)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size, self._place = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._place)
+        content = self._file.read(min(len(buffer), max(0, self._size - self._place)))
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_part(path: str | Path, part: Part = WHOLE) -> BinaryIO:
+    """A file, or a part of one as if it were one, open for reading."""
+    file = Path(path).open("rb")  # noqa: SIM115 - the caller closes it
+    return file if part == WHOLE else io.BufferedReader(_Window(file, *part))
 
 
 def is_image_file(path: Path) -> bool:
@@ -121,6 +169,11 @@ def list_shard(shard: Path) -> list[Entry]:
     Raises:
         ValueError: the archive cannot be read.
     """
+    return [entry for _, entry in named_images(shard)]
+
+
+def named_images(shard: Path) -> list[tuple[str, Entry]]:
+    """As :func:`list_shard`, each with its name in the archive."""
     try:
         with tarfile.open(shard, "r:") as archive:
             members = [member for member in archive if member.isfile()]
@@ -128,15 +181,44 @@ def list_shard(shard: Path) -> list[Entry]:
         raise ValueError(f"cannot read the shard {shard}: {error}") from error
     images = [member for member in members if _has_image_name(PurePath(member.name))]
     # In a WebDataset the files of a sample share their name up to its first dot: labels are no images left out.
-    samples = {_sample(member.name) for member in images}
-    left_out = [member.name for member in members if _sample(member.name) not in samples]
+    samples = {sample_key(member.name) for member in images}
+    left_out = [member.name for member in members if sample_key(member.name) not in samples]
     _warn_of_left_out([PurePath(name) for name in left_out], shard)
-    return [Entry(shard, member.offset_data, member.size) for member in images]
+    return [(member.name, Entry(shard, member.offset_data, member.size)) for member in images]
 
 
-def _sample(name: str) -> tuple[str, str]:
-    folder, _, file = name.rpartition("/")
-    return folder, file.partition(".")[0]
+def sample_key(name: str) -> str:
+    """What the members of one sample of a WebDataset share: the name up to the first dot of its last part."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def match_by_name(inputs: dict[str, Entry], targets: dict[str, Entry]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Names of inputs and of their targets, by the rule of :func:`partner_of`, and {name: why it has no partner}.
+
+    Args:
+        inputs, targets: by their names within their folders.
+    """
+    stems: dict[str, list[str]] = {}
+    for name in targets:
+        stems.setdefault(_stem(name), []).append(name)
+    rivals = Counter(map(_stem, inputs))
+    pairs, lonely = [], {}
+    for name in inputs:
+        alike = [name] if name in targets else stems.get(_stem(name), [])
+        if not alike:
+            lonely[str(inputs[name])] = "it has no target of its name"
+        elif len(alike) > 1 or (alike != [name] and rivals[_stem(name)] > 1):
+            lonely[str(inputs[name])] = f"more than one file could be its target or mean it ({', '.join(alike)})"
+        else:
+            pairs.append((name, alike[0]))
+    met, meant = {target for _, target in pairs}, {_stem(name) for name in inputs}
+    alone = [name for name in targets if name not in met and _stem(name) not in meant]
+    return pairs, lonely | {str(targets[name]): "no input has its name" for name in alone}
+
+
+def _stem(name: str) -> str:
+    return PurePath(name).with_suffix("").as_posix()
 
 
 def _has_image_name(path: PurePath) -> bool:

@@ -9,7 +9,6 @@ taken from the file's own header first; TIFFs and 16-bit PNGs are decoded by tif
 
 import contextlib
 import dataclasses
-import io
 import struct
 import threading
 import warnings
@@ -30,6 +29,7 @@ from ._image import Block as Block
 from ._image import Image, turned_upright
 from ._metadata import info_of_pil as info_of_pil
 from .files import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # they were defined here once
+from .files import WHOLE, Part, open_part
 from .files import is_image_file as is_image_file
 from .formats import READ_FORMATS, WRITTEN_SUFFIXES, check_depth, kind_of
 
@@ -46,17 +46,17 @@ _limit_lock = threading.Lock()
 _BMP_BYTES = 2**32 - 2048  # that its header can count, less its palette
 
 
-def read_header(path: str | Path, max_pixels: int | None = None) -> tuple[int, int, np.dtype]:
+def read_header(path: str | Path, max_pixels: int | None = None, *, part: Part = WHOLE) -> tuple[int, int, np.dtype]:
     """Height and width as they are stored, not yet upright, and the dtype of the pixels; nothing is decoded.
 
     Args:
-        path, max_pixels: as of :func:`read_image`.
+        path, max_pixels, part: as of :func:`read_image`.
 
     Raises:
         ValueError, ImportError: as ``read_image``, as far as the header shows it.
     """
     _check_limit(max_pixels)
-    with _naming(path), Path(path).open("rb") as file:
+    with _naming(path, part), open_part(path, part) as file:
         if _is_tiff(file):
             return _tiff_header(file, max_pixels)
         with _opened(file, max_pixels) as image:
@@ -66,7 +66,7 @@ def read_header(path: str | Path, max_pixels: int | None = None) -> tuple[int, i
             return image.height, image.width, np.dtype(np.uint8)
 
 
-def read_image(path: str | Path, max_pixels: int | None = None) -> Image:
+def read_image(path: str | Path, max_pixels: int | None = None, *, part: Part = WHOLE) -> Image:
     """Read a file of one of :data:`ipt_fast.data.formats.READ_FORMATS`: 8 bits per channel, or 16 of PNG and TIFF.
 
     A TIFF may have any depth from 1 bit, which becomes 8 or 16 bits; associated alpha is divided out of the colours.
@@ -75,6 +75,8 @@ def read_image(path: str | Path, max_pixels: int | None = None) -> Image:
         path: the file.
         max_pixels: how many pixels it may have at most, against files that are made to fill the memory. By default
             Pillow's limit, which is twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+        part: the image's first byte in the file and the number of its bytes, such as in a tar archive; all of it by
+            default.
 
     Raises:
         ValueError: the file is missing, no image, damaged, an animation or of several pages, has too many pixels, or is
@@ -82,37 +84,23 @@ def read_image(path: str | Path, max_pixels: int | None = None) -> Image:
         ImportError: it takes tifffile or imagecodecs, and they are not installed.
     """
     _check_limit(max_pixels)
-    with _naming(path), Path(path).open("rb") as file:
+    with _naming(path, part), open_part(path, part) as file:
         return _read(file, max_pixels)
 
 
-def read_8_bit_image(path: Path, offset: int = 0, size: int = -1) -> Image:
-    """As :func:`read_image`, of an image with 8 bits per channel, which may be a part of a file.
-
-    Args:
-        path: the file.
-        offset, size: the image's first byte in it and the number of its bytes, such as in a tar archive; all of the
-            file by default.
-
-    Raises:
-        ValueError: as ``read_image``, and where the image has 16 bits.
-    """
-    with _naming(f"{path}, at byte {offset}" if offset else path):
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-        return _read(io.BytesIO(content), only_8_bits=True)
-
-
 def with_channels(image: Image, channels: int) -> np.ndarray:
-    """The pixels of an 8-bit image, without alpha, as contiguous uint8 (H, W, channels).
+    """The pixels of an image, without alpha, as contiguous (H, W, channels) of their own dtype.
 
     ``channels`` is 1 or 3: gray becomes three equal channels, colour becomes its ITU-R 601-2 luma.
     """
-    if image.pixels.shape[2] == channels:
-        return np.ascontiguousarray(image.pixels)
-    mode = {1: "L", 3: "RGB"}[channels]
-    return np.atleast_3d(np.array(to_pil(Image(image.pixels)).convert(mode)))
+    pixels = image.pixels
+    if pixels.shape[2] == channels:
+        return np.ascontiguousarray(pixels)
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    red, green, blue = np.moveaxis(pixels.astype(np.uint32), 2, 0)
+    luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16  # as Pillow rounds it
+    return luma.astype(pixels.dtype)[..., None]
 
 
 def write_image(path: str | Path, image: Image) -> None:
@@ -199,8 +187,9 @@ def to_pil(image: Image) -> PIL.Image.Image:
 
 
 @contextlib.contextmanager
-def _naming(name: str | Path) -> Iterator[None]:
+def _naming(name: str | Path, part: Part = WHOLE) -> Iterator[None]:
     """Whatever goes wrong with an image file becomes a ValueError that names it."""
+    name = f"{name}, at byte {part[0]}" if part[0] else name
     try:
         yield
     except (OSError, ValueError, *_CODEC_ERRORS) as error:
@@ -209,12 +198,10 @@ def _naming(name: str | Path) -> Iterator[None]:
         raise ImportError(f"cannot read image {name}: {error}") from error
 
 
-def _read(file: BinaryIO, max_pixels: int | None = None, only_8_bits: bool = False) -> Image:
+def _read(file: BinaryIO, max_pixels: int | None = None) -> Image:
     if _is_tiff(file):
-        deep = _tiff_header(file, max_pixels)[2] == np.uint16
-        if not (deep and only_8_bits):
-            return _tiff.read(file)
-        raise ValueError("training images must have 8 bits; got 16")
+        _tiff_header(file, max_pixels)
+        return _tiff.read(file)
     with _opened(file, max_pixels) as image:
         if image.format == "PNG":
             _png.correct_transparent_gray(file, image)
@@ -223,8 +210,6 @@ def _read(file: BinaryIO, max_pixels: int | None = None, only_8_bits: bool = Fal
                     image.load()
         if not _is_16_bit(file, image):
             read = from_pil(image, upright=True)
-        elif only_8_bits:
-            raise ValueError("training images must have 8 bits; got 16")
         else:
             read = _described(image, _png.decode(file), upright=True)
         if image.format == "BMP":

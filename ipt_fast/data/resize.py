@@ -49,8 +49,28 @@ def shrunk(image: np.ndarray, scale: int) -> np.ndarray:
     return np.rint(255 * np.clip(resized(image, 1 / scale), 0, 1)) / 255
 
 
+def shrink(image: Tensor, scale: int) -> Tensor:
+    """An integer image (C, H, W) made ``scale`` times smaller as :func:`imresize` does it, rounded, in its dtype."""
+    if scale == 1:
+        return image
+    top = 255 if image.dtype == torch.uint8 else 65535
+    result = image.float()
+    for _ in range(2):  # rows, then columns; by taps, as matrices of a camera's photo would be large
+        index, weight = _resize_weights(result.shape[1], 1 / scale)
+        taps = zip(index.T, weight.float().T, strict=True)
+        rows = sum((taken[:, None] * result[:, place] for place, taken in taps), torch.zeros(()))
+        result = rows.transpose(1, 2)
+    return result.round().clamp(0, top).to(image.dtype)
+
+
 def _resize_matrix(size: int, scale: float) -> Tensor:
     """(ceil(scale size), size) float64: row i has the weights of output i."""
+    index, weight = _resize_weights(size, scale)
+    return torch.zeros(len(index), size, dtype=torch.float64).scatter_add_(1, index, weight)
+
+
+def _resize_weights(size: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(ceil(scale size), taps): the places that each output is made of, and their weights, float64."""
     # 1e-9: the product of a size and a fraction such as 1 / 3 may come out just above an integer.
     length, stretch = math.ceil(scale * size - 1e-9), max(1 / scale, 1.0)
     centre = (torch.arange(length, dtype=torch.float64) + 0.5) / scale - 0.5
@@ -59,8 +79,7 @@ def _resize_matrix(size: int, scale: float) -> Tensor:
     weight = _cubic((centre[:, None] - index) / stretch)
     weight /= weight.sum(1, keepdim=True)
     index = index.long() % (2 * size)
-    index = torch.where(index < size, index, 2 * size - 1 - index)
-    return torch.zeros(length, size, dtype=torch.float64).scatter_add_(1, index, weight)
+    return torch.where(index < size, index, 2 * size - 1 - index), weight
 
 
 def _cubic(x: Tensor) -> Tensor:

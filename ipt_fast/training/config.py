@@ -11,32 +11,44 @@ from .losses import LOSSES
 # Fields that do not change the sequence of weights, so a resumed run may set them anew.
 # The data may lie elsewhere; where they are others, the run warns.
 _FREE_ON_RESUME = {"data", "out", "val", "val_sigma", "log_every", "save_every", "workers", "threads", "device"}
+_FREE_ON_RESUME |= {"target", "val_target"}
 # How a step is carried out: of the weights only the rounding changes.
 _FREE_ON_RESUME |= {"accumulate", "activation_checkpointing", "strategy", "tensorboard"}
+_PATHS = ("data", "out", "target", "val", "val_target")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of one training run: blind Gaussian denoising, or all tasks of a model that has tasks.
+    """Settings of one training run.
 
     ``iterations``, ``patch_size`` and ``batch_size`` are integers, or tuples of one length with one value for each
     stage of progressive training (Restormer, CVPR 2022, section 3.3).
 
     Args:
-        data: folder of clean training images.
+        data: folder of clean training images or WebDataset shards, or several of them; where ``target`` is given, the
+            degraded images of pairs.
+        target: folder of the clean images of pairs, one for each folder of ``data``, or for each two where the model
+            takes two views (left, right). None among several targets marks a folder of clean images.
+        shrink: how many times smaller the clean images of ``data`` are made first; one value, or one for each source.
+        data_weights: how often each source is drawn from, in proportion; None: by the number of its images.
         out: folder for ``checkpoint.pth``, ``log.csv`` and the EMA model (``config.json``, ``model.safetensors``).
         model: name of a model, which is trained from scratch, or folder of a saved model to start from.
         model_config: fields of the model's config, with a name only.
-        task: of a model with several tasks, the one whose head, tail and embedding are kept.
+        task: what the degraded images are, a name of :data:`ipt_fast.data.degradations.DEGRADATIONS` such as "derain",
+            or {name: weight} for a mixture from which each sample draws; None is "denoise". Of a model with several
+            tasks a name tells whose head, tail and embedding are kept, a mixture how often a batch is drawn for each,
+            and None is all of them.
         contrastive: λ of the contrastive loss (IPT, eq. 6).
         sigma: lowest and highest noise level on the 0..255 scale, drawn uniformly for each patch.
         patch_size: None takes the model's size of input, 128 where it has none.
         lr, lr_min, warmup: learning rate after ``warmup`` linear iterations, then down to ``lr_min`` by ``schedule``.
         schedule: "cosine", or "step": from ``lr`` to ``lr_min`` after two thirds of the iterations, as IPT was trained.
+        betas: of AdamW.
         grad_clip: largest norm of all gradients together; 0 turns clipping off.
         ema: decay of the exponential moving average of the weights, which is what is saved as the model.
         amp: "bf16" runs the forward pass under autocast.
-        val, val_sigma: folder of images whose PSNR is measured at each checkpoint, and its noise level.
+        val, val_target, val_sigma: clean images whose PSNR is measured at each checkpoint, and their noise level where
+            a task has none; or the inputs (two folders for two views) and the targets of pairs.
         log_every, save_every: iterations between rows of the log, and between checkpoints.
         workers: processes that prepare batches; 0 prepares them in this one.
         threads: CPU threads of this process; None leaves PyTorch's choice.
@@ -50,11 +62,11 @@ class TrainingConfig:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
     """
 
-    data: Path
+    data: Path | tuple[Path, ...]
     out: Path
     model: str = "ipt_v2_tiny"
     model_config: dict[str, Any] = field(default_factory=dict)
-    task: str | None = None
+    task: str | dict[str, float] | None = None
     contrastive: float = 0.0
     sigma: tuple[float, float] = (5.0, 50.0)
     iterations: int | tuple[int, ...] = 100_000
@@ -70,7 +82,7 @@ class TrainingConfig:
     ema: float = 0.999
     seed: int = 0
     amp: str = "none"
-    val: Path | None = None
+    val: Path | tuple[Path, ...] | None = None
     val_sigma: float = 25.0
     log_every: int = 100
     save_every: int = 1000
@@ -82,14 +94,18 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     strategy: str = "ddp"
     tensorboard: bool = False
+    target: Path | tuple[Path | None, ...] | None = None
+    shrink: int | tuple[int, ...] = 1
+    data_weights: tuple[float, ...] | None = None
+    val_target: Path | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("data", Path(self.data))
-        put("out", Path(self.out))
-        put("val", None if self.val is None else Path(self.val))
+        for name in _PATHS:
+            put(name, _as_path(name, getattr(self, name)))
         stage_fields = [n for n in ("iterations", "patch_size", "batch_size") if getattr(self, n) is not None]
         for name in stage_fields:
             value = getattr(self, name)
@@ -122,11 +138,34 @@ class TrainingConfig:
         _check_choice("loss", self.loss, tuple(LOSSES))
         _check_choice("amp", self.amp, ("none", "bf16"))
         _check_choice("schedule", self.schedule, ("cosine", "step"))
-        if self.task is not None and not isinstance(self.task, str):
-            raise TypeError(f"task must be a name; got {self.task!r}")
+        if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
+            raise ValueError(f"betas must be a pair; got {self.betas!r}")
+        for beta in self.betas:
+            _check_number("betas", beta, 0, 1)
+        put("betas", tuple(self.betas))
+        put("shrink", per_stage(self.shrink))
+        put("data_weights", None if self.data_weights is None else tuple(self.data_weights))
+        self._check_data()
         self._check_execution()
         if not isinstance(self.model_config, dict):
             raise TypeError(f"model_config must be a dict; got {type(self.model_config).__name__}")
+
+    def _check_data(self) -> None:
+        if not isinstance(self.task, str | dict | None):
+            raise TypeError(f"task must be a name or {{name: weight}}; got {self.task!r}")
+        if isinstance(self.task, dict):
+            _check_weights("task", tuple(self.task.values()))
+        if self.data_weights is not None:
+            _check_weights("data_weights", self.data_weights)
+        for times in per_stage(self.shrink):
+            _check_integer("shrink", times, 1)
+        count = len(self.sources)
+        if len(per_stage(self.shrink)) not in (1, count):
+            raise ValueError(f"shrink must have one value for each of {count} sources; got {self.shrink}")
+        if self.data_weights is not None and len(self.data_weights) != count:
+            raise ValueError(f"data_weights must have one value for each of {count} sources; got {self.data_weights}")
+        if isinstance(self.val_target, tuple) or (self.val_target is not None and self.val is None):
+            raise ValueError(f"val_target must be the folder of targets of val; got {self.val_target}")
 
     def _check_execution(self) -> None:
         _check_integer("accumulate", self.accumulate, 1)
@@ -142,7 +181,38 @@ class TrainingConfig:
 
     @property
     def total_iterations(self) -> int:
-        return sum(per_stage(self.iterations))
+        return sum(self.stages)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The iterations of each stage."""
+        return per_stage(self.iterations)
+
+    @property
+    def sources(self) -> list[tuple[tuple[Path, ...], Path | None, int]]:
+        """(folders, target or None, shrink) of each source of training images.
+
+        Raises:
+            ValueError: there are not as many folders as the targets ask for.
+        """
+        folders = [*self.data] if isinstance(self.data, tuple) else [self.data]
+        targets: list[Path | None] = [None] * len(folders)
+        if self.target is not None:
+            targets = [*self.target] if isinstance(self.target, tuple) else [self.target]
+        clean = targets.count(None)
+        views, rest = divmod(len(folders) - clean, max(1, len(targets) - clean))
+        if rest or views not in ((0,) if clean == len(targets) else (1, 2)):
+            raise ValueError(
+                f"target must be one folder for each of data, or for each two of them; got {len(targets)} "
+                f"for {len(folders)}"
+            )
+        places = iter(folders)
+        parts = [tuple(next(places) for _ in range(views if target else 1)) for target in targets]
+        shrinking = per_stage(self.shrink)
+        return [
+            (part, target, shrinking[min(number, len(shrinking) - 1)])
+            for number, (part, target) in enumerate(zip(parts, targets, strict=True))
+        ]
 
     def is_default(self, name: str) -> bool:
         """Whether a field has the value that it has where it is not given."""
@@ -154,6 +224,8 @@ class TrainingConfig:
         for name, value in values.items():
             if isinstance(value, Path) or (name == "model" and value not in list_models()):
                 values[name] = str(Path(value).absolute())
+            elif name in _PATHS and isinstance(value, tuple):
+                values[name] = tuple(None if each is None else str(each.absolute()) for each in value)
         return values
 
     @classmethod
@@ -187,6 +259,25 @@ def _same(name: str, current: Any, saved: Any) -> bool:
 def per_stage(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
     """A setting as one value for each stage."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _as_path(name: str, value: Any) -> Any:
+    """A path, or several as a tuple; one alone is no tuple. None stays."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{name} must be a folder or several; got none")
+        paths = tuple(_as_path(name, each) for each in value)
+        return paths[0] if len(paths) == 1 else paths
+    if value is None and name in ("data", "out"):
+        raise TypeError(f"{name} must be a path; got None")
+    return None if value is None else Path(value)
+
+
+def _check_weights(name: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        _check_number(name, value, 0, float("inf"))
+    if not sum(values) > 0:
+        raise ValueError(f"{name} must have weights of which one is positive; got {values}")
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

@@ -39,7 +39,7 @@ def build_model(config: TrainingConfig) -> PretrainedModel:
                 f"model_config must be empty where model is a folder; got {config.model_config} for {config.model}"
             )
         model = open_model(config.model)
-    return model if config.task is None else model.only(config.task)
+    return model.only(config.task) if isinstance(config.task, str) and model.contract.tasks else model
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
@@ -68,7 +68,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=config.lr,
-            betas=(0.9, 0.999),
+            betas=config.betas,
             weight_decay=config.weight_decay,
             fused=True,
         )
@@ -189,6 +189,7 @@ class Run:
             average = self._whole_average()
             if average is not None:
                 psnr = self.objective.validation.psnr(average, self.device)
+        self.objective.images.warn_of_skipped()
         row = {
             "iteration": str(self.iteration),
             "loss": f"{loss:.6f}",

@@ -100,9 +100,9 @@ def test_threads(main, arguments):
     "option, message",
     [
         (["--threads", "0"], "threads"),
-        (["--patch", "25"], "got 25 and"),
+        (["--patch", "25"], "patch_size must be at most 24 for denoise, by the largest image; got 25"),
         (["--patch", "8", "16"], "one value for each stage"),
-        (["--data", "nowhere"], "folder must exist; got nowhere"),
+        (["--data", "nowhere"], "data must be a folder or a .tar file; got nowhere"),
         (["--model", "no_such_model"], "no_such_model"),
         (["--model-config", '{"widht": 8}'], "widht"),
         (["--resume"], "must be a file of a training run to resume"),
@@ -121,8 +121,13 @@ def test_malformed_options_end_in_usage(main, arguments, option):
     assert stopped.value.code == 2
 
 
-def test_broken_image_ends_with_status_2(arguments, tmp_path, capsys):
+def test_broken_images_are_skipped_while_there_are_others(arguments, tmp_path, capsys):
     (tmp_path / "images" / "broken.jpg").write_bytes(b"not a picture")
+    assert ipt_fast.cli.main(arguments) == 0
+    assert capsys.readouterr().err.count("broken.jpg") == 1
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"not a picture")
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "other")
     assert ipt_fast.cli.main(arguments) == 2
-    assert "broken.jpg" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert "data must hold an image that can be used; got none: cannot read image" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

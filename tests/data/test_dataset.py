@@ -66,7 +66,7 @@ def test_an_image_that_changes_is_named(folder):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="folder must exist; got .*nowhere"):
         ImageFolder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="folder must hold images"):
+    with pytest.raises(ValueError, match="data must hold images"):
         ImageFolder(tmp_path)
 
 
@@ -89,11 +89,18 @@ def test_truncated_files_are_named(tmp_path, suffix, kept):
 @pytest.mark.parametrize("budget", [0, 2**30])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bits_are_refused(tmp_path, suffix, channels, budget):
+def test_sixteen_bits_keep_their_precision(tmp_path, suffix, channels, budget):
     pytest.importorskip("imagecodecs")
-    io.write_image(tmp_path / f"deep.{suffix}", io.Image(np.zeros((8, 8, channels), np.uint16)))
-    with pytest.raises(ValueError, match=f"8 bits; got 16 in .*deep.{suffix}"):
-        ImageFolder(tmp_path, memory_budget=budget)
+    pixels = np.random.default_rng(0).integers(0, 65536, (8, 9, channels), dtype=np.uint16)
+    io.write_image(tmp_path / f"deep.{suffix}", io.Image(pixels))
+    images = ImageFolder(tmp_path, channels, memory_budget=budget)
+    assert images[0].dtype == torch.uint16 and np.array_equal(images[0].permute(1, 2, 0).numpy(), pixels)
+    _, clean = NoisyPatches(images, 8, (0, 0))[0]
+    values = set((pixels.astype(np.float32) / 65535).flatten().tolist())
+    assert clean.dtype == torch.float32 and set(clean.flatten().tolist()) <= values
+    other = ImageFolder(tmp_path, 4 - channels)[0].permute(1, 2, 0).numpy()
+    luma = pixels.astype(float) @ ([0.299, 0.587, 0.114] if channels == 3 else [1.0])
+    assert other.dtype == np.uint16 and np.abs(other - luma[..., None]).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])

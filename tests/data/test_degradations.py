@@ -3,7 +3,21 @@ import math
 import pytest
 import torch
 
-from ipt_fast.data.degradations import add_gaussian_noise, add_rain, degrade, imresize, random_rain, random_sigma
+from ipt_fast.data import blur, camera
+from ipt_fast.data.degradations import (
+    DEGRADATIONS,
+    add_alike_noise,
+    add_gaussian_noise,
+    add_rain,
+    degrade,
+    find_task,
+    imresize,
+    random_rain,
+    random_sigma,
+    target_of,
+    task_names,
+)
+from ipt_fast.data.resize import shrink
 
 
 def test_noise_has_the_asked_standard_deviation_and_is_not_clipped():
@@ -148,6 +162,78 @@ def test_degradations_of_the_tasks():
         assert abs((of(task) - image).std().item() * 255 - sigma) < 0.1 * sigma
     assert torch.equal(of("derain"), random_rain(image, torch.Generator().manual_seed(0)))
     assert not torch.equal(of("derain"), of("derain", seed=1))
-    for task in ("", "sr_x", "derain2", "dehaze"):
-        with pytest.raises(ValueError, match="task must be sr_x<n>, derain, denoise or denoise<σ>"):
-            of(task)
+    for task, same in (("motion_deblur", blur.motion_blur), ("defocus_deblur", blur.defocus_blur),
+                       ("dual_pixel_deblur", blur.dual_pixel_blur), ("camera", camera.camera_noise)):  # fmt: skip
+        assert torch.equal(of(task), same(image, torch.Generator().manual_seed(0)))
+    assert torch.equal(of("jpeg30"), camera.jpeg(image, 30))
+    errors = {(of("jpeg", seed) - image).abs().mean().item() for seed in range(5)}
+    assert len(errors) > 2 and max(errors) < 0.3
+
+
+def test_tasks_by_name():
+    assert find_task("sr_x3").scale == 3 and find_task("derain").scale == find_task("jpeg40").scale == 1
+    assert find_task("denoise").draws_sigma and not find_task("denoise25").draws_sigma
+    for task in ("", "sr_x", "derain2", "dehaze", "denoise-5", "xdenoise"):
+        with pytest.raises(ValueError, match=r"task must be sr_x<n>, derain, denoise\[<σ>\], .* or jpeg\[<quality>\]"):
+            find_task(task)
+    for task, limits in (("sr_x0", "1, 16"), ("jpeg101", "1, 100"), ("denoise256", "0, 255")):
+        with pytest.raises(ValueError, match=rf"with a number in \[{limits}\]; got '{task}'"):
+            find_task(task)
+    assert all(kind in task_names() for kind in DEGRADATIONS)
+
+
+@pytest.mark.parametrize("task", [kind + ("4" if kind == "sr_x" else "") for kind in DEGRADATIONS])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_degradation_is_a_function_of_image_and_generator(task, channels):
+    if task == "camera" and channels == 1:
+        pytest.skip("a camera has colours")
+    image = torch.rand(channels, 36, 44)
+    before = image.clone()
+    first, again, other = (degrade(image, task, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
+    assert torch.equal(first, again) and torch.equal(image, before)
+    assert torch.equal(first, other) == (task == "sr_x4")
+    found = find_task(task)
+    assert first.shape == (found.degradation.views * channels, 36 // found.scale, 44 // found.scale)
+    assert first.dtype == torch.float32 and first.isfinite().all()
+
+
+def test_gray_noise_is_equal_in_equal_channels():
+    image = torch.rand(3, 64, 64)
+    target = target_of(image, "gray_denoise25")
+    noisy = degrade(target, "gray_denoise25", torch.Generator().manual_seed(0))
+    expected = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+    for channel in range(3):
+        torch.testing.assert_close(target[channel], expected)
+        assert torch.equal(noisy[channel], noisy[0])
+    assert abs((noisy - target).std().item() * 255 - 25) < 1.5
+    assert torch.equal(target_of(image, "denoise"), image)
+    assert torch.equal(target_of(image[:1], "gray_denoise"), image[:1])
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.4, 1.0])
+def test_alike_noise_has_the_asked_correlation(correlation):
+    image = torch.full((3, 200, 200), 0.5)
+    noise = add_alike_noise(image, 30, correlation, torch.Generator().manual_seed(0)) - image
+    measured = torch.corrcoef(noise.flatten(1))
+    assert (noise.std((1, 2)) * 255 - 30).abs().max() < 0.5
+    assert (measured[~torch.eye(3, dtype=torch.bool)] - correlation).abs().max() < 0.02
+    with pytest.raises(ValueError, match="correlation must be in"):
+        add_alike_noise(image, 30, 1.1, torch.Generator())
+
+
+def test_luma_noise_is_wholly_alike_half_of_the_time():
+    image, alike = torch.full((3, 16, 16), 0.5), 0
+    for seed in range(200):
+        noisy = degrade(image, "luma_denoise25", torch.Generator().manual_seed(seed))
+        alike += torch.allclose(noisy[0], noisy[2], atol=1e-6)
+    assert 70 < alike < 130
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_shrinking_is_imresize_rounded(dtype, scale):
+    top = torch.iinfo(dtype).max
+    image = torch.randint(0, top + 1, (3, 25, 38), dtype=torch.int32).to(dtype)
+    found = shrink(image, scale)
+    expected = imresize(image.double(), 1 / scale).round().clamp(0, top)
+    assert found.dtype == dtype and (found.double() - expected).abs().max() <= (dtype == torch.uint16)

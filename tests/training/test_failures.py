@@ -52,7 +52,7 @@ def test_devices_that_are_not_there(images, tmp_path, error_of_command, device, 
             {"model": "runs/gone", "model_config": {}},
             "model must be a folder written by save_pretrained or one of ipt,",
         ),
-        ({"task": "derain"}, "task must be denoise for IPTV2"),
+        ({"task": "dehaze"}, "task must be sr_x<n>, derain, denoise.*; got 'dehaze'"),
         ({"sigma": (5, 256)}, "sigma must be at most 255"),
         ({"val_sigma": 300.0}, "val_sigma must be at most 255"),
         ({"val_sigma": 15.0}, "val_sigma must be left out where val is"),
@@ -102,13 +102,12 @@ def test_nothing_is_left_of_a_run_whose_first_step_fails(make_config, tmp_path, 
 # Broken images
 
 
-@pytest.fixture(params=["folder", "stream"])
+@pytest.fixture(params=["one task", "several"])
 def on_demand(request, make_config, monkeypatch):
-    """Settings of a run that decodes each image when it is drawn, by either way to the data."""
-    if request.param == "stream":
-        monkeypatch.setattr(objectives, "ImageStream", lambda source: ImageStream(source, memory_budget=0))
+    """Settings of a run that decodes each image when it is drawn, of either kind of model."""
+    monkeypatch.setattr(objectives, "MEMORY_BUDGET", 0)
+    if request.param == "several":
         return lambda out="run", **changes: make_config(out, **{**FIELDS, **changes})
-    monkeypatch.setattr(objectives, "ImageFolder", lambda *place: ImageFolder(*place, memory_budget=0))
     return make_config
 
 
@@ -132,13 +131,13 @@ def test_an_image_that_breaks_in_the_middle(on_demand, images, monkeypatch, work
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "step", breaking)
-        said = r"^cannot read image .*\.png.*; the (\d+) iterations before it are saved in .*parts$"
+        said = r"got none: cannot read image .*\.png.*; the (\d+) iterations before it are saved in .*parts$"
         with pytest.raises(ValueError, match=said) as raised:
             train(config)
     assert "\n" not in str(raised.value)
     reached = load_checkpoint(config.out / "checkpoint.pth")["iteration"]
     assert 10 <= reached < 30 and f"the {reached} iterations" in str(raised.value)
-    with pytest.raises(ValueError, match="cannot read image|patch_size|header"):  # again, and nothing is lost
+    with pytest.raises(ValueError, match="got none: cannot read image"):  # again, and nothing is lost
         train(config, resume=True)
     assert load_checkpoint(config.out / "checkpoint.pth")["iteration"] == reached
 
@@ -152,11 +151,16 @@ def test_an_image_that_breaks_in_the_middle(on_demand, images, monkeypatch, work
 
 
 def test_an_image_that_is_broken_from_the_start(on_demand, images, tmp_path):
-    for path in sorted(images.iterdir())[1:]:
-        path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"^cannot read image [^;]*\.png[^;]*$"):
+    contents = {path: path.read_bytes() for path in sorted(images.iterdir())}
+    for path, content in contents.items():
+        path.write_bytes(content[:200])
+    with pytest.raises(ValueError, match=r"^data must hold an image that can be used; got none: cannot read image "):
         train(on_demand("a/run", batch_size=24))
     assert not (tmp_path / "a").exists()
+    first = next(iter(contents))
+    first.write_bytes(contents[first])  # one is enough
+    with pytest.warns(UserWarning, match=r"skipped \d of the images: cannot read image [^;]*\.png"):
+        train(on_demand("a/run", batch_size=24))
 
 
 # Processes that prepare batches

@@ -211,11 +211,11 @@ def test_divergence_keeps_the_last_checkpoint(make_config, monkeypatch):
 def test_bad_input(make_config, tmp_path):
     with pytest.raises(ValueError, match="must be a file of a training run to resume"):
         train(make_config("new"), resume=True)
-    with pytest.raises(ValueError, match="folder must exist"):
+    with pytest.raises(ValueError, match="data must be a folder or a .tar file"):
         train(make_config("new", val=tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="patch_size must be .*; got 41"):
         train(make_config("new", iterations=(1, 1), patch_size=(16, 41), batch_size=(1, 1)))
-    with pytest.raises(ValueError, match="in_channels must be 1 or 3 for a denoising model; got 6"):
+    with pytest.raises(ValueError, match="in_channels must be 3 for denoise, made of clean images; got 6"):
         train(make_config("new", model_config=make_config().model_config | {"in_channels": 6}))
     with pytest.raises(ValueError, match="no_such_model"):
         train(make_config("new", model="no_such_model"))

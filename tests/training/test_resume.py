@@ -93,10 +93,10 @@ def test_relative_paths_hold_from_anywhere(stopped, images, tmp_path, monkeypatc
         (["--task", "denoise"], "task must be None"),
         (["--model", "ipt_tiny"], "model must be 'ipt_v2_tiny'"),
         (["--model-config", '{"width": 16}'], "model_config must be {"),
-        (["--data", "/nowhere"], "folder must exist; got /nowhere"),
+        (["--data", "/nowhere"], "data must be a folder or a .tar file; got /nowhere"),
         (["--warmup", "500"], "warmup must be 2"),  # the default, but given
         (["--device", "meta"], "device must be usable; got meta"),
-        (["--val", "/nowhere"], "folder must exist; got /nowhere"),
+        (["--val", "/nowhere"], "data must be a folder or a .tar file; got /nowhere"),
     ],
 )
 def test_options_given_again_must_agree(stopped, capsys, error_of_command, option, message):

@@ -1,0 +1,219 @@
+"""Recipes: what their keys mean, what is refused, and that each that ships trains."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ipt_fast.cli import main
+from ipt_fast.models import IPTV2Config
+from ipt_fast.training.checkpoint import load_checkpoint
+from ipt_fast.training.config import TrainingConfig
+from ipt_fast.training.loop import train
+from ipt_fast.training.recipe import KEYS, read_recipe, shipped_recipes
+from tests.training.conftest import MICRO
+
+RECIPES = shipped_recipes()
+TASKS = {
+    *("gaussian_color_denoising", "gaussian_gray_denoising", "real_denoising", "deraining", "motion_deblurring"),
+    *("defocus_deblurring_single", "defocus_deblurring_dual_pixel", "super_resolution_x4", "jpeg_artifact_removal"),
+    *(f"gaussian_{kind}_denoising_sigma{sigma}" for kind in ("color", "gray") for sigma in (15, 25, 50)),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A recipe from its text."""
+
+    def make(text):
+        path = tmp_path / "recipe.yml"
+        path.write_text(text)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Tiny images in every place that the recipes name."""
+    monkeypatch.setenv("IPT_FAST_DATA", str(tmp_path / "data"))
+    waves = np.sin(np.mgrid[:32, :40][0] / 3)[..., None] * 100 + 127
+    for path in RECIPES.values():
+        for name in re.findall(r"\$\{IPT_FAST_DATA\}/(\S+)", path.read_text()):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.repeat(waves, 3, 2).astype(np.uint8)).save(tmp_path / "data" / name / "a.png")
+    return tmp_path / "data"
+
+
+def test_a_recipe_of_every_task_ships():
+    assert set(RECIPES) >= TASKS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_of_the_paper(name, monkeypatch):
+    """IPT-V2, section 4: stages from iterations 0, 116k, 176k, 224k and 270k of 300k; Restormer's clipping and loss."""
+    monkeypatch.setenv("IPT_FAST_DATA", "/photos")
+    config = TrainingConfig(**read_recipe(name))
+    starts = np.cumsum((0, *config.iterations))
+    assert starts.tolist() == [0, 116_000, 176_000, 224_000, 270_000, 300_000]
+    scale = 4 if "super" in name else 1
+    assert config.patch_size == tuple(side // scale for side in (128, 192, 256, 320, 384))
+    assert config.batch_size == (64, 32, 16, 8, 8)
+    assert (config.lr, config.lr_min, config.schedule, config.warmup) == (3e-4, 1e-6, "cosine", 0)
+    assert (config.betas, config.weight_decay, config.grad_clip) == ((0.9, 0.999), 1e-4, 0.01)
+    assert (config.loss, config.ema, config.amp) == ("l1", 0.999, "none")
+    assert config.model == "ipt_v2_base" and config.out.name == name
+    assert all(str(path).startswith("/photos/") for folders, _, _ in config.sources for path in folders)
+
+
+def test_what_the_recipes_train(monkeypatch):
+    monkeypatch.setenv("IPT_FAST_DATA", "/photos")
+    settings = {name: TrainingConfig(**read_recipe(name)) for name in RECIPES}
+    for kind, shape in (("color", {}), ("gray", {"in_channels": 1, "out_channels": 1})):
+        assert settings[f"gaussian_{kind}_denoising"].sigma == (0, 50)
+        for sigma in (15, 25, 50):
+            config = settings[f"gaussian_{kind}_denoising_sigma{sigma}"]
+            assert (config.sigma, config.val_sigma, config.task) == ((sigma, sigma), sigma, "denoise")
+            assert config.model_config == shape and config.target is None
+    for name in ("real_denoising", "deraining", "motion_deblurring", "defocus_deblurring_single"):
+        assert settings[name].target.name == "target" and settings[name].data.name == "input"
+    dual = settings["defocus_deblurring_dual_pixel"]
+    assert [path.name for path in dual.data] == [path.name for path in dual.val] == ["inputL", "inputR"]
+    assert dual.model_config == {"in_channels": 6, "out_channels": 3}
+    assert settings["super_resolution_x4"].task == "sr_x4" and settings["jpeg_artifact_removal"].task == "jpeg"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(name, photos, tmp_path):
+    """Its model made tiny, its patches small, two iterations of two stages."""
+    settings = read_recipe(name)
+    shape = settings.get("model_config", {})
+    if "scale" in shape and "scale" not in {entry.name for entry in dataclasses.fields(IPTV2Config)}:
+        pytest.skip("the model has no tail for super-resolution")
+    small = {"iterations": (1, 1), "patch_size": (8, 8), "batch_size": (2, 1), "workers": 0, "save_every": 2}
+    shape = {**MICRO, "width": 4, **shape}
+    config = TrainingConfig(**{**settings, **small, "out": tmp_path / "run", "model_config": shape, "device": "cpu"})
+    assert train(config) == 2
+    saved = load_checkpoint(config.out / "checkpoint.pth")["config"]
+    assert saved["betas"] == (0.9, 0.999) and saved["grad_clip"] == 0.01  # what was resolved
+
+
+def test_every_setting_has_a_key():
+    """So that a recipe can say all that a command line can."""
+    joined = {"data", "target", "val", "val_target", "patch_size", "model_config"}
+    named = {field for field, _ in KEYS.values()} | joined
+    assert {entry.name for entry in dataclasses.fields(TrainingConfig)} <= named
+    assert named - {""} <= {entry.name for entry in dataclasses.fields(TrainingConfig)}
+
+
+def test_values_as_people_write_them(write, monkeypatch):
+    monkeypatch.setenv("PHOTOS", "/photos")
+    path = write("""
+        name: mine
+        datasets:
+          train:
+            task: {denoise: 2, camera: 1}
+            dataroot_gt: [$PHOTOS/a, b, c]
+            dataroot_lq: [~, ~, noisy]
+            shrink: [2, 1, 1]
+            weights: [1, 1, 2]
+            gt_sizes: 96
+            batch_sizes: 4
+        network_g: {type: ipt_v2_tiny, width: 24, depths: [2, 2, 2, 2]}
+        train:
+          total_iter: 500
+          use_grad_clip: 0.5
+          optim_g: {lr: 1e-3, betas: [0.9, 0.99]}
+          pixel_opt: {type: CharbonnierLoss}
+    """)
+    config = TrainingConfig(**read_recipe(path))
+    assert config.task == {"denoise": 2, "camera": 1} and config.lr == 1e-3 and config.grad_clip == 0.5
+    assert [(str(folders[0]), target and str(target), times) for folders, target, times in config.sources] == [
+        ("/photos/a", None, 2), ("b", None, 1), ("noisy", "c", 1),
+    ]  # fmt: skip
+    assert config.iterations == (500,) and config.patch_size == (96,) and config.data_weights == (1, 1, 2)
+    assert config.model_config == {"width": 24, "depths": [2, 2, 2, 2]} and config.loss == "charbonnier"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {total_iter: 5}", "trian is no known key; the nearest one is train$"),
+        (
+            "train: {optim_g: {learning_rate: 1}}",
+            "train.optim_g.learning_rate is no known key; the nearest one is train.o",
+        ),
+        (
+            "datasets: {train: {gt_size: 128}}",
+            "datasets.train.gt_size is no known key; the nearest .* datasets.train.gt_sizes",
+        ),
+        ("train: {lr: 1, lr: 2}", "keys must be there once; got lr twice"),
+        ("train: 3", "train must be a mapping; got 3"),
+        ("- a", "the file must be a mapping"),
+        ("train: {", "while parsing"),
+        ("network_g: {type: resnet}", "network_g.type must be one of ipt, .*; got 'resnet'"),
+        (
+            "train: {pixel_opt: {type: MSELoss}}",
+            "train.pixel_opt.type must be one of L1Loss, CharbonnierLoss; got 'MSELoss'",
+        ),
+        ("train: {optim_g: {type: SGD}}", "train.optim_g.type must be one of AdamW; got 'SGD'"),
+        (
+            "datasets: {train: {iters: [5, 5]}}\ntrain: {total_iter: 11}",
+            r"train.total_iter must be the sum .*\[5, 5\]; got 11",
+        ),
+        ("scale: 4\ndatasets: {train: {gt_sizes: [66]}}", r"gt_sizes must be multiples of scale = 4; got \[66\]"),
+        ("datasets: {train: {dataroot_lqL: a, dataroot_gt: b}}", "dataroot_lqL must come with dataroot_lqR"),
+        ("datasets: {train: {dataroot_lq: [a, b], dataroot_gt: c}}", "dataroot_gt must be one folder for each input"),
+        ("datasets: {train: {dataroot_gt: '${NO_SUCH_PLACE}/a'}}", "data must be a path whose variables are set; got "),
+        ("network_g: {width: 8}\npath: {pretrain_network_g: a}", "network_g must be left out where path.pretrain"),
+        ("name: 3", "name must be a text; got 3"),
+    ],
+)
+def test_what_is_refused(write, text, message):
+    path = write(text)
+    with pytest.raises(ValueError, match=f"config must be a recipe; got {re.escape(str(path))}, in which .*{message}"):
+        read_recipe(path)
+
+
+def test_unknown_recipes_are_told_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="config must be a YAML file or one of camera_denoising, .*; got derain"):
+        read_recipe("derain")
+
+
+def test_options_win_over_the_file(photos, images, tmp_path, monkeypatch, capsys):
+    shape = '{"width": 4, "depths": [2, 0, 0, 0], "window_size": 8, "grid_size": 4}'
+    short = ["--iterations", "2", "--patch", "8", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
+    arguments = ["train", "--config", "deraining", *short, "--model-config", shape]
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 0  # into the folder of its name
+    assert main([*arguments, "--out", "other", "--data", str(images), "--task", "derain", "--lr", "1e-3"]) == 0
+    found = [load_checkpoint(tmp_path / out / "checkpoint.pth")["config"] for out in ("experiments/deraining", "other")]
+    assert found[0]["target"] and found[1]["target"] is None  # of pairs, which belong together
+    assert [each["lr"] for each in found] == [3e-4, 1e-3] and [each["grad_clip"] for each in found] == [0.01, 0.01]
+    monkeypatch.delenv("IPT_FAST_DATA")
+    capsys.readouterr()
+    assert main([*arguments, "--out", "third"]) == 2
+    assert "${IPT_FAST_DATA} is not" in capsys.readouterr().err and not (tmp_path / "third").exists()
+    path = tmp_path / "more.yml"
+    path.write_text(yaml.safe_dump({"train": {"optim_g": {"lr": 0.002}}}))
+    assert main(["train", "--out", "other", "--resume", "--config", str(path)]) == 2
+    assert "lr must be 0.001, as in the run to resume; got 0.002" in capsys.readouterr().err
+    path.write_text(yaml.safe_dump({"train": {"optim_g": {"lr": 0.001}}}))
+    assert main(["train", "--out", "other", "--resume", "--config", str(path)]) == 0
+
+
+def test_fine_tuning_by_a_recipe(images, tmp_path, capsys):
+    path = tmp_path / "tune.yml"
+    path.write_text(f"datasets: {{train: {{task: derain, dataroot_gt: {images}, iters: 1, batch_sizes: 1}}}}")
+    out = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(["finetune", "--config", str(path), *out]) == 2  # no model
+    path.write_text(path.read_text() + f"\npath: {{pretrain_network_g: {tmp_path}/saved}}")
+    from ipt_fast.models import create_model
+    from tests.training.test_pretraining import TINY
+
+    create_model("ipt", **TINY).save_pretrained(tmp_path / "saved")
+    assert main(["finetune", "--config", str(path), *out]) == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["config"]["lr"] == 2e-5  # fine-tuning's own
