@@ -245,15 +245,16 @@ class IPTV2(PretrainedModel):
                 features = self.reduce[i - 1](features)
             features = self.decoder[i](features)
         features = crop(self.output(self.refinement(features)), height, width)
-        scale = self._config.scale
-        return (features if scale == 1 else pixel_shuffle(features, scale)) + self._residual(x)
+        if self._config.scale > 1:
+            features = pixel_shuffle(features, self._config.scale)
+        return features + self._residual(x)
 
     def _residual(self, x: Tensor) -> Tensor:
         config = self._config
+        if config.in_channels == 2 * config.out_channels:
+            x = (x[:, : config.out_channels] + x[:, config.out_channels :]) / 2
         if config.scale > 1:
             x = F.interpolate(x, scale_factor=float(config.scale), mode="bicubic")
-        if config.in_channels == 2 * config.out_channels:
-            return (x[:, : config.out_channels] + x[:, config.out_channels :]) / 2
         return x.expand(-1, config.out_channels, -1, -1)
 
     @classmethod
