@@ -55,7 +55,8 @@ class IPTV2Config:
         downsample_kernel: kernel of the convolution before pixel-unshuffle, odd.
         merged: the feed-forward networks hold merged weights instead of branches; only "rep_leffn" has branches.
         ffn: the feed-forward networks (table 7c): "rep_leffn"; "leffn", the same without branches; "ffn", without its
-            depthwise convolution; "gdfn", Restormer's gated one with int(2.66 C) hidden channels whatever ``ffn_ratio``.
+            depthwise convolution; "gdfn", Restormer's gated one, whose hidden channels are int(2.66 C), not by
+            ``ffn_ratio``.
         order: the attentions of successive layers (tables 7b and 9): "focal_grid" alternates FCSA and GGSA,
             "grid_focal" begins with GGSA, "focal" and "grid" have one of the two only. "parallel" gives every other
             layer both of them side by side, and to the layer that follows none.
