@@ -12,9 +12,9 @@ from ..modules._layer import Branch as Branch
 from ..modules._layer import Residuals, residual
 from ..modules._layer import reason_against_fusing as reason_against_fusing
 from ..modules.attention import ParallelAttention
+from ..modules.baseline_feed_forward import FeedForward, GatedFeedForward
 from ..modules.convolution import Conv2d, PixelShuffle, PixelUnshuffle, pixel_shuffle
 from ..modules.feed_forward import reparameterize
-from ..modules.gated_feed_forward import FeedForward, GatedFeedForward
 from ..modules.padding import crop, pad_to_multiple
 from ..modules.padding import pad_to_size as pad_to_size
 from ._pretrained import Preset, PretrainedModel

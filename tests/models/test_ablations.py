@@ -11,7 +11,7 @@ from torch.export import export
 import ipt_fast
 from ipt_fast.models.ipt_v2 import FEED_FORWARDS, ORDERS, FeedForwardLayer
 from ipt_fast.modules.attention import ParallelAttention
-from ipt_fast.modules.gated_feed_forward import FeedForward, GatedFeedForward
+from ipt_fast.modules.baseline_feed_forward import FeedForward, GatedFeedForward
 from tests.models.micro import micro_model
 from tests.models.test_paper_figures import MAPS, macs, on_meta, parameters
 
@@ -179,6 +179,7 @@ def test_same_function_in_every_form(fields, tmp_path):
     with torch.no_grad():
         expected = model(x)
         assert (expected - x).abs().max() > 0.01
+        assert model(x[:0]).shape == (0, 3, 17, 24)
         close(model.to_reference()(x), expected)
         close(ipt_fast.freeze(model)(x), expected)
         with ipt_fast.use_backend("reference"):

@@ -101,10 +101,14 @@ def test_commands(tmp_path, capsys):
         model.output.weight.mul_(0.01)
     model.save_pretrained(tmp_path / "model")
     pixels = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
-    PIL.Image.fromarray(pixels).save(tmp_path / "photo.png")
-    assert (
-        main(["restore", str(tmp_path / "photo.png"), str(tmp_path / "out.png"), "--model", str(tmp_path / "model")])
-        == 0
-    )
+    (tmp_path / "photos").mkdir()
+    photo = tmp_path / "photos" / "photo.png"
+    PIL.Image.fromarray(pixels).save(photo)
+    choice = ["--model", str(tmp_path / "model")]
+    assert main(["restore", str(photo), str(tmp_path / "out.png"), *choice]) == 0
     with PIL.Image.open(tmp_path / "out.png") as restored:
         assert restored.size == (80, 60)
+    assert main(["eval", "--data", str(tmp_path / "photos"), "--dtype", "float32", *choice]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert abs(float(row[3]) - float(row[4])) < 1  # a photo shrunk by 2: bicubic before, nearly bicubic after
+    assert main(["plot", "restorations", str(tmp_path / "plot.png"), "--image", str(photo), *choice]) == 0
