@@ -65,15 +65,15 @@ def run(args: argparse.Namespace) -> int:
         outputs.claim("--json", args.json, _is_record)
         check_writable("--json", args.json)
     image = _read(args)
-    found = [(name, *_attribute(name, image, args)) for name in args.model]
-    drawn = [(name, each.output, each.magnitude, each.window, each.diffusion_index) for name, _, each in found]
-    _save(draw_attributions(found[0][1], drawn), args.out)
+    found = [(name, _attribute(name, image, args)) for name in args.model]
+    drawn = [(name, each.output, each.magnitude, each.window, each.diffusion_index) for name, each in found]
+    _save(draw_attributions(image, drawn), args.out)
     print("diffusion index  model")
-    for name, _, attribution in found:
+    for name, attribution in found:
         print(f"{attribution.diffusion_index:15.3f}  {name}")
     print(args.out)
     if args.json:
-        _write_record(args, [(name, attribution) for name, _, attribution in found])
+        _write_record(args, found)
     return 0
 
 
@@ -86,13 +86,12 @@ def _read(args: argparse.Namespace) -> Tensor:
     return torch.from_numpy(np.asarray(values, np.float32)).permute(2, 0, 1)
 
 
-def _attribute(name: str, image: Tensor, args: argparse.Namespace) -> tuple[Tensor, Attribution]:
-    """The image as the model takes it, and its attribution."""
+def _attribute(name: str, image: Tensor, args: argparse.Namespace) -> Attribution:
     model = open_model(name)
     if describe(model).in_channels == 3 and len(image) == 1:  # as `restore` does
         image = image.expand(3, -1, -1)
-    window = tuple(args.window)
-    return image, local_attribution_map(model, image, window, task=args.task, sigma=args.sigma, steps=args.steps)
+    left, top, side = args.window
+    return local_attribution_map(model, image, (left, top, side), task=args.task, sigma=args.sigma, steps=args.steps)
 
 
 def _save(picture: PIL.Image.Image, path: Path) -> None:
