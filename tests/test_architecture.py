@@ -11,9 +11,10 @@ SHARED = {"_device", "_files", "_precision", "_version"}
 OPERATORS = {"ops", "reference", "kernels", "_extension"}
 MODELS = {"models", "modules"} | OPERATORS
 MAY_IMPORT = {
-    "cli": {"", "training", "evaluation", "inference", "tiling", "data"} | MODELS,
+    "cli": {"", "training", "evaluation", "inference", "attribution", "tiling", "data"} | MODELS,
     "training": {"data"} | MODELS,
     "evaluation": {"data"} | MODELS,
+    "attribution": {"freezing"} | MODELS,
     "inference": {"tiling", "data", "freezing"} | MODELS,
     "tiling": MODELS,
     "freezing": MODELS,

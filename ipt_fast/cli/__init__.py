@@ -1,4 +1,4 @@
-"""The command line: ``ipt-fast restore | eval | train | finetune | convert | plot | info``."""
+"""The command line: ``ipt-fast restore | eval | train | finetune | convert | plot | attribute | info``."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ import ipt_fast
 
 from ._streams import printing_never_fails
 
-COMMANDS = ("restore", "eval", "train", "finetune", "convert", "plot", "info")
+COMMANDS = ("restore", "eval", "train", "finetune", "convert", "plot", "attribute", "info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

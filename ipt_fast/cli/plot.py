@@ -82,8 +82,8 @@ def _restoration(model: PretrainedModel, args: argparse.Namespace) -> PIL.Image.
     clean = torch.from_numpy(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max).permute(2, 0, 1)
     tasks = model.contract.tasks
     restorer = Restorer(model, task=args.task if tasks else None)  # refuses to choose among several
-    task = args.task or (tasks[0] if tasks else "denoise50")
     scale = restorer.scale
+    task = args.task or (tasks[0] if tasks else "denoise50" if scale == 1 else f"sr_x{scale}")
     if task.startswith("sr_x") and scale == 1:
         raise ValueError(f"--task must be one that keeps the size, as {args.model} does; got {task}")
     clean = clean[:, : clean.shape[1] // scale * scale, : clean.shape[2] // scale * scale]

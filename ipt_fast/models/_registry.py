@@ -1,10 +1,11 @@
 """The models by name: made, opened from a file of weights or from a folder that was saved."""
 
+import dataclasses
 import os
 import pathlib
 from typing import Any, TypeVar
 
-from ._pretrained import PretrainedModel, read_config
+from ._pretrained import PretrainedModel, build_config, read_config
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 CLASSES: dict[str, type[PretrainedModel]] = {}  # by the name of the class, which a saved model holds
@@ -58,9 +59,11 @@ def create_model(name: str, pretrained: bool = False, **config: Any) -> Pretrain
     if not pretrained:
         return model.from_fields({**model.presets[name].config, **config})
     folder = _shipped_folder(name)
-    saved = read_config(folder / "config.json")
+    fields = read_config(folder / "config.json")
+    fields.pop("model", None)
+    saved = dataclasses.asdict(build_config(model.config_class, fields))  # with those that are newer than the file
     for field in sorted(config.keys() & saved.keys() - model.free_fields):  # they could spoil the weights unnoticed
-        value = list(config[field]) if type(config[field]) is tuple else config[field]
+        value = tuple(config[field]) if type(config[field]) is list else config[field]
         if saved[field] != value:
             raise ValueError(
                 f"{field} must be {saved[field]} as in the weights that ship for {name}; got {config[field]!r}"

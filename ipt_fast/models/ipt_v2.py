@@ -4,20 +4,34 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d, RepLeFFN, _check, _fusion
-from ..modules._layer import Branch, Residuals, residual
+from ..modules._layer import Branch as Branch
+from ..modules._layer import Residuals, residual
 from ..modules._layer import reason_against_fusing as reason_against_fusing
-from ..modules.convolution import Conv2d, PixelShuffle, PixelUnshuffle
+from ..modules.attention import ParallelAttention
+from ..modules.baseline_feed_forward import FeedForward, GatedFeedForward
+from ..modules.convolution import Conv2d, PixelShuffle, PixelUnshuffle, pixel_shuffle
 from ..modules.feed_forward import reparameterize
 from ..modules.padding import crop, pad_to_multiple
 from ..modules.padding import pad_to_size as pad_to_size
 from ._pretrained import Preset, PretrainedModel
 from ._registry import register
-from .contract import Contract, Memory
+from .contract import Contract, Memory, magnifies
 
 NORMS = ("bias_free", "with_bias")
+FEED_FORWARDS = ("rep_leffn", "leffn", "ffn", "gdfn")
+# The attention of a stage's even layers and of its odd ones.
+ORDERS = {
+    "focal_grid": ("focal", "grid"),
+    "grid_focal": ("grid", "focal"),
+    "focal": ("focal", "focal"),
+    "grid": ("grid", "grid"),
+    "parallel": ("both", "none"),
+}
+SCALES = (1, 2, 3, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +44,7 @@ class IPTV2Config:
             repeated where in_channels is 1.
         width: C; the levels have C, 2C, 4C and 8C channels.
         depths: transformer layers of encoder levels 1 to 3 (the decoder mirrors them) and of the latent level;
-            they alternate FCSA and GGSA.
+            ``order`` says which attention each has.
         refinement: layers after the decoder, at 2C channels.
         heads: attention heads of the four levels; decoder level 1 and the refinement have those of level 2.
         window_size: p of FCSA.
@@ -39,7 +53,16 @@ class IPTV2Config:
         inner_ratio: inner width of the sequential pointwise branches over the input width.
         norm: "bias_free" (un-centred numerator, no bias) or "with_bias" (ordinary layer norm).
         downsample_kernel: kernel of the convolution before pixel-unshuffle, odd.
-        merged: the feed-forward networks hold merged weights instead of branches.
+        merged: the feed-forward networks hold merged weights instead of branches; only "rep_leffn" has branches.
+        ffn: the feed-forward networks (table 7c): "rep_leffn"; "leffn", the same without branches; "ffn", without its
+            depthwise convolution; "gdfn", Restormer's gated one, whose hidden channels are int(2.66 C), not by
+            ``ffn_ratio``.
+        order: the attentions of successive layers (tables 7b and 9): "focal_grid" alternates FCSA and GGSA,
+            "grid_focal" begins with GGSA, "focal" and "grid" have one of the two only. "parallel" gives every other
+            layer both of them side by side, and to the layer that follows none.
+        scale: how many times larger than the input the output is, 1 to 4. The output convolution then has ``scale``
+            squared times as many channels and pixel-shuffle makes the image of them; the residual is the input,
+            enlarged bicubically.
     """
 
     in_channels: int = 3
@@ -55,6 +78,9 @@ class IPTV2Config:
     norm: str = "bias_free"
     downsample_kernel: int = 3
     merged: bool = False
+    ffn: str = "rep_leffn"
+    order: str = "focal_grid"
+    scale: int = 1
 
     def __post_init__(self) -> None:
         for name in ("depths", "heads"):
@@ -76,8 +102,11 @@ class IPTV2Config:
             raise ValueError(f"width must be even, as downsampling halves it; got {self.width}")
         if self.downsample_kernel % 2 == 0:
             raise ValueError(f"downsample_kernel must be odd; got {self.downsample_kernel}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {self.norm!r}")
+        for name, known in (("norm", NORMS), ("ffn", FEED_FORWARDS), ("order", tuple(ORDERS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if type(self.scale) is not int or self.scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}; got {self.scale!r}")
         if type(self.merged) is not bool:
             raise ValueError(f"merged must be True or False; got {self.merged!r}")
         if self.in_channels not in (1, self.out_channels, 2 * self.out_channels):
@@ -87,33 +116,69 @@ class IPTV2Config:
             )
 
 
+def _norm(channels: int, config: IPTV2Config) -> LayerNorm2d:
+    with_bias = config.norm == "with_bias"
+    return LayerNorm2d(channels, bias=with_bias, centered=with_bias)
+
+
+def _feed_forward(channels: int, config: IPTV2Config) -> nn.Module:
+    if config.ffn == "ffn":
+        return FeedForward(channels, config.ffn_ratio)
+    if config.ffn == "gdfn":
+        return GatedFeedForward(channels)
+    # A plain LeFFN is what Rep-LeFFN is once it is merged.
+    merged = config.merged or config.ffn == "leffn"
+    return RepLeFFN(channels, config.ffn_ratio, config.inner_ratio, merged=merged)
+
+
 @_fusion.stock
 class TransformerLayer(Residuals):
     """Half of a focal and global transformer block (eq. 1): attention and feed-forward, each normed and residual."""
 
     residuals = (("norm1", "attention"), ("norm2", "ffn"))
 
-    def __init__(self, channels: int, attention: Branch, config: IPTV2Config) -> None:
+    def __init__(self, channels: int, attention: nn.Module, config: IPTV2Config) -> None:
         super().__init__()
-        with_bias = config.norm == "with_bias"
-        self.norm1 = LayerNorm2d(channels, bias=with_bias, centered=with_bias)
+        self.norm1 = _norm(channels, config)
         self.attention = attention
-        self.norm2 = LayerNorm2d(channels, bias=with_bias, centered=with_bias)
-        self.ffn = RepLeFFN(channels, config.ffn_ratio, config.inner_ratio, merged=config.merged)
+        self.norm2 = _norm(channels, config)
+        self.ffn = _feed_forward(channels, config)
 
     def forward(self, x: Tensor) -> Tensor:
         return residual(residual(x, self.norm1, self.attention), self.norm2, self.ffn)
 
 
+@_fusion.stock
+class FeedForwardLayer(Residuals):
+    """The second layer of a block whose two attentions are side by side in the first one: feed-forward alone."""
+
+    residuals = (("norm2", "ffn"),)
+
+    def __init__(self, channels: int, config: IPTV2Config) -> None:
+        super().__init__()
+        self.norm2 = _norm(channels, config)
+        self.ffn = _feed_forward(channels, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual(x, self.norm2, self.ffn)
+
+
 def _stage(config: IPTV2Config, channels: int, heads: int, depth: int) -> nn.Sequential:
-    """``depth`` layers, alternating FCSA and GGSA."""
+    """``depth`` layers in the config's order."""
 
-    def attention(i: int) -> Branch:
-        if i % 2 == 0:
-            return FocalContextSelfAttention(channels, heads, config.window_size)
-        return GlobalGridSelfAttention(channels, heads, config.grid_size)
+    def layer(kind: str) -> Residuals:
+        if kind == "none":
+            return FeedForwardLayer(channels, config)
+        if kind == "focal":
+            attention: nn.Module = FocalContextSelfAttention(channels, heads, config.window_size)
+        elif kind == "grid":
+            attention = GlobalGridSelfAttention(channels, heads, config.grid_size)
+        else:
+            attention = ParallelAttention(channels, heads, config.window_size, config.grid_size)
+        return TransformerLayer(channels, attention, config)
 
-    return nn.Sequential(*(TransformerLayer(channels, attention(i), config) for i in range(depth)))
+    kinds = ORDERS[config.order]
+    return nn.Sequential(*(layer(kinds[i % 2]) for i in range(depth)))
 
 
 def _downsample(channels: int, kernel: int) -> nn.Sequential:
@@ -128,7 +193,8 @@ def _upsample(channels: int) -> nn.Sequential:
 class IPTV2(PretrainedModel):
     """IPT-V2, a U-shaped transformer for image restoration (section 3.2, table 10).
 
-    Shape: (B, in_channels, H, W) -> (B, out_channels, H, W), any H and W from 1, values nominally in [0, 1].
+    Shape: (B, in_channels, H, W) -> (B, out_channels, scale H, scale W), any H and W from 1, values nominally in
+    [0, 1].
 
     Args:
         config: an :class:`IPTV2Config`.
@@ -163,7 +229,7 @@ class IPTV2(PretrainedModel):
         self.reduce = nn.ModuleList(Conv2d(width << (i + 1), width << i, 1, bias=False) for i in (1, 2))
         self.decoder = nn.ModuleList(_stage(config, width << max(i, 1), heads[max(i, 1)], depths[i]) for i in range(3))
         self.refinement = _stage(config, 2 * width, heads[1], config.refinement)
-        self.output = Conv2d(2 * width, config.out_channels, 3, padding=1, bias=False)
+        self.output = Conv2d(2 * width, config.out_channels * config.scale**2, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         _check.image(x, self._config.in_channels, self.embed)
@@ -179,13 +245,17 @@ class IPTV2(PretrainedModel):
             if i > 0:
                 features = self.reduce[i - 1](features)
             features = self.decoder[i](features)
-        features = self.output(self.refinement(features))
-        return crop(features, height, width) + self._residual(x)
+        features = crop(self.output(self.refinement(features)), height, width)
+        if self._config.scale > 1:
+            features = pixel_shuffle(features, self._config.scale)
+        return features + self._residual(x)
 
     def _residual(self, x: Tensor) -> Tensor:
         config = self._config
         if config.in_channels == 2 * config.out_channels:
-            return (x[:, : config.out_channels] + x[:, config.out_channels :]) / 2
+            x = (x[:, : config.out_channels] + x[:, config.out_channels :]) / 2
+        if config.scale > 1:
+            x = F.interpolate(x, scale_factor=float(config.scale), mode="bicubic")
         return x.expand(-1, config.out_channels, -1, -1)
 
     @classmethod
@@ -198,29 +268,32 @@ class IPTV2(PretrainedModel):
 
     @property
     def contract(self) -> Contract:
-        """Images of any size, one thing to do."""
+        """Images of any size, one thing to do; ``scale`` is the config's."""
         config = self.config
         return Contract(
             in_channels=config.in_channels,
             out_channels=config.out_channels,
+            scale=magnifies(config.scale),
             memory=Memory.of_width(config.width),
             reparameterize=self.reparameterize,
         )
 
     @property
     def config(self) -> IPTV2Config:
-        """The model's :class:`IPTV2Config`; ``merged`` tells the form that its feed-forward networks have now.
+        """The model's :class:`IPTV2Config`; ``merged`` tells the form that its Rep-LeFFNs have now.
 
         Raises:
             ValueError: some are merged and some are not, which no config describes.
         """
+        if self._config.ffn != "rep_leffn":
+            return self._config
         forms = {module.merged for module in self.modules() if isinstance(module, RepLeFFN)}
         if len(forms) > 1:
             raise ValueError("model must be merged or not, reparameterize() merges the rest; got one merged in part")
         return dataclasses.replace(self._config, merged=forms.pop()) if forms else self._config
 
     def reparameterize(self) -> None:
-        """Merge the branches of every feed-forward network, in place; idempotent.
+        """Merge the branches of every Rep-LeFFN, in place; idempotent.
 
         Raises:
             ValueError: a branch is no plain convolution (any more): it has hooks, an adapter, a parametrisation.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import _check, _fusion
 from ._layer import Branch, Norm
+from .convolution import Conv2d
 
 
 def _check_heads(channels: int, num_heads: int) -> None:
@@ -138,3 +139,26 @@ class GlobalGridSelfAttention(Branch):
     def layer(self, x: Tensor, norm: Norm) -> Tensor:
         _check.image(x, self.channels, self.qkv)
         return super().layer(x, norm)
+
+
+@_fusion.stock
+class ParallelAttention(_fusion.Fusable):
+    """FCSA and GGSA of one map side by side, their outputs merged by a pointwise convolution 2C -> C (figure 8, right).
+
+    The attentions are the operators that serve each of them alone; norm and projections run module by module.
+
+    Args:
+        channels, num_heads, window_size, grid_size: of :class:`FocalContextSelfAttention` and
+            :class:`GlobalGridSelfAttention`.
+
+    Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
+    """
+
+    def __init__(self, channels: int, num_heads: int, window_size: int, grid_size: int) -> None:
+        super().__init__()
+        self.focal = FocalContextSelfAttention(channels, num_heads, window_size)
+        self.grid = GlobalGridSelfAttention(channels, num_heads, grid_size)
+        self.merge = Conv2d(2 * channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(torch.cat([self.focal(x), self.grid(x)], dim=1))

@@ -238,7 +238,8 @@ def test_bad_images(x):
 def test_defaults_of_the_config():
     expected = dict(in_channels=3, out_channels=3, width=48, depths=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8))
     expected |= dict(window_size=32, grid_size=16, ffn_ratio=4, inner_ratio=2, norm="bias_free", downsample_kernel=3)
-    assert dataclasses.asdict(IPTV2Config()) == expected | {"merged": False}
+    expected |= dict(merged=False, ffn="rep_leffn", order="focal_grid", scale=1)
+    assert dataclasses.asdict(IPTV2Config()) == expected
 
 
 def test_config_is_frozen_and_comparable():
@@ -254,7 +255,16 @@ def test_config_is_frozen_and_comparable():
     + [("in_channels", 0), ("in_channels", "3"), ("in_channels", 4), ("out_channels", 0), ("width", 7), ("width", True)]
     + [("depths", (1, 2, 3)), ("depths", (1, 2, 3, -1)), ("depths", 4), ("depths", "4668"), ("depths", None)]
     + [("heads", (1, 2, 4, 0)), ("heads", (3, 2, 4, 8)), ("heads", 2), ("refinement", -1), ("refinement", 1.5)]
-    + [("norm", "batch"), ("norm", None), ("downsample_kernel", 2), ("downsample_kernel", 0), ("merged", 1)],
+    + [("ffn", "LeFFN"), ("ffn", None), ("order", "both"), ("order", 1), ("scale", 0), ("scale", 5), ("scale", 2.0)]
+    + [
+        ("scale", True),
+        ("ffn", ["ffn"]),
+        ("norm", "batch"),
+        ("norm", None),
+        ("downsample_kernel", 2),
+        ("downsample_kernel", 0),
+        ("merged", 1),
+    ],
 )
 def test_bad_config(field, value):
     with pytest.raises((ValueError, TypeError), match=rf"\b{field}\b"):

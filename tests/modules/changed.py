@@ -21,6 +21,7 @@ MODELS = {
     "ipt_v2": (functools.partial(micro_model, depths=(2, 0, 0, 0)), (1, 3, LARGE, LARGE)),
     "ipt_v2 small": (functools.partial(micro_model, depths=(1, 0, 0, 1)), (1, 3, SMALL, SMALL)),
     "ipt_v2 merged": (functools.partial(micro_model, depths=(2, 0, 0, 0), merged=True), (1, 3, LARGE, LARGE)),
+    "ipt_v2 ffn": (functools.partial(micro_model, depths=(1, 0, 0, 0), ffn="ffn"), (1, 3, LARGE, LARGE)),
     "ipt": (ipt, (2, 3, 12, 12)),
 }
 # One of each kind that a fused operator could stand in for.
@@ -46,6 +47,7 @@ PARTS = {
         "encoder.0.1.attention.project",
     ],
     "ipt_v2 merged": ["encoder.0.0.ffn.expand", "encoder.0.0.ffn.depthwise", "encoder.0.0.ffn.project"],
+    "ipt_v2 ffn": ["encoder.0.0.ffn", "encoder.0.0.ffn.expand", "encoder.0.0.ffn.project"],
     "ipt": [
         f"body.{layer}.{part}"
         for layer, parts in {

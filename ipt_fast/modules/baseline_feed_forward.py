@@ -1,0 +1,85 @@
+"""The feed-forward networks beside which the IPT-V2 paper puts its own (table 7c)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _check, _fusion
+from ._layer import Branch, Norm
+from .convolution import Conv2d
+
+GATED_RATIO = 2.66  # hidden channels of the gated network over C (Restormer, section 4)
+
+
+@_fusion.stock
+class FeedForward(Branch):
+    """PW(GELU(PW(x))), exact (erf) GELU, no bias.
+
+    With norm and residual it runs as a LeFFN whose depthwise convolution is 1x1 with weights of 1.
+
+    Args:
+        channels: C.
+        ratio: the hidden map has ratio * C channels.
+
+    Shape: (B, C, H, W) -> (B, C, H, W).
+    """
+
+    layer_operator = "leffn_layer"
+
+    def __init__(self, channels: int, ratio: int = 4) -> None:
+        super().__init__()
+        _check.positive_ints(channels=channels, ratio=ratio)
+        self.channels = channels
+        self.expand = nn.Conv2d(channels, ratio * channels, 1, bias=False)
+        self.project = nn.Conv2d(ratio * channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check.image(x, self.channels, self.expand)
+        return self.project(F.gelu(self.expand(x)))
+
+    def changed_inside(self) -> str | None:
+        return _fusion.first(expand=_fusion.pointwise(self.expand), project=_fusion.pointwise(self.project))
+
+    def layer_arguments(self, norm: Norm) -> dict[str, Any]:
+        return dict(
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            expand_weight=self.expand.weight,
+            depthwise_weight=torch.ones_like(self.expand.weight[:, :1]),
+            project_weight=self.project.weight,
+            eps=norm.eps,
+            centered=norm.centered,
+        )
+
+    def layer(self, x: Tensor, norm: Norm) -> Tensor:
+        _check.image(x, self.channels, self.expand)
+        return super().layer(x, norm)
+
+
+@_fusion.stock
+class GatedFeedForward(_fusion.Fusable):
+    """Gated-Dconv feed-forward network, GDFN (Zamir et al., Restormer, CVPR 2022, section 3.2), no bias.
+
+    a and b, the halves of DW3x3(PW(x)), become PW(GELU(a) * b). Submodules are named as Restormer's.
+
+    Args:
+        channels: C.
+
+    Shape: (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        _check.positive_ints(channels=channels)
+        self.channels = channels
+        hidden = int(GATED_RATIO * channels)
+        self.project_in = Conv2d(channels, 2 * hidden, 1, bias=False)
+        self.dwconv = Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check.image(x, self.channels, self.project_in)
+        a, b = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        return self.project_out(F.gelu(a) * b)
