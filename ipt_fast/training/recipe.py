@@ -75,6 +75,8 @@ KEYS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "train.ema_decay": ("ema", _same),
     "train.contrastive": ("contrastive", _same),
     "train.amp": ("amp", _same),
+    "train.accumulate": ("accumulate", _same),
+    "train.activation_checkpointing": ("activation_checkpointing", _same),
     "train.optim_g.type": ("", _one_of(AdamW="adamw")),
     "train.optim_g.lr": ("lr", _same),
     "train.optim_g.weight_decay": ("weight_decay", _same),
@@ -84,6 +86,8 @@ KEYS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "train.pixel_opt.type": ("loss", _one_of(L1Loss="l1", CharbonnierLoss="charbonnier")),
     "logger.print_freq": ("log_every", _same),
     "logger.save_checkpoint_freq": ("save_every", _same),
+    "logger.use_tb_logger": ("tensorboard", _same),
+    "dist.strategy": ("strategy", _same),
 }
 _ROOTS = ("dataroot_gt", "dataroot_lq", "dataroot_lqL", "dataroot_lqR")
 # {key: the field that it is a part of}
