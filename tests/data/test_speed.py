@@ -1,4 +1,4 @@
-"""How long the data take: `pytest tests/data/test_speed.py -s` prints the milliseconds of CPU time that a patch takes."""
+"""How long data take: `pytest tests/data/test_speed.py -s` prints the milliseconds of CPU time that a patch takes."""
 
 import time
 
