@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..data.degradations import DEGRADATIONS
+from ..data.degradations import described_tasks
 from ..training.checkpoint import find_checkpoint, load_checkpoint
 from ..training.config import TrainingConfig
 from ..training.distributed import FailedElsewhereError, World
@@ -83,7 +83,7 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
         description=f"{description} Data are clean images, of which training pairs are made, or pairs (--target), in "
         "folders or WebDataset shards. The output folder receives the averaged model (config.json, model.safetensors), "
         "checkpoint.pth and log.csv. Ctrl-C saves and stops.",
-        epilog=f"Tasks: {'; '.join(f'{kind}: {each.summary}' for kind, each in DEGRADATIONS.items())}. "
+        epilog=f"Tasks: {'; '.join(f'{name}: {summary}' for name, summary in described_tasks().items())}. "
         f"Recipes that ship: {', '.join(shipped_recipes())}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -84,7 +84,8 @@ class Patches(Dataset):
         self.data, self.patch_size, self.batch_size = data, patch_size, batch_size
         self.tasks, self.shares = list(tasks), torch.tensor([*tasks.values()], dtype=torch.float64)
         self.sigma, self.seed = sigma, seed
-        self.places = [[self._usable(stream, task) for stream in data.streams] for task in self.tasks]
+        # Arrays, which take a tenth of the memory of lists of numbers.
+        self.places = [[np.array(self._usable(stream, task)) for stream in data.streams] for task in self.tasks]
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]:
         generator = _generator(self.seed, number)
@@ -112,10 +113,10 @@ class Patches(Dataset):
             )
         return numbers
 
-    def _images(self, source: int, numbers: list[int], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def _images(self, source: int, numbers: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         stream, start = self.data.streams[source], _draw(len(numbers), generator)
         for step in range(len(numbers)):
-            if (images := stream.take(numbers[(start + step) % len(numbers)])) is not None:
+            if (images := stream.take(int(numbers[(start + step) % len(numbers)]))) is not None:
                 return images
         stream.note_failures()
         raise ValueError(f"data must hold an image that can be used; got none: {_first(stream.skipped)}")

@@ -270,10 +270,16 @@ def find_task(name: str) -> Task:
     return Task(name, kind, int(digits) if digits else None)
 
 
+def described_tasks() -> dict[str, str]:
+    """{"denoise[<σ>]": "Gaussian noise"} and so on, of all tasks."""
+    numbers = {kind: f"[{each.number}]" if each.optional else each.number for kind, each in DEGRADATIONS.items()}
+    return {kind + numbers[kind]: each.summary for kind, each in DEGRADATIONS.items()}
+
+
 def task_names() -> str:
     """All names of tasks, for messages: "sr_x<n>, derain, denoise[<σ>] ..."."""
-    names = [kind + (f"[{known.number}]" if known.optional else known.number) for kind, known in DEGRADATIONS.items()]
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+    *names, last = described_tasks()
+    return f"{', '.join(names)} or {last}"
 
 
 def target_of(image: Tensor, task: str) -> Tensor:

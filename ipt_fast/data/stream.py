@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ._fingerprint import fingerprint
 from .files import IMAGE_SUFFIXES, NAMED, Entry, find_images, match_by_name, named_images, sample_key, walk
@@ -64,7 +65,8 @@ class Samples:
     @functools.cached_property
     def sizes(self) -> list[tuple[int, int] | None]:
         """Height and width of each sample's inputs as stored, shrunk; None of a bad one, which is in ``skipped``."""
-        return [self._size(number) for number in range(len(self))]
+        numbers = tqdm(range(len(self)), "reading headers", delay=5, leave=False, disable=None)
+        return [self._size(number) for number in numbers]
 
     def usable(self, side: int) -> list[int]:
         """The numbers of the samples whose inputs have at least ``side`` pixels a side; others are in ``skipped``."""
@@ -77,12 +79,18 @@ class Samples:
                 self.skipped.setdefault(str(self.samples[number][0]), small)
         return numbers
 
-    def preload(self) -> None:
-        """Decode all images now, once for all processes that are forked, where the budget holds them."""
+    def preload(self, processes: int = 1) -> None:
+        """Decode all images now, once for all processes that are forked, where the budget holds them.
+
+        Otherwise each of so many processes keeps its part of the budget.
+        """
         good = [number for number, size in enumerate(self.sizes) if size is not None]
         if self._bytes <= self.room:
             for number in good:
                 self.take(number)
+        else:
+            self.memory_budget //= processes
+            self.room = self.memory_budget
         self.note_failures()
 
     def take(self, number: int) -> tuple[Tensor, ...] | None:

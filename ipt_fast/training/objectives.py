@@ -1,5 +1,6 @@
 """What a model is trained for: where its batches come from, and the loss and the quick PSNR of a model."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Restoration:
         self.images = _open_data(config, contract, self.tasks)
         self._check_noise_levels(type(model).__name__, contract)
         for stream in self.images.streams:
-            stream.preload()
+            stream.preload(max(1, config.workers))
         # A task that the images do not serve, or a later stage's patch that none is large enough for, must show now.
         for patch in self.patch_sizes:
             self.dataset(patch, 1)
@@ -176,10 +177,9 @@ def _open_data(config: TrainingConfig, contract: Contract, tasks: dict[str, floa
             "in_channels and out_channels must be 1 or 3, or in_channels twice as many; "
             f"got {contract.in_channels} and {contract.out_channels}"
         )
+    budget = MEMORY_BUDGET // len(config.sources) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     streams = [
-        open_source(
-            folders, partner, channels, _scale(contract, tasks), shrinking, MEMORY_BUDGET // len(config.sources)
-        )
+        open_source(folders, partner, channels, _scale(contract, tasks), shrinking, budget)
         for folders, partner, shrinking in config.sources
     ]
     if any(isinstance(stream, PairStream) for stream in streams) and contract.tasks and len(tasks) > 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,14 @@ def test_values_as_people_write_them(write, monkeypatch):
     ]  # fmt: skip
     assert config.iterations == (500,) and config.patch_size == (96,) and config.data_weights == (1, 1, 2)
     assert config.model_config == {"width": 24, "depths": [2, 2, 2, 2]} and config.loss == "charbonnier"
+
+
+def test_the_recipe_of_the_page_on_training(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    config = TrainingConfig(**read_recipe(write(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])))
+    assert len(config.sources) == 3 and config.sources[1] == ((Path("/home/me/raw"),), None, 2)
+    assert all(f"`{name}`" in page or re.search(r"_sigma\d+$", name) for name in RECIPES)
 
 
 @pytest.mark.parametrize(
