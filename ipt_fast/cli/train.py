@@ -178,6 +178,7 @@ def run(args: argparse.Namespace, prepare: Callable[[argparse.Namespace], None] 
         saved = find_checkpoint(config.out).exists()
         kept = f"the last checkpoint in {config.out} is kept" if saved else "no checkpoint was saved yet"
         raise ValueError(f"training diverged: {error}; {kept}") from error
+    world.leave()
     stopped = finished < config.total_iterations
     if world.rank == 0 and stopped:
         print(f"stopped and saved after {finished} of {config.total_iterations} iterations; --resume continues")

@@ -50,6 +50,11 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
+    def leave(self) -> None:
+        """Part from the others at the end of all work."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def device(self, name: str | None) -> torch.device:
         """The device of that name; "cuda" is the GPU with this process's number on its machine, None one if there is.
 

@@ -76,6 +76,9 @@ class Pace:
     """Images, seconds and seconds of waiting for data, since it was made or last :meth:`taken`."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.images = 0
         self.waited = 0.0
         self.since = time.perf_counter()
@@ -92,7 +95,7 @@ class Pace:
     def taken(self) -> tuple[int, float, float]:
         """(images, seconds, seconds of waiting), and begin anew."""
         found = self.images, time.perf_counter() - self.since, self.waited
-        self.__init__()  # type: ignore[misc]
+        self._begin()
         return found
 
 

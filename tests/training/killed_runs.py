@@ -63,6 +63,9 @@ def in_checkpoint(iteration):
     torch.save = patched
 
 
+in_first_checkpoint = in_checkpoint
+
+
 def in_shards(iteration):
     """While the shards are written: the first process has its own, the second half of it."""
 

@@ -17,6 +17,7 @@ from tests.training.test_loop import assert_equal_states, read_log, without_time
 # {moment: (killed at that iteration, the iteration that is saved then)}, of a run that saves every other one
 ALONE = {
     "after_step": (1, 0),
+    "in_first_checkpoint": (2, 0),
     "in_log": (3, 2),
     "in_checkpoint": (4, 2),
     "before_model": (4, 4),
@@ -74,7 +75,7 @@ def test_a_kill_loses_at_most_one_interval(alone, moment):
     folder, left = alone
     configs = check(folder, moment, left[moment], ALONE[moment][1], processes=1)
     assert_equal_states(*(load_checkpoint(config.out / "checkpoint.pth") for config in configs))
-    if moment in ("in_checkpoint", "in_model"):
+    if moment in ("in_checkpoint", "in_first_checkpoint", "in_model"):
         assert left[moment]["hidden"]  # it was killed in the middle of a file
 
 
