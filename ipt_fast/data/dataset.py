@@ -1,10 +1,12 @@
 """Training data: patches of clean images with their degraded versions, and patches of pairs."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .degradations import add_gaussian_noise as add_gaussian_noise  # an "as" marks names kept for older imports
@@ -64,6 +66,8 @@ class Patches(Dataset):
         tasks: {name: how often, in proportion}, names as :func:`ipt_fast.data.degradations.degrade` takes them.
         batch_size: draws one task for each batch, and appends its number to the items; None draws one for each item.
         sigma: range of noise levels of tasks without one, on the 0..255 scale.
+        enlarge: half of the patches of clean images are enlarged by a factor drawn from 1 to this, as photos straight
+            from a camera are softer than those that were shrunk.
         seed: at least 0.
 
     Raises:
@@ -79,9 +83,11 @@ class Patches(Dataset):
         *,
         batch_size: int | None = None,
         sigma: tuple[float, float] = (5.0, 50.0),
+        enlarge: float = 1.0,
         seed: int = 0,
     ):
         self.data, self.patch_size, self.batch_size = data, patch_size, batch_size
+        self.enlarge = enlarge
         self.tasks, self.shares = list(tasks), torch.tensor([*tasks.values()], dtype=torch.float64)
         self.sigma, self.seed = sigma, seed
         # Arrays, which take a tenth of the memory of lists of numbers.
@@ -126,13 +132,23 @@ class Patches(Dataset):
         height, width = (inputs or [target])[0].shape[1:]
         scale = target.shape[1] // height if inputs else 1
         side = self.patch_size * (1 if inputs else find_task(task).scale)
-        top, left = _draw(height - side + 1, generator), _draw(width - side + 1, generator)
+        cut = side if inputs else self._side_before(side, generator)
+        top, left = _draw(height - cut + 1, generator), _draw(width - cut + 1, generator)
         symmetry = _draw(8, generator)
-        clean = _patch(target, scale * top, scale * left, scale * side, symmetry)
+        clean = _patch(target, scale * top, scale * left, scale * cut, symmetry)
         if inputs:
             return torch.cat([_patch(image, top, left, side, symmetry) for image in inputs]), clean
+        if cut < side:
+            clean = F.interpolate(clean.unsqueeze(0), (side, side), mode="bicubic")[0].clamp(0, 1)
         clean = target_of(clean, task)
         return degrade(clean, task, generator, self.sigma).contiguous(), clean.contiguous()
+
+    def _side_before(self, side: int, generator: torch.Generator) -> int:
+        """Of the crop that is enlarged to ``side``."""
+        if self.enlarge == 1:
+            return side
+        chance, place = torch.rand(2, generator=generator).tolist()
+        return side if chance < 0.5 else math.ceil(side / (1 + (self.enlarge - 1) * place))
 
 
 class NoisyPatches(Patches):

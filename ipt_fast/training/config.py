@@ -30,6 +30,8 @@ class TrainingConfig:
         target: folder of the clean images of pairs, one for each folder of ``data``, or for each two where the model
             takes two views (left, right). None among several targets marks a folder of clean images.
         shrink: how many times smaller the clean images of ``data`` are made first; one value, or one for each source.
+        enlarge: half of the patches of clean images are enlarged by a factor drawn from 1 to this, as photos straight
+            from a camera are softer than those that were shrunk.
         data_weights: how often each source is drawn from, in proportion; None: by the number of its images.
         out: folder for ``checkpoint.pth``, ``log.csv`` and the EMA model (``config.json``, ``model.safetensors``).
         model: name of a model, which is trained from scratch, or folder of a saved model to start from.
@@ -97,6 +99,7 @@ class TrainingConfig:
     target: Path | tuple[Path | None, ...] | None = None
     shrink: int | tuple[int, ...] = 1
     data_weights: tuple[float, ...] | None = None
+    enlarge: float = 1.0
     val_target: Path | None = None
     betas: tuple[float, float] = (0.9, 0.999)
 
@@ -159,6 +162,7 @@ class TrainingConfig:
             _check_weights("data_weights", self.data_weights)
         for times in per_stage(self.shrink):
             _check_integer("shrink", times, 1)
+        _check_number("enlarge", self.enlarge, 1, 16)
         count = len(self.sources)
         if len(per_stage(self.shrink)) not in (1, count):
             raise ValueError(f"shrink must have one value for each of {count} sources; got {self.shrink}")

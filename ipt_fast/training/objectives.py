@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,17 @@ class Restoration:
         for patch in self.patch_sizes:
             self.dataset(patch, 1)
         for task in self.tasks:
-            Patches(self.images, self.patch_sizes[0], {task: 1.0}, sigma=config.sigma, seed=config.seed)[0]
+            Patches(self.images, self.patch_sizes[0], {task: 1.0}, **self._drawing)[0]
         self.images.warn_of_skipped()
         self.validation = self._open_validation(contract) if config.val else None
 
+    @property
+    def _drawing(self) -> dict[str, Any]:
+        """The settings by which patches are drawn."""
+        return {"sigma": self.config.sigma, "enlarge": self.config.enlarge, "seed": self.config.seed}
+
     def dataset(self, patch_size: int, batch_size: int) -> Dataset:
-        return Patches(self.images, patch_size, self.tasks, sigma=self.config.sigma, seed=self.config.seed)
+        return Patches(self.images, patch_size, self.tasks, **self._drawing)
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         degraded, clean = (each.contiguous(memory_format=torch.channels_last) for each in batch)
@@ -112,8 +118,7 @@ class Pretraining(Restoration):
         super().__init__(config, model, world)
 
     def dataset(self, patch_size: int, batch_size: int) -> Dataset:
-        config = self.config
-        return Patches(self.images, patch_size, self.tasks, batch_size=batch_size, sigma=config.sigma, seed=config.seed)
+        return Patches(self.images, patch_size, self.tasks, batch_size=batch_size, **self._drawing)
 
     def loss(self, model: PretrainedModel, batch: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
         degraded, clean, task = batch

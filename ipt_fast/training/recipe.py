@@ -65,6 +65,7 @@ KEYS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "datasets.train.sigma_range": ("sigma", _noise_levels),
     "datasets.train.shrink": ("shrink", _same),
     "datasets.train.weights": ("data_weights", _same),
+    "datasets.train.enlarge": ("enlarge", _same),
     "datasets.train.iters": ("iterations", _same),
     "datasets.train.batch_sizes": ("batch_size", _same),
     "datasets.train.num_worker_per_gpu": ("workers", _same),

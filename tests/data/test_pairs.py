@@ -230,3 +230,22 @@ def test_a_dataset_can_be_sent_to_a_process_that_is_not_forked(paired):
     sent = pickle.loads(pickle.dumps(patches))
     assert stream._kept and not sent.data.streams[0]._kept  # only what is to be decoded is sent
     assert all(equal(patches[number], sent[number]) for number in range(8))
+
+
+def test_half_of_the_clean_patches_are_enlarged(tmp_path):
+    """A ramp rises by 1 a pixel; enlarged it rises more slowly, and never by less than the factor allows."""
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 200, 3))
+    save(tmp_path / "ramp.png", np.ascontiguousarray(ramp))
+    data = TrainingData([ImageStream(tmp_path)])
+
+    def slopes(**settings):
+        patches = Patches(data, 48, {"denoise0": 1.0}, **settings)
+        cleans = [patches[number][1] for number in range(64)]
+        # Away from the borders, where enlarging repeats the last pixels.
+        return [255 * max((clean[0, 40, 24] - clean[0, 8, 24]).abs(), (clean[0, 24, 40] - clean[0, 24, 8]).abs()) / 32
+                for clean in cleans]  # fmt: skip
+
+    assert all(slope == pytest.approx(1, abs=1e-3) for slope in slopes())
+    enlarged = slopes(enlarge=2.0)
+    assert 20 < sum(slope < 0.99 for slope in enlarged) < 44
+    assert 0.48 < min(enlarged) < 0.6 and max(enlarged) == pytest.approx(1, abs=1e-3)
