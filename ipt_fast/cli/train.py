@@ -101,7 +101,7 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--shrink", type=int, nargs="+", default=[default["shrink"]], metavar="N",
            help="make clean images so many times smaller first, as is good for JPEGs")  # fmt: skip
     option("--enlarge", type=float, default=default["enlarge"], metavar="N",
-           help="enlarge half of the clean patches up to N times, as photos straight from a camera are soft")  # fmt: skip
+           help="enlarge half of the clean patches up to N times, to be as soft as photos of cameras")  # fmt: skip
     option("--data-weights", type=float, nargs="+", default=None, metavar="W",
            help="how often each folder is drawn from; None: by the number of its images")  # fmt: skip
     option("--out", type=Path, default=None, metavar="FOLDER", help="where the model, checkpoint and log go")
