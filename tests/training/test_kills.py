@@ -54,7 +54,8 @@ def perform(folder, moments, processes, **changes):
 
 
 def check(folder, moment, left, saved, processes):
-    assert left["statuses"] == [-9] * processes
+    assert left["statuses"][0] == -9 and len(left["statuses"]) == processes
+    assert set(left["statuses"]) <= {-9, 1}  # another process may fail for want of the first, before it is killed
     assert left["iteration"] == saved
     configs = [TrainingConfig(**settings(folder, out)) for out in ("whole", moment)]
     assert_equal_states(*(load_file(config.out / "model.safetensors") for config in configs))
