@@ -1,4 +1,4 @@
-"""PSNR, SSIM and luma, computed in float64 on numpy arrays of shape (H, W) or (H, W, C)."""
+"""PSNR, SSIM, mean absolute error and luma, computed in float64 on numpy arrays of shape (H, W) or (H, W, C)."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,21 +24,39 @@ def psnr(output: ArrayLike, target: ArrayLike, *, data_range: float) -> float:
     return float(10 * np.log10(data_range**2 / error)) if error > 0 else float("inf")
 
 
-def ssim(output: ArrayLike, target: ArrayLike, *, data_range: float) -> float:
-    """Structural similarity: the mean over the valid area and then over channels; 1 for equal images.
+def mae(output: ArrayLike, target: ArrayLike, *, data_range: float) -> float:
+    """Mean absolute error over all pixels and channels as a part of `data_range`, so in [0, 1]; 0 for equal images.
 
-    Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03 (Wang et al., "Image Quality Assessment: From Error
-    Visibility to Structural Similarity", TIP 2004, eq. 13), only where the whole window lies inside the image.
-
-    Args and errors as for `psnr`; an image must also be at least 11 x 11 pixels.
+    Args and errors as for `psnr`.
     """
     output, target = _checked(output, target, data_range)
-    if min(output.shape[:2]) < SSIM_WINDOW:
-        raise ValueError(f"images must have at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels for SSIM; got {_size(output)}")
-    mean_x, mean_y = _blur(output), _blur(target)
-    variance_x = _blur(output**2) - mean_x**2
-    variance_y = _blur(target**2) - mean_y**2
-    covariance = _blur(output * target) - mean_x * mean_y
+    return float(np.mean(np.abs(output - target)) / data_range)
+
+
+def ssim(output: ArrayLike, target: ArrayLike, *, data_range: float, window: str = "gaussian") -> float:
+    """Structural similarity: the mean over the valid area and then over channels; 1 for equal images.
+
+    K1 = 0.01 and K2 = 0.03 (Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity",
+    TIP 2004, eq. 13), only where the whole window lies inside the image.
+
+    Args:
+        output, target, data_range: as for `psnr`.
+        window: "gaussian", the paper's: 11 x 11 with sigma 1.5. "uniform": 7 x 7 equal weights and the variances of a
+            sample, which divide by 48 instead of 49; the default of scikit-image.
+
+    Raises:
+        ValueError: as `psnr`, another window, or an image smaller than it.
+    """
+    output, target = _checked(output, target, data_range)
+    if window not in _WINDOWS:
+        raise ValueError(f"window must be one of {', '.join(_WINDOWS)}; got {window!r}")
+    taps, unbiased = _WINDOWS[window]
+    if min(output.shape[:2]) < len(taps):
+        raise ValueError(f"images must have at least {len(taps)}x{len(taps)} pixels for SSIM; got {_size(output)}")
+    mean_x, mean_y = _blur(output, taps), _blur(target, taps)
+    variance_x = unbiased * (_blur(output**2, taps) - mean_x**2)
+    variance_y = unbiased * (_blur(target**2, taps) - mean_y**2)
+    covariance = unbiased * (_blur(output * target, taps) - mean_x * mean_y)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
@@ -81,10 +99,17 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
-def _blur(image: np.ndarray) -> np.ndarray:
-    """The SSIM window's weighted mean, rows then columns, valid area only."""
-    taps = np.exp(-((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2))
-    taps /= taps.sum()
+def _blur(image: np.ndarray, taps: np.ndarray) -> np.ndarray:
+    """The mean over a window with these weights, rows then columns, valid area only."""
     for axis in (0, 1):
-        image = np.lib.stride_tricks.sliding_window_view(image, SSIM_WINDOW, axis=axis) @ taps
+        image = np.lib.stride_tricks.sliding_window_view(image, len(taps), axis=axis) @ taps
     return image
+
+
+def _gaussian_taps() -> np.ndarray:
+    taps = np.exp(-((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2))
+    return taps / taps.sum()
+
+
+# {name: (weights along a side, factor of the variances)}
+_WINDOWS = {"gaussian": (_gaussian_taps(), 1.0), "uniform": (np.full(7, 1 / 7), 49 / 48)}

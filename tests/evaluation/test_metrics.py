@@ -1,11 +1,11 @@
-"""PSNR, SSIM and luma: known values, and SSIM against a loop over windows and pixels."""
+"""PSNR, SSIM, MAE and luma: known values, and SSIM against a loop over windows and pixels."""
 
 from math import exp, log10
 
 import numpy as np
 import pytest
 
-from ipt_fast.evaluation.metrics import psnr, rgb_to_y, ssim
+from ipt_fast.evaluation.metrics import mae, psnr, rgb_to_y, ssim
 
 BT601 = (65.481, 128.553, 24.966)
 
@@ -72,6 +72,28 @@ def test_ssim_equals_the_naive_loop(shape, peak):
     assert ssim(x, y, data_range=peak) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(7, 7), (9, 12, 3)])
+def test_ssim_of_uniform_windows(shape):
+    """Each window's own means, variances and covariance as numpy has them, those of a sample (ddof 1)."""
+    x = image(*shape)
+    y = np.clip(x + 0.2 * (image(*shape, seed=1) - 0.4), 0, 1)
+    values = []
+    for i in range(shape[0] - 6):
+        for j in range(shape[1] - 6):
+            for a, b in zip(*(each[i : i + 7, j : j + 7].reshape(49, -1).T for each in (x, y)), strict=True):
+                (vx, vxy), (_, vy) = np.cov(a, b, ddof=1)
+                top = (2 * a.mean() * b.mean() + 0.01**2) * (2 * vxy + 0.03**2)
+                values.append(top / ((a.mean() ** 2 + b.mean() ** 2 + 0.01**2) * (vx + vy + 0.03**2)))
+    assert ssim(x, y, data_range=1, window="uniform") == pytest.approx(np.mean(values), rel=1e-10)
+
+
+def test_mae():
+    target = image(5, 7, 3)
+    assert mae(target - 0.1, target, data_range=1) == pytest.approx(0.1)
+    assert mae(np.uint8([[0, 255]]), np.uint8([[255, 255]]), data_range=255) == 0.5
+    assert mae(target, target, data_range=1) == 0
+
+
 def test_luma_of_known_colours():
     colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]])
     expected = [[16, 235, 16 + 65.481, 16 + 128.553, 16 + 24.966]]
@@ -86,7 +108,7 @@ def test_luma_of_gray_is_that_of_three_equal_channels():
     assert rgb_to_y(np.array([[0, 255]]), BT601, 255) == pytest.approx(np.array([[16, 235]]))
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize("metric", [psnr, ssim, mae])
 def test_bad_input(metric):
     good = image(12, 12)
     with pytest.raises(ValueError, match=r"same shape; got \(12, 12\) and \(12, 11\)"):
@@ -102,5 +124,9 @@ def test_bad_input(metric):
 def test_bad_shapes():
     with pytest.raises(ValueError, match="at least 11x11 pixels for SSIM; got 10x30"):
         ssim(image(10, 30), image(10, 30), data_range=1)
+    with pytest.raises(ValueError, match="at least 7x7 pixels for SSIM; got 6x30"):
+        ssim(image(6, 30), image(6, 30), data_range=1, window="uniform")
+    with pytest.raises(ValueError, match="window must be one of gaussian, uniform; got 'flat'"):
+        ssim(image(12, 12), image(12, 12), data_range=1, window="flat")
     with pytest.raises(ValueError, match=r"\(H, W, 3\); got shape \(4, 4, 2\)"):
         rgb_to_y(image(4, 4, 2), BT601, 255)

@@ -1,8 +1,9 @@
-"""The four protocols: what each rounds, clips, converts and leaves out."""
+"""The protocols: what each rounds, clips, converts and leaves out."""
 
 import numpy as np
 import pytest
 
+from ipt_fast.evaluation.metrics import ssim
 from ipt_fast.evaluation.protocols import PROTOCOLS, get_protocol
 
 SIZE = (24, 20)
@@ -51,10 +52,22 @@ def test_matlab_y_rounds_the_output_and_the_luma():
     assert get_protocol("matlab-y").score_output(output, target)[0] == pytest.approx(expected)
 
 
-def test_the_four_differ():
+def test_dpdd_rounds_nothing_and_has_mae():
+    target, output = colour(), disturbed(colour())
+    clipped = np.clip(output, 0, 1)
+    scores = get_protocol("dpdd").measure_output(output, target)
+    assert scores["psnr"] == pytest.approx(decibel(255 * (clipped - target)))
+    assert scores["mae"] == pytest.approx(np.abs(clipped - target).mean())
+    assert scores["ssim"] == pytest.approx(ssim(clipped, target, data_range=1, window="uniform"))
+    assert scores["ssim"] != pytest.approx(ssim(clipped, target, data_range=1), abs=1e-4)
+    assert get_protocol("dpdd").measure_input(output, target)["mae"] == pytest.approx(np.abs(output - target).mean())
+    assert "mae" not in get_protocol("rgb").measure_output(output, target)
+
+
+def test_they_differ():
     target, output = colour(), disturbed(colour(), strength=0.02)
     scores = {protocol.score_output(output, target)[0] for protocol in PROTOCOLS.values()}
-    assert len({round(score, 4) for score in scores}) == 4
+    assert len({round(score, 4) for score in scores}) == len(PROTOCOLS) == 5
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -67,7 +80,7 @@ def test_gray_scores_as_three_equal_channels(name):
             assert score(output[axes], target[axes]) == pytest.approx(score(*as_colour), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "rgb"])
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name.endswith("y")])
 def test_gray_and_the_same_saved_as_colour_are_compared(name):
     target = colour()[..., :1]
     output = disturbed(target)
@@ -75,8 +88,9 @@ def test_gray_and_the_same_saved_as_colour_are_compared(name):
     for score in (protocol.score_output, protocol.score_input):
         for pair in ((output, as_colour[1]), (as_colour[0], target)):
             assert score(*pair) == pytest.approx(score(*as_colour), rel=1e-12)
-    with pytest.raises(ValueError, match=r"same shape; got .*1\) and .*3\)"):
-        get_protocol("rgb").score_output(output, as_colour[1])
+    for other in ("rgb", "dpdd"):
+        with pytest.raises(ValueError, match=r"same shape; got .*1\) and .*3\)"):
+            get_protocol(other).score_output(output, as_colour[1])
 
 
 def test_luma_of_gray_by_hand():
@@ -140,7 +154,7 @@ def test_psnr_of_noise_is_its_level():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="one of rgb, ipt-y, basicsr-y, matlab-y; got 'y'"):
+    with pytest.raises(ValueError, match="one of rgb, ipt-y, basicsr-y, matlab-y, dpdd; got 'y'"):
         get_protocol("y")
     with pytest.raises(ValueError, match="sigma must be finite and at least 0; got -1"):
         get_protocol("rgb").add_noise(colour(), -1)
