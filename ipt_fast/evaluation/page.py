@@ -23,7 +23,7 @@ from .figures import to_picture
 DEFAULT_SIZE = 1280  # pixels of the longer side
 _LARGEST_PNG = 1 << 19  # bytes; beyond it a picture without alpha becomes a JPEG
 _QUALITY = 93
-_SMALL = 480  # pixels of the longer side
+_SMALL = 240  # pixels of the longer side; below it pixels are shown as squares
 _MARK = '<meta name="generator" content="ipt-fast page">'
 _FOLDER = Path(__file__).parent
 
@@ -74,9 +74,7 @@ class Page:
         shrink = min(1.0, self._size / max(height, width))
         size = max(round(width * shrink), 1), max(round(height * shrink), 1)
         label = html.escape(f"{name}: border between {panels[0].title} and {panels[1].title}", quote=True)
-        # Small pictures are shown several times as large, with pixels that can be seen.
-        times = max(1, _SMALL // max(size))
-        look = f"aspect-ratio:{size[0]}/{size[1]};--width:{times * size[0]}px"
+        kind = "view pixels" if max(size) < _SMALL else "view"
         pictures = "".join(
             f'<img class="{place}" alt="{_text(each.title)}" src="{_data_uri(each, size)}">'
             for each, place in zip(panels, ("first", "second", ""), strict=False)
@@ -92,7 +90,7 @@ class Page:
         self._write(
             f"<figure><figcaption><b>{_text(name)}</b><span>{_text(note)}</span>{choice}"
             "<button type=button class=wide aria-pressed=false title='Full width'>&#x2922;</button></figcaption>"
-            f'<div class="view{" pixels" if times > 1 else ""}" style="{look}">{pictures}'
+            f'<div class="{kind}" style="--ratio:{size[0] / size[1]:.6g}">{pictures}'
             f"<span class=left>{_text(panels[0].title)}</span><span class=right>{_text(panels[1].title)}</span>"
             "<span class=bar></span>"
             f'<input type=range min=0 max=100 step=1 value=50 aria-label="{label}"></div></figure>\n'
@@ -129,7 +127,7 @@ def write_page(path: str | Path, title: str, note: str = "", *, size: int = DEFA
         f'<!doctype html>\n<html lang=en><head><meta charset=utf-8>{_MARK}<meta http-equiv="Content-Security-Policy" '
         f'content="{policy}"><meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{style}</style></head>\n<body><header><h1>{_text(title)}</h1>"
-        f"<p>{_text(note)}</p></header><main><div class=images>\n"
+        f"<p>{_text(note)}</p></header><main><div class=images>"
     )
     tail = (
         f"</div></main><footer>Drag over an image, or use the arrow keys. Pictures are at most {size} pixels a side "

@@ -118,10 +118,8 @@ def differences(evaluation: Evaluation, rows: Sequence[PublishedFigure], dataset
         found.append(f"images: {len(evaluation.scores)} here, {images} there")
     if note:
         found.append(note)
-    protocols = sorted({row.protocol for row in rows} - {evaluation.protocol})
-    if protocols:
-        papers = sorted({row.paper for row in rows if row.protocol != evaluation.protocol})
-        found.append(f"protocol: {evaluation.protocol} here, {' and '.join(protocols)} in {' and '.join(papers)}")
+    others = sorted({(row.paper, row.protocol) for row in rows if row.protocol != evaluation.protocol})
+    found += [f"protocol: {evaluation.protocol} here, {protocol} in {paper}" for paper, protocol in others]
     return found + [TRAINING[paper] for paper in sorted({row.paper for row in rows})]
 
 

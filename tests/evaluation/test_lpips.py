@@ -70,7 +70,13 @@ def test_equals_the_formula(state, size):
 
 def alexnet(*_, **__):
     """The trunk of torchvision's AlexNet, by the numbers of its layers."""
-    convolutions = [(3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1)]
+    convolutions = [
+        (3, 64, 11, 4, 2),
+        (64, 192, 5, 1, 2),
+        (192, 384, 3, 1, 1),
+        (384, 256, 3, 1, 1),
+        (256, 256, 3, 1, 1),
+    ]
     layers = []
     for index, each in enumerate(convolutions):
         layers += [nn.Conv2d(*each), nn.ReLU(), *([nn.MaxPool2d(3, 2)] if index in (0, 1, 4) else [])]

@@ -141,6 +141,11 @@ def test_the_table():
     defocus = an_evaluation(sigma=None, protocol="dpdd", **more)
     table = format_published("tiny", [defocus], "DPDD", two_views=True)
     assert "section 4.2" not in table and "0.140" in table
-    assert next(line for line in table.splitlines() if "here" in line).split()[2:] == ["30.00", "0.800", "0.050", "0.200"]
+    assert next(line for line in table.splitlines() if "here" in line).split()[2:] == [
+        "30.00",
+        "0.800",
+        "0.050",
+        "0.200",
+    ]
     with pytest.raises(ValueError, match="--published must be one of CBSD68, .*; got Holidays"):
         format_published("tiny", [defocus], "Holidays")
