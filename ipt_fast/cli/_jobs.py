@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from .._files import check_name, is_stream, make_folder
 from ..data.files import list_images, match_images, partner_of
 from ..data.formats import IMAGE_SUFFIXES, WRITTEN_SUFFIXES
 from ..data.io import check_suffix
-from ._journal import NAME
+from ._journal import NAME, digest_of_file
 from ._outputs import Outputs, model_files
 
 
@@ -33,6 +34,13 @@ class Job:
     @property
     def results(self) -> list[Path]:
         return [self.destination] if self.comparison is None else [self.destination, self.comparison]
+
+    def made_from(self, result: Path, made_with: dict[str, Any]) -> dict[str, Any]:
+        """All that decides what one of the results is; ``made_with`` is the model and the options."""
+        made_from = {"source": digest_of_file(self.source), **made_with}
+        if result == self.comparison:
+            made_from["compared_with"] = None if self.target is None else digest_of_file(self.target)
+        return made_from
 
 
 def plan(args: argparse.Namespace) -> list[Job]:

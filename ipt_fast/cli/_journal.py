@@ -39,13 +39,13 @@ class Journal:
         records = [record for record in self._records.get(result.name, []) if record.get("made_from") == made_from]
         return bool(records) and digest_of_file(result) in [record.get("sha256") for record in records]
 
-    def add(self, result: Path, content: Path, made_from: dict[str, Any]) -> None:
-        """Record that ``content``, which becomes ``result``, is made from this.
+    def add(self, result: Path, sha256: str, made_from: dict[str, Any]) -> None:
+        """Record that the content with this checksum, which becomes ``result``, is made from this.
 
         Raises:
             OSError: the record cannot be written.
         """
-        record = {"result": result.name, "sha256": digest_of_file(content), "made_from": made_from}
+        record = {"result": result.name, "sha256": sha256, "made_from": made_from}
         # One write, with a line end on both sides: what a killed run left unfinished spoils no other line.
         line = f"\n{json.dumps(record)}\n".encode()
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -1,37 +1,29 @@
 """``ipt-fast restore``: restore image files."""
 
 import argparse
-import dataclasses
 import sys
-import time
-import warnings
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from .. import use_backend
-from .._files import atomic_write, check_name, is_stream
+from .._files import check_name
 from .._precision import DTYPES
-from ..data.io import Image, check_writable_as, fill_hidden, read_image, write_image
-from ..data.resize import resized
-from ..evaluation.figures import side_by_side, to_picture
-from ..evaluation.metrics import psnr
-from ..evaluation.protocols import get_protocol
+from ..evaluation.page import DEFAULT_SIZE
 from ..inference import Restorer
 from ..models import create_model, load_checkpoint, open_model
+from ..models.contract import describe
 from ..ops._select import POLICIES, policy
 from ..tiling import BLENDS
 from ._arguments import MODELS_HELP, RAW_HELP, TILE_HELP, Subparsers, tile_size
 from ._jobs import Job, make_writable, plan
-from ._journal import Journal, digest_of_file, digest_of_model
-
-# What one image can fail with while the others go on.
-FAILURES = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
-# The options that make a result what it is, beside the source and the model; as given, so the same on any machine.
-_DECISIVE = ("task", "tile", "overlap", "blend", "self_ensemble", "dtype", "noise")
+from ._journal import Journal, digest_of_model
+from ._page import check_page, write_restorations
+from ._ray import check_ray, restore_on_ray
+from ._results import Results
+from ._work import DECISIVE, Work, restorer_options
+from ._work import FAILURES as FAILURES  # it was defined here once
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -72,6 +64,16 @@ def add_parser(subparsers: Subparsers) -> None:
     option(
         "--noise", type=float, metavar="SIGMA", help="add Gaussian noise (0..255 scale, seed 0) first; IN is the target"
     )
+    option("--html", type=Path, metavar="FILE", help="write a web page with a slider between before and after")
+    option("--html-size", type=int, default=DEFAULT_SIZE, metavar="N", help="pixels a side on the page (%(default)s)")
+    option(
+        "--ray",
+        action="store_true",
+        help="on Ray Data: the cluster that runs or RAY_ADDRESS names, else one on this machine (the extra [ray])",
+    )
+    option("--ray-workers", type=int, metavar="N", help="with --ray: processes that restore (as many as have room)")
+    option("--ray-cpus", type=float, metavar="N", help="with --ray: CPUs, and so threads, of a process (1)")
+    option("--ray-gpus", type=float, metavar="N", help="with --ray: GPUs a process takes (1 where there are any, or 0)")
     parser.set_defaults(run=run, take_rest=_take_rest)
 
 
@@ -98,179 +100,69 @@ def run(args: argparse.Namespace) -> int:
     if args.max_pixels is not None and args.max_pixels < 1:
         raise ValueError(f"--max-pixels must be at least 1; got {args.max_pixels}")
     check_name(args.output)
-    with use_backend(args.backend or policy()):
+    check_ray(args)
+    args.backend = args.backend or policy()
+    with use_backend(args.backend):
         return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
     jobs = plan(args)
+    check_page(args, jobs)
     model = _open_model(args)
-    journal, made_with = None, {}
-    if jobs[0].destination != Path(args.output):  # which is a folder then
-        options = {name: getattr(args, name) for name in _DECISIVE}
-        journal = Journal(jobs[0].destination.parent)
-        made_with = {"model": digest_of_model(model), "options": options}
-    restorer = Restorer(
-        model,
-        task=args.task,
-        tile=args.tile,
-        overlap=args.overlap,
-        blend=args.blend,
-        self_ensemble=args.self_ensemble,
-        dtype=args.dtype,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    if args.noise is not None and restorer.scale > 1:
+    if args.noise is not None and describe(model).scale(args.task) > 1:
         raise ValueError(
             f"--noise must be left out for a task that magnifies, as its target is the input itself; got {args.task}"
         )
-    work = _Work(restorer, args, journal, made_with)
-    pending, failed = [], 0
+    journal, made_with = None, {}
+    if jobs[0].destination != Path(args.output):  # which is a folder then
+        options = {name: getattr(args, name) for name in DECISIVE}
+        journal = Journal(jobs[0].destination.parent)
+        made_with = {"model": digest_of_model(model), "options": options}
+    elif args.ray:
+        raise ValueError(f"OUT must be a folder with --ray; got {args.output}")
+    results = Results(journal, made_with)
+    # Made before anything is said, as it refuses wrong options; on Ray the workers do.
+    work = None
+    if not args.ray:
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        work = Work(Restorer(model, device=device, **restorer_options(args)), args, made_with, results.write)
+    pending, failed = [], {}
     for job in jobs:
-        if args.overwrite or (found := work.found(job)) == "nothing":
+        if args.overwrite or (found := results.found(job)) == "nothing":
             pending.append(job)
         elif found:
-            failed += 1
+            failed[job] = found
             print(f"{job.source}: error: {found}", file=sys.stderr)
-    if skipped := len(jobs) - len(pending) - failed:
+    if skipped := len(jobs) - len(pending) - len(failed):
         print(f"skipped {skipped} of {len(jobs)}: already restored (--overwrite restores them again)")
     if pending:
-        restorer.try_one_pixel()
+        if work is not None:
+            work.restorer.try_one_pixel()
         make_writable(pending[0].destination)
-        failed += _restore(pending, work)
+        failed |= restore_on_ray(pending, model, args, made_with, results) if work is None else _restore(pending, work)
     if pending or failed:
-        print(f"restored {len(jobs) - skipped - failed}, skipped {skipped}, failed {failed}")
+        print(f"restored {len(jobs) - skipped - len(failed)}, skipped {skipped}, failed {len(failed)}")
+    if args.html is not None:
+        write_restorations(args, jobs, failed)
     return 1 if failed else 0
 
 
-def _restore(jobs: list[Job], work: "_Work") -> int:
-    """Restore and print; the number of images that failed."""
-    failed = 0
+def _restore(jobs: list[Job], work: Work) -> dict[Job, str]:
+    """Restore and print; the images that failed, and why."""
+    failed = {}
     # Fractions of an image count, so that one large image has a progress and an ETA too.
     layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=len(jobs), bar_format=layout, leave=False, disable=None) as bar:
         for index, job in enumerate(jobs):
             bar.set_description(f"{job.source.name} ({index + 1}/{len(jobs)})")
             work.restorer.progress = lambda done, total, index=index: _advance(bar, index + done / total)
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", UserWarning)
-                    message = work.restore(job)
-                for warning in dict.fromkeys(str(warning.message) for warning in caught):
-                    bar.write(f"{job.source}: warning: {warning}", file=sys.stderr)
-                bar.write(message)
-            except FAILURES as error:
-                failed += 1
-                bar.write(f"{job.source}: error: {error}", file=sys.stderr)
+            outcome = work.attempt(job)
+            outcome.say(bar, job)
+            if outcome.error:
+                failed[job] = outcome.error
             _advance(bar, index + 1)
     return failed
-
-
-@dataclasses.dataclass
-class _Work:
-    """Restoring one image after the other, and the record of it.
-
-    Attributes:
-        journal: of a folder of results; a file that is the result of one image has none.
-        made_with: the model and the options, as the journal has them.
-    """
-
-    restorer: Restorer
-    args: argparse.Namespace
-    journal: Journal | None
-    made_with: dict[str, Any]
-
-    def found(self, job: Job) -> str:
-        """What stands where the results go: "" if it is they, "nothing" if one is missing, else what is wrong."""
-        try:
-            return self._found(job)
-        except OSError as error:
-            return str(error)
-
-    def _found(self, job: Job) -> str:
-        found = ""
-        for path in job.results:
-            if is_stream(path) or not path.exists():
-                found = "nothing"
-            elif path.is_dir():
-                return f"{path} is a folder"
-            elif self.journal is None:
-                return f"{path} exists; --overwrite replaces it"
-            elif not self.journal.holds(path, self._made_from(job, path)):
-                return (
-                    f"{path} exists, and is not known to be made of this image by this model with these options; "
-                    "--overwrite replaces it"
-                )
-        return found
-
-    def restore(self, job: Job) -> str:
-        """Restore one file and return the line to print about it."""
-        source, destination, args, restorer = job.source, job.destination, self.args, self.restorer
-        if job.reason:
-            raise ValueError(job.reason)
-        if destination.is_dir():
-            raise ValueError(f"{destination} is a folder")
-        known = job.results if self.journal else []
-        made_from = {path: self._made_from(job, path) for path in known}  # before the source can change
-        image = fill_hidden(read_image(source, args.max_pixels))
-        check_writable_as(destination, image, restorer.scale)
-        top = np.iinfo(image.pixels.dtype).max
-        pixels, target = image.pixels, _read_target(job, image, args, restorer.scale)
-        if args.noise is not None:
-            pixels = get_protocol("rgb").add_noise(image.pixels / top, args.noise)
-        start = time.perf_counter()
-        restored = restorer(pixels)
-        seconds = time.perf_counter() - start
-        if args.noise is not None:
-            restored = np.rint(np.clip(restored, 0, 1) * np.float32(top)).astype(image.pixels.dtype)
-        result = dataclasses.replace(image, pixels=restored, alpha=restorer.magnify_alpha(image.alpha))
-        with atomic_write(destination) as path:
-            write_image(path, result)
-            self._record(destination, path, made_from)
-
-        line = f"{source} -> {destination} ({seconds:.1f} s)"
-        if restorer.scale > 1:
-            pixels = np.clip(resized(_unit(pixels), restorer.scale), 0, 1)  # to look at and to compare with
-        panels, captions = [("Input", pixels), ("Restored", restored)], ["", ""]
-        if target is not None:
-            captions = [f"{psnr(_unit(each), target, data_range=1):.2f} dB" for _, each in panels] + [""]
-            line += f", PSNR {captions[0]} -> {captions[1]}"
-            panels.append(("Target", target))
-        if job.comparison is not None:
-            with atomic_write(job.comparison) as path:
-                side_by_side([(title, to_picture(each)) for title, each in panels], captions=captions).save(path)
-                self._record(job.comparison, path, made_from)
-        return line
-
-    def _made_from(self, job: Job, result: Path) -> dict[str, Any]:
-        """All that decides what a result is."""
-        made_from = {"source": digest_of_file(job.source), **self.made_with}
-        if result == job.comparison:
-            made_from["compared_with"] = None if job.target is None else digest_of_file(job.target)
-        return made_from
-
-    def _record(self, result: Path, content: Path, made_from: dict[Path, dict[str, Any]]) -> None:
-        if self.journal is None or is_stream(result):
-            return
-        try:
-            self.journal.add(result, content, made_from[result])
-        except OSError as error:
-            warnings.warn(
-                f"it is restored, but a later run will not know: no record could be kept: {error}", stacklevel=2
-            )
-
-
-def _read_target(job: Job, image: Image, args: argparse.Namespace, scale: int) -> np.ndarray | None:
-    """The clean original as floats in [0, 1], or None where none was given."""
-    if args.noise is not None:
-        return _unit(image.pixels)
-    if job.target is None:
-        return None
-    target = read_image(job.target, args.max_pixels).pixels
-    shape = (scale * image.pixels.shape[0], scale * image.pixels.shape[1], image.pixels.shape[2])
-    if target.shape != shape:
-        raise ValueError(f"--target must have shape {shape}; got {target.shape} in {job.target}")
-    return _unit(target)
 
 
 def _open_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -286,10 +178,6 @@ def _open_model(args: argparse.Namespace) -> torch.nn.Module:
         )
     model.reparameterize()  # the merged form takes checkpoints of both forms
     return load_checkpoint(model, args.checkpoint, average=False if args.raw_weights else None)
-
-
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    return pixels if pixels.dtype.kind == "f" else pixels / np.float32(np.iinfo(pixels.dtype).max)
 
 
 def _advance(bar: tqdm, images: float) -> None:

@@ -107,13 +107,16 @@ class Restorer:
         device: where to run; the model's own by default.
         progress: called as ``progress(done, total)`` after each tile.
 
-    The attribute ``model`` is that copy, see :func:`ipt_fast.freeze`.
+    The attribute ``model`` is that copy, see :func:`ipt_fast.freeze`. Where several restorers share a machine,
+    ``memory_share`` is the part of the available memory that this one's tiles may count on, 1 by default.
 
     When memory runs out the image is started again with half the tile, with a warning, down to 128 pixels.
 
     Raises:
         ValueError, TypeError: a bad argument.
     """
+
+    memory_share = 1.0
 
     def __init__(
         self,
@@ -245,7 +248,7 @@ class Restorer:
         if self.tile is None:
             limit = max(height, width)
         elif self.tile == "auto":
-            available, fused = available_memory(self.device), self._layers_are_fused()
+            available, fused = int(self.memory_share * available_memory(self.device)), self._layers_are_fused()
             if self.device.type == "cpu":  # the joined output is yet to come, and lies where the image does
                 channels = self.contract.out_channels or image.shape[1]
                 output = image.element_size() * batch * channels * height * width * self.scale**2
