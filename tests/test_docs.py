@@ -104,6 +104,8 @@ def test_python_blocks_run(page, slow, here):
     for line, code in blocks(page, "python", slow):
         if "onnx" in code:
             pytest.importorskip("onnxscript")
+        if "import ray" in code:
+            pytest.importorskip("ray.data")
         if code.startswith(">>>"):
             if "C++" in code and not _extension.load():
                 pytest.skip(f"an output of the compiled kernels: {_extension.error()}")

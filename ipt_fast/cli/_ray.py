@@ -14,6 +14,7 @@ import os
 import pickle
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,18 @@ class RestoreJobs:
 
 
 def check_ray(args: argparse.Namespace) -> None:
-    """Raise ValueError for options of Ray that are wrong, and set those that were not given but the number of GPUs."""
+    """Raise ValueError for wrong options of Ray, or where it is not installed; set the number of CPUs if not given."""
     for name in ("workers", "cpus", "gpus"):
         value = getattr(args, f"ray_{name}")
         if value is not None and not args.ray:
             raise ValueError(f"--ray-{name} must be left out without --ray; got {value:g}")
     if args.ray_workers is not None and args.ray_workers < 1:
         raise ValueError(f"--ray-workers must be at least 1; got {args.ray_workers}")
+    if args.ray:
+        try:
+            require_ray()
+        except ImportError as error:
+            raise ValueError(f"--ray must be left out without Ray; got it ({error})") from error
     args.ray_cpus = 1 if args.ray_cpus is None else args.ray_cpus
     if not 0 < args.ray_cpus < float("inf"):
         raise ValueError(f"--ray-cpus must be positive and finite; got {args.ray_cpus:g}")
@@ -122,7 +128,6 @@ def restore_on_ray(
 
     Raises:
         ValueError: bad options, or a worker for which no machine has room.
-        ImportError: Ray is not installed.
         RuntimeError: the demanded backend cannot run the model.
     """
     ray = require_ray()
@@ -190,12 +195,30 @@ def _started(ray: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # It would tell its makers of every run, and print what concerns its own parts only.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # It would tell its makers of every run, print what concerns its own parts only, and let all else run first.
+    for name, value in (("USAGE_STATS_ENABLED", "0"), ("BACKEND_LOG_LEVEL", "fatal"), ("worker_niceness", "0")):
+        os.environ.setdefault(f"RAY_{name}", value)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    with _only_of_failures():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _only_of_failures() -> Iterator[None]:
+    """Show what the block, and the libraries it calls, write to standard error only where the block fails."""
+    with tempfile.TemporaryFile() as held:
+        before = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(before, held.read())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)

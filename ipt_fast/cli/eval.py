@@ -211,6 +211,8 @@ def _published(args: argparse.Namespace, evaluations: list[Evaluation], scale: i
 
 def _check_reports(args: argparse.Namespace) -> None:
     """Raise before the work is done, not after."""
+    if args.html_size < 16:
+        raise ValueError(f"--html-size must be at least 16; got {args.html_size}")
     kinds = {"--csv": None, "--per-image": is_image_csv, "--json": is_report, "--html": is_page}
     paths = {name: getattr(args, name[2:].replace("-", "_")) for name in kinds}
     reports = [(name, Path(path)) for name, path in paths.items() if path]
