@@ -200,6 +200,7 @@ class Run:
             "images_per_second": f"{images / seconds:.4g}",
             "data_wait": f"{waited / seconds:.4f}",
             "peak_memory_mb": f"{peak_memory(self.device):.0f}",
+            "skipped": str(self.objective.images.warn_of_skipped()) if self.world.rank == 0 else "",
         }
         if self.world.rank == 0:
             self.log_file.write(row)
@@ -212,10 +213,12 @@ class Run:
         images, seconds, waited = self.total.images, time.perf_counter() - self.total.since, self.total.waited
         if not images:
             return None
+        skipped = self.objective.images.warn_of_skipped()
         return (
             f"trained on {images} images in {seconds:.1f} s: {images / seconds:.4g} images/s, "
             f"{100 * waited / seconds:.1f} % of the time waiting for data, "
             f"peak memory {peak_memory(self.device):.0f} MB"
+            + (f"; {skipped} images that could not be used were skipped" if skipped else "")
         )
 
     def _take_pace(self) -> tuple[int, float, float]:
