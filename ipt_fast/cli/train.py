@@ -15,7 +15,7 @@ from ..training.log import is_log
 from ..training.loop import train
 from ..training.losses import LOSSES
 from ..training.parallel import STRATEGIES
-from ..training.recipe import read_recipe, shipped_recipes
+from ..training.recipe import is_recipe_of_run, read_recipe, shipped_recipes
 from ._arguments import Subparsers, json_object
 from ._outputs import Outputs, model_files
 
@@ -218,3 +218,4 @@ def _check_out(config: TrainingConfig, resume: bool) -> None:
         for name in ("config.json", "model.safetensors"):
             outputs.claim(f"{name} in --out", config.out / name, lambda _: False)
     outputs.claim("log.csv in --out", config.out / "log.csv", is_log)
+    outputs.claim("recipe.yml in --out", config.out / "recipe.yml", is_recipe_of_run)

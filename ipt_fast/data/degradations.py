@@ -17,7 +17,7 @@ from .camera import jpeg as add_jpeg_artefacts
 from .resize import CUBIC as CUBIC  # this name and imresize were defined here once
 from .resize import imresize
 
-QUALITIES = (10, 95)  # of JPEG, drawn uniformly
+QUALITIES = (10, 95)  # of JPEG, drawn uniformly, as FBCNN was trained (Jiang et al., ICCV 2021)
 
 
 def random_sigma(low: float, high: float, generator: torch.Generator) -> float:
@@ -26,7 +26,7 @@ def random_sigma(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def add_gaussian_noise(image: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    """Additive white Gaussian noise, not clipped.
+    """Additive white Gaussian noise, not clipped: the noise of DnCNN (Zhang et al., TIP 2017) and what followed it.
 
     Args:
         image: floating point, any shape, nominally in [0, 1].

@@ -16,7 +16,7 @@ from .._files import atomic_write, naming
 # What is unknown is empty. The first five are all there was in older logs.
 LOG_FIELDS = (
     *("iteration", "loss", "lr", "seconds", "psnr"),
-    *("grad_norm", "images_per_second", "data_wait", "peak_memory_mb"),
+    *("grad_norm", "images_per_second", "data_wait", "peak_memory_mb", "skipped"),
 )
 _HEADERS = {",".join(LOG_FIELDS[:5]): 5, ",".join(LOG_FIELDS): len(LOG_FIELDS)}
 _SCALARS = ("loss", "lr", "psnr", "grad_norm", "images_per_second")

@@ -47,7 +47,8 @@ class Restoration:
             self.dataset(patch, 1)
         for task in self.tasks:
             Patches(self.images, self.patch_sizes[0], {task: 1.0}, **self._drawing)[0]
-        self.images.warn_of_skipped()
+        if world.rank == 0:
+            self.images.warn_of_skipped()
         self.validation = self._open_validation(contract) if config.val else None
 
     @property

@@ -12,19 +12,13 @@ from typing import Any
 
 import yaml
 
+from ..data.degradations import find_task
 from ..models import list_models
+from .config import TrainingConfig, per_stage
 
 SHIPPED = Path(__file__).parent / "recipes"
+MARK = "# Settings of a run; ipt-fast train --config FILE --out FOLDER repeats it."
 RESTORMERS_CLIP = 0.01  # the norm that use_grad_clip stands for
-
-
-def _one_of(**names: str) -> Callable[[str, Any], Any]:
-    def read(key: str, value: Any) -> str:
-        if value not in names:
-            raise ValueError(f"{key} must be one of {', '.join(names)}; got {value!r}")
-        return names[value]
-
-    return read
 
 
 def _same(key: str, value: Any) -> Any:
@@ -55,8 +49,8 @@ def _model(key: str, value: Any) -> Any:
     return value
 
 
-# {key: (field of TrainingConfig, how its value is read)}; of _SEVERAL more than one makes a field.
-KEYS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
+# {key: (field of TrainingConfig, how its value is read, or the values by their names)}.
+KEYS: dict[str, tuple[str, Callable[[str, Any], Any] | dict[str, str]]] = {
     "name": ("out", _out),
     "manual_seed": ("seed", _same),
     "threads": ("threads", _same),
@@ -78,20 +72,20 @@ KEYS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "train.amp": ("amp", _same),
     "train.accumulate": ("accumulate", _same),
     "train.activation_checkpointing": ("activation_checkpointing", _same),
-    "train.optim_g.type": ("", _one_of(AdamW="adamw")),
+    "train.optim_g.type": ("", {"AdamW": "adamw"}),
     "train.optim_g.lr": ("lr", _same),
     "train.optim_g.weight_decay": ("weight_decay", _same),
     "train.optim_g.betas": ("betas", _same),
-    "train.scheduler.type": ("schedule", _one_of(CosineAnnealingLR="cosine", cosine="cosine", step="step")),
+    "train.scheduler.type": ("schedule", {"CosineAnnealingLR": "cosine", "cosine": "cosine", "step": "step"}),
     "train.scheduler.eta_min": ("lr_min", _same),
-    "train.pixel_opt.type": ("loss", _one_of(L1Loss="l1", CharbonnierLoss="charbonnier")),
+    "train.pixel_opt.type": ("loss", {"L1Loss": "l1", "CharbonnierLoss": "charbonnier"}),
     "logger.print_freq": ("log_every", _same),
     "logger.save_checkpoint_freq": ("save_every", _same),
     "logger.use_tb_logger": ("tensorboard", _same),
     "dist.strategy": ("strategy", _same),
 }
 _ROOTS = ("dataroot_gt", "dataroot_lq", "dataroot_lqL", "dataroot_lqR")
-# {key: the field that it is a part of}
+# {key: the field that it makes together with others}
 _SEVERAL = {
     **{f"datasets.train.{root}": "data" for root in _ROOTS},
     **{f"datasets.val.{root}": "val" for root in _ROOTS},
@@ -172,10 +166,12 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 def _fields(keys: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, (field, read) in KEYS.items():
-        if keys.get(key) is not None and field:
-            fields[field] = read(key, keys[key])
-        elif keys.get(key) is not None:
-            read(key, keys[key])  # only one value is allowed
+        if keys.get(key) is None:
+            continue
+        if isinstance(read, dict) and keys[key] not in read:
+            raise ValueError(f"{key} must be one of {', '.join(read)}; got {keys[key]!r}")
+        fields[field] = read[keys[key]] if isinstance(read, dict) else read(key, keys[key])
+    fields.pop("", None)  # of a key that has one value only
     shape = [name for name in keys if name.startswith("network_g.") and name not in KEYS]
     fields["model_config"] = {name.removeprefix("network_g."): keys[name] for name in shape}
     fields |= _folders(keys, "datasets.train.", "data", "target") | _folders(keys, "datasets.val.", "val", "val_target")
@@ -202,16 +198,16 @@ def _folders(keys: dict[str, Any], prefix: str, data: str, target: str) -> dict[
     clean, degraded, left, right = (_listed(keys.get(f"{prefix}{root}")) for root in _ROOTS)
     if bool(left) != bool(right) or (left and degraded):
         raise ValueError(f"{prefix}dataroot_lqL must come with dataroot_lqR and without dataroot_lq; got others")
-    inputs = [list(views) for views in zip(left, right, strict=True)] if left else [[each] for each in degraded]
-    if not any(each != [None] for each in inputs):
+    views = [list(each) for each in zip(left, right, strict=True)] if left else [[each] for each in degraded]
+    inputs = [[each for each in places if each is not None] for places in views]
+    if not any(inputs):
         return {data: clean or None}
     if len(inputs) != len(clean):
         raise ValueError(f"{prefix}dataroot_gt must be one folder for each input; got {len(clean)} for {len(inputs)}")
     both = list(zip(inputs, clean, strict=True))
-    targets = [None if views == [None] else gt for views, gt in both]
     return {
-        data: [each for views, gt in both for each in ([gt] if views == [None] else views)],
-        target: targets if len(targets) > 1 else targets[0],
+        data: [each for places, truth in both for each in places or [truth]],
+        target: [truth if places else None for places, truth in both],
     }
 
 
@@ -229,3 +225,54 @@ def _expanded(key: str, value: Any) -> Any:
     if unset := re.search(r"\$\{?\w+\}?", path):
         raise ValueError(f"{key} must be a path whose variables are set; got {value}, and {unset[0]} is not")
     return Path(path)
+
+
+def recipe_of(config: TrainingConfig) -> str:
+    """The text of a recipe that repeats a run, but for its folder."""
+    keys: dict[str, Any] = {}
+    for key, (field, read) in KEYS.items():
+        value = getattr(config, field) if field not in ("", "out", "model") else None
+        names = [name for name, each in read.items() if each == value] if isinstance(read, dict) else [value]
+        keys[key] = _plain(names[0]) if names else None
+    if config.model in list_models():
+        keys["network_g.type"] = config.model
+        keys |= {f"network_g.{name}": _plain(value) for name, value in config.model_config.items()}
+    else:
+        keys["path.pretrain_network_g"] = str(Path(config.model).absolute())
+    scale = find_task(config.task).scale if isinstance(config.task, str) else 1
+    if config.patch_size is not None:
+        keys |= {"scale": scale, "datasets.train.gt_sizes": [scale * size for size in per_stage(config.patch_size)]}
+    keys |= _roots("datasets.train.", [(places, target) for places, target, _ in config.sources])
+    if config.val is not None:
+        val = config.val if isinstance(config.val, tuple) else (config.val,)
+        keys |= _roots("datasets.val.", [(val, config.val_target)])
+    nested: dict[str, Any] = {}
+    for key, value in keys.items():
+        if value is not None:
+            *sections, name = key.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = value
+    return f"{MARK}\n{yaml.safe_dump(nested, sort_keys=False)}"
+
+
+def is_recipe_of_run(path: Path) -> bool:
+    """Whether a file is one that a run wrote, by :func:`recipe_of`."""
+    return path.read_text(errors="replace").startswith(MARK)
+
+
+def _roots(prefix: str, sources: list[tuple[tuple[Path, ...], Path | None]]) -> dict[str, Any]:
+    """The inverse of :func:`_folders`."""
+    clean = [str((target or places[0]).absolute()) for places, target in sources]
+    roots: dict[str, Any] = {f"{prefix}dataroot_gt": clean}
+    pairs = [places for places, target in sources if target is not None]
+    for number, root in enumerate(_ROOTS[1:2] if pairs and len(pairs[0]) == 1 else _ROOTS[2:] if pairs else ()):
+        roots[prefix + root] = [
+            None if target is None else str(places[number].absolute()) for places, target in sources
+        ]
+    return roots
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

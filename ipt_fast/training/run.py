@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .._files import is_stream, make_folder, remove_abandoned
+from .._files import atomic_write, is_stream, make_folder, naming, remove_abandoned
 from ..models import create_model, list_models, open_model
 from ..models._pretrained import PretrainedModel
 from ..models._registry import CLASSES
@@ -23,6 +23,7 @@ from .diagnosis import first_fault
 from .distributed import World
 from .log import Log, Pace, peak_memory
 from .objectives import objective_of
+from .recipe import recipe_of
 
 
 def build_model(config: TrainingConfig) -> PretrainedModel:
@@ -90,7 +91,7 @@ class Run:
             The path and the content of the checkpoint of a run that is resumed.
         """
         config = self.config
-        for name in (checkpoint.FILE, "log.csv", "config.json", "model.safetensors"):
+        for name in (checkpoint.FILE, "log.csv", "config.json", "model.safetensors", "recipe.yml"):
             if is_stream(config.out / name):  # it could hang, and there would be nothing to resume
                 raise ValueError(f"{name} in out must be a file; got {config.out / name}, which is none")
         path = checkpoint.find_checkpoint(config.out)
@@ -200,6 +201,7 @@ class Run:
             "images_per_second": f"{images / seconds:.4g}",
             "data_wait": f"{waited / seconds:.4f}",
             "peak_memory_mb": f"{peak_memory(self.device):.0f}",
+            "skipped": str(self.objective.images.warn_of_skipped()) if self.world.rank == 0 else "",
         }
         if self.world.rank == 0:
             self.log_file.write(row)
@@ -212,10 +214,12 @@ class Run:
         images, seconds, waited = self.total.images, time.perf_counter() - self.total.since, self.total.waited
         if not images:
             return None
+        skipped = self.objective.images.warn_of_skipped()
         return (
             f"trained on {images} images in {seconds:.1f} s: {images / seconds:.4g} images/s, "
             f"{100 * waited / seconds:.1f} % of the time waiting for data, "
             f"peak memory {peak_memory(self.device):.0f} MB"
+            + (f"; {skipped} images that could not be used were skipped" if skipped else "")
         )
 
     def _take_pace(self) -> tuple[int, float, float]:
@@ -272,6 +276,8 @@ class Run:
         average = self._whole_average()
         if average is not None:
             average.save_pretrained(out)
+            with naming(out / "recipe.yml"), atomic_write(out / "recipe.yml") as temporary:
+                temporary.write_text(recipe_of(self.config))
             checkpoint.remove_others(out, kept)
         self.saved = self.iteration
 

@@ -128,7 +128,7 @@ def test_training_learns_and_saves_a_model_that_loads(make_config, images):
     assert len(psnr) == 2 and psnr[1] > 21.5  # the noisy images have 20.2 dB
 
     assert sorted(path.name for path in config.out.iterdir()) == [
-        "checkpoint.pth", "config.json", "log.csv", "model.safetensors",
+        "checkpoint.pth", "config.json", "log.csv", "model.safetensors", "recipe.yml",
     ]  # fmt: skip
     model = ipt_fast.models.open_model(config.out)
     average = load_checkpoint(config.out / "checkpoint.pth")["average"]

@@ -124,7 +124,7 @@ def compare(folder, alone, name, how, kind):
     assert_same_run(alone(kind), other, tolerance=1 if loose else 5e-3)
     found = sorted(path.name for path in other.out.iterdir())
     saved = "checkpoint-00000005" if "fsdp" in name else "checkpoint.pth"
-    assert found == [saved, "config.json", "log.csv", "model.safetensors"]
+    assert found == [saved, "config.json", "log.csv", "model.safetensors", "recipe.yml"]
     assert open_model(other.out).config == open_model(alone(kind).out).config
 
 

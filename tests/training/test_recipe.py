@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from ipt_fast.cli import main
 from ipt_fast.models import IPTV2Config
 from ipt_fast.training.checkpoint import load_checkpoint
 from ipt_fast.training.config import TrainingConfig
 from ipt_fast.training.loop import train
-from ipt_fast.training.recipe import KEYS, read_recipe, shipped_recipes
+from ipt_fast.training.recipe import KEYS, read_recipe, recipe_of, shipped_recipes
 from tests.training.conftest import MICRO
 
 RECIPES = shipped_recipes()
@@ -100,6 +102,27 @@ def test_every_recipe_trains(name, photos, tmp_path):
     assert train(config) == 2
     saved = load_checkpoint(config.out / "checkpoint.pth")["config"]
     assert saved["betas"] == (0.9, 0.999) and saved["grad_clip"] == 0.01  # what was resolved
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_tells_its_recipe(name, monkeypatch, write):
+    monkeypatch.setenv("IPT_FAST_DATA", "/photos")
+    config = TrainingConfig(**read_recipe(name))
+    again = TrainingConfig(**read_recipe(write(recipe_of(config))), out=config.out)
+    assert again.to_dict() == config.to_dict()
+
+
+def test_any_run_tells_its_recipe(write):
+    for settings in (
+        {"data": "a"},
+        {"data": ("a", "b", "c"), "target": ("t", None, "u"), "shrink": (1, 2, 1), "data_weights": (1, 2, 3)},
+        {"data": ("c", "l", "r"), "target": (None, "t"), "val": ("vl", "vr"), "val_target": "vt", "amp": "bf16"},
+        {"data": "a", "model": "runs/a", "task": {"denoise": 2.0, "jpeg": 1.0}, "schedule": "step", "sigma": (1, 55)},
+        {"data": "a", "task": "sr_x2", "patch_size": (8, 16), "iterations": (1, 2), "batch_size": (3, 4), "lr": 1e-05},
+        {"data": "a", "grad_clip": 0.0, "warmup": 0, "workers": 3, "val": "v", "val_sigma": 15.0, "loss": "l1"},
+    ):
+        config = TrainingConfig(out="out", **settings)
+        assert TrainingConfig(**read_recipe(write(recipe_of(config))), out="out").to_dict() == config.to_dict()
 
 
 def test_every_setting_has_a_key():
@@ -206,6 +229,14 @@ def test_options_win_over_the_file(photos, images, tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert main([*arguments, "--out", "third"]) == 2
     assert "${IPT_FAST_DATA} is not" in capsys.readouterr().err and not (tmp_path / "third").exists()
+    again = ["train", "--config", str(tmp_path / "other" / "recipe.yml"), "--out", str(tmp_path / "again")]
+    assert main(again) == 0  # a run writes its settings down
+    weights = [load_file(tmp_path / out / "model.safetensors") for out in ("other", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yml").write_text("train: {ema_decay: 0.9}")
+    assert main([*again[:-1], str(tmp_path / "mine")]) == 2
+    assert "recipe.yml in --out must be a new file, or one that this command made" in capsys.readouterr().err
     path = tmp_path / "more.yml"
     path.write_text(yaml.safe_dump({"train": {"optim_g": {"lr": 0.002}}}))
     assert main(["train", "--out", "other", "--resume", "--config", str(path)]) == 2

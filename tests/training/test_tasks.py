@@ -174,8 +174,12 @@ def test_what_is_skipped_in_the_middle_is_named_once(make_config, images, monkey
     monkeypatch.setattr(objectives, "MEMORY_BUDGET", 0)
     path = images / "1.png"
     path.write_bytes(path.read_bytes()[:-100])
+    lines: list[str] = []
     for workers in (0, 1):
         with pytest.warns(UserWarning) as warned:
-            assert train(make_config(f"run{workers}", iterations=8, workers=workers)) == 8
+            assert train(make_config(f"run{workers}", iterations=8, workers=workers), say=lines.append) == 8
         named = [str(each.message) for each in warned if "1.png" in str(each.message)]
         assert len(named) == 1 and named[0].startswith("skipped 1 of the images: cannot read image ")
+        assert lines[-1].endswith("; 1 images that could not be used were skipped")
+        with (images.parent / f"run{workers}" / "log.csv").open() as file:
+            assert [row["skipped"] for row in csv.DictReader(file)][-1] == "1"
