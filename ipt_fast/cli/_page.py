@@ -7,6 +7,7 @@ from pathlib import Path
 from .._files import is_stream
 from ..data.io import fill_hidden, read_image
 from ..evaluation.page import Page, Panel, is_page, write_page
+from ..evaluation.runner import dataset_names
 from ._jobs import Job
 from ._outputs import Outputs, check_writable, model_files
 from ._work import FAILURES, degraded
@@ -34,7 +35,7 @@ def _is_made(folder: Path, jobs: list[Job]) -> bool:
 
 def write_restorations(args: argparse.Namespace, jobs: list[Job], failed: Mapping[Job, str]) -> None:
     """Write the page: every image with its result, those of earlier runs too, and why the others have none."""
-    folders = sorted({str(job.source.parent) for job in jobs})
+    folders = dataset_names(list(dict.fromkeys(job.source.parent for job in jobs)))
     note = f"{args.model}{f', {args.task}' if args.task else ''}: {len(jobs) - len(failed)} of {len(jobs)} images"
     with write_page(args.html, ", ".join(folders), note, size=args.html_size) as page:
         for job in jobs:

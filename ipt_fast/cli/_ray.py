@@ -128,10 +128,10 @@ def restore_on_ray(
 
     Raises:
         ValueError: bad options, or a worker for which no machine has room.
-        RuntimeError: the demanded backend cannot run the model.
+        RuntimeError: the demanded backend cannot run the model, or Ray fails.
     """
     ray = require_ray()
-    with _started(ray):
+    with _started(ray), _plain_errors(ray):
         if args.ray_gpus is None:
             args.ray_gpus = 1 if args.device != "cpu" and ray.cluster_resources().get("GPU") else 0
         resources = {"num_cpus": args.ray_cpus, "num_gpus": args.ray_gpus}
@@ -140,10 +140,7 @@ def restore_on_ray(
             wanted = f"{args.ray_cpus:g} and {args.ray_gpus:g}"
             raise ValueError(f"--ray-cpus and --ray-gpus must be what a machine of the cluster has; got {wanted}")
         stored, here = ray.put(model), os.getcwd()
-        try:
-            ray.get(ray.remote(max_retries=0, **resources)(_try_one_pixel).remote(stored, args))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+        ray.get(ray.remote(max_retries=0, **resources)(_try_one_pixel).remote(stored, args))
         folder = jobs[0].destination.parent / f".ipt_fast_ray_{secrets.token_hex(8)}"
         arguments = {"model": stored, "args": args, "made_with": made_with, "folder": folder, "here": here}
         rows = [{"index": index, "job": pickle.dumps(job)} for index, job in enumerate(jobs)]
@@ -205,6 +202,17 @@ def _started(ray: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _plain_errors(ray: Any) -> Iterator[None]:
+    """Errors of workers as they were there, and those of Ray itself as a RuntimeError."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"Ray cannot go on: {error}") from error
 
 
 @contextlib.contextmanager

@@ -192,6 +192,8 @@ def _shower(page: Page) -> Callable[[Shown], None]:
         score = shown.score
         note = f"{score.psnr_input:.2f} → {score.psnr_output:.2f} dB"
         note += f", SSIM {score.ssim_input:.3f} → {score.ssim_output:.3f}"
+        if score.lpips_output is not None:
+            note += f", LPIPS {score.lpips_input:.3f} → {score.lpips_output:.3f}"
         page.add(score.image, [Panel(title, pixels) for title, pixels in panels], note)
 
     return show

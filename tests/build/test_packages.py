@@ -58,6 +58,7 @@ def test_compiled_wheel(small, tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path)
     assert library_names(names) == LIBRARIES
+    assert {f"ipt_fast/evaluation/{name}" for name in ("page.css", "page.js", "published.csv")} <= set(names)
     assert "ipt_fast/py.typed" in names and "ipt_fast/_why_pure.txt" not in names
     script = "from ipt_fast import _extension as e; print(e.__file__, e.error(), e.isa())"
     assert f"None {_extension.isa()}" in run_installed(tmp_path, script)

@@ -66,6 +66,7 @@ def run(*arguments):
 def test_defocus_has_mae_and_lpips_everywhere(model, weights, pairs, tmp_path, capsys):
     files = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "images")}
     options = ["--csv", files["csv"], "--json", files["json"], "--per-image", files["images"]]
+    options += ["--html", tmp_path / "p.html"]
     assert run("--model", model, *pairs, "--protocol", "dpdd", "--lpips", weights, *options) == 0
     header, row = capsys.readouterr().out.splitlines()[1:3]
     assert header.endswith("MAE in    MAE out   LPIPS in  LPIPS out")
@@ -77,6 +78,7 @@ def test_defocus_has_mae_and_lpips_everywhere(model, weights, pairs, tmp_path, c
     assert mean["lpips_input"] == pytest.approx(mean["lpips_output"], rel=1e-3)
     (means,) = csv.DictReader(files["csv"].open())
     assert tuple(means) == LONG_CSV_COLUMNS and float(means["mae_output"]) == pytest.approx(10 / 255, abs=1e-4)
+    assert (tmp_path / "p.html").read_text().count(f"LPIPS {expected:.3f} → {expected:.3f}") == 1
     rows = list(csv.DictReader(files["images"].open()))
     assert tuple(rows[0]) == IMAGE_COLUMNS and [row["image"] for row in rows] == ["0.png", "1.png"]
     for row, score in zip(rows, scores, strict=True):

@@ -253,8 +253,8 @@ def processes_with(token):
 
 
 @pytest.mark.slow
-def test_a_cluster_of_its_own_with_workers_killed_from_outside(model, tmp_path):
-    """The command as a user runs it; every two seconds a worker is killed, three times."""
+def test_a_cluster_of_its_own_that_is_killed_and_whose_workers_are(model, tmp_path):
+    """The command as a user runs it: killed itself, then started again, when a worker is killed three times."""
     pytest.importorskip("ray")
     count, token = 60, f"IPT_FAST_TEST={os.getpid()}"
     for number in range(count):
@@ -263,22 +263,36 @@ def test_a_cluster_of_its_own_with_workers_killed_from_outside(model, tmp_path):
     command += ["--model", model, "--device", "cpu", "--ray-workers", "2", "--self-ensemble"]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     environment |= dict([token.split("=")])
-    process = subprocess.Popen(
-        [str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    killed, end = 0, time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
-        done = len(list((tmp_path / "out").glob("*.png")))
-        if killed < 3 and done > 5 * (killed + 1) and (workers := processes_with(token)):
+    start = functools.partial(subprocess.Popen, list(map(str, command)), env=environment, text=True)
+
+    def results():
+        return {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.png")}
+
+    def wait_for(number, process):
+        end = time.monotonic() + 200
+        while process.poll() is None and len(results()) < number and time.monotonic() < end:
+            time.sleep(0.05)
+
+    with start(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(8, process)
+        process.kill()
+    before, end = results(), time.monotonic() + 60
+    while processes_with(token) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert processes_with(token) == [] and 8 <= len(before) < count  # the cluster has gone with it
+
+    killed, process = 0, start(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for number in (15, 25, 35):
+        wait_for(number, process)
+        if workers := processes_with(token):
             os.kill(workers[0], signal.SIGKILL)
             killed += 1
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=200)
     assert (process.returncode, err.strip(), killed) == (0, "", 3)
-    assert out.count(" -> ") == count == len(records(tmp_path / "out"))
-    assert len(os.listdir(tmp_path / "out")) == count + 1
+    assert out.count(" -> ") == count - len(before)
+    assert {name: results()[name] for name in before} == before and len(results()) == count
+    assert len({record["result"] for record in records(tmp_path / "out")}) == count
     restorer = Restorer(ipt_fast.models.open_model(model), device="cpu", self_ensemble=True)
-    for number in range(count):
-        name = f"{number:02}.png"
+    for name in results():
         expected = restorer(read_image(tmp_path / "photos" / name).pixels)
         np.testing.assert_array_equal(read_image(tmp_path / "out" / name).pixels, expected)
