@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..data.degradations import find_task
-from ..models import list_models
+from ..models import list_models, saved_folder, shipped_models
 from .config import TrainingConfig, per_stage
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -189,7 +189,8 @@ def _fields(keys: dict[str, Any]) -> dict[str, Any]:
     if start is not None:
         if "model" in fields or fields["model_config"]:
             raise ValueError("network_g must be left out where path.pretrain_network_g tells the model; got both")
-        fields["model"] = str(_expanded("path.pretrain_network_g", start))
+        shipped = start in shipped_models()
+        fields["model"] = str(saved_folder(start) if shipped else _expanded("path.pretrain_network_g", start))
     return {name: value for name, value in fields.items() if value not in (None, {})}
 
 

@@ -19,6 +19,8 @@ from ipt_fast.training.recipe import KEYS, read_recipe, recipe_of, shipped_recip
 from tests.training.conftest import MICRO
 
 RECIPES = shipped_recipes()
+TINY = [name for name in RECIPES if name.startswith("ipt_v2_tiny")]  # those of the models that ship
+PAPERS = [name for name in RECIPES if name not in TINY]
 TASKS = {
     *("gaussian_color_denoising", "gaussian_gray_denoising", "real_denoising", "deraining", "motion_deblurring"),
     *("defocus_deblurring_single", "defocus_deblurring_dual_pixel", "super_resolution_x4", "jpeg_artifact_removal"),
@@ -54,7 +56,7 @@ def test_a_recipe_of_every_task_ships():
     assert set(RECIPES) >= TASKS
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PAPERS)
 def test_the_recipe_of_the_paper(name, monkeypatch):
     """IPT-V2, section 4: stages from iterations 0, 116k, 176k, 224k and 270k of 300k; Restormer's clipping and loss."""
     monkeypatch.setenv("IPT_FAST_DATA", "/photos")
@@ -95,10 +97,19 @@ def test_every_recipe_trains(name, photos, tmp_path):
     shape = settings.get("model_config", {})
     small = {"iterations": (1, 1), "patch_size": (8, 8), "batch_size": (2, 1), "workers": 0, "save_every": 2}
     shape = {**MICRO, "width": 4, **shape}
-    config = TrainingConfig(**{**settings, **small, "out": tmp_path / "run", "model_config": shape, "device": "cpu"})
+    started = "ipt_v2_tiny" if name in TINY else settings["model"]  # those that ship start from one another
+    made = {"out": tmp_path / "run", "model": started, "model_config": shape, "device": "cpu"}
+    config = TrainingConfig(**{**settings, **small, **made})
     assert train(config) == 2
     saved = load_checkpoint(config.out / "checkpoint.pth")["config"]
-    assert saved["betas"] == (0.9, 0.999) and saved["grad_clip"] == 0.01  # what was resolved
+    assert saved["betas"] == (0.9, 0.999) and saved["grad_clip"] == settings["grad_clip"]  # what was resolved
+
+
+def test_recipes_of_the_models_that_ship_start_from_the_weights_that_ship(monkeypatch):
+    monkeypatch.setenv("IPT_FAST_DATA", "/photos")
+    started = {name: TrainingConfig(**read_recipe(name)) for name in TINY}
+    assert started.pop("ipt_v2_tiny").model == "ipt_v2_tiny"
+    assert {config.model for config in started.values()} == {str(saved_folder("ipt_v2_tiny"))}
 
 
 @pytest.mark.parametrize("name", RECIPES)
