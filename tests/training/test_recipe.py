@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ipt_fast.cli import main
+from ipt_fast.models import saved_folder
 from ipt_fast.training.checkpoint import load_checkpoint
 from ipt_fast.training.config import TrainingConfig
 from ipt_fast.training.loop import train
