@@ -57,9 +57,11 @@ def shrink(image: Tensor, scale: int) -> Tensor:
     result = image.float()
     for _ in range(2):  # rows, then columns; by taps, as matrices of a camera's photo would be large
         index, weight = _resize_weights(result.shape[1], 1 / scale)
-        taps = zip(index.T, weight.float().T, strict=True)
-        rows = sum((taken[:, None] * result[:, place] for place, taken in taps), torch.zeros(()))
-        result = rows.transpose(1, 2)
+        rows = torch.zeros(len(result), len(index), result.shape[2])
+        for place, taken in zip(index.T, weight.float().T, strict=True):
+            if taken.any():
+                rows.addcmul_(result[:, place], taken[:, None])
+        result = rows.transpose(1, 2).contiguous()
     return result.round().clamp(0, top).to(image.dtype)
 
 
