@@ -43,8 +43,7 @@ def create_model(name: str, pretrained: bool = False, **config: Any) -> Pretrain
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: load the weights that ship with the package ("ipt_v2_tiny": blind colour Gaussian denoising,
-            σ 5 to 50 on the 0..255 scale; "ipt_tiny": its four tasks).
+        pretrained: load the weights that ship with the package; :func:`shipped_models` tells of which and for what.
         config: fields of the model's config to change, such as ``in_channels=1`` or ``norm="with_bias"``.
             ``out_channels`` follows ``in_channels`` unless given (3 for two views in 6 channels).
 

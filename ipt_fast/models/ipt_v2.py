@@ -189,6 +189,9 @@ def _upsample(channels: int) -> nn.Sequential:
     return nn.Sequential(Conv2d(channels, 2 * channels, 3, padding=1, bias=False), PixelShuffle(2))
 
 
+_TINY = dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1)
+
+
 @register
 class IPTV2(PretrainedModel):
     """IPT-V2, a U-shaped transformer for image restoration (section 3.2, table 10).
@@ -204,10 +207,17 @@ class IPTV2(PretrainedModel):
     free_fields = frozenset({"merged"})
     presets = {
         "ipt_v2_tiny": Preset(
-            dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1),
+            _TINY,
             ships=True,
-            trained_for="Gaussian noise of any σ from 5 to 50 (of 255) in colour photos, drawn for each channel by "
-            "itself; noise that is equal in all channels, as in gray photos, stays for the most part",
+            trained_for="Gaussian noise of any σ up to 50 (of 255) in colour and gray photos, of each channel by itself "
+            "or shared by them; that of cameras is for ipt_v2_tiny_camera",
+        ),
+        "ipt_v2_tiny_camera": Preset(
+            _TINY, ships=True, trained_for="noise of cameras in colour photos, as JPEG or developed from raw files"
+        ),
+        "ipt_v2_tiny_derain": Preset(_TINY, ships=True, trained_for="light rain: streaks in colour photos"),
+        "ipt_v2_tiny_deblur": Preset(
+            _TINY, ships=True, trained_for="slight motion blur in colour photos; a small model that learned from little"
         ),
         "ipt_v2_small": Preset(dict(width=32, depths=(4, 6, 6, 8), refinement=0, window_size=32, grid_size=8)),
         "ipt_v2_base": Preset(dict(width=48, depths=(4, 6, 6, 8), refinement=4, window_size=32, grid_size=16)),
