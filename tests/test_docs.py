@@ -8,6 +8,7 @@ import pathlib
 import re
 import shlex
 import string
+import sys
 
 import numpy as np
 import PIL.Image
@@ -87,6 +88,11 @@ def here(tmp_path, monkeypatch):
     small = ipt_fast.create_model("ipt", tasks=("sr_x2",), features=4, layers=1)
     torch.save(small.state_dict(), tmp_path / "ipt_sr2.pt")
     monkeypatch.chdir(tmp_path)
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_worker_niceness", "0")):
+        monkeypatch.setenv(name, value)
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 RUN = [pytest.param(page, False, id=page.name) for page in PAGES if [*blocks(page, "python")]]

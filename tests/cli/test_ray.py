@@ -256,7 +256,7 @@ def processes_with(token):
 def test_a_cluster_of_its_own_that_is_killed_and_whose_workers_are(model, tmp_path):
     """The command as a user runs it: killed itself, then started again, when a worker is killed three times."""
     pytest.importorskip("ray")
-    count, token = 60, f"IPT_FAST_TEST={os.getpid()}"
+    count, token = 30, f"IPT_FAST_TEST={os.getpid()}"
     for number in range(count):
         save(tmp_path / "photos" / f"{number:02}.png", number)
     command = [sys.executable, "-m", "ipt_fast.cli", "restore", tmp_path / "photos", tmp_path / "out", "--ray"]
@@ -269,25 +269,25 @@ def test_a_cluster_of_its_own_that_is_killed_and_whose_workers_are(model, tmp_pa
         return {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.png")}
 
     def wait_for(number, process):
-        end = time.monotonic() + 200
+        end = time.monotonic() + 500
         while process.poll() is None and len(results()) < number and time.monotonic() < end:
             time.sleep(0.05)
 
     with start(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(8, process)
+        wait_for(5, process)
         process.kill()
     before, end = results(), time.monotonic() + 60
     while processes_with(token) and time.monotonic() < end:
         time.sleep(0.1)
-    assert processes_with(token) == [] and 8 <= len(before) < count  # the cluster has gone with it
+    assert processes_with(token) == [] and 5 <= len(before) < count  # the cluster has gone with it
 
     killed, process = 0, start(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for number in (15, 25, 35):
+    for number in (10, 15, 20):
         wait_for(number, process)
         if workers := processes_with(token):
             os.kill(workers[0], signal.SIGKILL)
             killed += 1
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=500)
     assert (process.returncode, err.strip(), killed) == (0, "", 3)
     assert out.count(" -> ") == count - len(before)
     assert {name: results()[name] for name in before} == before and len(results()) == count
