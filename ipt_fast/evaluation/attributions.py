@@ -43,9 +43,9 @@ def draw_attributions(
     for i, (title, output, attribution, window, index) in enumerate(maps):
         share = (attribution / attribution.max()).double().cpu()
         bright = (1 + share.clamp(min=1e-12).log10() / DECADES).clamp(min=0)[..., None]
-        heat = torch.from_numpy(_coloured(2 * bright[..., 0].numpy() - 1) / 255)
-        over = DIMMED * ground[..., None] * (1 - bright) + heat * bright
-        panels = [_rgb(output), to_picture(heat.numpy()), to_picture(over.numpy())]
+        heat = _coloured(2 * bright[..., 0].numpy() - 1)
+        over = DIMMED * ground[..., None] * (1 - bright) + torch.tensor(MARK) / 255 * bright
+        panels = [_rgb(output), heat, to_picture(over.numpy())]
         titles = [title, "Attribution", "on the input"]
         captions = ["", f"diffusion index {index:.2f}", ""]
         top = MARGIN + i * row
