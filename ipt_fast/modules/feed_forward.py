@@ -64,7 +64,10 @@ class Reparameterized(OperatorModule):
         """Where this convolution is merged, replace its branches in a training-form state dict by the merged weight."""
         keys = [f"{prefix}{name}.weight" for name in self.branches]
         if self.merged and all(key in state for key in keys):
-            state[f"{prefix}weight"] = self._merged([state.pop(key) for key in keys])
+            branches = [state.pop(key) for key in keys]
+            # A file of 16 bits is merged in the precision of the model, so that its weights are rounded once.
+            dtype = torch.promote_types(branches[0].dtype, self.weight.dtype)
+            state[f"{prefix}weight"] = self._merged([branch.to(dtype) for branch in branches])
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.merge_state(state_dict, prefix)

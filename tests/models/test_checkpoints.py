@@ -391,6 +391,16 @@ def test_pretrained_tiny_in_both_forms(image):
     assert torch.equal(open_model("ipt_v2_tiny")(image), training(image))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_of_16_bits_is_merged_in_the_precision_of_the_model(tmp_path, dtype):
+    model = ipt_fast.create_model("ipt_v2_tiny", **CONFIG)
+    model.save_pretrained(tmp_path, dtype=dtype)
+    merged, later = (type(model).from_pretrained(tmp_path, merged=form) for form in (True, False))
+    later.reparameterize()
+    for name, value in later.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], value), name
+
+
 def test_pretrained_elsewhere_is_refused():
     with pytest.raises(ValueError, match="ipt_v2_tiny"):
         ipt_fast.create_model("ipt_v2_base", pretrained=True)
