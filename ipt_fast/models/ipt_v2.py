@@ -209,8 +209,8 @@ class IPTV2(PretrainedModel):
         "ipt_v2_tiny": Preset(
             _TINY,
             ships=True,
-            trained_for="Gaussian noise of any σ up to 50 (of 255) in colour and gray photos, of each channel by itself "
-            "or shared by them; that of cameras is for ipt_v2_tiny_camera",
+            trained_for="Gaussian noise of any σ up to 50 (of 255) in colour and gray photos, of each channel by "
+            "itself or shared by them; that of cameras is for ipt_v2_tiny_camera",
         ),
         "ipt_v2_tiny_camera": Preset(
             _TINY, ships=True, trained_for="noise of cameras in colour photos, as JPEG or developed from raw files"
