@@ -78,6 +78,8 @@ def blurred(image: Tensor, sigma: float) -> Tensor:
     return F.conv2d(rows, kernel.mT, groups=len(image))[0].to(image.dtype)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def local_attribution_map(
     model: nn.Module,
     image: Tensor,
@@ -105,6 +107,7 @@ def local_attribution_map(
         window: (left, top, side) in pixels of the output, inside it, side at least 2.
         task: of a model with several.
         sigma: of the blurred image, in pixels; 1.2 is that of the authors' program, and so are 50 steps.
+            At most the longer side of the image.
         steps: of the integral.
         detector: what is attributed, a differentiable function of the window (C', side, side) to a number.
 
@@ -116,8 +119,11 @@ def local_attribution_map(
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     contract = describe(model)
     _check_image(image, contract)
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be a positive number of pixels; got {sigma!r}")
+    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma <= max(image.shape[1:]):
+        raise ValueError(
+            "sigma must be a positive number of pixels, at most the longer side of the image; "
+            f"got {sigma!r} for {tuple(image.shape)}"
+        )
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps must be an int of at least 1; got {steps!r}")
     if task is not None and not contract.takes_task:
@@ -136,7 +142,11 @@ def local_attribution_map(
         output = run(image)
         left, top, side = _checked_window(window, output)
         before = blurred(image, sigma)
-        change = detector(_part(output, window)) - detector(_part(run(before), window))
+        value = detector(_part(output, window))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"detector must make a tensor of one number; got {got}")
+        change = value - detector(_part(run(before), window))
     values = torch.zeros_like(image)
     for step in range(1, steps + 1):
         after = blurred(image, sigma * (1 - step / steps))

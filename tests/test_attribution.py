@@ -126,6 +126,15 @@ def test_a_model_is_left_as_it_is_and_runs_whatever_its_form():
     torch.testing.assert_close(found.output, model(photo()[None])[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off(mode):
+    model, image = micro_model(), photo()
+    expected = local_attribution_map(model, image, (4, 4, 8), steps=2)
+    with mode():
+        found = local_attribution_map(model, image.clone(), (4, 4, 8), steps=2)
+    assert torch.equal(found.values, expected.values)
+
+
 def test_a_task_of_a_model_with_several():
     config = {"tasks": ("denoise30", "sr_x2"), "features": 4, "layers": 1, "heads": 3, "image_size": 12}
     model = ipt_fast.create_model("ipt_tiny", **config)
@@ -193,6 +202,8 @@ def test_what_has_no_index(values):
         ({"window": (0, 0.0, 4)}, "window must be three ints"),
         ({"sigma": 0}, "sigma must be a positive number"),
         ({"sigma": float("inf")}, "sigma must be a positive number"),
+        ({"sigma": 25}, "at most the longer side of the image"),
+        ({"detector": lambda part: part}, "detector must make a tensor of one number"),
         ({"steps": 0}, "steps must be an int of at least 1"),
         ({"task": "derain"}, "task must be None for Linear"),
     ],

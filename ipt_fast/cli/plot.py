@@ -9,7 +9,7 @@ import torch
 from PIL import PngImagePlugin
 
 from .._files import atomic_write
-from ..data.degradations import degrade
+from ..data.degradations import degrade, find_task
 from ..data.io import read_image
 from ..data.resize import resized
 from ..evaluation.embeddings import draw_positions, draw_tasks
@@ -84,8 +84,9 @@ def _restoration(model: PretrainedModel, args: argparse.Namespace) -> PIL.Image.
     restorer = Restorer(model, task=args.task if tasks else None)  # refuses to choose among several
     scale = restorer.scale
     task = args.task or (tasks[0] if tasks else "denoise50" if scale == 1 else f"sr_x{scale}")
-    if task.startswith("sr_x") and scale == 1:
-        raise ValueError(f"--task must be one that keeps the size, as {args.model} does; got {task}")
+    if find_task(task).scale != scale:
+        kind = "keeps the size" if scale == 1 else f"enlarges {scale} times"
+        raise ValueError(f"--task must be one that {kind}, as {args.model} does; got {task}")
     clean = clean[:, : clean.shape[1] // scale * scale, : clean.shape[2] // scale * scale]
     if 0 in clean.shape:
         raise ValueError(f"--image must have at least {scale} pixels a side for this task; got {args.image}")

@@ -112,7 +112,8 @@ def _run(args: argparse.Namespace) -> int:
     model = _open_model(args)
     if args.noise is not None and describe(model).scale(args.task) > 1:
         raise ValueError(
-            f"--noise must be left out for a task that magnifies, as its target is the input itself; got {args.task}"
+            "--noise must be left out for a task that magnifies, as its target is the input itself; got "
+            f"{args.task or args.model}"
         )
     journal, made_with = None, {}
     if jobs[0].destination != Path(args.output):  # which is a folder then

@@ -128,9 +128,18 @@ def disc_kernel(radius: float) -> Tensor:
 
 
 def blurred(image: Tensor, kernel: Tensor) -> Tensor:
-    """``image`` (C, H, W) in sRGB, in [0, 1], convolved with ``kernel`` (K, K), K odd, in linear light; as large."""
-    light = F.pad(image.clamp(0, 1) ** GAMMA, [kernel.shape[0] // 2] * 4, mode="replicate")
-    return convolved(light, kernel.to(image)).clamp(0, 1) ** (1 / GAMMA)
+    """``image`` (C, H, W) in sRGB, in [0, 1], convolved with ``kernel`` (K, K), K odd, in linear light; as large.
+
+    Raises:
+        TypeError: ``image`` is not floating point. ValueError: it has another shape.
+    """
+    if not image.is_floating_point():
+        raise TypeError(f"image must be floating point in [0, 1]; got {image.dtype}")
+    if image.dim() != 3 or 0 in image.shape:
+        raise ValueError(f"image must be (C, H, W); got {tuple(image.shape)}")
+    exact = image.to(torch.promote_types(image.dtype, torch.float32))  # FFT has no 16 bits on the CPU
+    light = F.pad(exact.clamp(0, 1) ** GAMMA, [kernel.shape[0] // 2] * 4, mode="replicate")
+    return (convolved(light, kernel.to(exact)).clamp(0, 1) ** (1 / GAMMA)).to(image.dtype)
 
 
 def convolved(planes: Tensor, kernel: Tensor) -> Tensor:

@@ -193,6 +193,13 @@ def _luma_denoise(image: Tensor, sigma: int | None, levels: tuple[float, float],
     return add_alike_noise(image, level, 1.0 if equal < 0.5 else correlation, generator)
 
 
+def _camera(image: Tensor, number: int | None, levels: tuple[float, float], generator: torch.Generator) -> Tensor:
+    if len(image) != 1:
+        return camera_noise(image, generator).to(image)
+    # A gray photo is that of a camera for colours, made gray.
+    return gray_of(camera_noise(image.expand(3, -1, -1), generator).to(image))[:1]
+
+
 def _jpeg(image: Tensor, quality: int | None, levels: tuple[float, float], generator: torch.Generator) -> Tensor:
     drawn = torch.randint(QUALITIES[0], QUALITIES[1] + 1, (), generator=generator).item()
     return add_jpeg_artefacts(image.clamp(0, 1), int(drawn) if quality is None else quality).to(image)
@@ -211,9 +218,7 @@ DEGRADATIONS = {
     "luma_denoise": Degradation(
         _luma_denoise, "Gaussian noise that the channels share wholly or in part", "<σ>", optional=True, least=0
     ),
-    "camera": Degradation(
-        lambda image, number, levels, generator: camera_noise(image, generator).to(image), "noise of a camera"
-    ),
+    "camera": Degradation(_camera, "noise of a camera"),
     "motion_deblur": Degradation(
         lambda image, number, levels, generator: motion_blur(image, generator), "a shaken camera"
     ),

@@ -76,3 +76,18 @@ def test_the_generator_alone_decides(degrade, shape):
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape[1:] == image.shape[1:] and first.min() >= 0 and first.max() <= 1
     assert first.std() < image.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_blur_keeps_the_dtype(dtype):
+    image = torch.rand(3, 12, 12).to(dtype)
+    found = blur.motion_blur(image, generator())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), blur.motion_blur(image.float(), generator()), rtol=0.01, atol=0.005)
+
+
+def test_what_cannot_be_blurred():
+    with pytest.raises(TypeError, match="image must be floating point"):
+        blur.blurred(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"image must be \(C, H, W\); got \(8, 8\)"):
+        blur.blurred(torch.zeros(8, 8), torch.ones(1, 1))

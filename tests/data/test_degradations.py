@@ -237,3 +237,9 @@ def test_shrinking_is_imresize_rounded(dtype, scale):
     found = shrink(image, scale)
     expected = imresize(image.double(), 1 / scale).round().clamp(0, top)
     assert found.dtype == dtype and (found.double() - expected).abs().max() <= (dtype == torch.uint16)
+
+
+def test_noise_of_a_camera_in_gray_photos():
+    image = torch.full((1, 16, 16), 0.5, dtype=torch.float64)
+    noisy = degrade(image, "camera", torch.Generator().manual_seed(0))
+    assert noisy.shape == image.shape and noisy.dtype == image.dtype and noisy.std() > 0

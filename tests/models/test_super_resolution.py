@@ -112,3 +112,10 @@ def test_commands(tmp_path, capsys):
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert abs(float(row[3]) - float(row[4])) < 1  # a photo shrunk by 2: bicubic before, nearly bicubic after
     assert main(["plot", "restorations", str(tmp_path / "plot.png"), "--image", str(photo), *choice]) == 0
+    capsys.readouterr()
+    assert (
+        main(["plot", "restorations", str(tmp_path / "no.png"), "--image", str(photo), *choice, "--task", "sr_x3"]) == 2
+    )
+    assert "--task must be one that enlarges 2 times" in capsys.readouterr().err
+    assert main(["restore", str(photo), str(tmp_path / "no.png"), *choice, "--noise", "10"]) == 2
+    assert f"is the input itself; got {tmp_path / 'model'}" in capsys.readouterr().err
