@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .._precision import DTYPES
-from ..models import open_checkpoint, open_model
+from ..models import open_checkpoint, open_model, shipped_models
 from ._arguments import RAW_HELP, Subparsers, json_object
 from ._outputs import check_new_folder
 
@@ -15,7 +15,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="make a file of weights a folder for --model",
         description="Read a PyTorch or safetensors file strictly and save config.json and model.safetensors into OUT. "
         "Of a published IPT the shape is read from the tensors, but the heads of its attention are those of --model. "
-        "With --dtype, FILE may also be the folder of a saved model.",
+        "With --dtype, FILE may also be the folder of a saved model, or the name of one that ships.",
     )
     option = parser.add_argument
     option("file", type=Path, metavar="FILE", help="weights, such as a published IPT")
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """
     check_new_folder("OUT", args.output)
     dtype = DTYPES[args.dtype] if args.dtype else None
-    if args.file.is_dir() and dtype is not None:
+    if dtype is not None and (args.file.is_dir() or str(args.file) in shipped_models()):
         if given := [name for name in ("model", "model_config", "tasks", "raw_weights") if getattr(args, name)]:
             names = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"{names} must be left out where FILE is the folder of a saved model; got {args.file}")

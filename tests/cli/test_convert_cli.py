@@ -35,6 +35,11 @@ def test_weights_are_rounded_once_and_opened_as_float32(saved, tmp_path, dtype):
     assert (tmp_path / "half" / "config.json").read_text() == (folder / "config.json").read_text()
 
 
+def test_a_model_that_ships_by_its_name(tmp_path):
+    assert run("convert", "ipt_v2_tiny", tmp_path / "whole", "--dtype", "float32") == 0
+    assert {value.dtype for value in read_state_dict(tmp_path / "whole").values()} == {torch.float32}
+
+
 def test_a_file_of_weights_is_converted_and_rounded_at_once(saved, tmp_path):
     model, folder = saved
     torch.save(model.state_dict(), tmp_path / "weights.pth")
