@@ -73,6 +73,8 @@ class RestoreJobs:
             except FileExistsError:  # of a worker that died
                 with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
                     return pickle.loads((self._place / _REPORT).read_bytes())
+            except OSError as error:
+                return Report(Outcome(error=str(error)), [])
             else:
                 break
         else:
@@ -85,8 +87,9 @@ class RestoreJobs:
         with use_backend(self._work.args.backend):
             report = Report(self._work.attempt(job), self._files)
         unfinished = self._place / f".{_REPORT}"
-        unfinished.write_bytes(pickle.dumps(report))
-        unfinished.rename(self._place / _REPORT)
+        with contextlib.suppress(OSError):  # a full disk, say; it is for the next attempt, if there is one
+            unfinished.write_bytes(pickle.dumps(report))
+            unfinished.rename(self._place / _REPORT)
         return report
 
     @contextlib.contextmanager
