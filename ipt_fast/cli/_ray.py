@@ -95,7 +95,11 @@ class RestoreJobs:
     @contextlib.contextmanager
     def _write(self, result: Path, made_from: dict[str, Any]) -> Iterator[Path]:
         path = self._place / result.name
-        yield path
+        try:
+            yield path
+        except BaseException:
+            path.unlink(missing_ok=True)  # half of a file may fill the disk
+            raise
         self._files.append((result, path, digest_of_file(path), made_from))
 
 

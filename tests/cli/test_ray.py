@@ -244,7 +244,7 @@ def test_a_worker_has_its_part_of_the_machine(model):
 
 
 def test_where_nothing_can_be_written_images_fail_and_not_the_run(model, tmp_path, monkeypatch):
-    """As on a full disk: no folder for an attempt, then no report in it."""
+    """As on a full disk: no folder for an attempt, then no report in it, then half of a result."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     options = {"task": None, "tile": "auto", "overlap": None, "blend": "cosine", "self_ensemble": False}
@@ -261,6 +261,15 @@ def test_where_nothing_can_be_written_images_fail_and_not_the_run(model, tmp_pat
         monkeypatch.setattr(_ray, "_REPORT", "nowhere/report.pickle")
         report = pickle.loads(worker(batch)["report"][0])
         assert report.outcome.error == "" and [path.name for _, path, _, _ in report.files] == ["0.png"]
+
+        def fill_disk(path, image):
+            path.write_bytes(b"half of a f")
+            raise OSError("it is full")
+
+        monkeypatch.setattr("ipt_fast.cli._work.write_image", fill_disk)
+        report = pickle.loads(worker(batch)["report"][0])
+        assert report.outcome.error == "it is full" and report.files == []
+        assert [path.name for path in folder.rglob("*.png")] == ["0.png"]  # the whole one of before
     finally:
         torch.set_num_threads(threads)
 
