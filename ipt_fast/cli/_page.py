@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from .._files import is_stream
+from .._files import is_stream, naming
 from ..data.io import fill_hidden, read_image
 from ..evaluation.page import Page, Panel, is_page, write_page
 from ..evaluation.runner import dataset_names
 from ._jobs import Job
+from ._journal import NAME
 from ._outputs import Outputs, check_writable, model_files
 from ._work import FAILURES, degraded
 
@@ -23,6 +24,7 @@ def check_page(args: argparse.Namespace, jobs: list[Job]) -> None:
         raise ValueError(f"--html must be a file; got the folder {args.html}")
     reads = [path for job in jobs for path in (job.source, job.target, *job.results) if path is not None]
     weights = [] if args.checkpoint is None else [args.checkpoint]
+    reads.append(jobs[0].destination.parent / NAME)
     Outputs([*reads, *model_files(args.model), *weights]).claim("--html", args.html, is_page)
     if args.html.parent.exists() or not _is_made(args.html.parent, jobs):
         check_writable("--html", args.html)
@@ -37,7 +39,7 @@ def write_restorations(args: argparse.Namespace, jobs: list[Job], failed: Mappin
     """Write the page: every image with its result, those of earlier runs too, and why the others have none."""
     folders = dataset_names(list(dict.fromkeys(job.source.parent for job in jobs)))
     note = f"{args.model}{f', {args.task}' if args.task else ''}: {len(jobs) - len(failed)} of {len(jobs)} images"
-    with write_page(args.html, ", ".join(folders), note, size=args.html_size) as page:
+    with naming(args.html), write_page(args.html, ", ".join(folders), note, size=args.html_size) as page:
         for job in jobs:
             if job in failed:
                 page.fail(job.source.name, failed[job])

@@ -73,6 +73,8 @@ class RestoreJobs:
             except FileExistsError:  # of a worker that died
                 with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
                     return pickle.loads((self._place / _REPORT).read_bytes())
+            except OSError as error:
+                return Report(Outcome(error=str(error)), [])
             else:
                 break
         else:
@@ -85,14 +87,19 @@ class RestoreJobs:
         with use_backend(self._work.args.backend):
             report = Report(self._work.attempt(job), self._files)
         unfinished = self._place / f".{_REPORT}"
-        unfinished.write_bytes(pickle.dumps(report))
-        unfinished.rename(self._place / _REPORT)
+        with contextlib.suppress(OSError):  # a full disk, say; it is for the next attempt, if there is one
+            unfinished.write_bytes(pickle.dumps(report))
+            unfinished.rename(self._place / _REPORT)
         return report
 
     @contextlib.contextmanager
     def _write(self, result: Path, made_from: dict[str, Any]) -> Iterator[Path]:
         path = self._place / result.name
-        yield path
+        try:
+            yield path
+        except BaseException:
+            path.unlink(missing_ok=True)  # half of a file may fill the disk
+            raise
         self._files.append((result, path, digest_of_file(path), made_from))
 
 

@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--data must be one folder with --target; got {len(args.data)}")
     if args.second_view and not args.target:
         raise ValueError(f"--second-view must be left out without --target; got {args.second_view}")
+    if args.pair_by != "name" and not args.target:
+        raise ValueError(f"--pair-by must be left out without --target; got {args.pair_by}")
     if args.published and args.published.lower() not in map(str.lower, DATASETS):
         raise ValueError(f"--published must be one of {', '.join(DATASETS)}; got {args.published}")
     _check_reports(args)
@@ -115,6 +117,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--sigma and --target must be left out for a task that magnifies; got {args.task or args.model}"
             )
+        channels = restorer.contract.in_channels
+        if channels is not None and (channels == 6) != (args.second_view is not None):
+            allowed = "given" if channels == 6 else "left out"
+            got = f"got {args.second_view}"
+            raise ValueError(f"--second-view must be {allowed} for a model of {channels} channels; {got}")
         args.crop = (scale or 0) if args.crop is None else args.crop
         restorer.try_one_pixel()
         distance = lpips.to(restorer.device).compare if lpips else None

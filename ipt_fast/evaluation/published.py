@@ -142,23 +142,29 @@ def format_published(
         if not rows or dataset is None:
             lines.append(f"published: nothing for {dataset or evaluation.dataset}{level}")
             continue
-        lines.append(f"{'published: ' + dataset + level:<52}{'PSNR':>8}{'SSIM':>8}{'MAE':>8}{'LPIPS':>8}")
+        width = max(len(each) for each in (model, *(row.model for row in rows)))
+        title = f"published: {dataset}{level}".ljust(len(_start("", "", "", width)))
+        lines.append(f"{title}{'PSNR':>8}{'SSIM':>8}{'MAE':>8}{'LPIPS':>8}")
         for row in rows:
             source = f"{row.paper}, {row.table if row.table.startswith('s') else 'table ' + row.table}"
-            lines.append(_line(source, row.task, row.model, (row.psnr, row.ssim, row.mae, row.lpips)))
+            start = _start(source, row.task, row.model, width)
+            lines.append(start + _cells((row.psnr, row.ssim, row.mae, row.lpips)))
         means = [
             evaluation.mean(figure) if figure in evaluation.figures else None
             for figure in ("psnr_output", "ssim_output", "mae_output", "lpips_output")
         ]
-        lines.append(_line("here", "", model, means))
+        lines.append(_start("here", "", model, width) + _cells(means))
         lines += [f"  differs: {difference}" for difference in differences(evaluation, rows, dataset)]
     return "\n".join(lines)
 
 
-def _line(source: str, task: str, model: str, figures: Sequence[float | None]) -> str:
+def _start(source: str, task: str, model: str, width: int) -> str:
+    return f"  {source:<21} {task:<17} {model:<{width}}"
+
+
+def _cells(figures: Sequence[float | None]) -> str:
     psnr, *others = figures
-    cells = [f"{psnr:>8.2f}", *("       -" if each is None else f"{each:>8.3f}" for each in others)]
-    return f"  {source:<21} {task:<17} {model:<11}".ljust(52) + "".join(cells)
+    return f"{psnr:>8.2f}" + "".join("       -" if each is None else f"{each:>8.3f}" for each in others)
 
 
 def _number(text: str) -> float | None:

@@ -141,6 +141,14 @@ def test_two_views(views, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("target must hold an image by the name of each input") == 3
 
 
+def test_the_number_of_views_is_that_of_the_model(views, model, tmp_path, capsys):
+    six = identity(tmp_path / "six", in_channels=6, out_channels=3)
+    assert run("--model", model, *views, "--device", "cpu") == 2
+    assert "--second-view must be left out for a model of 3 channels; got" in capsys.readouterr().err
+    assert run("--model", six, *views[:2], *views[4:], "--device", "cpu") == 2
+    assert "--second-view must be given for a model of 6 channels; got None" in capsys.readouterr().err
+
+
 def test_gray_views_count_as_colour(tmp_path, capsys):
     six = identity(tmp_path / "six", in_channels=6, out_channels=3)
     for side in ("left", "right"):
@@ -199,6 +207,7 @@ def test_a_page_of_an_evaluation(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--sigma", "25", "--pair-by", "order"], "--pair-by must be left out without --target; got order"),
         (["--sigma", "25", "--second-view", "x"], "--second-view must be left out without --target; got x"),
         (["--sigma", "25", "--lpips", "nowhere.pth"], "path must be a file of weights; got nowhere.pth"),
         (["--target", "{folder}/target", "--pair-by", "order"], "pair_by must be name for folders of [2, 1] images"),

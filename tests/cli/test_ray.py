@@ -1,8 +1,10 @@
 """`ipt-fast restore --ray` and RestoreFiles on a local cluster: the same files and words, also where workers die."""
 
+import argparse
 import functools
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import torch
 
 import ipt_fast
 from ipt_fast.cli import _journal, _ray, main
+from ipt_fast.cli._jobs import Job
 from ipt_fast.data.io import Image, read_image, write_image
 from ipt_fast.inference import Restorer
 from ipt_fast.inference.ray import RestoreFiles, map_rows
@@ -238,6 +241,37 @@ def test_a_worker_has_its_part_of_the_machine(model):
     image, whole = torch.zeros(1, 3, 4000, 4000), half._tile_size(torch.zeros(1, 3, 4000, 4000))
     half.memory_share = 0.0
     assert half._tile_size(image).height < whole.height
+
+
+def test_where_nothing_can_be_written_images_fail_and_not_the_run(model, tmp_path, monkeypatch):
+    """As on a full disk: no folder for an attempt, then no report in it, then half of a result."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    options = {"task": None, "tile": "auto", "overlap": None, "blend": "cosine", "self_ensemble": False}
+    options |= {"dtype": "auto", "device": "cpu", "backend": "auto", "noise": None, "max_pixels": None}
+    args = argparse.Namespace(**options, ray_cpus=1, ray_gpus=0)
+    folder, photo = tmp_path / "attempts", save(tmp_path / "photos" / "0.png")
+    job = pickle.dumps(Job(photo, tmp_path / "out" / "0.png", None, None, ""))
+    batch = {"index": np.array([0]), "job": [job]}
+    try:
+        worker = _ray.RestoreJobs(ipt_fast.models.open_model(model), args, {}, folder, str(tmp_path))
+        report = pickle.loads(worker(batch)["report"][0])
+        assert "No such file or directory" in report.outcome.error and report.files == []
+        folder.mkdir()
+        monkeypatch.setattr(_ray, "_REPORT", "nowhere/report.pickle")
+        report = pickle.loads(worker(batch)["report"][0])
+        assert report.outcome.error == "" and [path.name for _, path, _, _ in report.files] == ["0.png"]
+
+        def fill_disk(path, image):
+            path.write_bytes(b"half of a f")
+            raise OSError("it is full")
+
+        monkeypatch.setattr("ipt_fast.cli._work.write_image", fill_disk)
+        report = pickle.loads(worker(batch)["report"][0])
+        assert report.outcome.error == "it is full" and report.files == []
+        assert [path.name for path in folder.rglob("*.png")] == ["0.png"]  # the whole one of before
+    finally:
+        torch.set_num_threads(threads)
 
 
 def processes_with(token):

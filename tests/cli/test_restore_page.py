@@ -86,6 +86,7 @@ def test_a_page_beside_new_results(run, tmp_path):
     [
         ("photos/a.png", "--html must not overwrite an input; got"),
         ("out/a.png", "--html must not overwrite an input; got"),
+        ("out/.ipt_fast_results.jsonl", "--html must not overwrite an input; got"),
         ("notes.txt", "--html must be a new file, or one that this command made; got"),
         ("photos", "--html must be a file; got the folder"),
         ("nowhere/p.html", "--html must be in a folder that can be written; got"),
@@ -98,6 +99,13 @@ def test_pages_that_may_not_be_written(run, tmp_path, capsys, page, message):
     assert run(photo.parent, tmp_path / "out", "--html", tmp_path / page) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert photo.read_bytes() == before and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_page_that_cannot_be_written_is_named(run, tmp_path, capsys):
+    photo = save(tmp_path / "photos" / "a.png")
+    assert run(photo.parent, tmp_path / "out", "--html", "/dev/full") == 2
+    captured = capsys.readouterr()
+    assert "cannot write /dev/full: No space left on device" in captured.err and "restored 1" in captured.out
 
 
 def test_pictures_have_a_least_size(run, tmp_path, capsys):

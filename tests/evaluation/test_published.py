@@ -133,7 +133,11 @@ def test_what_differs():
 def test_the_table():
     lines = format_published("tiny", [an_evaluation(), an_evaluation("/data/holiday")]).splitlines()
     assert lines[0].split() == ["published:", "CBSD68,", "sigma", "25", "PSNR", "SSIM", "MAE", "LPIPS"]
-    assert "  IPT-V2, table 1       denoise           IPT-V2 Base   31.84       -       -       -" in lines
+    assert "  IPT-V2, table 1       denoise           IPT-V2 Base    31.84       -       -       -" in lines
+    long = format_published("a model of a long name", [an_evaluation()]).splitlines()
+    for table in (lines[: lines.index(next(line for line in lines if "here" in line)) + 1], long[:-2]):
+        table = [line for line in table if not line.startswith("  differs")]
+        assert len(table) > 10 and {len(line) for line in table} == {len(table[0])}
     own = next(line for line in lines if line.startswith("  here"))
     assert own.split() == ["here", "tiny", "30.00", "0.800", "-", "-"]
     assert lines[-1] == "published: nothing for CBSD68, sigma 25"
