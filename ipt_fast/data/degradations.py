@@ -162,6 +162,7 @@ class Degradation:
         least, most: of the number.
         views: how many images side by side in the channels the input has.
         gray: the photo itself is made gray.
+        colour: it takes three channels.
         takes_sigma: without a number it draws its noise level from a range.
     """
 
@@ -173,6 +174,7 @@ class Degradation:
     most: int = 255
     views: int = 1
     gray: bool = False
+    colour: bool = False
 
     @property
     def takes_sigma(self) -> bool:
@@ -212,7 +214,9 @@ DEGRADATIONS = {
         _luma_denoise, "Gaussian noise that the channels share wholly or in part", "<σ>", optional=True, least=0
     ),
     "camera": Degradation(
-        lambda image, number, levels, generator: camera_noise(image, generator).to(image), "noise of a camera"
+        lambda image, number, levels, generator: camera_noise(image, generator).to(image),
+        "noise of a camera",
+        colour=True,
     ),
     "motion_deblur": Degradation(
         lambda image, number, levels, generator: motion_blur(image, generator), "a shaken camera"

@@ -195,6 +195,8 @@ def _open_data(config: TrainingConfig, contract: Contract, tasks: dict[str, floa
         if sum(inputs) != task.degradation.views * target:
             expected = task.degradation.views * target
             raise ValueError(f"in_channels must be {expected} for {name}, made of clean images; got {sum(inputs)}")
+        if task.degradation.colour and target != 3:
+            raise ValueError(f"in_channels must be 3 for {name}, of which there is none in gray; got {target}")
         if task.scale != contract.scale(name if contract.tasks else None):
             scale = contract.scale(name if contract.tasks else None)
             raise ValueError(f"task must magnify {scale} times, as the model does; got {name}")
