@@ -228,6 +228,10 @@ class PairStream(Samples, Sequence[tuple[Tensor, ...]]):
         memory_budget: int = 2 * 2**30,
     ):
         self.folders = [Path(folder) for folder in (*inputs, *([] if target is None else [target]))]
+        views = len(channels) - 1
+        if target is not None and len(inputs) != views:
+            wanted = "one folder" if views == 1 else f"{views} folders"
+            raise ValueError(f"data must be {wanted} of inputs for each target; got {_names(self.folders[:-1])}")
         samples, lonely = (
             _pairs_in_shards(self.folders[0], len(channels) - 1) if target is None else _pairs(self.folders)
         )

@@ -123,6 +123,8 @@ class TrainingConfig:
             )
         for name, least in (("warmup", 0), ("seed", 0), ("log_every", 1), ("save_every", 1), ("workers", 0)):
             _check_integer(name, getattr(self, name), least)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be less than 2**63; got {self.seed}")
         if self.threads is not None:
             _check_integer("threads", self.threads, 1)
         for name in ("lr_min", "weight_decay", "grad_clip", "contrastive"):
@@ -147,6 +149,8 @@ class TrainingConfig:
             _check_number("betas", beta, 0, 1)
         put("betas", tuple(self.betas))
         put("shrink", per_stage(self.shrink))
+        if not isinstance(self.data_weights, list | tuple | None):
+            raise TypeError(f"data_weights must be one value for each source; got {self.data_weights!r}")
         put("data_weights", None if self.data_weights is None else tuple(self.data_weights))
         self._check_data()
         self._check_execution()
@@ -157,6 +161,8 @@ class TrainingConfig:
         if not isinstance(self.task, str | dict | None):
             raise TypeError(f"task must be a name or {{name: weight}}; got {self.task!r}")
         if isinstance(self.task, dict):
+            if names := [name for name in self.task if not isinstance(name, str)]:
+                raise TypeError(f"task must be a name or {{name: weight}}; got {names[0]!r} as a name")
             _check_weights("task", tuple(self.task.values()))
         if self.data_weights is not None:
             _check_weights("data_weights", self.data_weights)
@@ -168,6 +174,10 @@ class TrainingConfig:
             raise ValueError(f"shrink must have one value for each of {count} sources; got {self.shrink}")
         if self.data_weights is not None and len(self.data_weights) != count:
             raise ValueError(f"data_weights must have one value for each of {count} sources; got {self.data_weights}")
+        if isinstance(self.val, tuple) and self.val_target is None:
+            raise ValueError(
+                f"val must be one folder where there is no val_target; got {', '.join(map(str, self.val))}"
+            )
         if isinstance(self.val_target, tuple) or (self.val_target is not None and self.val is None):
             raise ValueError(f"val_target must be the folder of targets of val; got {self.val_target}")
 

@@ -105,7 +105,9 @@ class _Repetition:
         return record
 
     def _in_values(self, batch: Sequence[Tensor], loss: Tensor) -> str | None:
-        call = next((call for call in self.calls if not call.output_finite), None)
+        bad = [call for call in self.calls if not call.output_finite]
+        # One that was given what is not finite is not at fault: a function between modules is, of the one around them.
+        call = next((call for call in bad if call.input_finite), bad[0] if bad else None)
         if call is None and torch.isfinite(loss):
             return None
         if call is None:

@@ -94,16 +94,22 @@ _SEVERAL = {
     "train.total_iter": "iterations",
     "path.pretrain_network_g": "model",
 }
-# What belongs together: where one is given beside the file, none of the file's is taken.
-_GROUPS = ({"data", "target", "shrink", "data_weights"}, {"val", "val_target", "val_sigma"})
+# {fields of folders: those of the file that go with them}: where one is given beside the file, none of these is taken.
+_GROUPS = {
+    ("data", "target"): {"data", "target", "shrink", "data_weights"},
+    ("val", "val_target"): {"val", "val_target", "val_sigma"},
+}
 _PATHS = ("data", "target", "val", "val_target", "out")
+
+
+_MERGE = "tag:yaml.org,2002:merge"  # "<<: *anchor" puts in what another mapping has
 
 
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: 3e-4 is a number, and a key that comes twice an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
             raise ValueError(f"keys must be there once; got {', '.join(twice)} twice")
         return super().construct_mapping(node, deep)
@@ -137,7 +143,7 @@ def read_recipe(source: str | Path, given: Collection[str] = ()) -> dict[str, An
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         fields = _fields(_flat(content))
-        dropped = {*given}.union(*(group for group in _GROUPS if not group.isdisjoint(given)))
+        dropped = {*given}.union(*(group for folders, group in _GROUPS.items() if not {*given}.isdisjoint(folders)))
         fields = {name: value for name, value in fields.items() if name not in dropped}
         return {name: _expanded(name, value) if name in _PATHS else value for name, value in fields.items()}
     except (yaml.YAMLError, ValueError, OSError) as error:
@@ -168,27 +174,33 @@ def _fields(keys: dict[str, Any]) -> dict[str, Any]:
     for key, (field, read) in KEYS.items():
         if keys.get(key) is None:
             continue
-        if isinstance(read, dict) and keys[key] not in read:
+        if isinstance(read, dict) and keys[key] not in [*read]:
             raise ValueError(f"{key} must be one of {', '.join(read)}; got {keys[key]!r}")
         fields[field] = read[keys[key]] if isinstance(read, dict) else read(key, keys[key])
     fields.pop("", None)  # of a key that has one value only
     shape = [name for name in keys if name.startswith("network_g.") and name not in KEYS]
     fields["model_config"] = {name.removeprefix("network_g."): keys[name] for name in shape}
     fields |= _folders(keys, "datasets.train.", "data", "target") | _folders(keys, "datasets.val.", "val", "val_target")
-    sizes, scale = keys.get("datasets.train.gt_sizes"), keys.get("scale") or 1
+    sizes, scale = keys.get("datasets.train.gt_sizes"), 1 if keys.get("scale") is None else keys["scale"]
     if sizes is not None:
         sizes = sizes if isinstance(sizes, list) else [sizes]
-        if any(not isinstance(size, int) or size % scale for size in sizes):
+        if type(scale) is not int or scale < 1:
+            raise ValueError(f"scale must be an integer of at least 1; got {scale!r}")
+        if any(type(size) is not int or size % scale for size in sizes):
             raise ValueError(f"datasets.train.gt_sizes must be multiples of scale = {scale}; got {sizes}")
         fields["patch_size"] = tuple(size // scale for size in sizes)
     total = keys.get("train.total_iter")
     stages = fields.setdefault("iterations", total)
-    if total is not None and total != (sum(stages) if isinstance(stages, list) else stages):
+    # Values that are no integers are refused with those of all other fields.
+    countable = isinstance(stages, list) and all(isinstance(each, int) for each in stages)
+    if total is not None and total != (sum(stages) if countable else stages):
         raise ValueError(f"train.total_iter must be the sum of datasets.train.iters, {stages}; got {total}")
     start = keys.get("path.pretrain_network_g")
     if start is not None:
         if "model" in fields or fields["model_config"]:
             raise ValueError("network_g must be left out where path.pretrain_network_g tells the model; got both")
+        if not isinstance(start, str):
+            raise ValueError(f"path.pretrain_network_g must be a folder or a model that ships; got {start!r}")
         shipped = start in shipped_models()
         fields["model"] = str(saved_folder(start) if shipped else _expanded("path.pretrain_network_g", start))
     return {name: value for name, value in fields.items() if value not in (None, {})}
@@ -199,6 +211,8 @@ def _folders(keys: dict[str, Any], prefix: str, data: str, target: str) -> dict[
     clean, degraded, left, right = (_listed(keys.get(f"{prefix}{root}")) for root in _ROOTS)
     if bool(left) != bool(right) or (left and degraded):
         raise ValueError(f"{prefix}dataroot_lqL must come with dataroot_lqR and without dataroot_lq; got others")
+    if len(left) != len(right):
+        raise ValueError(f"{prefix}dataroot_lqR must be one for each dataroot_lqL; got {len(right)} for {len(left)}")
     views = [list(each) for each in zip(left, right, strict=True)] if left else [[each] for each in degraded]
     inputs = [[each for each in places if each is not None] for places in views]
     if not any(inputs):

@@ -83,6 +83,13 @@ def test_two_views(tmp_path):
     assert (255 * views[[2, 5], 0, 0]).round().tolist() == [1, 2]
 
 
+@pytest.mark.parametrize(("folders", "channels"), [(2, (3, 3)), (1, (3, 3, 3))])
+def test_folders_for_another_number_of_views(paired, folders, channels):
+    wanted = "2 folders" if folders == 1 else "one folder"
+    with pytest.raises(ValueError, match=f"data must be {wanted} of inputs for each target; got "):
+        PairStream([paired / "input"] * folders, paired / "target", channels)
+
+
 @pytest.mark.parametrize("views", [1, 2])
 def test_shards_of_pairs(tmp_path, views):
     roles = ["input", "target"] if views == 1 else ["left", "right", "target"]

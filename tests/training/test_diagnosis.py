@@ -71,6 +71,18 @@ def test_the_batch(failing):
     assert failing(spoil) == "the batch is not finite, and so the output of embed (Conv2d) is not"
 
 
+def test_what_lies_between_modules_is_of_the_one_around_them(failing):
+    name = "encoder.0.0.attention.temperature"  # which no module inside the attention has
+
+    def spoil(run, batch):
+        with torch.no_grad():
+            dict(run.model.named_parameters())[name].fill_(NAN)
+
+    said = failing(spoil)
+    assert said.startswith("parameters of encoder.0.0.attention (")
+    assert said.endswith(f") are not finite: {name}; its input was finite")
+
+
 @pytest.mark.parametrize("value", [NAN, float("inf")])
 def test_a_weight_that_was_loaded(failing, value):
     name = "encoder.0.1.ffn.expand.second.weight"

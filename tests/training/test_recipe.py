@@ -211,12 +211,40 @@ def test_the_recipe_of_the_page_on_training(write, monkeypatch):
         ("datasets: {train: {dataroot_gt: '${NO_SUCH_PLACE}/a'}}", "data must be a path whose variables are set; got "),
         ("network_g: {width: 8}\npath: {pretrain_network_g: a}", "network_g must be left out where path.pretrain"),
         ("name: 3", "name must be a text; got 3"),
+        ("datasets: {train: {gt_sizes: 64}}\nscale: two", "scale must be an integer of at least 1; got 'two'"),
+        ("datasets: {train: {gt_sizes: 64}}\nscale: 0", "scale must be an integer of at least 1; got 0"),
+        ("datasets: {train: {gt_sizes: true}}", r"gt_sizes must be multiples of scale = 1; got \[True\]"),
+        ("train: {scheduler: {type: [step]}}", r"train.scheduler.type must be one of .*; got \['step'\]"),
+        ("path: {pretrain_network_g: [a]}", r"pretrain_network_g must be a folder or a model that ships; got \['a'\]"),
+        (
+            "datasets: {train: {dataroot_lqL: a, dataroot_lqR: [a, b], dataroot_gt: c}}",
+            "dataroot_lqR must be one for each dataroot_lqL; got 2 for 1",
+        ),
     ],
 )
 def test_what_is_refused(write, text, message):
     path = write(text)
     with pytest.raises(ValueError, match=f"config must be a recipe; got {re.escape(str(path))}, in which .*{message}"):
         read_recipe(path)
+
+
+def test_what_is_set_beside_the_folders_leaves_them(write):
+    path = write(
+        "datasets: {train: {dataroot_gt: [a, b], shrink: [1, 2], weights: [2, 1]},"
+        " val: {dataroot_gt: c, sigma_test: 5}}"
+    )
+    fields = read_recipe(path, {"shrink", "val_sigma"})
+    assert {*fields} == {"data", "data_weights", "val"}
+    assert {*read_recipe(path, {"data"})} == {"val", "val_sigma"}
+    assert {*read_recipe(path, {"val"})} == {"data", "shrink", "data_weights"}
+
+
+def test_a_mapping_may_be_put_into_another(write):
+    path = write("train: {optim_g: &first {lr: 1e-3, weight_decay: 0.0}}\npath: {}\n")
+    assert read_recipe(path) == {"lr": 1e-3, "weight_decay": 0.0}
+    path = write("datasets: {val: &photos {dataroot_gt: a}, train: {<<: *photos, enlarge: 2}}")
+    fields = read_recipe(path)
+    assert fields["data"] == fields["val"] == [Path("a")] and fields["enlarge"] == 2
 
 
 def test_unknown_recipes_are_told_the_known_ones(tmp_path):
