@@ -215,7 +215,9 @@ class IPTV2(PretrainedModel):
         "ipt_v2_tiny_camera": Preset(
             _TINY, ships=True, trained_for="noise of cameras in colour photos, as JPEG or developed from raw files"
         ),
-        "ipt_v2_tiny_derain": Preset(_TINY, ships=True, trained_for="light rain: streaks in colour photos"),
+        "ipt_v2_tiny_derain": Preset(
+            _TINY, ships=True, trained_for="light rain: streaks in colour photos; thin bright lines may go, too"
+        ),
         "ipt_v2_tiny_deblur": Preset(
             _TINY, ships=True, trained_for="slight motion blur in colour photos; a small model that learned from little"
         ),
