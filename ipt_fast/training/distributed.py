@@ -76,7 +76,8 @@ class World:
             ValueError: the batch cannot be divided into as many equal parts.
         """
         if batch % (self.size * parts):
-            divisor = f"the {self.size} processes" if parts == 1 else f"{self.size} processes times accumulate {parts}"
+            parties = [f"the {self.size} processes"] * (self.size > 1) + [f"accumulate {parts}"] * (parts > 1)
+            divisor = " times ".join(parties)
             raise ValueError(f"batch_size must be a multiple of {divisor}; got {batch}")
         own = batch // self.size
         return range(self.rank * own, (self.rank + 1) * own)

@@ -188,6 +188,8 @@ def _open_data(config: TrainingConfig, contract: Contract, tasks: dict[str, floa
         open_source(folders, partner, channels, _scale(contract, tasks), shrinking, budget)
         for folders, partner, shrinking in config.sources
     ]
+    if config.task is not None and not contract.tasks and all(isinstance(stream, PairStream) for stream in streams):
+        raise ValueError(f"task must be left out where all data are pairs, degraded already; got {config.task!r}")
     if any(isinstance(stream, PairStream) for stream in streams) and contract.tasks and len(tasks) > 1:
         raise ValueError(f"task must be the one that the pairs are for; got {', '.join(tasks)}")
     for name in tasks if any(isinstance(stream, ImageStream) for stream in streams) else ():

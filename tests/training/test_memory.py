@@ -96,7 +96,7 @@ def test_the_average_is_not_checkpointed(make_config):
     ("changes", "message"),
     [
         ({"accumulate": 0}, "accumulate must be at least 1; got 0"),
-        ({"accumulate": 3}, "batch_size must be a multiple of 1 processes times accumulate 3; got 2"),
+        ({"accumulate": 3}, "batch_size must be a multiple of accumulate 3; got 2"),
         ({"strategy": "tp"}, "strategy must be one of ddp, fsdp; got 'tp'"),
         ({"activation_checkpointing": 1}, "activation_checkpointing must be True or False; got 1"),
         ({"tensorboard": "yes"}, "tensorboard must be True or False; got 'yes'"),

@@ -182,3 +182,11 @@ def test_what_is_skipped_in_the_middle_is_named_once(make_config, images, monkey
         assert lines[-1].endswith("; 1 images that could not be used were skipped")
         with (images.parent / f"run{workers}" / "log.csv").open() as file:
             assert [row["skipped"] for row in csv.DictReader(file)][-1] == "1"
+
+
+def test_a_task_beside_nothing_but_pairs_is_refused(make_config, pairs):
+    """It would say what is made of clean images, of which there are none."""
+    settings = vars(make_config()) | {"data": pairs / "input", "target": pairs / "images", "iterations": 1}
+    assert train(TrainingConfig(**settings)) == 1
+    with pytest.raises(ValueError, match="task must be left out where all data are pairs, .*; got 'jpeg'"):
+        train(TrainingConfig(**settings | {"task": "jpeg", "out": pairs / "no"}))
