@@ -27,14 +27,13 @@ RUNS = [
 ]
 
 
-def measured(model, folder, sigma, protocol):
+def measured(model, folder, sigma, protocol, environment):
     """The row of one run: means over the images of a data set, in float32 as a whole."""
     restorer = Restorer(open_model(model), dtype="float32", tile=None)
     pairs = {} if sigma else {"target": folder / "target"}
     evaluation = evaluate(restorer, folder if sigma else folder / "input", protocol, sigma=sigma, **pairs)
     if evaluation.failures:
         raise SystemExit(f"{folder}: {evaluation.failures}")
-    environment = results.environment()
     return {
         **{name: environment[name] for name in ("date", "commit", "cpu", "torch")},
         "model": model,
@@ -55,6 +54,7 @@ def main():
         parser.error("IPT_FAST_DATA must name the folder of the public test images; it is not set")
     key = ("model", "dataset", "sigma", "protocol")
     rows = {tuple(row[name] for name in key): row for row in (results.read(args.out) if args.out.exists() else [])}
+    environment = results.environment()  # before the file of rows changes
     for model, name, sigma, protocol in RUNS:
         if not re.search(args.select, f"{model} {name}"):
             continue
@@ -62,7 +62,7 @@ def main():
         if not folder.is_dir():
             print(f"left out: {folder} is not there")
             continue
-        row = measured(model, folder, sigma, protocol)
+        row = measured(model, folder, sigma, protocol, environment)
         rows[tuple(row[name] for name in key)] = row
         print(f"{model:19} {name:19} {row['sigma']:>2} {row['psnr_input']} -> {row['psnr_output']} dB", flush=True)
         results.write(args.out, list(rows.values()))

@@ -192,8 +192,8 @@ def _fields(keys: dict[str, Any]) -> dict[str, Any]:
     total = keys.get("train.total_iter")
     stages = fields.setdefault("iterations", total)
     # Values that are no integers are refused with those of all other fields.
-    countable = isinstance(stages, list) and all(isinstance(each, int) for each in stages)
-    if total is not None and total != (sum(stages) if countable else stages):
+    listed = stages if isinstance(stages, list) and all(isinstance(each, int) for each in stages) else None
+    if total is not None and total != (stages if listed is None else sum(listed)):
         raise ValueError(f"train.total_iter must be the sum of datasets.train.iters, {stages}; got {total}")
     start = keys.get("path.pretrain_network_g")
     if start is not None:
