@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+import ipt_fast
 from ipt_fast.data.dataset import Patches
 from ipt_fast.data.degradations import DEGRADATIONS
 from ipt_fast.data.stream import ImageStream, TrainingData
 
-# A step of the tiny model takes seconds for a batch on two cores; 5 % of that is some 20 ms a patch.
-LIMIT_MS = 20
+# Of a training step of the tiny model on the same patch, on the same machine. One worker beside the training makes the
+# trainer wait for less than 5 % of a step then.
+LARGEST_SHARE = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +27,30 @@ def photos(tmp_path_factory):
     return folder
 
 
+def milliseconds(action):
+    """Of CPU time, which others on the machine do not lengthen much."""
+    start = time.process_time()
+    action()
+    return 1e3 * (time.process_time() - start)
+
+
+@pytest.fixture(scope="module")
+def step():
+    """Milliseconds of one training step on one patch of 128 x 128, the median of three."""
+    model, patch = ipt_fast.create_model("ipt_v2_tiny"), torch.rand(1, 3, 128, 128)
+    times = [milliseconds(lambda: model(patch).square().mean().backward()) for _ in range(4)][1:]
+    return sorted(times)[1]
+
+
 @pytest.mark.parametrize("kind", DEGRADATIONS)
-def test_a_patch_takes_milliseconds(photos, kind):
+def test_a_patch_takes_little_of_a_step(photos, step, kind):
     task = kind + ("4" if kind == "sr_x" else "")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         patches = Patches(TrainingData([ImageStream(photos)]), 128, {task: 1.0})
-        times = []
-        for number in range(15):
-            start = time.process_time()  # which others on the machine do not lengthen much
-            patches[number]
-            times.append(1e3 * (time.process_time() - start))
+        times = [milliseconds(lambda number=number: patches[number]) for number in range(15)]
     finally:
         torch.set_num_threads(threads)
-    print(f"\n{task}: {sorted(times)[7]:.1f} ms")
-    assert sorted(times)[7] < LIMIT_MS
+    print(f"\n{task}: {sorted(times)[7]:.1f} ms, a step {step:.0f} ms")
+    assert sorted(times)[7] < LARGEST_SHARE * step
