@@ -12,8 +12,7 @@ from ipt_fast.data.dataset import Patches
 from ipt_fast.data.degradations import DEGRADATIONS
 from ipt_fast.data.stream import ImageStream, TrainingData
 
-# Of a training step of the tiny model on the same patch, on the same machine. One worker beside the training makes the
-# trainer wait for less than 5 % of a step then.
+# Of a training step of the tiny model on the same patch, on the same machine: so one worker keeps up with the training.
 LARGEST_SHARE = 0.2
 
 
