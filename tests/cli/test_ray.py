@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import ipt_fast
-from ipt_fast.cli import _journal, _ray, main
+from ipt_fast.cli import _journal, _ray
 from ipt_fast.cli._jobs import Job
 from ipt_fast.data.io import Image, read_image, write_image
 from ipt_fast.inference import Restorer
@@ -49,14 +49,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def run(model):
-    def call(*arguments):
-        return main(["restore", "--model", str(model), "--device", "cpu", *map(str, arguments)])
-
-    return call
 
 
 def save(path, seed=0, channels=3, alpha=False):

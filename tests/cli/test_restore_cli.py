@@ -40,14 +40,6 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.fixture
-def run(model):
-    def call(*arguments):
-        return main(["restore", "--model", str(model), "--device", "cpu", *map(str, arguments)])
-
-    return call
-
-
 def names(folder):
     """Of what a user sees."""
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

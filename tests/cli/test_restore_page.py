@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import ipt_fast
-from ipt_fast.cli import main
 from ipt_fast.data.io import Image, write_image
 from ipt_fast.evaluation.page import is_page
 
@@ -19,14 +18,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def run(model):
-    def call(*arguments):
-        return main(["restore", "--model", str(model), "--device", "cpu", *map(str, arguments)])
-
-    return call
 
 
 def save(path, seed=0, channels=3, dtype=np.uint8, alpha=False):
