@@ -73,3 +73,10 @@ def linear_weight(operator: str, name: str, weight: Tensor, in_channels: int) ->
     """Check the (out, in) weight of a linear layer."""
     if weight.dim() != 2 or weight.shape[1] != in_channels or 0 in weight.shape:
         raise ValueError(f"{operator}: {name} must have shape (out, {in_channels}); got {tuple(weight.shape)}")
+
+
+def biases(operator: str, **of_projections: tuple[Tensor | None, int]) -> None:
+    """Check the biases of projections, which may be None, by the number of their outputs."""
+    for name, (bias, outputs) in of_projections.items():
+        if bias is not None:
+            shape(operator, f"{name}_bias", bias, (outputs,))

@@ -34,51 +34,67 @@ def _private(name: str) -> OpOverload:
     return getattr(torch.ops.ipt_fast_cpu, name).default
 
 
-def register(operator: Operator, keeps_a_map: bool = False, packs: bool = False) -> None:
+def register(
+    operator: Operator,
+    limits: _limits.Limits | None = None,
+    keeps_a_map: bool = False,
+    packs: bool = False,
+    lacks: Mapping[str, Any] | None = None,
+) -> None:
     """Give ``operator`` the backend "cpu": ``ipt_fast_cpu::<name>`` and ``<name>_backward``.
 
     The latter returns an empty gradient for an absent tensor.
 
     Args:
         operator: the `Operator`.
+        limits: function of some of the operator's arguments, which its parameters name. It answers None or why the
+            kernels do not take them.
         keeps_a_map: the forward keeps an intermediate map in the dtype of the images. Where that is float16, whose
             range the map may leave, it gets float32.
         packs: the library has the operator in two steps, too, for :func:`pack`: ``pack_<name>`` of all arguments but
             the image x, and ``<name>_packed`` of x and what the former returned. The output has the shape of x.
+        lacks: arguments that the library does not have, of a :class:`_limits.Lacking`.
     """
-    name, gradients = operator.name, ", ".join(["Tensor"] * len(operator.tensors))
-    _extension.declare("ipt_fast_cpu", f"{name}({operator.schema}) -> Tensor")
-    _extension.declare("ipt_fast_cpu", f"{name}_backward(Tensor grad, {operator.schema}) -> ({gradients})")
+    known = _limits.Lacking(operator, lacks)
+    name, gradients = operator.name, ", ".join(["Tensor"] * len(known.tensors))
+    _extension.declare("ipt_fast_cpu", f"{name}({known.schema}) -> Tensor")
+    _extension.declare("ipt_fast_cpu", f"{name}_backward(Tensor grad, {known.schema}) -> ({gradients})")
+    limits_of = _limits.by_name(operator, limits)
 
     if packs:
-        image, weights = operator.schema.split(", ", 1)
+        image, weights = known.schema.split(", ", 1)
         _extension.declare("ipt_fast_cpu", f"pack_{name}({weights}) -> Tensor")
         _extension.declare("ipt_fast_cpu", f"{name}_packed({image}, Tensor packed) -> Tensor", _like_the_image)
-        _WIDE[name] = keeps_a_map
+        _PACKS[name] = keeps_a_map, known.arguments[1:]
+
+    def check_all(args: Arguments | None) -> str | None:
+        return check(args) or (None if args is None else known.reason(args) or limits_of(args))
 
     def forward(*args: Any) -> Tensor:
+        args = tuple(known.strip(args))
         if keeps_a_map and args[0].dtype == torch.float16:
             return _private(name)(*_wide(args)).half()
         return _private(name)(*args)
 
     def backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
-        found = _private(f"{name}_backward")(grad, *args)
+        found = known.fill(_private(f"{name}_backward")(grad, *known.strip(args)))
         if grad.dtype == torch.float32:
             return found
         # A layer's gradients are computed in float32 and rounded here, once.
         tensors = [
             value for argument, value in zip(operator.arguments, args, strict=True) if argument in operator.tensors
         ]
-        return [g if t is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+        return [g if t is None or g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
-    operator.kernels["cpu"] = Kernel(check, forward, backward)
+    operator.kernels["cpu"] = Kernel(check_all, forward, backward)
 
 
 def _like_the_image(x: Tensor, packed: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-_WIDE: dict[str, bool] = {}  # of operators that pack: whether float16 runs as float32
+# Of operators that pack: whether float16 runs as float32, and the arguments that are packed.
+_PACKS: dict[str, tuple[bool, tuple[str, ...]]] = {}
 
 
 class Packed(NamedTuple):
@@ -97,11 +113,12 @@ def pack(operator: Operator, arguments: Mapping[str, Any], dtype: torch.dtype) -
 
     Products get their weights in ``dtype``, as under autocast.
     """
+    wide, names = _PACKS[operator.name]
     values = [
         value.to(dtype) if name in operator.weights else value
-        for name, value in ((name, arguments[name]) for name in operator.arguments[1:])
+        for name, value in ((name, arguments[name]) for name in names)
     ]
-    if dtype == torch.float16 and _WIDE[operator.name]:
+    if dtype == torch.float16 and wide:
         values, dtype = _wide(tuple(values)), torch.float32
     with torch.no_grad():
         block = _private(f"pack_{operator.name}")(*values)

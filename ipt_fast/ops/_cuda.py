@@ -5,7 +5,7 @@ where a function of its has another number of arguments than the schema says.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,12 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()  # kernels read 16 bytes at a time
 
 
-def register(operator: Operator, limits: _limits.Limits | None = None, has_backward: bool = False) -> None:
+def register(
+    operator: Operator,
+    limits: _limits.Limits | None = None,
+    has_backward: bool = False,
+    lacks: Mapping[str, Any] | None = None,
+) -> None:
     """Give ``operator`` the backend "cuda": ``ipt_fast_cuda::<name>``.
 
     It gets images channels-last, and weights and small parameters contiguous, the latter all in one dtype: the image's
@@ -130,11 +135,13 @@ def register(operator: Operator, limits: _limits.Limits | None = None, has_backw
             kernels do not take them.
         has_backward: whether gradients have kernels, too: ``ipt_fast_cuda::<name>_backward``, of the gradient and the
             same arguments. Without it they come from Triton's kernels where those can run, else from the reference.
+        lacks: arguments that the kernels do not have, of a :class:`_limits.Lacking`.
     """
-    name, gradients = operator.name, ", ".join(["Tensor"] * len(operator.tensors))
-    _extension.declare("ipt_fast_cuda", f"{name}({operator.schema}, bool tf32) -> Tensor")
+    known = _limits.Lacking(operator, lacks)
+    name, gradients = operator.name, ", ".join(["Tensor"] * len(known.tensors))
+    _extension.declare("ipt_fast_cuda", f"{name}({known.schema}, bool tf32) -> Tensor")
     if has_backward:
-        takes = f"Tensor grad, {operator.schema}, bool tf32"
+        takes = f"Tensor grad, {known.schema}, bool tf32"
         _extension.declare("ipt_fast_cuda", f"{name}_backward({takes}) -> ({gradients})")
     limits_of = _limits.by_name(operator, limits)
 
@@ -146,13 +153,13 @@ def register(operator: Operator, limits: _limits.Limits | None = None, has_backw
         x = args[0]
         if reason := _device_error(x.device.type, x.device.index):
             return reason
-        return _limits.dtype_error(x.dtype, "the CUDA kernels") or limits_of(args)
+        return _limits.dtype_error(x.dtype, "the CUDA kernels") or known.reason(args) or limits_of(args)
 
     def is_small(name: str, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and name not in operator.images and name not in operator.weights
 
     def all_prepared(args: Arguments) -> list[Any]:
-        named = list(zip(operator.arguments, args, strict=True))
+        named = list(zip(known.arguments, known.strip(args), strict=True))
         mixed = any(is_small(name, value) and value.dtype != args[0].dtype for name, value in named)
 
         def prepared(name: str, value: Any) -> Any:
@@ -169,7 +176,8 @@ def register(operator: Operator, limits: _limits.Limits | None = None, has_backw
 
     def backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
         if has_backward:
-            return _private(f"{name}_backward")(_aligned(grad.contiguous()), *all_prepared(args), tf32_allowed())
+            found = _private(f"{name}_backward")(_aligned(grad.contiguous()), *all_prepared(args), tf32_allowed())
+            return known.fill(found)
         triton = operator.kernels["triton"]
         kernel = triton if triton.check(args) is None else operator.kernels["reference"]
         return kernel.backward(grad, *args)

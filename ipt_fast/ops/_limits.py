@@ -1,7 +1,8 @@
 """What the backends' predicates share: the dtypes and GPUs that kernels take, and limits of one operator by name."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -39,3 +40,37 @@ def by_name(operator: Operator, limits: Limits | None) -> Callable[[Arguments], 
         return lambda args: None
     named = [(name, operator.arguments.index(name)) for name in inspect.signature(limits).parameters]
     return lambda args: limits(**{name: args[index] for name, index in named})
+
+
+class Lacking:
+    """The arguments of an operator, of which kernels do not have some.
+
+    Args:
+        operator: the `Operator`.
+        neutral: {argument that the kernels lack: the value at which they do not need it}.
+    """
+
+    def __init__(self, operator: Operator, neutral: Mapping[str, Any] | None) -> None:
+        self._neutral = dict(neutral or {})
+        self.arguments = tuple(name for name in operator.arguments if name not in self._neutral)
+        self.tensors = tuple(name for name in operator.tensors if name not in self._neutral)
+        self._kept = [name not in self._neutral for name in operator.arguments]
+        self._all_tensors = operator.tensors
+        declared = zip(self._kept, operator.schema.split(", "), strict=True)
+        self.schema = ", ".join(argument for kept, argument in declared if kept)
+        self._names = operator.arguments
+
+    def reason(self, args: Arguments) -> str | None:
+        """None, or which argument the kernels would need."""
+        for name, value in zip(self._names, args, strict=True):
+            if name in self._neutral and (value is False or (value is None) != (self._neutral[name] is None)):
+                return f"these kernels take {name}={self._neutral[name]} only"
+        return None
+
+    def strip(self, args: Arguments) -> Sequence[Any]:
+        return [value for kept, value in zip(self._kept, args, strict=True) if kept]
+
+    def fill(self, gradients: Sequence[Any]) -> list[Any]:
+        """Gradients of the kernels' tensors as those of all tensors; None for those they lack."""
+        known = dict(zip(self.tensors, gradients, strict=True))
+        return [known.get(name) for name in self._all_tensors]

@@ -8,12 +8,30 @@ from . import _check
 def norm_2d(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool) -> int:
     """Check the arguments of a norm over the channels of ``x`` (B, C, H, W); returns C."""
     channels = x.shape[1]
-    _check.shape(operator, "norm_weight", weight, (channels,))
-    if bias is not None:
-        _check.shape(operator, "norm_bias", bias, (channels,))
+    norm_parameters(operator, x, norm_weight=weight, norm_bias=bias)
     _check.positive_number(operator, "eps", eps)
     _check.flag(operator, "centered", centered)
     return channels
+
+
+def norm_parameters(operator: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Check parameters (C,), or (B, C) of each image, of the norm or the gate of ``x`` (B, C, H, W); some are None."""
+    batch, channels = x.shape[:2]
+    for name, value in parameters.items():
+        if value is not None:
+            _check.shape(operator, name, value, (channels,), (batch, channels))
+
+
+def one_for_all(weight: Tensor, bias: Tensor | None) -> str | None:
+    """None, or why kernels whose norm has one weight do not take these parameters."""
+    if weight.dim() == 1 and (bias is None or bias.dim() == 1):
+        return None
+    return "these kernels take a norm whose weight and bias are (C,), the same for all images"
+
+
+def layer_limit(norm_weight: Tensor, norm_bias: Tensor | None) -> str | None:
+    """:func:`one_for_all` of a layer's norm."""
+    return one_for_all(norm_weight, norm_bias)
 
 
 def token_norm(operator: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> int:

@@ -161,7 +161,9 @@ class Operator:
             wanted = {name: leaves[name] for name in self.differentiated if leaves[name] is not None}
             outputs = _as_tuple(self._call_reference(*leaves.values()))[: len(grads)]
             # A gradient may be a view of the upstream one, which must not come back as an alias.
-            found = torch.autograd.grad(outputs, list(wanted.values()), [grad.clone() for grad in grads])
+            upstream = [grad.clone() for grad in grads]
+            # The released focal attention of one window reads no weight of the second branch.
+            found = torch.autograd.grad(outputs, list(wanted.values()), upstream, materialize_grads=True)
         by_name = dict(zip(wanted, found, strict=True))
         return [by_name.get(name) for name in self.differentiated]
 

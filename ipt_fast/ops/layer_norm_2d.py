@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import reference
-from . import _check, _cpu, _triton
+from . import _check, _cpu, _norm, _triton
 from ._operator import Operator
 
 
@@ -17,8 +17,8 @@ def layer_norm_2d(
 
     Args:
         x: (B, C, H, W), any floating dtype and strides.
-        weight: (C,), dtype of ``x`` or float32.
-        bias: (C,) or None, dtype of ``x`` or float32.
+        weight: (C,), or (B, C) of each image; dtype of ``x`` or float32.
+        bias: the same, or None.
         eps: added to the variance.
         centered: subtract the mean in the numerator.
 
@@ -29,9 +29,7 @@ def layer_norm_2d(
         TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
     """
     _operator.check_tensors(x, weight, bias)
-    _check.shape("layer_norm_2d", "weight", weight, (x.shape[1],))
-    if bias is not None:
-        _check.shape("layer_norm_2d", "bias", bias, (x.shape[1],))
+    _norm.norm_parameters("layer_norm_2d", x, weight=weight, bias=bias)
     _check.positive_number("layer_norm_2d", "eps", eps)
     _check.flag("layer_norm_2d", "centered", centered)
     return _operator(x, weight, bias, eps, centered)
@@ -45,5 +43,5 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=lambda *_: 0,
 )
-_cpu.register(_operator)
-_triton.register(_operator)
+_cpu.register(_operator, limits=_norm.one_for_all)
+_triton.register(_operator, _norm.one_for_all)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._gate import gated_residual
 from ._precision import in_full_precision
 from .focal_channel_attention import focal_channel_attention
 from .layer_norm_2d import layer_norm_2d
@@ -23,14 +24,21 @@ def focal_attention_layer(
     top_weight: Tensor,
     bottom_weight: Tensor,
     *,
+    qkv_bias: Tensor | None = None,
+    depthwise_bias: Tensor | None = None,
+    project_bias: Tensor | None = None,
+    gate: Tensor | None = None,
     num_heads: int,
     window_size: int,
     eps: float = 1e-5,
     centered: bool = True,
+    cyclic: bool = True,
 ) -> Tensor:
-    """x + PW(FCSA(DW3x3(PW(norm(x))))), the attention as in :func:`focal_channel_attention`."""
+    """x + gate * PW(FCSA(DW3x3(PW(norm(x))))), the attention as in :func:`focal_channel_attention`."""
     y = layer_norm_2d.formula(x, norm_weight, norm_bias, eps=eps, centered=centered)
-    qkv = F.conv2d(F.conv2d(y, qkv_weight), depthwise_weight, padding=1, groups=len(depthwise_weight))
+    qkv = F.conv2d(y, qkv_weight, qkv_bias)
+    qkv = F.conv2d(qkv, depthwise_weight, depthwise_bias, padding=1, groups=len(depthwise_weight))
     maps = (token_weight, top_weight, bottom_weight)
-    y = focal_channel_attention.formula(qkv, temperature, *maps, num_heads=num_heads, window_size=window_size)
-    return x + F.conv2d(y, project_weight)
+    options = dict(num_heads=num_heads, window_size=window_size, cyclic=cyclic)
+    y = focal_channel_attention.formula(qkv, temperature, *maps, **options)
+    return gated_residual(x, F.conv2d(y, project_weight, project_bias), gate)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ._gate import gated_residual
 from ._precision import in_full_precision
 from .layer_norm_2d import layer_norm_2d
 from .leffn import leffn
@@ -18,9 +19,14 @@ def leffn_layer(
     depthwise_weight: Tensor,
     project_weight: Tensor,
     *,
+    expand_bias: Tensor | None = None,
+    depthwise_bias: Tensor | None = None,
+    project_bias: Tensor | None = None,
+    gate: Tensor | None = None,
     eps: float = 1e-5,
     centered: bool = True,
 ) -> Tensor:
-    """x + LeFFN(norm(x)), the network as in :func:`leffn`."""
+    """x + gate * LeFFN(norm(x)), the network as in :func:`leffn`."""
     y = layer_norm_2d.formula(x, norm_weight, norm_bias, eps=eps, centered=centered)
-    return x + leffn.formula(y, expand_weight, depthwise_weight, project_weight)
+    biases = dict(expand_bias=expand_bias, depthwise_bias=depthwise_bias, project_bias=project_bias)
+    return gated_residual(x, leffn.formula(y, expand_weight, depthwise_weight, project_weight, **biases), gate)

@@ -25,9 +25,10 @@ def _random(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
-def _layer_norm_2d(batch, height, width, *, channels=10, bias=True, centered=True):
-    tensors = {"x": _random(batch, channels, height, width) + 0.5, "weight": 1 + 0.3 * _random(channels)}
-    return tensors | ({"bias": _random(channels)} if bias else {}), {"eps": 1e-5, "centered": centered}
+def _layer_norm_2d(batch, height, width, *, channels=10, bias=True, centered=True, each_image=False):
+    shape = (batch, channels) if each_image else (channels,)
+    tensors = {"x": _random(batch, channels, height, width) + 0.5, "weight": 1 + 0.3 * _random(*shape)}
+    return tensors | ({"bias": _random(*shape)} if bias else {}), {"eps": 1e-5, "centered": centered}
 
 
 def _channel_attention(batch, height, width, *, heads=2, depth=3, window=None):
@@ -36,12 +37,13 @@ def _channel_attention(batch, height, width, *, heads=2, depth=3, window=None):
     return tensors, {"num_heads": heads, "window_size": window}
 
 
-def _focal_channel_attention(batch, height, width, *, heads=2, depth=3, window=4):
+def _focal_channel_attention(batch, height, width, *, heads=2, depth=3, window=4, branches=(), cyclic=True):
     tensors = {"qkv": _random(batch, 3 * heads * depth, height, width)}
-    tensors["temperature"] = 0.5 + torch.rand(heads, dtype=torch.float64)
-    for name in ("token_weight", "top_weight", "bottom_weight"):
+    tensors["temperature"] = 0.5 + torch.rand(*branches, heads, dtype=torch.float64)
+    tensors["token_weight"] = 1 + 0.3 * _random(*branches, heads, window, window)
+    for name in ("top_weight", "bottom_weight"):
         tensors[name] = 1 + 0.3 * _random(heads, window, window)
-    return tensors, {"num_heads": heads, "window_size": window}
+    return tensors, {"num_heads": heads, "window_size": window, **({} if cyclic else {"cyclic": False})}
 
 
 def _grid_attention(batch, height, width, *, heads=2, depth=3, grid=3, bias=True):
@@ -51,13 +53,19 @@ def _grid_attention(batch, height, width, *, heads=2, depth=3, grid=3, bias=True
     return tensors, {"num_heads": heads, "grid_size": grid}
 
 
-def _leffn(batch, height, width, *, channels=5, hidden=11, out=7, kernel=5):
+def _leffn(batch, height, width, *, channels=5, hidden=11, out=7, kernel=5, biases=False):
+    outputs = {"expand": hidden, "depthwise": hidden, "project": out} if biases else {}
     return {
         "x": _random(batch, channels, height, width),
         "expand_weight": _random(hidden, channels, 1, 1) * channels**-0.5,
         "depthwise_weight": _random(hidden, 1, kernel, kernel) / kernel,
         "project_weight": _random(out, hidden, 1, 1) * hidden**-0.5,
+        **_biases(outputs),
     }, {}
+
+
+def _biases(outputs):
+    return {f"{name}_bias": 0.5 * _random(count) for name, count in outputs.items()}
 
 
 def _norm(channels, bias):
@@ -73,9 +81,9 @@ def _pointwise(out, channels):
     return _random(out, channels, 1, 1) * channels**-0.5
 
 
-def _focal_attention_layer(batch, height, width, *, heads=2, depth=3, window=4, bias=True):
+def _focal_attention_layer(batch, height, width, *, heads=2, depth=3, bias=True, **fields):
     channels = heads * depth
-    attention, options = _focal_channel_attention(batch, height, width, heads=heads, depth=depth, window=window)
+    attention, options = _focal_channel_attention(batch, height, width, heads=heads, depth=depth, **fields)
     del attention["qkv"]
     return {
         "x": _random(batch, channels, height, width),
@@ -103,6 +111,20 @@ def _grid_attention_layer(batch, height, width, *, heads=2, depth=3, grid=3, bia
 def _leffn_layer(batch, height, width, *, channels=5, hidden=11, kernel=5, bias=True):
     network, _ = _leffn(batch, height, width, channels=channels, hidden=hidden, out=channels, kernel=kernel)
     return {"x": network.pop("x"), **_norm(channels, bias), **network}, _norm_options(bias)
+
+
+def _modulated(call, batch, *size, each_image=True, **fields):
+    """A layer with biases, a gate and an ordinary norm; both of each image, as latent diffusion models have them."""
+    tensors, options = call(batch, *size, **fields)
+    shape = (batch, tensors["x"].shape[1]) if each_image else tensors["x"].shape[1:2]
+    outputs = {name[:-7]: len(value) for name, value in tensors.items() if name in WEIGHTS}
+    norm = {"norm_weight": 1 + 0.3 * _random(*shape), "norm_bias": _random(*shape)}
+    return {**tensors, **norm, **_biases(outputs), "gate": 0.5 * _random(*shape)}, options
+
+
+_modulated_focal_attention_layer = functools.partial(_modulated, _focal_attention_layer)
+_modulated_grid_attention_layer = functools.partial(_modulated, _grid_attention_layer)
+_modulated_leffn_layer = functools.partial(_modulated, _leffn_layer)
 
 
 def _merge_pointwise(*_):
@@ -140,25 +162,38 @@ def _add_norm_feed_forward(batch, height, width, *, dim=6, hidden=11, norm=True)
     return tensors, options
 
 
+RELEASED = {"branches": (2,), "cyclic": False}  # reading of FCSA
+SCALED = {"each_image": False}
+
 # name of the call: (operator, builder(batch, height, width, **fields), fields)
 CALLS = {
     "layer_norm_2d": ("layer_norm_2d", _layer_norm_2d, {}),
     "layer_norm_2d/bias_free": ("layer_norm_2d", _layer_norm_2d, {"bias": False, "centered": False}),
     "layer_norm_2d/33_channels": ("layer_norm_2d", _layer_norm_2d, {"channels": 33, "bias": False}),
+    "layer_norm_2d/each_image": ("layer_norm_2d", _layer_norm_2d, {"each_image": True}),
     "channel_attention": ("channel_attention", _channel_attention, {}),
     "channel_attention/windows": ("channel_attention", _channel_attention, {"window": 4, "heads": 1, "depth": 5}),
     "focal_channel_attention": ("focal_channel_attention", _focal_channel_attention, {}),
     "focal_channel_attention/odd_window": ("focal_channel_attention", _focal_channel_attention, {"window": 5}),
+    "focal_channel_attention/two": ("focal_channel_attention", _focal_channel_attention, {"branches": (2,)}),
+    "focal_channel_attention/released": ("focal_channel_attention", _focal_channel_attention, RELEASED),
     "grid_attention": ("grid_attention", _grid_attention, {}),
     "grid_attention/no_bias": ("grid_attention", _grid_attention, {"bias": False, "heads": 1, "grid": 4}),
     "leffn": ("leffn", _leffn, {}),
     "leffn/3x3": ("leffn", _leffn, {"kernel": 3, "out": 5}),
+    "leffn/biases": ("leffn", _leffn, {"biases": True}),
     "focal_attention_layer": ("focal_attention_layer", _focal_attention_layer, {}),
     "focal_attention_layer/bias_free": ("focal_attention_layer", _focal_attention_layer, {"bias": False, "window": 5}),
+    "focal_attention_layer/modulated": ("focal_attention_layer", _modulated_focal_attention_layer, RELEASED),
+    "focal_attention_layer/layer_scale": ("focal_attention_layer", _modulated_focal_attention_layer, SCALED),
     "grid_attention_layer": ("grid_attention_layer", _grid_attention_layer, {}),
     "grid_attention_layer/bias_free": ("grid_attention_layer", _grid_attention_layer, {"bias": False, "heads": 1}),
+    "grid_attention_layer/modulated": ("grid_attention_layer", _modulated_grid_attention_layer, {}),
+    "grid_attention_layer/layer_scale": ("grid_attention_layer", _modulated_grid_attention_layer, SCALED),
     "leffn_layer": ("leffn_layer", _leffn_layer, {}),
     "leffn_layer/bias_free": ("leffn_layer", _leffn_layer, {"bias": False}),
+    "leffn_layer/modulated": ("leffn_layer", _modulated_leffn_layer, {}),
+    "leffn_layer/layer_scale": ("leffn_layer", _modulated_leffn_layer, SCALED),
     "merge_pointwise": ("merge_pointwise", _merge_pointwise, {}),
     "merge_depthwise": ("merge_depthwise", _merge_depthwise, {}),
     "merge_depthwise/no_identity": ("merge_depthwise", _merge_depthwise, {"identity": False}),
@@ -214,7 +249,7 @@ def forward_and_gradients(function, tensors, options, grad):
     """{"out": …, argument: its gradient} of ``function(**tensors, **options)``."""
     leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
     out = as_one(function(**leaves, **options))
-    grads = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
+    grads = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype), materialize_grads=True)
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 

@@ -1,0 +1,8 @@
+"""The residual connection of a layer."""
+
+from torch import Tensor
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * branch; the gate is (C,), or (B, C) of each image, or 1."""
+    return x + (branch if gate is None else gate[..., None, None] * branch)
