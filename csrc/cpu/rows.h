@@ -95,16 +95,61 @@ inline void normalize_rows(Matrix<T> in, const Norm& norm, Matrix<Value> out) {
     }
 }
 
-// out = rows + residual (nullptr: none), pixels of dense maps.
-template <typename T>
-inline void store_rows(Matrix<const float> rows, const T* residual, T* out) {
-    const int64_t channels = rows.columns;
-    for (int64_t i = 0; i < rows.rows; ++i) {
-        for_vectors(channels, [&](int64_t c, int64_t n) {
-            const Vec value = load(rows.row(i) + c, n);
-            store(out + i * channels + c, residual ? value + load(residual + i * channels + c, n) : value, n);
-        });
+// body(add) for channels from c on: add(v) is v and their bias (nullptr: there is none, and nothing is added).
+template <typename Body>
+inline __attribute__((always_inline)) void with_bias(const float* bias, int64_t c, const Body& body) {
+    if (bias == nullptr) {
+        body([](Vec v) __attribute__((always_inline)) { return v; });
+    } else {
+        const Vec of_channels = load(bias + c);
+        body([=](Vec v) __attribute__((always_inline)) { return v + of_channels; });
     }
+}
+
+// out = epilogue(rows) + residual (nullptr: none), pixels of dense maps of one image.
+template <typename T>
+inline void store_rows(Matrix<const float> rows, const T* residual, T* out, const Epilogue& epilogue = {}) {
+    const int64_t channels = rows.columns;
+    const auto run = [&](const auto& finish) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < rows.rows; ++i) {
+            for_vectors(channels, [&](int64_t c, int64_t n) {
+                const Vec value = finish(load(rows.row(i) + c, n), c);
+                store(out + i * channels + c, residual ? value + load(residual + i * channels + c, n) : value, n);
+            });
+        }
+    };
+    if (epilogue.bias == nullptr) {
+        run([](Vec v, int64_t) __attribute__((always_inline)) { return v; });
+    } else {
+        run([&](Vec v, int64_t c)
+                __attribute__((always_inline)) { return load(epilogue.gate + c) * (v + load(epilogue.bias + c)); });
+    }
+}
+
+// total += sums, whole vectors.
+inline void add_to(Matrix<float> total, Matrix<const float> sums) {
+    for (int64_t i = 0; i < sums.rows; ++i) {
+        for (int64_t j = 0; j < sums.columns; j += kLanes) {
+            float* target = total.row(i) + j;
+            store(target, load(target) + load(sums.row(i) + j));
+        }
+    }
+}
+
+// The sum of a vector of each row, in four chains of additions.
+inline Vec sum_rows(Rows<const float> rows, int64_t count) {
+    Vec parts[4]{};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < 4; ++k) {
+            parts[k] += load(rows.row(i + k));
+        }
+    }
+    for (; i < count; ++i) {
+        parts[0] += load(rows.row(i));
+    }
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ COMPILED_LEVELS = _extension.build_info().get("cpu_isa", {})
 LARGE = {
     "layer_norm_2d": ({"channels": 100}, (2, 13, 29)),
     "layer_norm_2d/bias_free": ({"channels": 48}, (1, 31, 37)),
+    "layer_norm_2d/each_image": ({"channels": 100}, (3, 13, 29)),
     "channel_attention": ({"heads": 2, "depth": 33}, (2, 29, 41)),
     "channel_attention/windows": ({"heads": 2, "depth": 24, "window": 8}, (1, 37, 30)),
     "focal_channel_attention": ({"heads": 2, "depth": 32, "window": 8}, (2, 37, 45)),
@@ -44,8 +45,11 @@ LARGE = {
     "grid_attention_layer/bias_free": ({"heads": 1, "depth": 48, "grid": 16}, (1, 35, 18)),
     "leffn": ({"channels": 48, "hidden": 100, "out": 40}, (2, 23, 75)),
     "leffn/3x3": ({"channels": 20, "hidden": 70, "out": 33}, (1, 9, 150)),
+    "leffn/biases": ({"channels": 48, "hidden": 100, "out": 40}, (2, 35, 75)),
     "leffn_layer": ({"channels": 64, "hidden": 256}, (1, 21, 130)),
     "leffn_layer/bias_free": ({"channels": 33, "hidden": 130, "kernel": 7}, (2, 19, 35)),
+    "leffn_layer/modulated": ({"channels": 33, "hidden": 130}, (3, 37, 70)),
+    "leffn_layer/layer_scale": ({"channels": 64, "hidden": 256, "kernel": 3}, (2, 11, 40)),
 }
 
 
