@@ -185,6 +185,8 @@ def signal_workers(monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     yield arrange
+    for worker in multiprocessing.active_children():  # told to end, it may need a moment on a busy machine
+        worker.join(20)
     assert signal.getsignal(signal.SIGTERM) is before and not multiprocessing.active_children()
 
 
