@@ -22,6 +22,8 @@ from tests.training.test_loop import assert_equal_states, read_log
 SIZE = 8
 MICRO = {"in_channels": 3, "sample_size": SIZE, "num_classes": 2, "width": 16, "layers": 2, "heads": 2}
 LATENT = {**MICRO, "in_channels": 4}
+IPT_V2 = {"width": 4, "depths": (1, 2, 1), "heads": (1, 1, 1), "window_size": 4, "grid_size": 4}
+IPT_V2 |= {name: LATENT[name] for name in ("in_channels", "sample_size", "num_classes")}
 
 
 @pytest.fixture
@@ -140,6 +142,14 @@ def test_no_variance_and_bf16(make_config, pictures):
 
 def test_stages_of_batches(make_config, pictures):
     assert train(make_config(pictures, iterations=(2, 1), batch_size=(4, 2))) == 3
+
+
+def test_activations_computed_again_change_nothing(make_config, latents):
+    settings = {"model": "latent_ipt_v2_s", "model_config": IPT_V2}
+    configs = [make_config(latents, str(again), **settings, activation_checkpointing=again) for again in (False, True)]
+    for config in configs:
+        assert train(config) == 6
+    assert_equal_states(*(load_checkpoint(config.out / "checkpoint.pth")["model"] for config in configs))
 
 
 def test_workers_change_nothing(make_config, latents):

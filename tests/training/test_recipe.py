@@ -21,9 +21,12 @@ from tests.training.conftest import MICRO
 
 RECIPES = shipped_recipes()
 TINY = [name for name in RECIPES if name.startswith("ipt_v2_tiny")]  # those of the models that ship
-GENERATORS = [name for name in RECIPES if name in ("dit_s_2", "latent_ipt_v2_s")]
+MICRO_GENERATORS = {
+    "dit_s_2": {"width": 8, "layers": 1, "heads": 1},
+    "latent_ipt_v2_s": {"width": 4, "depths": [1, 1, 1], "heads": [1, 1, 1], "window_size": 4, "grid_size": 4},
+}
+GENERATORS = [name for name in RECIPES if name in MICRO_GENERATORS]
 PAPERS = [name for name in RECIPES if name not in TINY + GENERATORS]
-MICRO_GENERATORS = {"dit_s_2": {"width": 8, "layers": 1, "heads": 1}}
 TASKS = {
     *("gaussian_color_denoising", "gaussian_gray_denoising", "real_denoising", "deraining", "motion_deblurring"),
     *("defocus_deblurring_single", "defocus_deblurring_dual_pixel", "super_resolution_x4", "jpeg_artifact_removal"),
