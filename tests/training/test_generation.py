@@ -165,7 +165,7 @@ def test_the_command(make_config, pictures, tmp_path, capsys):
     options = ["--task", "generate", "--model", "dit_s_2", "--data", str(pictures), "--device", "cpu"]
     shape = '{"in_channels": 3, "sample_size": 8, "num_classes": 2, "width": 16, "layers": 1, "heads": 2}'
     options += ["--model-config", shape, "--batch-size", "4", "--iterations", "2", "--schedule", "constant"]
-    assert main(["train", *options, "--no-mirror", "--out", str(tmp_path / "run")]) == 0
+    assert main(["train", *options, "--no-flip", "--out", str(tmp_path / "run")]) == 0
     assert "finished 2 iterations" in capsys.readouterr().out
     recipe = tmp_path / "run" / "recipe.yml"
     text = recipe.read_text()
@@ -219,9 +219,9 @@ def test_latents_that_do_not_go_with_the_model(make_config, latents, changes, me
 def test_latents_without_mirrored_ones(make_config, tmp_path):
     write_shard(tmp_path / "plain", 0, torch.randn(2, 4, SIZE, SIZE), torch.tensor([0, 1]))
     write_index(tmp_path / "plain", LatentsInfo((4, SIZE, SIZE), ("a", "b")), [2])
-    with pytest.raises(ValueError, match="mirror must be False for latents without those of mirrored images; got True"):
+    with pytest.raises(ValueError, match="flip must be False for latents without those of mirrored images; got True"):
         objective(make_config(tmp_path / "plain", model_config=LATENT))
-    assert train(make_config(tmp_path / "plain", model_config=LATENT, mirror=False, iterations=1)) == 1
+    assert train(make_config(tmp_path / "plain", model_config=LATENT, flip=False, iterations=1)) == 1
 
 
 def test_classes_of_validation_are_those_of_training(make_config, pictures):
@@ -236,9 +236,9 @@ def test_classes_of_validation_are_those_of_training(make_config, pictures):
     assert {example[1] for example in found.validation.examples} == {1}  # by name, though it is alone there
 
 
-def test_restoration_takes_no_mirror(make_config, images):
-    config = TrainingConfig(images, images.parent / "run", model="ipt_v2_tiny", mirror=False)
-    with pytest.raises(ValueError, match="mirror must be left out for IPTV2, no generator; got False"):
+def test_restoration_takes_no_flip(make_config, images):
+    config = TrainingConfig(images, images.parent / "run", model="ipt_v2_tiny", flip=False)
+    with pytest.raises(ValueError, match="flip must be left out for IPTV2, no generator; got False"):
         objective(config)
 
 

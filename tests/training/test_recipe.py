@@ -84,7 +84,7 @@ def test_the_recipe_of_a_generator(name, monkeypatch):
     """IPT-V2, section 4.4: AdamW, 1e-4 throughout, batches of 256, mirrored images; averages and clipping are DiT's."""
     monkeypatch.setenv("IPT_FAST_DATA", "/latents")
     config = TrainingConfig(**read_recipe(name))
-    assert (config.model, config.model_config, config.task, config.mirror) == (name, {}, "generate", True)
+    assert (config.model, config.model_config, config.task, config.flip) == (name, {}, "generate", True)
     assert {learning_rate(config, iteration) for iteration in (0, 1, 400_000, 799_999)} == {1e-4}
     assert (config.total_iterations, config.batch_size, config.ema) == (800_000, (256,), 0.9999)
     assert (config.betas, config.weight_decay, config.grad_clip) == ((0.9, 0.999), 0, 0)
