@@ -112,14 +112,14 @@ class Frozen(_fusion.Fusable):
 
     # -- calls --------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for these arguments; the first one has no name."""
-        for value in (x, *args, *kwargs.values()):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for these arguments."""
+        for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
                 self._check(value)
         device = self.device.type
         with torch.no_grad(), torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            return self._in_use()(x, *args, **kwargs)
+            return self._in_use()(*args, **kwargs)
 
     def _check(self, x: Tensor) -> None:
         if x.requires_grad and torch.is_grad_enabled():

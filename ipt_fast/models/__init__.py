@@ -5,6 +5,7 @@ from ._registry import ASSETS as ASSETS
 from ._registry import create_model, list_models, open_checkpoint, open_model, register, saved_folder, shipped_models
 from .checkpoint import load_checkpoint, load_state, read_state_dict
 from .contract import Contract, describe
+from .dit import DiT, DiTConfig
 from .ipt import IPT, IPTConfig, config_of
 from .ipt_v2 import IPTV2, IPTV2Config
 
@@ -14,6 +15,8 @@ __all__ = [
     "IPTV2",
     "IPTV2Config",
     "Contract",
+    "DiT",
+    "DiTConfig",
     "Preset",
     "PretrainedModel",
     "config_of",
