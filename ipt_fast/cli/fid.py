@@ -43,13 +43,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "fid",
         help="measure FID, sFID, Inception Score, precision and recall of generated images",
         description="Compare generated images with real ones, as ADM's evaluator does, by the features that a network "
-        "has of them. Images are a folder, with its subfolders, or a .npz file with arr_0. Exit status: 0, 1 where some "
-        "images could not be read, 2 for a wrong call.",
+        "has of them. Images are a folder, with its subfolders, or a .npz file with arr_0. Exit status: 0, 1 where "
+        "some images could not be read, 2 for a wrong call.",
     )
     option = parser.add_argument
     option("samples", type=Path, metavar="SAMPLES", help="generated images: a folder or a .npz file")
     option("reference", type=Path, nargs="?", metavar="REFERENCE",
-           help="real images, or a .npz file of their statistics (mu, sigma); without it the Inception Score alone")  # fmt: skip
+           help="real images, or a .npz file of their statistics; without it the Inception Score alone")  # fmt: skip
     option("--features", type=Path, required=True, metavar="FILE",
            help="network: TorchScript, torch.export (.pt2) or ONNX (.onnx); see docs/generation.md")  # fmt: skip
     option("--batch-size", type=int, default=32, metavar="N", help="images in the network at once (%(default)s)")

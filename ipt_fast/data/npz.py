@@ -20,7 +20,7 @@ _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 @contextlib.contextmanager
 def write_npz(
-    path: str | os.PathLike[str], images: int, classes: Sequence[int] | None = None
+    path: str | os.PathLike[str], images: int, classes: Sequence[int] | None = None, *, comment: str = ""
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Yield a function that takes one image (H, W, C) uint8 after the other; the file takes its place when all are in.
 
@@ -28,11 +28,13 @@ def write_npz(
         path: the file.
         images: how many there will be.
         classes: one for each image.
+        comment: of the archive, by which :func:`comment_of` knows it again.
 
     Raises:
         ValueError: an image that differs in shape or dtype from the first, or another number of images.
     """
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        archive.comment = comment.encode()
         with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
             writer = _Writer(file, images)
             yield writer.add
@@ -41,6 +43,15 @@ def write_npz(
         if classes is not None:
             with archive.open(f"{CLASSES}.npy", "w") as file:
                 np.lib.format.write_array(file, np.asarray(classes, np.int64), allow_pickle=False)
+
+
+def comment_of(path: str | os.PathLike[str]) -> str:
+    """The comment that :func:`write_npz` gave a file; "" of any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment.decode(errors="replace")
+    except (OSError, zipfile.BadZipFile):
+        return ""
 
 
 class _Writer:

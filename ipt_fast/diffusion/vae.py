@@ -3,6 +3,7 @@
 They are diffusers' ``AutoencoderKL``; no weights ship, and a folder of them is opened by its path.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -47,6 +48,15 @@ class VAE:
         """Move it to a device; returns itself."""
         self.autoencoder.to(device)
         return self
+
+    def digest(self) -> str:
+        """SHA-256 of its config and its weights, wherever they were read from."""
+        config = {name: value for name, value in dict(self.autoencoder.config).items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in self.autoencoder.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def check_channels(self, channels: int) -> None:
         """Raise ValueError unless latents have so many ``channels``, which a model takes."""
@@ -134,7 +144,9 @@ def open_vae(path: str | os.PathLike[str]) -> VAE:
     try:
         autoencoder, found = AutoencoderKL.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"vae must be a folder of an AutoencoderKL that can be read; got {folder} ({error})") from error
+        raise ValueError(
+            f"vae must be a folder of an AutoencoderKL that can be read; got {folder} ({error})"
+        ) from error
     # diffusers draws what is missing at random, with no more than a note.
     if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
         raise ValueError(f"vae must have weights that fit its config; got {folder}, where these do not: {wrong[:5]}")
