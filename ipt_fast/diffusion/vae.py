@@ -27,6 +27,7 @@ class VAE:
         channels: of the images.
         latent_channels: of the latents.
         downsampling: how many times smaller a latent's sides are than the image's.
+        scaling_factor: of its config.
     """
 
     def __init__(self, autoencoder: nn.Module) -> None:
@@ -35,10 +36,11 @@ class VAE:
         self.channels: int = config.in_channels
         self.latent_channels: int = config.latent_channels
         self.downsampling: int = 2 ** (len(config.block_out_channels) - 1)
+        self.scaling_factor: float = config.scaling_factor
         shift = getattr(config, "latents_mean", None) or [getattr(config, "shift_factor", None) or 0.0]
         deviation = getattr(config, "latents_std", None) or [1.0]
         self._shift = torch.tensor(shift).reshape(-1, 1, 1)
-        self._scale = config.scaling_factor / torch.tensor(deviation).reshape(-1, 1, 1)
+        self._scale = self.scaling_factor / torch.tensor(deviation).reshape(-1, 1, 1)
 
     @property
     def device(self) -> torch.device:
