@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "evaluation": {"data"} | MODELS,
     "attribution": {"freezing"} | MODELS,
     "inference": {"tiling", "data", "freezing"} | MODELS,
+    "integrations": MODELS,
     "tiling": MODELS,
     "freezing": MODELS,
     "models": {"modules"} | OPERATORS,
