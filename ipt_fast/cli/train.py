@@ -108,8 +108,8 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--out", type=Path, default=None, metavar="FOLDER", help="where the model, checkpoint and log go")
     option("--model", default=default["model"], help="name of a model, or folder of a saved one to start from")
     option("--model-config", type=json_object, default={}, metavar="JSON", help="fields of the model's config")
-    option("--mirror", action=_Flag, default=default["mirror"],
-           help="mirror half of the images that a generator learns from")  # fmt: skip
+    option("--flip", action=_Flag, default=default["flip"],
+           help="flip half of the images that a generator learns from")  # fmt: skip
     option("--task", action=_Task, type=_mixture, nargs="+", default=None, metavar="NAME[=WEIGHT]",
            help="what the images suffer from, one task or a mixture; of a model with several tasks a single name keeps "
            "only that one; None: denoise, or all tasks of the model")  # fmt: skip

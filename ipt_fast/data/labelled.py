@@ -130,24 +130,24 @@ class NoisingExamples(Dataset):
     Args:
         data: images or latents.
         timesteps: number of them.
-        mirror: whether half of the images are mirrored; latents must have been made of mirrored images, too.
+        flip: whether half of the images are mirrored; latents must have been made of mirrored images, too.
         seed: at least 0.
 
     Raises:
-        ValueError: ``mirror`` is set, and there are no latents of mirrored images.
+        ValueError: ``flip`` is set, and there are no latents of mirrored images.
     """
 
-    def __init__(self, data: Labelled, timesteps: int, *, mirror: bool = True, seed: int = 0):
-        if mirror and isinstance(data, CachedLatents) and not data.info.mirrored:
+    def __init__(self, data: Labelled, timesteps: int, *, flip: bool = True, seed: int = 0):
+        if flip and isinstance(data, CachedLatents) and not data.info.mirrored:
             raise ValueError(
-                f"mirror must be False for latents without those of mirrored images; got {mirror} and {data.folder}"
+                f"flip must be False for latents without those of mirrored images; got {flip} and {data.folder}"
             )
-        self.data, self.timesteps, self.mirror, self.seed = data, timesteps, mirror, seed
+        self.data, self.timesteps, self.flip, self.seed = data, timesteps, flip, seed
 
     def __getitem__(self, number: int) -> tuple[Tensor, int, int, Tensor]:
         generator = _generator(self.seed, number)
         place = _draw(len(self.data), generator)
-        mirrored = self.mirror and _draw(2, generator) == 1
+        mirrored = self.flip and _draw(2, generator) == 1
         timestep = _draw(self.timesteps, generator)
         x_0, label = self.data.example(place, mirrored)
         return x_0, label, timestep, torch.randn(x_0.shape, generator=generator)

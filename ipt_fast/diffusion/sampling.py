@@ -110,9 +110,9 @@ class _Prediction:
     def __call__(self, x: Tensor, timestep: int) -> tuple[Tensor, Tensor | None]:
         guided = self.guidance != 1
         # A copy, as a model may write into its input.
-        inputs = torch.cat([x, x]) if guided else x.clone()
+        inputs = (torch.cat([x, x]) if guided else x.clone()).to(self.dtype, memory_format=torch.channels_last)
         timesteps = torch.full((len(inputs),), timestep, device=self.device)
-        output = self.model(inputs.to(self.dtype), timesteps, *self.arguments)
+        output = self.model(inputs, timesteps, *self.arguments)
         if output.shape[0] != len(inputs) or output.shape[2:] != x.shape[2:]:
             raise ValueError(
                 f"output of the model must be of {len(inputs)} images of {x.shape[2]} x {x.shape[3]}, as its input; "

@@ -8,6 +8,7 @@ from .contract import Contract, describe
 from .dit import DiT, DiTConfig
 from .ipt import IPT, IPTConfig, config_of
 from .ipt_v2 import IPTV2, IPTV2Config
+from .latent_ipt_v2 import LatentIPTV2, LatentIPTV2Config
 
 __all__ = [
     "IPT",
@@ -17,6 +18,8 @@ __all__ = [
     "Contract",
     "DiT",
     "DiTConfig",
+    "LatentIPTV2",
+    "LatentIPTV2Config",
     "Preset",
     "PretrainedModel",
     "config_of",

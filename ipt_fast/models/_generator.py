@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +66,21 @@ class Generator(PretrainedModel):
     by name, and returns (B, out_channels, H, W).
     """
 
-    config: GeneratorConfig
+    config_class: ClassVar[type[GeneratorConfig]]
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(f"config must be a {self.config_class.__name__}; got {type(config).__name__}")
+        self._config = config
+
+    @property
+    def config(self) -> GeneratorConfig:
+        return self._config
 
     @property
     def contract(self) -> Contract:
-        config = self.config
+        config = self._config
         return Contract(
             in_channels=config.in_channels,
             out_channels=config.out_channels,
@@ -79,7 +90,7 @@ class Generator(PretrainedModel):
             generates=True,
         )
 
-    def _conditions(self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor | None:
+    def _checked_conditions(self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor | None:
         """Check timestep and labels; the labels, in training with some dropped.
 
         Values are checked on the CPU only, as reading them would make an accelerator wait.
@@ -87,7 +98,7 @@ class Generator(PretrainedModel):
         Raises:
             TypeError, ValueError: wrong type, shape, device or, on the CPU, value.
         """
-        config, batch = self.config, latents.shape[0]
+        config, batch = self._config, latents.shape[0]
         _check_numbers("timestep", timestep, latents, TIMESTEPS, floats=True)
         if config.num_classes == 0:
             if class_labels is not None:

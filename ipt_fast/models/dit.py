@@ -153,13 +153,10 @@ class DiT(Generator):
 
     config_class = DiTConfig
     presets = {"dit_s_2": Preset({})}
-    config: DiTConfig
+    _config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        if not isinstance(config, DiTConfig):
-            raise TypeError(f"config must be a DiTConfig; got {type(config).__name__}")
-        self.config = config
+        super().__init__(config)
         self.x_embedder = PatchEmbedding(config)
         self.register_buffer("pos_embed", positions(config.sample_size // config.patch_size, config.width)[None])
         self.t_embedder = TimestepEmbedding(config.width)
@@ -183,12 +180,12 @@ class DiT(Generator):
         zeroed(self.final_layer.linear)
 
     def forward(self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        config = self.config
+        config = self._config
         _check.image(latents, config.in_channels, self.x_embedder.proj, name="latents")
         if latents.shape[2:] != (config.sample_size, config.sample_size):
             shape = (len(latents), config.in_channels, config.sample_size, config.sample_size)
             raise ValueError(f"latents must be {shape} for this model; got {tuple(latents.shape)}")
-        class_labels = self._conditions(latents, timestep, class_labels)
+        class_labels = self._checked_conditions(latents, timestep, class_labels)
         conditions = self.t_embedder(timestep_features(timestep))
         if class_labels is not None:
             conditions = conditions + self.y_embedder(class_labels)
@@ -199,6 +196,6 @@ class DiT(Generator):
 
     def _image_of(self, patches: Tensor) -> Tensor:
         """(B, N, P P C) -> (B, C, S, S); the channels of a patch are rows, columns, colours."""
-        size, side = self.config.patch_size, self.config.sample_size // self.config.patch_size
+        size, side = self._config.patch_size, self._config.sample_size // self._config.patch_size
         rows = patches.unflatten(2, (size, size, -1)).unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
         return rows.reshape(patches.shape[0], -1, side * size, side * size)

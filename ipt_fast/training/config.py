@@ -69,7 +69,7 @@ class TrainingConfig:
         activation_checkpointing: keep only the inputs of transformer layers for the backward pass.
         strategy: of several processes, "ddp" (each has all weights) or "fsdp" (each keeps a part of them, FSDP2).
         tensorboard: write the log into the folder ``tensorboard``, too.
-        mirror: a generator learns from half of the images mirrored, left and right.
+        flip: a generator learns from half of the images mirrored, left and right.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
@@ -113,7 +113,7 @@ class TrainingConfig:
     enlarge: float = 1.0
     val_target: Path | None = None
     betas: tuple[float, float] = (0.9, 0.999)
-    mirror: bool = True
+    flip: bool = True
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -196,7 +196,7 @@ class TrainingConfig:
     def _check_execution(self) -> None:
         _check_integer("accumulate", self.accumulate, 1)
         _check_choice("strategy", self.strategy, ("ddp", "fsdp"))
-        for name in ("activation_checkpointing", "tensorboard", "mirror"):
+        for name in ("activation_checkpointing", "tensorboard", "flip"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.contrastive and self.accumulate > 1:

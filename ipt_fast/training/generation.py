@@ -56,9 +56,7 @@ class Generation:
             self.validation = GenerationValidation(self, held_out)
 
     def dataset(self, patch_size: int, batch_size: int) -> Dataset:
-        return NoisingExamples(
-            self.data, len(self.diffusion.schedule), mirror=self.config.mirror, seed=self.config.seed
-        )
+        return NoisingExamples(self.data, len(self.diffusion.schedule), flip=self.config.flip, seed=self.config.seed)
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         return self.losses(model, batch).mean()

@@ -35,8 +35,8 @@ class Restoration:
 
     def __init__(self, config: TrainingConfig, model: PretrainedModel, world: World):
         contract = model.contract
-        if not config.is_default("mirror"):
-            raise ValueError(f"mirror must be left out for {type(model).__name__}, no generator; got {config.mirror}")
+        if not config.is_default("flip"):
+            raise ValueError(f"flip must be left out for {type(model).__name__}, no generator; got {config.flip}")
         self.config, self.world, self.value_range = config, world, contract.value_range
         self.patch_sizes = per_stage(config.patch_size or (contract.image_size or 128,) * len(config.stages))
         self.tasks = _tasks_of(config, contract)

@@ -61,7 +61,7 @@ KEYS: dict[str, tuple[str, Callable[[str, Any], Any] | dict[str, str]]] = {
     "datasets.train.shrink": ("shrink", _same),
     "datasets.train.weights": ("data_weights", _same),
     "datasets.train.enlarge": ("enlarge", _same),
-    "datasets.train.use_hflip": ("mirror", _same),
+    "datasets.train.use_hflip": ("flip", _same),
     "datasets.train.iters": ("iterations", _same),
     "datasets.train.batch_sizes": ("batch_size", _same),
     "datasets.train.num_worker_per_gpu": ("workers", _same),

@@ -149,7 +149,7 @@ def test_what_is_drawn_is_uniform(latents):
     drawn = torch.stack([each[3] for each in items])
     assert abs(drawn.mean()) < 0.02 and abs(drawn.std() - 1) < 0.02
     assert {(abs(int(x[0, 0, 0] + 0.5)), label) for x, label, _, _ in items} == {(0, 0), (1, 1), (2, 1), (3, 0)}
-    plain = [NoisingExamples(CachedLatents(latents), 10, mirror=False)[number] for number in range(100)]
+    plain = [NoisingExamples(CachedLatents(latents), 10, flip=False)[number] for number in range(100)]
     assert all(x[0, 0, 0] >= 0 for x, *_ in plain)
 
 

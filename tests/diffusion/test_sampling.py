@@ -1,12 +1,14 @@
 """Sampling against formulas written anew in float64 and, where diffusers has the same, its schedulers."""
 
 import math
+import time
 import types
 
 import pytest
 import torch
 from torch import nn
 
+from ipt_fast import create_model, freeze
 from ipt_fast.diffusion import GaussianDiffusion, Schedule, sample
 
 
@@ -170,6 +172,43 @@ def test_another_schedule_and_shape():
     assert model.timesteps[0] == [99]
 
 
+@pytest.mark.parametrize("name", ["dit_s_2", "latent_ipt_v2_s"])
+def test_models_of_the_library_and_their_frozen_form(name):
+    small = (
+        {"width": 8, "heads": (1, 1, 1), "depths": (1, 1, 1)}
+        if "ipt" in name
+        else {"width": 8, "layers": 1, "heads": 1}
+    )
+    torch.manual_seed(0)
+    model = create_model(name, in_channels=2, sample_size=8, num_classes=3, **small).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    settings = {"seeds": [1, 2], "steps": 4, "guidance": 2.0}
+    images = sample(model, [0, 3], **settings)
+    assert images.shape == (2, 2, 8, 8) and images.isfinite().all()
+    torch.testing.assert_close(sample(freeze(model), [0, 3], **settings), images, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="labels must be from 0 to 3; got 4"):
+        sample(freeze(model), [0, 4], **settings)
+
+
+@pytest.mark.slow
+def test_time_beyond_the_models_own():
+    """Less than 3 %, with room to spare; of DDPM, which does more than DDIM."""
+    model, inside = create_model("dit_s_2").eval(), []
+
+    def timed(module, x, *arguments, forward=model.forward):
+        start = time.perf_counter()
+        output = forward(x, *arguments)
+        inside.append(time.perf_counter() - start)
+        return output
+
+    model.forward = types.MethodType(timed, model)
+    start = time.perf_counter()
+    sample(model, [1] * 8, seeds=range(8), steps=4)
+    assert time.perf_counter() - start < 1.03 * sum(inside)
+
+
 # -- diffusers ------------------------------------------------------------------------------------------------------
 
 
@@ -178,11 +217,11 @@ def run_of_diffusers(scheduler, model, steps, learned, **settings):
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(1, 3, 4, 4, generator=generator)
-    for time in scheduler.timesteps:
-        output = model(x, time[None], torch.tensor([2]))
+    for timestep in scheduler.timesteps:
+        output = model(x, timestep[None], torch.tensor([2]))
         if not learned:
             output = output[:, :3]
-        x = scheduler.step(output, time, x, generator=generator, **settings).prev_sample
+        x = scheduler.step(output, timestep, x, generator=generator, **settings).prev_sample
     return x
 
 

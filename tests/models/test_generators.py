@@ -10,6 +10,13 @@ from tests.models.generators import conditions, randomised
 
 TINY = {
     "dit_s_2": {"width": 8, "layers": 1, "heads": 2, "sample_size": 8, "num_classes": 5},
+    "latent_ipt_v2_s": {
+        "width": 4,
+        "depths": (2, 1, 2),
+        "heads": (1, 2, 2),
+        "sample_size": 8,
+        "num_classes": 5,
+    },
 }
 
 

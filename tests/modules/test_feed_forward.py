@@ -39,9 +39,9 @@ def fused_calls(monkeypatch):
     calls = []
     real = ops.leffn
 
-    def spy(x, *weights):
+    def spy(x, **weights):
         calls.append(x.shape[0] * x.shape[2] * x.shape[3])
-        return real(x, *weights)
+        return real(x, **weights)
 
     monkeypatch.setattr(ops, "leffn", spy)
     return calls
