@@ -1,4 +1,4 @@
-"""The command line: ``ipt-fast restore | eval | train | finetune | convert | plot | attribute | info``."""
+"""The command line ``ipt-fast``: one module for each command."""
 
 import argparse
 import importlib

@@ -40,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
     option("output", type=Path, metavar="OUT", help="folder for the latents")
     option("--vae", type=Path, required=True, metavar="FOLDER", help="autoencoder of diffusers (AutoencoderKL)")
     option("--size", type=int, default=256, metavar="PIXELS", help="side of the squares (%(default)s)")
-    option("--no-mirror", action="store_true", help="leave out the flipped images")
+    option("--no-flip", action="store_true", help="leave out the flipped images")
     option("--draw", action="store_true", help="draw latents from the encoder's distribution instead of its mean")
     option("--seed", type=int, default=0, help="of --draw (%(default)s)")
     option("--dtype", choices=DTYPES, default="float32", help="of the latents in the files (%(default)s)")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     info = LatentsInfo(
         shape=(vae.latent_channels, side, side),
         classes=images.classes,
-        mirrored=not args.no_mirror,
+        mirrored=not args.no_flip,
         image_size=args.size,
         vae={"name": args.vae.resolve().name, "sha256": vae.digest(), "scaling_factor": vae.scaling_factor},
     )
@@ -171,7 +171,7 @@ class _Encoder:
         """Encode and write a shard; what cannot be read is named and left out."""
         args, images = self._args, self._images
         labels: list[int] = []
-        latents: dict[bool, list[Tensor]] = {False: []} if args.no_mirror else {False: [], True: []}
+        latents: dict[bool, list[Tensor]] = {False: []} if args.no_flip else {False: [], True: []}
         skipped: dict[str, str] = {}
         for places, pixels in self._batches(number):
             good = [(place, image) for place, image in zip(places, pixels, strict=True) if image is not None]

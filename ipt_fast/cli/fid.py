@@ -1,6 +1,7 @@
 """``ipt-fast fid``: how like real images generated ones are."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from .._files import atomic_write
 from ..data.files import list_images
 from ..data.io import fill_hidden, read_image
-from ..data.npz import NpzImages
+from ..data.npz import NpzImages, has_images
 from ..evaluation.features import FeatureNetwork, Features, collect, open_features
 from ..evaluation.generation import (
     FIGURES,
@@ -107,10 +108,13 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _reference(args: argparse.Namespace, network: FeatureNetwork) -> tuple[Statistics, int]:
     """What the reference is known to be, and how many of its images could not be read."""
     stored = read_statistics(args.reference) if args.reference.is_file() else None
-    if stored is not None:
+    if stored is not None and not has_images(args.reference):
         return stored, 0
     features, failed = _features(args.reference, network, args.batch_size)
-    return statistics_of(features), failed
+    if stored is None:
+        return statistics_of(features), failed
+    # ADM's files hold statistics of a whole data set, and a part of its images.
+    return dataclasses.replace(stored, points=features.pool), failed
 
 
 def _features(source: Path, network: FeatureNetwork, batch_size: int) -> tuple[Features, int]:

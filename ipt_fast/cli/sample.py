@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
             if found.issuperset(batch):
                 pixels = [folder.read(image) for image in batch] if args.grid or args.npz else []
             else:
-                pixels = draw(batch, lambda share, number=number: _advance(bar, number + share))
+                pixels = draw(batch, functools.partial(_advance, bar, number))
                 for image, values in zip(batch, pixels, strict=True):
                     if args.out and image not in found:
                         folder.write(image, values)
@@ -137,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
                 if add:
                     add(np.broadcast_to(values, (*values.shape[:2], 3)))
             drawn += pixels if args.grid else []
-            _advance(bar, number + 1)
+            _advance(bar, number, 1)
     if args.grid:
         save_picture(image_grid(drawn, columns), args.grid, "sample")
     print(f"drew {len(images) - len(found)} images: {', '.join(str(x) for x in (args.out, args.grid, args.npz) if x)}")
@@ -306,6 +307,7 @@ def _npz(args: argparse.Namespace, images: list[Image]) -> contextlib.AbstractCo
     return write_npz(args.npz, len(images), labels or None, comment=_COMMENT)
 
 
-def _advance(bar: tqdm, batches: float) -> None:
-    bar.n = batches
+def _advance(bar: tqdm, batches: int, share: float) -> None:
+    """``share`` of the next batch is done, too."""
+    bar.n = batches + share
     bar.refresh()

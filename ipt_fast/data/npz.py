@@ -73,16 +73,22 @@ class _Writer:
         self.left -= 1
 
 
-def read_npz(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], bool]:
-    """The arrays of a .npz file but its images, and whether it has images.
+def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file but its images.
 
     Raises:
         ValueError: it cannot be read.
     """
+    with _naming(path), zipfile.ZipFile(path):  # which a single array is not
+        pass
     with _naming(path), np.load(path, allow_pickle=False) as archive:
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it must be a .npz file; got a single array")
-        return {name: archive[name] for name in archive.files if name != IMAGES}, IMAGES in archive.files
+        return {name: archive[name] for name in archive.files if name != IMAGES}
+
+
+def has_images(path: str | os.PathLike[str]) -> bool:
+    """Whether a .npz file has images; ValueError where it cannot be read."""
+    with _naming(path), zipfile.ZipFile(path) as archive:
+        return f"{IMAGES}.npy" in archive.namelist()
 
 
 class NpzImages:

@@ -31,7 +31,7 @@ class VAE:
     """
 
     def __init__(self, autoencoder: nn.Module) -> None:
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.autoencoder: Any = autoencoder.eval().requires_grad_(False)
         config: Any = autoencoder.config
         self.channels: int = config.in_channels
         self.latent_channels: int = config.latent_channels

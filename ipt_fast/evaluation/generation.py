@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._files import atomic_write
-from ..data.npz import IMAGES, read_npz
+from ..data.npz import IMAGES, has_images, read_npz
 from .features import Features
 
 NEAREST = 3  # neighbours that the manifold of precision and recall is made of
@@ -185,7 +185,7 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics | None:
     Raises:
         ValueError: the file cannot be read, holds neither of the two, or arrays of other shapes.
     """
-    arrays, has_images = read_npz(path)
+    arrays = read_npz(path)
     found: dict[str, Gaussian] = {}
     for name, keys in _KEYS.items():
         if all(key in arrays for key in keys):
@@ -195,7 +195,7 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics | None:
                 raise ValueError(f"{' and '.join(keys)} in {path} must be mean and covariance: {error}") from error
     if "pool" in found:
         return Statistics(**found)
-    if not has_images:
+    if not has_images(path):
         keys = ", ".join([*arrays]) or "nothing"
         raise ValueError(f"{path} must hold statistics, mu and sigma, or images, {IMAGES}; got {keys}")
     return None

@@ -61,7 +61,7 @@ def test_latents_of_images_and_of_flipped_ones(run, images, vae, tmp_path, capsy
 
 
 def test_without_flipped_ones_and_in_half_precision(run, images, vae, tmp_path):
-    assert run("--no-mirror", "--dtype", "bfloat16", "--batch-size", 1) == 0
+    assert run("--no-flip", "--dtype", "bfloat16", "--batch-size", 1) == 0
     assert not CachedLatents(tmp_path / "out").info.mirrored
     expected = open_vae(vae).encode(squares(images)).bfloat16().float()
     torch.testing.assert_close(all_of(tmp_path / "out"), expected, rtol=2**-8, atol=1e-6)
