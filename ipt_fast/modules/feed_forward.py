@@ -160,7 +160,10 @@ class RepPointwise(Reparameterized):
 
     def merge_biases(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
         inner, outer = biases
-        return outer if inner is None else F.linear(inner, weights[1].flatten(1), outer)
+        if inner is None:
+            return outer
+        through = (weights[1].flatten(1) * inner).sum(1)  # no product by its name, which autocast would round
+        return through if outer is None else through + outer
 
     @property
     def entry(self) -> nn.Module:
