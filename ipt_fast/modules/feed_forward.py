@@ -47,7 +47,7 @@ class Reparameterized(OperatorModule):
     def current_bias(self) -> Tensor | None:
         """The bias of the single convolution; None where there is none."""
         if self.merged:
-            return self.__dict__["_parameters"].get("bias")
+            return getattr(self, "bias", None)  # those pickled before there were biases have no such attribute
         return self.merge_biases(self._of_branches("weight"), self._of_branches("bias"))
 
     def merge_biases(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:

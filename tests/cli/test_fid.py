@@ -10,6 +10,7 @@ import torch
 from ipt_fast.cli import main
 from ipt_fast.evaluation.generation import read_statistics
 from tests.evaluation.test_generation import Tiny, photos, save
+from tests.test_public_names import PUBLISHED, keys_of
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def test_folders_and_files_have_the_same_figures(run, sets, capsys):
         assert run(sets / name, sets / "real.npz", "--json", sets / f"{name}.json", "--batch-size", 5) == 0
         printed = capsys.readouterr().out
         assert "12 images, compared with" in printed and "FID  " in printed and "precision" in printed
+    assert set(PUBLISHED["json"]["fid"].split()) <= keys_of(json.loads((sets / "samples.json").read_text()))
     found = figures(sets / "samples.json")
     assert found == pytest.approx(figures(sets / "samples.npz.json"))
     assert all(value is not None for value in found.values()) and found["fid"] > 0

@@ -153,6 +153,17 @@ def test_biases_are_merged_in_fp64_and_rounded_once(dtype):
         RepLeFFN(6, merged=True).load_state_dict(rep_leffn(bias=True).state_dict())
 
 
+@pytest.mark.parametrize("branch", ["expand.first", "expand.second", "depthwise.k3", "project.first"])
+def test_a_bias_of_one_branch_is_merged(branch):
+    module, x = rep_leffn(), torch.randn(1, 6, 9, 9)
+    module.get_submodule(branch).bias = torch.nn.Parameter(torch.randn(module.get_submodule(branch).out_channels))
+    expected = branches(module, x)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    module.reparameterize()
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert [name for name in module.state_dict() if name.endswith("bias")] == [f"{branch.split('.')[0]}.bias"]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layer_with_biases(shape):
     """Modulated: as one operator, by branches and merged."""
