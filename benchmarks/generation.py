@@ -37,7 +37,7 @@ SIDE = 16
 # Shapes of about the same multiplications at 16 x 16 pixels.
 MODELS = {
     "latent_ipt_v2": ("latent_ipt_v2_s", dict(width=16, depths=(2, 2, 2), heads=(1, 1, 2), window_size=8, grid_size=4)),
-    "dit": ("dit_s_2", dict(width=64, layers=6, heads=2)),
+    "dit": ("dit_s_2", dict(width=68, layers=6, heads=2)),
 }
 
 

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "evaluation": {"data", "diffusion"} | MODELS,
     "attribution": {"freezing"} | MODELS,
     "inference": {"tiling", "data", "freezing"} | MODELS,
+    "integrations": MODELS,
     "tiling": MODELS,
     "diffusion": MODELS,
     "freezing": MODELS,

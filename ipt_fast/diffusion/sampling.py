@@ -57,8 +57,10 @@ def sample(
         (N, C, H, W) float32 on the model's device.
 
     Raises:
-        TypeError, ValueError: an argument is none of these; the message names it.
+        TypeError, ValueError: an argument is none of these, or the model's output has another shape.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in eval mode, as labels are dropped in training; got one in training mode")
     _check_choice("sampler", sampler, tuple(SAMPLERS))
@@ -71,7 +73,8 @@ def sample(
     update = SAMPLERS[sampler](diffusion, variance=variance, eta=eta, clip=clip)
     x = noise.draw()
     for step in reversed(range(steps)):
-        x = update(step, x, predict(x, int(diffusion.schedule.timesteps[step])), noise)
+        predicted, v = predict(x, int(diffusion.schedule.timesteps[step]))
+        x = update(step, x, predicted, v, noise)
         if progress:
             progress(steps - step, steps)
     return x
@@ -109,8 +112,8 @@ class _Prediction:
 
     def __call__(self, x: Tensor, timestep: int) -> tuple[Tensor, Tensor | None]:
         guided = self.guidance != 1
-        # A copy, as a model may write into its input.
-        inputs = (torch.cat([x, x]) if guided else x.clone()).to(self.dtype, memory_format=torch.channels_last)
+        # Always a copy, as a model may write into its input.
+        inputs = torch.cat([x, x] if guided else [x]).to(self.dtype, memory_format=torch.channels_last)
         timesteps = torch.full((len(inputs),), timestep, device=self.device)
         output = self.model(inputs, timesteps, *self.arguments)
         if output.shape[0] != len(inputs) or output.shape[2:] != x.shape[2:]:
@@ -125,23 +128,36 @@ class _Prediction:
         return noise, v
 
 
-class _DDPM:
-    """Ancestral sampling: x_{t-1} is drawn from a normal distribution around the posterior's mean (eq. 6, 11)."""
+class _Sampler:
+    """The way from x_t to x_{t-1}, with the tables of a process as numbers."""
 
     def __init__(self, diffusion: GaussianDiffusion, *, variance: str, eta: float, clip: bool):
-        tables = {name: table.tolist() for name, table in diffusion.tables.items()}
-        self.of_x, self.of_noise = tables["sqrt_recip_alphas_cumprod"], tables["sqrt_recipm1_alphas_cumprod"]
-        self.mean_of_x_0, self.mean_of_x = tables["posterior_mean_coef1"], tables["posterior_mean_coef2"]
-        self.low, self.high = tables["posterior_log_variance"], tables["log_betas"]
-        self.fixed = self.low if variance == "fixed_small" else self.high
+        self.tables = {name: table.tolist() for name, table in diffusion.tables.items()}
         self.clip = clip
 
-    def __call__(self, step: int, x: Tensor, output: tuple[Tensor, Tensor | None], noise: _Noise) -> Tensor:
-        predicted, v = output
-        x_0 = (self.of_x[step] * x).sub_(predicted, alpha=self.of_noise[step])
-        if self.clip:
-            x_0.clamp_(-1, 1)
-        x = x.mul_(self.mean_of_x[step]).add_(x_0, alpha=self.mean_of_x_0[step])
+    def predicted_x_0(self, step: int, x: Tensor, predicted: Tensor) -> Tensor:
+        """The images that are left of x_t without the noise that is predicted; a new tensor."""
+        x_0 = x * self.tables["sqrt_recip_alphas_cumprod"][step]
+        x_0.sub_(predicted, alpha=self.tables["sqrt_recipm1_alphas_cumprod"][step])
+        return x_0.clamp_(-1, 1) if self.clip else x_0
+
+    def __call__(self, step: int, x: Tensor, predicted: Tensor, v: Tensor | None, noise: _Noise) -> Tensor:
+        """x_{t-1}; x may be changed."""
+        raise NotImplementedError
+
+
+class _DDPM(_Sampler):
+    """Ancestral sampling: x_{t-1} is drawn from a normal distribution around the posterior's mean (Ho, eq. 7)."""
+
+    def __init__(self, diffusion: GaussianDiffusion, *, variance: str, eta: float, clip: bool):
+        super().__init__(diffusion, variance=variance, eta=eta, clip=clip)
+        self.low, self.high = self.tables["posterior_log_variance"], self.tables["log_betas"]
+        self.fixed = self.low if variance == "fixed_small" else self.high
+
+    def __call__(self, step: int, x: Tensor, predicted: Tensor, v: Tensor | None, noise: _Noise) -> Tensor:
+        x_0 = self.predicted_x_0(step, x, predicted)
+        x = x.mul_(self.tables["posterior_mean_coef2"][step])
+        x.add_(x_0, alpha=self.tables["posterior_mean_coef1"][step])
         if step == 0:
             return x
         if v is None:
@@ -152,30 +168,28 @@ class _DDPM:
         return x.addcmul_(deviation, noise.draw())
 
 
-class _DDIM:
-    """x_{t-1} has the predicted image and noise; with ``eta`` a part of the noise is new (Song et al., eq. 12, 16)."""
+class _DDIM(_Sampler):
+    """x_{t-1} has the predicted image and noise; with ``eta`` a part of the noise is new (Song, eq. 12 and 16)."""
 
     def __init__(self, diffusion: GaussianDiffusion, *, variance: str, eta: float, clip: bool):
+        super().__init__(diffusion, variance=variance, eta=eta, clip=clip)
         kept = diffusion.schedule.alphas_cumprod
         before = torch.cat([kept.new_ones(1), kept[:-1]])
         deviation = eta * ((1 - before) / (1 - kept)).sqrt() * (1 - kept / before).sqrt()
-        self.of_x, self.of_noise = kept.rsqrt().tolist(), (1 / kept - 1).sqrt().tolist()
-        self.next_of_x_0 = before.sqrt().tolist()
-        self.next_of_noise = (1 - before - deviation.square()).clamp(min=0).sqrt().tolist()
+        self.of_x_0 = before.sqrt().tolist()
+        self.of_noise = (1 - before - deviation.square()).clamp(min=0).sqrt().tolist()
         self.deviation = deviation.tolist()
-        self.clip = clip
 
-    def __call__(self, step: int, x: Tensor, output: tuple[Tensor, Tensor | None], noise: _Noise) -> Tensor:
-        predicted, _ = output
-        x_0 = (self.of_x[step] * x).sub_(predicted, alpha=self.of_noise[step])
-        if self.clip:
-            x_0.clamp_(-1, 1)
-            predicted = (self.of_x[step] * x).sub_(x_0).div_(self.of_noise[step])  # that which leaves the clipped image
-        x = x_0.mul_(self.next_of_x_0[step]).add_(predicted, alpha=self.next_of_noise[step])
+    def __call__(self, step: int, x: Tensor, predicted: Tensor, v: Tensor | None, noise: _Noise) -> Tensor:
+        x_0 = self.predicted_x_0(step, x, predicted)
+        if self.clip:  # the noise that leaves the clipped image
+            predicted = x.mul_(self.tables["sqrt_recip_alphas_cumprod"][step]).sub_(x_0)
+            predicted.div_(self.tables["sqrt_recipm1_alphas_cumprod"][step])
+        x = x_0.mul_(self.of_x_0[step]).add_(predicted, alpha=self.of_noise[step])
         return x.add_(noise.draw(), alpha=self.deviation[step]) if self.deviation[step] else x
 
 
-SAMPLERS: dict[str, type[_DDPM] | type[_DDIM]] = {"ddpm": _DDPM, "ddim": _DDIM}
+SAMPLERS: dict[str, type[_Sampler]] = {"ddpm": _DDPM, "ddim": _DDIM}
 
 
 def _shape(model: nn.Module, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:

@@ -34,13 +34,14 @@ class FocalContextSelfAttention(Branch):
         num_heads: heads, dividing C.
         window_size: p.
         bias: of the three convolutions.
-        attention: "paper" follows the paper's text: the second branch has cyclically shifted windows, and shares
-            temperature, which divides, and token weight with the first; ``top_weight`` and ``bottom_weight``, from 0.5,
-            multiply the branches by position in the unshifted window. "released" follows the code that its authors
-            released with a later model (U-DiT): the shifted windows lie in the interior, and what is nearer to the edges
-            than p/2 pixels has the first branch only; each branch has a temperature, which multiplies, and a token
-            weight of its own; ``top_weight`` m1 and ``bottom_weight`` m2, from 1 and each by position in the windows of
-            its own branch, merge them as (m1 F1 + m2 F2) / (m1 + m2). Then p must be even.
+        attention: "paper" or "released", the readings of what the paper leaves open.
+
+    The paper's text: the second branch has cyclically shifted windows, and shares with the first one a temperature,
+    which divides, and a token weight; ``top_weight`` and ``bottom_weight``, from 0.5, multiply the branches by position
+    in the unshifted window. The code that the authors released with a later model (U-DiT): the shifted windows lie in
+    the interior, so that what is nearer to the edges than p/2 pixels has the first branch only, and p is even; each
+    branch has a temperature, which multiplies, and a token weight of its own; ``top_weight`` m1 and ``bottom_weight``
+    m2, from 1 and each by position in the windows of its own branch, merge them as (m1 F1 + m2 F2) / (m1 + m2).
 
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
     """
@@ -95,21 +96,22 @@ class FocalContextSelfAttention(Branch):
 
     def _core_arguments(self) -> dict[str, Any]:
         """The arguments of :func:`ipt_fast.ops.focal_channel_attention` but q, k and v."""
-        temperature, top, bottom = self.temperature, self.top_weight, self.bottom_weight
-        if self.attention == "released":
-            temperature = temperature.reciprocal()  # the operator divides by it
-            bottom = torch.roll(bottom, (self.window_size // 2,) * 2, (1, 2))  # by position in the unshifted window
-            total = top + bottom
-            top, bottom = top / total, bottom / total
-        return dict(
-            temperature=temperature,
+        found: dict[str, Any] = dict(
+            temperature=self.temperature,
             token_weight=self.token_weight,
-            top_weight=top,
-            bottom_weight=bottom,
+            top_weight=self.top_weight,
+            bottom_weight=self.bottom_weight,
             num_heads=self.num_heads,
             window_size=self.window_size,
-            cyclic=self.attention == "paper",
         )
+        if self.attention == "paper":
+            return found
+        # The operator divides by temperatures, and wants both merge weights by position in the unshifted window.
+        shift = self.window_size // 2
+        bottom = torch.roll(self.bottom_weight, (shift, shift), (1, 2))
+        total = self.top_weight + bottom
+        found |= dict(top_weight=self.top_weight / total, bottom_weight=bottom / total)
+        return found | dict(temperature=self.temperature.reciprocal(), cyclic=False)
 
     def layer(self, x: Tensor, norm: Norm, modulation: Modulation | None = None) -> Tensor:
         _check.image(x, self.channels, self.qkv)

@@ -47,7 +47,7 @@ class Reparameterized(OperatorModule):
     def current_bias(self) -> Tensor | None:
         """The bias of the single convolution; None where there is none."""
         if self.merged:
-            return self.__dict__["_parameters"].get("bias")
+            return getattr(self, "bias", None)  # those pickled before there were biases have no such attribute
         return self.merge_biases(self._of_branches("weight"), self._of_branches("bias"))
 
     def merge_biases(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
@@ -160,7 +160,10 @@ class RepPointwise(Reparameterized):
 
     def merge_biases(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
         inner, outer = biases
-        return outer if inner is None else F.linear(inner, weights[1].flatten(1), outer)
+        if inner is None:
+            return outer
+        through = (weights[1].flatten(1) * inner).sum(1)  # no product by its name, which autocast would round
+        return through if outer is None else through + outer
 
     @property
     def entry(self) -> nn.Module:

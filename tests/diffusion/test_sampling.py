@@ -291,6 +291,7 @@ def test_wrong_arguments(arguments, message):
     ("model", "arguments", "message"),
     [
         (Toy().train(), {}, "model must be in eval mode"),
+        (Toy().forward, {}, "model must be a torch.nn.Module; got method"),
         (Toy(num_classes=0), {}, "labels must be None for a model without classes; got some"),
         (Toy(num_classes=0), {"labels": None, "guidance": 2}, "guidance must be 1 without labels; got 2"),
         (Toy(label_dropout=0), {"guidance": 2}, "guidance must be 1 with a model that was not trained without classes"),

@@ -1,10 +1,12 @@
 """What all models that generate do: conditions, their errors, dropped labels; `restore` refuses them."""
 
+import PIL.Image
 import pytest
 import torch
 
 import ipt_fast
 from ipt_fast.attribution import local_attribution_map
+from ipt_fast.cli import main
 from ipt_fast.models import describe
 from tests.models.generators import conditions, randomised
 
@@ -134,6 +136,16 @@ def test_restoring_is_refused(name):
         ipt_fast.restore(torch.rand(1, 3, 8, 8), tiny(name))
     with pytest.raises(ValueError, match=message):
         local_attribution_map(tiny(name), torch.rand(3, 8, 8), window=(0, 0, 4))
+
+
+def test_commands_refuse_them(name, tmp_path, capsys):
+    tiny(name).save_pretrained(tmp_path / "model")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "in.png")
+    for command in (["restore", "in.png", "out.png"], ["eval", "--data", "in.png", "--sigma", "25"]):
+        paths = [str(tmp_path / word) if word.endswith(".png") else word for word in command]
+        assert main([*paths, "--model", str(tmp_path / "model")]) == 2
+        assert "model must restore images; got one that generates them" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_bfloat16(name):

@@ -11,6 +11,7 @@ import ipt_fast
 from ipt_fast import reference
 from ipt_fast.models import open_checkpoint, open_model
 from ipt_fast.modules._layer import Modulation
+from ipt_fast.training.parallel import checkpoint_activations, transformer_layers
 from tests.models.generators import conditions, randomised
 
 TINY = {
@@ -229,6 +230,17 @@ def test_a_hook_changes_the_output(part):
         handle.remove()
         assert (changed - before).abs().max() > 1e-6
         assert torch.equal(model(*inputs), before)
+
+
+def test_layers_are_computed_again_in_the_backward():
+    model = tiny(depths=(2, 1, 1))
+    inputs = conditions(model)
+    expected = torch.autograd.grad(model(*inputs).square().sum(), list(model.parameters()))
+    assert len(transformer_layers(model)) == 7
+    checkpoint_activations(model)
+    found = torch.autograd.grad(model(*inputs).square().sum(), list(model.parameters()))
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted)
 
 
 def test_other_sizes_and_pixels():

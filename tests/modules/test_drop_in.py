@@ -420,19 +420,3 @@ def test_branches_that_are_no_plain_convolutions_are_not_merged(change):
     assert state.keys() == model.state_dict().keys()
     restored = ipt_fast.restore(x, model, tile=None, dtype="float32")
     assert_close(restored, expected)
-
-
-@pytest.mark.parametrize("branch", ["expand.first", "expand.second", "depthwise.k3", "project.first"])
-def test_a_bias_of_one_branch_is_merged(branch):
-    model, x = build("ipt_v2")
-    path = f"encoder.0.0.ffn.{branch}"
-    conv = model.get_submodule(path)
-    options = dict(kernel_size=conv.kernel_size, padding=conv.padding, groups=conv.groups)
-    replace(model, path, nn.Conv2d(conv.in_channels, conv.out_channels, **options))
-    with torch.no_grad():
-        expected = model(x)
-        assert_close(expected, naive(model, x))
-        model.reparameterize()
-        assert_close(model(x), expected)
-    biased = [name for name in model.state_dict() if name.endswith(".bias")]
-    assert biased == [f"encoder.0.0.ffn.{branch.split('.')[0]}.bias"]

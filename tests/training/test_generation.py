@@ -248,3 +248,7 @@ def test_a_trained_generator_goes_on_from_its_folder(make_config, pictures):
     second = make_config(pictures, "second", iterations=1, model=str(first.out), model_config={})
     train(second)
     assert open_model(second.out).config == create_model("dit_s_2", **MICRO).config
+    third = first.out.with_name("third")
+    options = ["--model", str(first.out), "--data", str(pictures), "--device", "cpu", "--iterations", "1"]
+    assert main(["finetune", *options, "--batch-size", "2", "--out", str(third)]) == 0
+    assert load_checkpoint(third / "checkpoint.pth")["config"]["lr"] == 2e-5

@@ -22,17 +22,11 @@ from tests.training.test_loop import TIMES, read_log
 V2 = {"model_config": MICRO, "patch_size": 16}
 TINY = {"image_size": 12, "patch_size": 3, "features": 4, "layers": 1, "heads": 3}
 IPT = {"model": "ipt", "model_config": {"tasks": ["sr_x2", "derain", "denoise30"], **TINY}, "loss": "l1"}
-# No label is dropped, which each process draws by itself.
-DIT_SHAPE = {
-    "in_channels": 3,
-    "sample_size": 8,
-    "num_classes": 2,
-    "label_dropout": 0,
-    "width": 16,
-    "layers": 1,
-    "heads": 2,
-}
-DIT = {"model": "dit_s_2", "model_config": DIT_SHAPE, "task": "generate"}
+# No label is dropped, as each process draws that by itself.
+CLASSES = {"in_channels": 3, "sample_size": 8, "num_classes": 2, "label_dropout": 0}
+DIT = {"model": "dit_s_2", "model_config": {**CLASSES, "width": 16, "layers": 1, "heads": 2}, "task": "generate"}
+LATENT_SHAPE = {**CLASSES, "width": 8, "depths": [1, 2, 1], "heads": [1, 1, 1], "window_size": 4, "grid_size": 4}
+LATENT = {**DIT, "model": "latent_ipt_v2_s", "model_config": LATENT_SHAPE}
 ONE_TASK = {**IPT, "model_config": {"tasks": ["derain"], **TINY}}
 # {what two processes do: (settings, of the same run on one process)}
 RUNS = {
@@ -50,7 +44,8 @@ MORE_RUNS = {
     "ipt_fsdp": ({"strategy": "fsdp"}, IPT),
     "ipt_fsdp_bf16": ({"strategy": "fsdp"}, {**IPT, "amp": "bf16"}),
     "ipt_one_task": ({}, ONE_TASK),
-    "dit_fsdp_parts": ({"strategy": "fsdp", "accumulate": 2}, DIT),
+    "dit_fsdp": ({"strategy": "fsdp"}, DIT),
+    "latent_fsdp_parts": ({"strategy": "fsdp", "accumulate": 2, "activation_checkpointing": True}, LATENT),
 }
 
 
