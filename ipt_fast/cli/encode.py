@@ -175,7 +175,7 @@ class _Encoder:
         skipped: dict[str, str] = {}
         for places, pixels in self._batches(number):
             good = [(place, image) for place, image in zip(places, pixels, strict=True) if image is not None]
-            for place in {*places} - {place for place, _ in good}:
+            for place in sorted({*places} - {place for place, _ in good}):
                 skipped[str(images.entries[place])] = reason = _reason(images, place)
                 bar.write(f"{images.entries[place]}: error: {reason}", file=sys.stderr)
             if good:

@@ -254,7 +254,8 @@ class _Folder:
 
     def read(self, image: Image) -> np.ndarray:
         """(H, W, C) uint8."""
-        pixels = np.asarray(PIL.Image.open(self._folder / image.name))
+        with PIL.Image.open(self._folder / image.name) as picture:
+            pixels = np.asarray(picture)
         return pixels if pixels.ndim == 3 else pixels[..., None]
 
     def write(self, image: Image, pixels: np.ndarray) -> None:
