@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,16 +195,16 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics | None:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{' and '.join(keys)} in {path} must be mean and covariance: {error}") from error
     if "pool" in found:
-        return Statistics(**found)
+        return Statistics(found["pool"], found.get("spatial"))
     if not has_images(path):
-        keys = ", ".join([*arrays]) or "nothing"
-        raise ValueError(f"{path} must hold statistics, mu and sigma, or images, {IMAGES}; got {keys}")
+        names = ", ".join(arrays) or "nothing"
+        raise ValueError(f"{path} must hold statistics, mu and sigma, or images, {IMAGES}; got {names}")
     return None
 
 
 def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
     """Write a .npz file that :func:`read_statistics` reads, and other programs; replaced atomically."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, keys in _KEYS.items():
         if (gaussian := getattr(statistics, name)) is not None:
             arrays |= dict(zip(keys, (gaussian.mean.numpy(), gaussian.covariance.numpy()), strict=True))
