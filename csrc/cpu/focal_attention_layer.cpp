@@ -56,7 +56,9 @@ void partition(FocalAttentionLayerParams& p, int64_t threads) {
 
 struct PackedFocalAttentionLayer : PackedHeader {
     int64_t heads, window;
+    bool cyclic;
     int64_t weights, depthwise, scale, token_squares, top, bottom;  // pieces
+    int64_t scale_step, token_step;                                 // as in FocalParameters
 };
 
 at::Tensor pack_focal_attention_layer(const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
@@ -64,7 +66,7 @@ at::Tensor pack_focal_attention_layer(const at::Tensor& norm_weight, const Optio
                                       const at::Tensor& project_weight, const at::Tensor& temperature,
                                       const at::Tensor& token_weight, const at::Tensor& top_weight,
                                       const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
-                                      double eps, bool centered) {
+                                      double eps, bool centered, bool cyclic) {
     const int64_t channels = input_channels(qkv_weight, "qkv_weight");
     check_heads(channels, num_heads, "x");
     check_tensor(qkv_weight, "qkv_weight", {3 * channels, channels, 1, 1}, qkv_weight);
@@ -72,7 +74,7 @@ at::Tensor pack_focal_attention_layer(const at::Tensor& norm_weight, const Optio
     check_tensor(project_weight, "project_weight", {channels, channels, 1, 1}, qkv_weight);
     const LayerNorm norm(qkv_weight, norm_weight, norm_bias, eps, centered);
     const FocalParameters focal(qkv_weight, temperature, token_weight, top_weight, bottom_weight, num_heads,
-                                window_size);
+                                window_size, cyclic);
     const int64_t head_channels = channels / num_heads;
     const at::Tensor depthwise = padded_parameter(
         depthwise_weight.reshape({3, num_heads, head_channels, 9}).permute({1, 3, 0, 2}), padded(head_channels));
@@ -89,6 +91,9 @@ at::Tensor pack_focal_attention_layer(const at::Tensor& norm_weight, const Optio
     PackedFocalAttentionLayer& header = packing.header;
     header.heads = num_heads;
     header.window = window_size;
+    header.cyclic = cyclic;
+    header.scale_step = focal.scale_step;
+    header.token_step = focal.token_step;
     header.weights = packing.add(p.packed_bytes());
     header.depthwise = packing.add(depthwise);
     header.scale = packing.add(focal.scale);
@@ -116,7 +121,7 @@ at::Tensor focal_attention_layer_packed(const at::Tensor& x_, const at::Tensor& 
     FocalAttentionLayerParams params{};
     params.dtype = dtype_of(x);
     params.brgemm = brgemm_of(params.dtype);
-    params.groups = focal_groups(x, header.heads, header.window);
+    params.groups = focal_groups(x, header.heads, header.window, header.cyclic);
     params.norm = packed.norm();
     params.x = x.const_data_ptr();
     params.out = out.mutable_data_ptr();
@@ -125,8 +130,8 @@ at::Tensor focal_attention_layer_packed(const at::Tensor& x_, const at::Tensor& 
     partition(params, at::get_num_threads());
 
     Groups& g = params.groups;
-    g.scale = packed.at<float>(header.scale);
-    g.token_squares = packed.at<float>(header.token_squares);
+    set_branches(g.scale, packed.at<float>(header.scale), header.scale_step);
+    set_branches(g.token_squares, packed.at<float>(header.token_squares), header.token_step);
     g.merge[0] = packed.at<float>(header.top);
     g.merge[1] = packed.at<float>(header.bottom);
     const int64_t threads = at::get_num_threads();
@@ -157,13 +162,14 @@ at::Tensor focal_attention_layer(const at::Tensor& x, const at::Tensor& norm_wei
                                  const at::Tensor& project_weight, const at::Tensor& temperature,
                                  const at::Tensor& token_weight, const at::Tensor& top_weight,
                                  const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size, double eps,
-                                 bool centered) {
+                                 bool centered, bool cyclic) {
     check_image(x, "x");
     check_tensor(qkv_weight, "qkv_weight", {3 * x.size(1), x.size(1), 1, 1}, x);
     const KeptLevel level;
     return focal_attention_layer_packed(
         x, pack_focal_attention_layer(norm_weight, norm_bias, qkv_weight, depthwise_weight, project_weight, temperature,
-                                      token_weight, top_weight, bottom_weight, num_heads, window_size, eps, centered));
+                                      token_weight, top_weight, bottom_weight, num_heads, window_size, eps, centered,
+                                      cyclic));
 }
 
 using FocalLayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -177,7 +183,7 @@ FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, cons
                                                    const at::Tensor& project_weight_, const at::Tensor& temperature_,
                                                    const at::Tensor& token_weight_, const at::Tensor& top_weight_,
                                                    const at::Tensor& bottom_weight_, int64_t num_heads,
-                                                   int64_t window_size, double eps, bool centered) {
+                                                   int64_t window_size, double eps, bool centered, bool cyclic) {
     check_image(x_, "x");
     check_tensor(grad_, "grad", x_.sizes(), x_);
     check_tensor(depthwise_weight_, "depthwise_weight", {3 * x_.size(1), 1, 3, 3}, x_);
@@ -191,12 +197,12 @@ FocalLayerGradients focal_attention_layer_backward(const at::Tensor& grad_, cons
     at::Tensor normed = layer_norm_2d(x, norm_weight, norm_bias, eps, centered);
     at::Tensor projected = pointwise(normed, qkv_weight);
     at::Tensor qkv = depthwise(projected, depthwise_weight);
-    const at::Tensor grad_project = pointwise_weight_gradient(
-        grad,
-        focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size));
+    const at::Tensor grad_project =
+        pointwise_weight_gradient(grad, focal_channel_attention(qkv, temperature, token_weight, top_weight,
+                                                                bottom_weight, num_heads, window_size, cyclic));
     auto [grad_qkv, grad_temperature, grad_token, grad_top, grad_bottom] =
         focal_channel_attention_backward(pointwise_input_gradient(grad, project_weight), qkv, temperature, token_weight,
-                                         top_weight, bottom_weight, num_heads, window_size);
+                                         top_weight, bottom_weight, num_heads, window_size, cyclic);
     qkv.reset();
     const at::Tensor grad_depthwise = depthwise_weight_gradient(grad_qkv, projected, 3);
     projected.reset();

@@ -96,7 +96,9 @@ class GramStrip {
                 for (int64_t i = 0; i < block.tiles_across(); ++i) {
                     const int64_t t = top / block.tile_rows() * block.tiles_across() + i;
                     for (int64_t head = first_head_; head < last_head_; ++head) {
-                        gram(block.tile(t), head, g_.slot(at, head), t == 0);
+                        with_branches(g_, block, [&](auto branches) {
+                            gram<decltype(branches)>(block.tile(t), head, g_.slot(at, head), t == 0);
+                        });
                     }
                 }
             }
@@ -160,24 +162,25 @@ class GramStrip {
         }
     }
 
+    template <typename B>
     void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
-        const GramTile<Unit, 2> staged(unit_, g_, tile_scratch_);
-        const TileWeights<2> weights = token_squares<2>(g_, head, tile);
+        const GramTile<Unit, B> staged(unit_, g_, tile_scratch_);
+        const auto weights = token_squares<B>(g_, head, tile);
         const int64_t channels = p_.channels();
-        convolve(
+        convolve<B>(
             tile, head, 0,
             [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
                 staged.put_q(tile, y, x, c, value, weights, squares);
             },
             [&](int64_t c, const auto& squares) { staged.put_squares(0, c, squares); });
-        convolve(
+        convolve<B>(
             tile, head, 1,
             [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
                 staged.put_k(tile, y, x, c, value, weights, squares);
             },
             [&](int64_t c, const auto& squares) { staged.put_squares(1, c, squares); });
         T* v = static_cast<T*>(p_.out) + pixel_index(tile.y, tile.x) * channels + head * g_.head_channels;
-        convolve(
+        convolve<B>(
             tile, head, 2,
             [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {
                 T* pixel = v + (y * g_.horizontal.size + x) * channels;
@@ -189,7 +192,7 @@ class GramStrip {
             },
             [](int64_t, const auto&) {});
         staged.add(tile, weights, {slot, g_.norms(slot, 0), g_.factors(slot)}, begin, [&](float* rows) {
-            convolve(
+            convolve<B>(
                 tile, head, 1,
                 [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {
                     store(rows + (y * tile.columns + x) * g_.depth + c, value);
@@ -200,7 +203,7 @@ class GramStrip {
 
     // body(y, x, c, value, squares) for a tile of q, k or v (part 0, 1, 2) after the depthwise convolution, one vector
     // of channels at a time; then end(c, squares).
-    template <typename Body, typename End>
+    template <typename B, typename Body, typename End>
     void convolve(const Tile& tile, int64_t head, int64_t part, const Body& body, const End& end) const {
         const int64_t pixel = 3 * g_.depth;
         for (int64_t c = 0; c < g_.depth; c += kLanes) {
@@ -210,7 +213,7 @@ class GramStrip {
                 rows[i] = ring(head, ring_row(tile.y + i - 1)) + (tile.x - 1 - left_) * pixel + first;
             }
             const Taps taps{p_.depthwise + head * 9 * pixel + first, pixel};
-            Vec squares[2]{};
+            Vec squares[B::count]{};
             const auto put = [&](int64_t y, int64_t x, Vec value) { body(y, x, c, value, squares); };
             if (tile.rows == kTileRows) {
                 depthwise_rows<kTileRows>({rows, pixel}, tile.columns, taps, put);
@@ -284,7 +287,9 @@ void apply(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, 
                 const int64_t c = head * g.head_channels;
                 const Matrix v{out + c, tile.rows * g.horizontal.size, g.head_channels, channels};
                 const Matrix values{attended + c, tile.tokens(), g.depth, row};
-                apply_tile<2>(g, unit, head, tile, g.slot(b, head), v, values, scratch);
+                with_branches(g, block, [&](auto branches) {
+                    apply_tile<decltype(branches)>(g, unit, head, tile, g.slot(b, head), v, values, scratch);
+                });
             }
             if constexpr (sizeof(*left) != sizeof(float)) {
                 for (int64_t i = 0; i < tile.tokens() * row; i += kLanes) {
