@@ -57,8 +57,8 @@ void gram_block(const ChannelAttentionParams& p, const Unit& unit, const WindowB
                 staged.put_squares(of_k, c, squares);
             }
         };
-        stage(p.q, 0, [&](auto&&... token) { staged.put_q(token...); });
-        stage(p.k, 1, [&](auto&&... token) { staged.put_k(token...); });
+        stage(p.q, 0, [&](auto&&... token) __attribute__((always_inline)) { staged.put_q(token...); });
+        stage(p.k, 1, [&](auto&&... token) __attribute__((always_inline)) { staged.put_k(token...); });
         staged.add(tile, weights, {slot, g.norms(slot, 0), g.factors(slot)}, t == 0, [&](float* rows) {
             for (int64_t y = 0; y < tile.rows; ++y) {
                 const T* const pixels = first_of(p.k) + y * g.horizontal.size * p.k.stride;

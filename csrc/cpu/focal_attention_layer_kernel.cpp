@@ -96,7 +96,7 @@ class GramStrip {
                 for (int64_t i = 0; i < block.tiles_across(); ++i) {
                     const int64_t t = top / block.tile_rows() * block.tiles_across() + i;
                     for (int64_t head = first_head_; head < last_head_; ++head) {
-                        with_branches(g_, block, [&](auto branches) {
+                        with_both_or_first(g_, block, [&](auto branches) {
                             gram<decltype(branches)>(block.tile(t), head, g_.slot(at, head), t == 0);
                         });
                     }
@@ -163,26 +163,24 @@ class GramStrip {
     }
 
     template <typename B>
-    void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
+    __attribute__((noinline)) void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
         const GramTile<Unit, B> staged(unit_, g_, tile_scratch_);
         const auto weights = token_squares<B>(g_, head, tile);
         const int64_t channels = p_.channels();
         convolve<B>(
             tile, head, 0,
-            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
-                staged.put_q(tile, y, x, c, value, weights, squares);
-            },
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares)
+                __attribute__((always_inline)) { staged.put_q(tile, y, x, c, value, weights, squares); },
             [&](int64_t c, const auto& squares) { staged.put_squares(0, c, squares); });
         convolve<B>(
             tile, head, 1,
-            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
-                staged.put_k(tile, y, x, c, value, weights, squares);
-            },
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares)
+                __attribute__((always_inline)) { staged.put_k(tile, y, x, c, value, weights, squares); },
             [&](int64_t c, const auto& squares) { staged.put_squares(1, c, squares); });
         T* v = static_cast<T*>(p_.out) + pixel_index(tile.y, tile.x) * channels + head * g_.head_channels;
         convolve<B>(
             tile, head, 2,
-            [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) __attribute__((always_inline)) {
                 T* pixel = v + (y * g_.horizontal.size + x) * channels;
                 if (c + kLanes <= g_.head_channels) {
                     store(pixel + c, value);
@@ -287,7 +285,7 @@ void apply(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, 
                 const int64_t c = head * g.head_channels;
                 const Matrix v{out + c, tile.rows * g.horizontal.size, g.head_channels, channels};
                 const Matrix values{attended + c, tile.tokens(), g.depth, row};
-                with_branches(g, block, [&](auto branches) {
+                with_both_or_first(g, block, [&](auto branches) {
                     apply_tile<decltype(branches)>(g, unit, head, tile, g.slot(b, head), v, values, scratch);
                 });
             }

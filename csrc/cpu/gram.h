@@ -20,16 +20,17 @@ struct Branches {
     static constexpr bool weighted = weights;
 };
 
-// body(Branches{}) for those of a block.
+// body(Branches{}) for those of a block, the groups having two.
 template <typename Body>
-inline void with_branches(const Groups& g, const WindowBlock& block, const Body& body) {
-    if (g.branches == 1) {
-        body(Branches<1, false>{});
-    } else if (g.branches_of(block) == 1) {
-        body(Branches<1, true>{});
-    } else {
-        body(Branches<2, true>{});
-    }
+inline __attribute__((always_inline)) void with_both_or_first(const Groups& g, const WindowBlock& block,
+                                                              const Body& body) {
+    g.branches_of(block) == 1 ? body(Branches<1, true>{}) : body(Branches<2, true>{});
+}
+
+// The same for one or two.
+template <typename Body>
+inline __attribute__((always_inline)) void with_branches(const Groups& g, const WindowBlock& block, const Body& body) {
+    g.branches == 1 ? body(Branches<1, false>{}) : with_both_or_first(g, block, body);
 }
 
 // Weights of a tile's tokens for each branch, or 1. A tile lies in one window of each branch, so its weights are a
@@ -135,16 +136,16 @@ struct GramTile {
           room(factors + 2 * depth) {}
 
     // Channels c to c + kLanes of the token (y, x) of a tile; adds the squares of w q and of w k.
-    void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const Weights& w,
-               Vec (&sum)[branches]) const {
+    inline __attribute__((always_inline)) void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value,
+                                                     const Weights& w, Vec (&sum)[branches]) const {
         store(q + (y * tile.columns + x) * depth + c, value);
         const Vec square = value * value;
         for (int branch = 0; branch < branches; ++branch) {
             sum[branch] = fma(w.at(branch, y, x), square, sum[branch]);
         }
     }
-    void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const Weights& w,
-               Vec (&sum)[branches]) const {
+    inline __attribute__((always_inline)) void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value,
+                                                     const Weights& w, Vec (&sum)[branches]) const {
         float* target = k + (y * tile.columns + x) * branches * depth + c;
         for (int branch = 0; branch < branches; ++branch) {
             const Vec weighted = w.at(branch, y, x) * value;
@@ -153,7 +154,7 @@ struct GramTile {
         }
     }
     // Their sums over the tile, of q (0) or k (1).
-    void put_squares(int64_t of_k, int64_t c, const Vec (&sum)[branches]) const {
+    inline __attribute__((always_inline)) void put_squares(int64_t of_k, int64_t c, const Vec (&sum)[branches]) const {
         for (int branch = 0; branch < branches; ++branch) {
             store(squares + (2 * branch + of_k) * depth + c, sum[branch]);
         }
