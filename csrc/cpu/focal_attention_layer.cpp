@@ -61,7 +61,7 @@ struct PackedFocalAttentionLayer : PackedHeader {
     int64_t scale_step, token_step;                                 // as in FocalParameters
 };
 
-at::Tensor pack_focal_attention_layer(const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+at::Tensor pack_focal_attention_layer(const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                                       const at::Tensor& qkv_weight, const at::Tensor& depthwise_weight,
                                       const at::Tensor& project_weight, const at::Tensor& temperature,
                                       const at::Tensor& token_weight, const at::Tensor& top_weight,
@@ -114,15 +114,17 @@ at::Tensor pack_focal_attention_layer(const at::Tensor& norm_weight, const Optio
     return packing.block;
 }
 
-at::Tensor focal_attention_layer_packed(const at::Tensor& x_, const at::Tensor& packed_) {
+at::Tensor focal_attention_layer_packed(const at::Tensor& x_, const at::Tensor& packed_,
+                                        const OptionalTensor& norm_weight, const OptionalTensor& norm_bias) {
     const Packed<PackedFocalAttentionLayer> packed(packed_, Layer::focal_attention_layer, x_);
     const PackedFocalAttentionLayer& header = packed.header();
+    const LayerNorm norm = norm_of(header, x_, norm_weight, norm_bias);
     const at::Tensor x = channels_last(x_), out = empty_channels_last(x.sizes(), x);
     FocalAttentionLayerParams params{};
     params.dtype = dtype_of(x);
     params.brgemm = brgemm_of(params.dtype);
     params.groups = focal_groups(x, header.heads, header.window, header.cyclic);
-    params.norm = packed.norm();
+    params.norm = norm.params;
     params.x = x.const_data_ptr();
     params.out = out.mutable_data_ptr();
     params.depthwise = packed.at<float>(header.depthwise);
@@ -167,9 +169,10 @@ at::Tensor focal_attention_layer(const at::Tensor& x, const at::Tensor& norm_wei
     check_tensor(qkv_weight, "qkv_weight", {3 * x.size(1), x.size(1), 1, 1}, x);
     const KeptLevel level;
     return focal_attention_layer_packed(
-        x, pack_focal_attention_layer(norm_weight, norm_bias, qkv_weight, depthwise_weight, project_weight, temperature,
-                                      token_weight, top_weight, bottom_weight, num_heads, window_size, eps, centered,
-                                      cyclic));
+        x,
+        pack_focal_attention_layer({}, {}, qkv_weight, depthwise_weight, project_weight, temperature, token_weight,
+                                   top_weight, bottom_weight, num_heads, window_size, eps, centered, cyclic),
+        norm_weight, norm_bias);
 }
 
 using FocalLayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,

@@ -45,7 +45,7 @@ struct PackedGridAttentionLayer : PackedHeader {
     int64_t weights, bias;  // pieces
 };
 
-at::Tensor pack_grid_attention_layer(const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+at::Tensor pack_grid_attention_layer(const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                                      const at::Tensor& qkv_weight, const at::Tensor& project_weight,
                                      const OptionalTensor& bias_table, int64_t num_heads, int64_t grid_size, double eps,
                                      bool centered) {
@@ -79,9 +79,11 @@ at::Tensor pack_grid_attention_layer(const at::Tensor& norm_weight, const Option
     return packing.block;
 }
 
-at::Tensor grid_attention_layer_packed(const at::Tensor& x, const at::Tensor& packed_) {
+at::Tensor grid_attention_layer_packed(const at::Tensor& x, const at::Tensor& packed_,
+                                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias) {
     const Packed<PackedGridAttentionLayer> packed(packed_, Layer::grid_attention_layer, x);
     const PackedGridAttentionLayer& header = packed.header();
+    const LayerNorm norm = norm_of(header, x, norm_weight, norm_bias);
     const at::Tensor map = channels_last(x);
     at::Tensor out = empty_channels_last(x.sizes(), x);
     GridAttentionLayerParams p{};
@@ -89,7 +91,7 @@ at::Tensor grid_attention_layer_packed(const at::Tensor& x, const at::Tensor& pa
     p.bias = packed.at<float>(header.bias);
     p.x = map.const_data_ptr();
     p.out = out.mutable_data_ptr();
-    p.norm = packed.norm();
+    p.norm = norm.params;
     p.packed = packed.at<void>(header.weights);
     partition(p, at::get_num_threads());
 
@@ -112,8 +114,10 @@ at::Tensor grid_attention_layer(const at::Tensor& x, const at::Tensor& norm_weig
     check_layer(x, qkv_weight, project_weight);
     const KeptLevel level;
     return grid_attention_layer_packed(
-        x, pack_grid_attention_layer(norm_weight, norm_bias, qkv_weight, project_weight, bias_table, num_heads,
-                                     finest_grid(x, bias_table, grid_size), eps, centered));
+        x,
+        pack_grid_attention_layer({}, {}, qkv_weight, project_weight, bias_table, num_heads,
+                                  finest_grid(x, bias_table, grid_size), eps, centered),
+        norm_weight, norm_bias);
 }
 
 // Recomputes the projections; grid_attention and layer_norm_2d differentiate themselves.
