@@ -34,6 +34,7 @@ void pack(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, i
 }
 
 // A 3x3 depthwise convolution of `count` columns of `height` rows at once, one vector of channels: body(y, x, value).
+// Behind the taps lies what the sums start with.
 template <int height, typename Body>
 inline __attribute__((always_inline)) void depthwise_rows(InputRows in, int64_t count, Taps weight, const Body& body) {
     Vec taps[3][3];
@@ -41,8 +42,13 @@ inline __attribute__((always_inline)) void depthwise_rows(InputRows in, int64_t 
     for (int i = 0; i < 9; ++i) {
         taps[i / 3][i % 3] = load(weight.data + i * weight.stride);
     }
+    const Vec start = load(weight.data + 9 * weight.stride);
     for (int64_t x = 0; x < count; ++x) {
-        Vec sums[height]{};
+        Vec sums[height];
+#pragma GCC unroll 4
+        for (int y = 0; y < height; ++y) {
+            sums[y] = start;
+        }
 #pragma GCC unroll 6
         for (int i = 0; i < height + 2; ++i) {
 #pragma GCC unroll 3
@@ -68,8 +74,12 @@ template <typename T, typename Unit>
 class GramStrip {
   public:
     GramStrip(const FocalAttentionLayerParams& p, const Unit& unit, int64_t index, float* scratch)
-        : p_(p), unit_(unit), g_(p.groups), pixels_(scratch) {
-        image_ = index / p.strips / p.head_groups;
+        : p_(p),
+          unit_(unit),
+          g_(p.groups),
+          image_(index / p.strips / p.head_groups),
+          norm_(p.norm.of_image(image_)),
+          pixels_(scratch) {
         const int64_t group = index / p.strips % p.head_groups, strip = index % p.strips;
         first_head_ = p.first_head(group);
         last_head_ = p.first_head(group + 1);
@@ -124,7 +134,7 @@ class GramStrip {
             count = 1;
             if (y < 0 || y >= height) {
                 for (int64_t head = first_head_; head < last_head_; ++head) {
-                    memset(ring(head, at), 0, width_ * 3 * g_.depth * sizeof(float));
+                    leave(head, ring(head, at), width_);
                 }
                 continue;
             }
@@ -140,25 +150,47 @@ class GramStrip {
                 unit_.multiply(pixels, packed_part(p_, part), {first, count * width_, g_.head_channels, 3 * g_.depth},
                                Accumulate::no);
             }
+            for (int64_t i = 0; i < count && p_.outside != nullptr; ++i) {
+                for (int64_t head = first_head_; head < last_head_; ++head) {
+                    float* const row = ring(head, at + i);
+                    leave(head, row, skipped());
+                    leave(head, row + (width_ - after()) * 3 * g_.depth, after());
+                }
+            }
+        }
+    }
+
+    // Pixels of the strip on the left and on the right that lie outside of the image.
+    int64_t skipped() const { return left_ < 0 ? 1 : 0; }
+    int64_t after() const { return left_ + width_ > g_.horizontal.size ? 1 : 0; }
+
+    // What the depthwise convolution reads outside of the image, to `count` pixels of the ring.
+    void leave(int64_t head, float* pixels, int64_t count) const {
+        const int64_t pixel = 3 * g_.depth;
+        if (p_.outside == nullptr) {
+            memset(pixels, 0, count * pixel * sizeof(float));
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            memcpy(pixels + i * pixel, p_.outside + head * pixel, pixel * sizeof(float));
         }
     }
 
     // The strip's pixels of one row after the norm, with the halo; zeros outside of the image.
     void normalize(int64_t y, typename Unit::Value* out) const {
         const int64_t channels = p_.channels(), row = padded(channels);
-        const int64_t skipped = left_ < 0 ? 1 : 0, after = left_ + width_ > g_.horizontal.size ? 1 : 0;
-        const int64_t count = width_ - skipped - after;
-        const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + skipped) * channels;
-        memset(out, 0, skipped * row * sizeof(*out));
-        memset(out + (width_ - after) * row, 0, after * row * sizeof(*out));
+        const int64_t count = width_ - skipped() - after();
+        const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + skipped()) * channels;
+        memset(out, 0, skipped() * row * sizeof(*out));
+        memset(out + (width_ - after()) * row, 0, after() * row * sizeof(*out));
         const Matrix pixels{x, count, channels, channels};
-        const Matrix normal{out + skipped * row, count, row, row};
+        const Matrix normal{out + skipped() * row, count, row, row};
         if (channels == row) {
-            normalize_rows(pixels, p_.norm, normal);
+            normalize_rows(pixels, norm_, normal);
         } else {
             const Matrix staged{pixels_, count, channels, row};
             load_rows(pixels, staged);
-            normalize_rows(staged, p_.norm, normal);
+            normalize_rows(staged, norm_, normal);
         }
     }
 
@@ -210,7 +242,7 @@ class GramStrip {
             for (int64_t i = 0; i < tile.rows + 2; ++i) {
                 rows[i] = ring(head, ring_row(tile.y + i - 1)) + (tile.x - 1 - left_) * pixel + first;
             }
-            const Taps taps{p_.depthwise + head * 9 * pixel + first, pixel};
+            const Taps taps{p_.depthwise + head * 10 * pixel + first, pixel};
             Vec squares[B::count]{};
             const auto put = [&](int64_t y, int64_t x, Vec value) { body(y, x, c, value, squares); };
             if (tile.rows == kTileRows) {
@@ -228,7 +260,9 @@ class GramStrip {
     const FocalAttentionLayerParams& p_;
     const Unit& unit_;
     const Groups& g_;
-    int64_t image_, first_head_, last_head_, first_block_, last_block_;
+    const int64_t image_;
+    const Norm norm_;
+    int64_t first_head_, last_head_, first_block_, last_block_;
     int64_t left_, width_;  // of the strip with its halo of one pixel
     float* pixels_;
     typename Unit::Value* normal_;
@@ -294,12 +328,13 @@ void apply(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, 
                     store(left + i, load(attended + i));
                 }
             }
+            const Epilogue epilogue = p.epilogue.of_image(block.image);
             const Matrix projected{result, tile.tokens(), channels, row};
             unit.multiply({left, tile.tokens(), channels, row}, packed_part(p, 3 * g.heads), projected, Accumulate::no);
             for (int64_t y = 0; y < tile.rows; ++y) {
                 const int64_t offset = y * g.horizontal.size * channels;
                 store_rows(projected.slice(y * tile.columns, tile.columns), static_cast<const T*>(p.x) + first + offset,
-                           out + offset);
+                           out + offset, epilogue);
             }
         }
     }
