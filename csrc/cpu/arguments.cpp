@@ -43,6 +43,14 @@ void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, 
     TORCH_CHECK_VALUE(t.is_cpu(), name, " must be on cpu; got ", t.device());
 }
 
+void check_of_images(const at::Tensor& t, const char* name, const at::Tensor& x) {
+    const int64_t batch = x.size(0), channels = x.size(1);
+    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef({channels}) || t.sizes() == at::IntArrayRef({batch, channels}), name,
+                      " must have shape [", channels, "], or [", batch, ", ", channels, "] of each image; got ",
+                      t.sizes());
+    check_tensor(t, name, t.sizes(), x, true);
+}
+
 int64_t input_channels(const at::Tensor& weight, const char* name) {
     TORCH_CHECK_VALUE(weight.dim() == 4 && weight.numel() > 0, name, " must be (N, C, 1, 1); got shape ",
                       weight.sizes());
@@ -80,6 +88,9 @@ at::Tensor channels_last(const at::Tensor& x) {
 at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size) {
     if (!parameter.has_value()) {
         return at::zeros({size}, at::kFloat);
+    }
+    if (parameter->scalar_type() == at::kFloat && parameter->is_contiguous() && parameter->size(-1) == size) {
+        return *parameter;
     }
     at::DimVector shape(parameter->sizes());
     const int64_t last = shape.back();

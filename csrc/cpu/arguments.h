@@ -20,6 +20,12 @@ void check_image(const at::Tensor& x, const char* name);
 void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, const at::Tensor& like,
                   bool small = false);
 
+// The same of a small tensor (C,), or (B, C) of each image of x (B, C, H, W).
+void check_of_images(const at::Tensor& t, const char* name, const at::Tensor& x);
+
+// Values between those of an image and of the next one in such a tensor, padded; 0: all images have the same.
+inline int64_t stride_of_images(const at::Tensor& t) { return t.dim() > 1 ? t.size(1) : 0; }
+
 // fp32, bf16 or fp16, on the CPU.
 void check_dtype_and_device(const at::Tensor& t, const char* name);
 
@@ -44,7 +50,8 @@ inline OptionalTensor wide(const OptionalTensor& x) { return x.has_value() ? Opt
 // of a backward, so they are fp32 there.
 inline at::Tensor with_range(const at::Tensor& x) { return x.scalar_type() == at::kHalf ? wide(x) : x; }
 
-// A small parameter as contiguous fp32, its last axis padded to `size` with zeros; all zeros if there is none.
+// A small parameter as contiguous fp32, its last axis padded to `size` with zeros: itself where it is that already, all
+// zeros if there is none.
 at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size);
 
 // The weight (columns, depth, ...) of a pointwise convolution, in any strides.

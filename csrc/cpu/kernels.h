@@ -31,12 +31,26 @@ struct Weight {
     int64_t columns, depth, column_stride, depth_stride;
 };
 
-// A layer norm in front of a projection; weight == nullptr: there is none.
+// What a layer begins with: a layer norm in front of a projection; weight == nullptr: there is none.
 struct Norm {
     const float* weight;  // padded channels
     const float* bias;    // padded channels, zeros where there is none
     float eps;
     bool centered;
+    int64_t weight_stride, bias_stride;  // from an image's values to the next image's; 0: all images have the same
+
+    IPT_FAST_INLINE Norm of_image(int64_t image) const {
+        return {weight + image * weight_stride, bias + image * bias_stride, eps, centered, 0, 0};
+    }
+};
+
+// What a layer ends with: gate * (product + bias), before the residual is added; bias == nullptr: neither is there.
+struct Epilogue {
+    const float* bias;    // padded channels, zeros where there is none
+    const float* gate;    // padded channels, ones where there is none
+    int64_t gate_stride;  // as in Norm
+
+    IPT_FAST_INLINE Epilogue of_image(int64_t image) const { return {bias, gate + image * gate_stride, 0}; }
 };
 
 // Two values in bf16, neighbours along the inner dimension of a product: the first in the low bits.

@@ -20,18 +20,17 @@ constexpr int64_t kShares = 64;
 // Fewer values than this are not worth a thread.
 constexpr int64_t kGrainValues = 1 << 15;
 
-void check_norm(const at::Tensor& x, const at::Tensor& weight, const char* weight_name, const OptionalTensor& bias,
-                const char* bias_name, double eps) {
-    check_tensor(weight, weight_name, {x.size(1)}, x, true);
-    if (bias.has_value()) {
-        check_tensor(*bias, bias_name, {x.size(1)}, x, true);
-    }
+void check_eps(double eps) {
     TORCH_CHECK_VALUE(eps > 0 && std::isfinite(eps), "eps must be positive and finite; got ", eps);
 }
 
 void check(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps) {
     check_image(x, "x");
-    check_norm(x, weight, "weight", bias, "bias", eps);
+    check_of_images(weight, "weight", x);
+    if (bias.has_value()) {
+        check_of_images(*bias, "bias", x);
+    }
+    check_eps(eps);
 }
 
 // x itself where a kernel can read it, else a channels-last copy.
@@ -40,6 +39,12 @@ at::Tensor readable(const at::Tensor& x) {
 }
 
 Map map_of(const at::Tensor& x) { return {x.const_data_ptr(), x.is_contiguous(at::MemoryFormat::ChannelsLast)}; }
+
+// Of padded parameters.
+Norm norm_of(const at::Tensor& weight, const at::Tensor& bias, double eps, bool centered) {
+    return {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), static_cast<float>(eps), centered,
+            stride_of_images(weight),       stride_of_images(bias)};
+}
 
 // One call: the parameters and the tensors that they point into.
 struct LayerNorm2dCall {
@@ -54,10 +59,7 @@ struct LayerNorm2dCall {
         params.channels = channels;
         params.padded_channels = padded_channels;
         params.pixels = x.size(2) * x.size(3);
-        params.weight = weight.const_data_ptr<float>();
-        params.bias = bias.const_data_ptr<float>();
-        params.eps = static_cast<float>(eps);
-        params.centered = centered;
+        params.norm = norm_of(weight, bias, eps, centered);
         params.out = out.mutable_data_ptr();
     }
 
@@ -67,23 +69,35 @@ struct LayerNorm2dCall {
     LayerNorm2dParams params{};
 };
 
-// The shares' rows added one after the other, as a parameter's gradient.
+// The shares' rows added one after the other, as a parameter's gradient. One of each image has as many shares for each.
 at::Tensor sum_shares(const at::Tensor& shares, const at::Tensor& parameter) {
-    at::Tensor out = at::zeros({shares.size(1)}, at::kDouble);
-    for (int64_t share = 0; share < shares.size(0); ++share) {
-        out.add_(shares.select(0, share));
+    const int64_t images = parameter.dim() == 1 ? 1 : parameter.size(0);
+    const at::Tensor of_images = shares.view({images, images == 0 ? 0 : shares.size(0) / images, shares.size(1)});
+    at::Tensor out = at::zeros({images, shares.size(1)}, at::kDouble);
+    for (int64_t share = 0; share < of_images.size(1); ++share) {
+        out.add_(of_images.select(1, share));
     }
-    return out.narrow(0, 0, parameter.size(0)).to(parameter.scalar_type());
+    return out.narrow(1, 0, parameter.size(-1)).reshape(parameter.sizes()).to(parameter.scalar_type());
 }
 
 }  // namespace
 
-LayerNorm::LayerNorm(const at::Tensor& x, const at::Tensor& norm_weight, const OptionalTensor& norm_bias, double eps,
-                     bool centered) {
-    check_norm(x, norm_weight, "norm_weight", norm_bias, "norm_bias", eps);
-    weight = padded_parameter(norm_weight, padded(x.size(1)));
-    bias = padded_parameter(norm_bias, padded(x.size(1)));
-    params = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), static_cast<float>(eps), centered};
+LayerNorm::LayerNorm(const at::Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                     double eps_, bool centered)
+    : eps(eps_) {
+    check_eps(eps);
+    params.eps = static_cast<float>(eps);
+    params.centered = centered;
+    TORCH_CHECK_VALUE(norm_weight.has_value() || !norm_bias.has_value(), "norm_bias must be None where norm_weight is");
+    if (norm_weight.has_value()) {
+        check_of_images(*norm_weight, "norm_weight", x);
+        if (norm_bias.has_value()) {
+            check_of_images(*norm_bias, "norm_bias", x);
+        }
+        weight = padded_parameter(norm_weight, padded(x.size(1)));
+        bias = padded_parameter(norm_bias, padded(x.size(1)));
+        params = norm_of(weight, bias, eps, centered);
+    }
 }
 
 at::Tensor layer_norm_2d(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps,
@@ -110,7 +124,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_2d_backward(const at::
     const at::Tensor readable_grad = readable(grad);
     call.params.grad = map_of(readable_grad);
     const int64_t padded_channels = call.params.padded_channels;
-    const int64_t blocks = call.blocks(), shares = std::min(blocks, kShares);
+    // Gradients of each image are sums over shares of one image.
+    const int64_t images = weight.dim() > 1 || (bias.has_value() && bias->dim() > 1) ? x.size(0) : 1;
+    const int64_t blocks = call.blocks(), of_image = images == 0 ? 0 : blocks / images;
+    const int64_t shares = images * std::min(of_image, std::max<int64_t>(kShares / std::max<int64_t>(images, 1), 1));
     const at::Tensor grad_weights = at::zeros({shares, padded_channels}, at::kDouble);
     const at::Tensor grad_biases = at::zeros({shares, padded_channels}, at::kDouble);
     const LayerNorm2dKernels& kernel = kernels_in_use<LayerNorm2dKernels>();

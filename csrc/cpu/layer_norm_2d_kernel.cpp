@@ -102,7 +102,7 @@ struct Statistics {
             }
             const Vec excess = sum_each(sums) / channels, spread = sum_each(squares) / channels;
             const Vec infinite = broadcast(__builtin_inff());  // less another infinity is NaN
-            const Vec variances = (spread == infinite ? spread : spread - excess * excess) + p.eps;
+            const Vec variances = (spread == infinite ? spread : spread - excess * excess) + p.norm.eps;
             store(rest + first, excess);
             store(variance + first, variances);
             store(rstd + first, 1.0f / sqrt(variances));
@@ -114,14 +114,16 @@ template <typename T>
 void forward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scratch) {
     for (int64_t index = begin; index < end; ++index) {
         const PixelBlock block(p, index);
+        const Norm norm = p.norm.of_image(block.image);
         const Matrix<const float> x = load_rows<T>(p, p.x, block, scratch);
         const Statistics s(p, x);
         T* out = static_cast<T*>(p.out) + (block.image * p.pixels + block.first) * p.channels;
         for (int64_t i = 0; i < block.count; ++i) {
             const float* row = x.row(i);
-            const float mean = p.centered ? s.mean[i] : 0.0f, rest = p.centered ? s.rest[i] : 0.0f, rstd = s.rstd[i];
+            const float mean = norm.centered ? s.mean[i] : 0.0f, rest = norm.centered ? s.rest[i] : 0.0f;
+            const float rstd = s.rstd[i];
             for_vectors(p.channels, [&](int64_t c, int64_t n) {
-                const Vec y = (load(row + c) - mean - rest) * rstd * load(p.weight + c) + load(p.bias + c);
+                const Vec y = (load(row + c) - mean - rest) * rstd * load(norm.weight + c) + load(norm.bias + c);
                 store(out + i * p.channels + c, y, n);
             });
         }
@@ -142,9 +144,10 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
     constexpr int64_t kRun = 8;  // pixels added up in fp32; a few short sums round less than one long one
     float mean_h[kBlockPixels], slope[kBlockPixels];
     const float channels = static_cast<float>(p.channels);
-    const bool centered = p.centered;
+    const bool centered = p.norm.centered;
     for (int64_t index = begin; index < end; ++index) {
         const PixelBlock block(p, index);
+        const Norm norm = p.norm.of_image(block.image);
         const Matrix<const float> x = load_rows<T>(p, p.x, block, scratch);
         const Matrix<const float> grad = load_rows<T>(p, p.grad, block, scratch + forward_scratch(p.padded_channels));
         const Statistics s(p, x);
@@ -155,7 +158,7 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
                 const float mean = centered ? s.mean[i] : 0.0f, rest = centered ? s.rest[i] : 0.0f;
                 Vec sum_h{}, sum_hn{};
                 for (int64_t c = 0; c < p.padded_channels; c += kLanes) {
-                    const Vec h = load(grad.row(i) + c) * load(p.weight + c);
+                    const Vec h = load(grad.row(i) + c) * load(norm.weight + c);
                     sum_h += h;
                     sum_hn += h * (load(x.row(i) + c) - mean - rest);
                 }
@@ -167,7 +170,7 @@ void backward(const LayerNorm2dParams& p, int64_t begin, int64_t end, float* scr
         }
         T* out = static_cast<T*>(p.out) + (block.image * p.pixels + block.first) * p.channels;
         for_vectors(p.channels, [&](int64_t c, int64_t count) {
-            const Vec weight = load(p.weight + c);
+            const Vec weight = load(norm.weight + c);
             Vec total_g{}, total_gn{};
             for (int64_t run = 0; run < block.count; run += kRun) {
                 const int64_t stop = run + kRun < block.count ? run + kRun : block.count;

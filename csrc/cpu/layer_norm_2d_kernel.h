@@ -20,10 +20,7 @@ struct LayerNorm2dParams {
     int64_t channels;
     int64_t padded_channels;  // channels rounded up to kChannelPad
     int64_t pixels;           // of one image
-    const float* weight;      // padded_channels
-    const float* bias;        // padded_channels; zeros where there is none
-    float eps;
-    bool centered;
+    Norm norm;
     void* out;  // channels last; the backward writes grad_x here
     Map grad;   // backward only
 };
@@ -39,7 +36,8 @@ inline int64_t backward_scratch(int64_t padded_channels) { return 2 * kBlockPixe
 struct LayerNorm2dKernels {
     // Blocks begin <= k < end.
     void (*forward)(const LayerNorm2dParams& params, int64_t begin, int64_t end, float* scratch);
-    // The same, adding the blocks' share of the gradients to grad_weight and grad_bias (padded_channels each).
+    // The same, adding the blocks' share of the gradients to grad_weight and grad_bias (padded_channels each). Where
+    // either is of each image, the blocks are of one image.
     void (*backward)(const LayerNorm2dParams& params, int64_t begin, int64_t end, float* scratch, double* grad_weight,
                      double* grad_bias);
 

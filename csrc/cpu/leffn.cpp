@@ -122,8 +122,7 @@ at::Tensor pack(Layer layer, const LayerNorm* norm, const at::Tensor& expand, co
     return packing.block;
 }
 
-at::Tensor run(Layer layer, const at::Tensor& x_, const at::Tensor& packed_) {
-    const Packed<PackedLeffn> packed(packed_, layer, x_);
+at::Tensor run(Layer layer, const at::Tensor& x_, const Packed<PackedLeffn>& packed, const Norm& norm) {
     const PackedLeffn& header = packed.header();
     const at::Tensor x = channels_last(x_);
     const int64_t batch = x.size(0);
@@ -138,7 +137,7 @@ at::Tensor run(Layer layer, const at::Tensor& x_, const at::Tensor& packed_) {
     p.hidden = header.hidden;
     p.out_channels = header.out_channels;
     p.kernel = header.kernel;
-    p.norm = packed.norm();
+    p.norm = norm;
     p.residual = layer == Layer::leffn_layer;
     p.depthwise = packed.at<float>(header.depthwise);
     p.packed_expand = packed.at<void>(header.expand);
@@ -165,7 +164,7 @@ at::Tensor pack_leffn(const at::Tensor& expand_weight, const at::Tensor& depthwi
     return pack(Layer::leffn, nullptr, expand_weight, depthwise_weight, project_weight);
 }
 
-at::Tensor pack_leffn_layer(const at::Tensor& norm_weight, const OptionalTensor& norm_bias,
+at::Tensor pack_leffn_layer(const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                             const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
                             const at::Tensor& project_weight, double eps, bool centered) {
     check_weights(expand_weight, depthwise_weight, project_weight);
@@ -175,10 +174,15 @@ at::Tensor pack_leffn_layer(const at::Tensor& norm_weight, const OptionalTensor&
     return pack(Layer::leffn_layer, &norm, expand_weight, depthwise_weight, project_weight);
 }
 
-at::Tensor leffn_packed(const at::Tensor& x, const at::Tensor& packed) { return run(Layer::leffn, x, packed); }
+at::Tensor leffn_packed(const at::Tensor& x, const at::Tensor& packed) {
+    return run(Layer::leffn, x, {packed, Layer::leffn, x}, {});
+}
 
-at::Tensor leffn_layer_packed(const at::Tensor& x, const at::Tensor& packed) {
-    return run(Layer::leffn_layer, x, packed);
+at::Tensor leffn_layer_packed(const at::Tensor& x, const at::Tensor& packed_, const OptionalTensor& norm_weight,
+                              const OptionalTensor& norm_bias) {
+    const Packed<PackedLeffn> packed(packed_, Layer::leffn_layer, x);
+    const LayerNorm norm = norm_of(packed.header(), x, norm_weight, norm_bias);
+    return run(Layer::leffn_layer, x, packed, norm.params);
 }
 
 at::Tensor leffn(const at::Tensor& x, const at::Tensor& expand_weight, const at::Tensor& depthwise_weight,
@@ -193,8 +197,9 @@ at::Tensor leffn_layer(const at::Tensor& x, const at::Tensor& norm_weight, const
                        const at::Tensor& project_weight, double eps, bool centered) {
     check(x, expand_weight, depthwise_weight, project_weight);
     const KeptLevel level;
-    return leffn_layer_packed(
-        x, pack_leffn_layer(norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight, eps, centered));
+    return leffn_layer_packed(x,
+                              pack_leffn_layer({}, {}, expand_weight, depthwise_weight, project_weight, eps, centered),
+                              norm_weight, norm_bias);
 }
 
 // Backward

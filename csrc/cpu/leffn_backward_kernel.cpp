@@ -172,7 +172,7 @@ class Sweep {
         }
         if (p.norm.weight) {
             const Matrix all = staged_x(0).slice(0, near_rows.size() * near_columns.size());
-            normalize_rows(all, p.norm, all);
+            normalize_rows(all, p.norm.of_image(image), all);
         }
     }
 

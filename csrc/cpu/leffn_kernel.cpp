@@ -100,23 +100,24 @@ struct Share {
     // Loads and normalises the rows of x that the hidden rows first <= y < last need.
     void load_input(int64_t first, int64_t last) {
         const int64_t channels = padded(p.channels);
+        const Norm norm = p.norm.of_image(image);
         for (int64_t y = first < 0 ? 0 : first; y < last && y < p.height; ++y) {
             const T* source = static_cast<const T*>(p.x) + pixel(y, begin - p.radius()) * p.channels;
             const Matrix pixels{source, stop - begin, p.channels, p.channels};
             const Matrix target{rows + (y - first) * width * channels, stop - begin, p.channels, channels};
-            if (p.norm.weight == nullptr) {
+            if (norm.weight == nullptr) {
                 load_rows(pixels, target);
                 continue;
             }
             if (channels == p.channels) {
-                normalize_rows(pixels, p.norm, target);
+                normalize_rows(pixels, norm, target);
                 continue;
             }
             for (int64_t i = 0; i < stop - begin; i += kTilePixels) {
                 const int64_t count = stop - begin - i < kTilePixels ? stop - begin - i : kTilePixels;
                 const Matrix staged{tile, count, p.channels, channels};
                 load_rows(pixels.slice(i, count), staged);
-                normalize_rows(staged, p.norm, target.slice(i, count));
+                normalize_rows(staged, norm, target.slice(i, count));
             }
         }
     }

@@ -24,6 +24,10 @@ const char* name_of(Layer layer) {
     }
 }
 
+const float* piece(const PackedHeader& header, int64_t offset) {
+    return reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(&header) + offset);
+}
+
 }  // namespace
 
 PackedHeader new_header(Layer layer, const at::Tensor& weight, int64_t bytes) {
@@ -35,6 +39,28 @@ PackedHeader new_header(Layer layer, const at::Tensor& weight, int64_t bytes) {
     header.dtype = static_cast<int64_t>(weight.scalar_type());
     header.channels = weight.size(1);
     return header;
+}
+
+LayerNorm norm_of(const PackedHeader& header, const at::Tensor& x, const OptionalTensor& norm_weight,
+                  const OptionalTensor& norm_bias) {
+    LayerNorm norm(x, norm_weight, norm_bias, header.eps, header.centered);
+    if (!norm_weight.has_value()) {
+        TORCH_CHECK_VALUE(header.norm_weight != 0, "norm_weight must be given, as none was packed");
+        norm.params.weight = piece(header, header.norm_weight);
+        norm.params.bias = piece(header, header.norm_bias);
+    }
+    return norm;
+}
+
+LayerEpilogue epilogue_of(const PackedHeader& header, const at::Tensor& x, const OptionalTensor& gate) {
+    LayerEpilogue epilogue(x, std::nullopt, gate);
+    if (header.bias != 0) {
+        epilogue.params.bias = piece(header, header.bias);
+        if (!gate.has_value()) {
+            epilogue.params.gate = piece(header, header.gate);
+        }
+    }
+    return epilogue;
 }
 
 at::Tensor new_block(int64_t bytes) { return at::empty({bytes}, at::kByte); }

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "epilogue.h"
 #include "layer_norm_2d.h"
 #include "level.h"
 
@@ -20,8 +21,9 @@ struct PackedHeader {
     int64_t level;                   // in use when it was packed
     int64_t dtype;                   // at::ScalarType of the images and the weights
     int64_t channels;                // of the images
-    int64_t norm_weight, norm_bias;  // 0: there is no norm
-    float eps;
+    int64_t norm_weight, norm_bias;  // 0: there is no norm, or each call brings its own
+    int64_t bias, gate;              // of the epilogue; 0: there is none, or each call brings its own gate
+    double eps;
     bool centered;
 };
 
@@ -29,6 +31,10 @@ struct PackedHeader {
 PackedHeader new_header(Layer layer, const at::Tensor& weight, int64_t bytes);
 // A block that begins a cache line.
 at::Tensor new_block(int64_t bytes);
+// The parts of a call: what it brings, else what was packed.
+LayerNorm norm_of(const PackedHeader& header, const at::Tensor& x, const OptionalTensor& norm_weight,
+                  const OptionalTensor& norm_bias);
+LayerEpilogue epilogue_of(const PackedHeader& header, const at::Tensor& x, const OptionalTensor& gate);
 // Raises unless `packed` was packed for this layer, at the level in use, and for images like x.
 void check_packed(const at::Tensor& packed, Layer layer, const at::Tensor& x);
 
@@ -53,10 +59,21 @@ class Packing {
     }
     int64_t add(const at::Tensor& values) { return add(static_cast<int64_t>(values.nbytes())); }
     void add(const LayerNorm& norm) {
-        header.norm_weight = add(norm.weight);
-        header.norm_bias = add(norm.bias);
-        header.eps = norm.params.eps;
+        check_shared(norm.params.weight_stride, "norm_weight");
+        check_shared(norm.params.bias_stride, "norm_bias");
+        if (norm.params.weight != nullptr) {
+            header.norm_weight = add(norm.weight);
+            header.norm_bias = add(norm.bias);
+        }
+        header.eps = norm.eps;
         header.centered = norm.params.centered;
+    }
+    void add(const LayerEpilogue& epilogue) {
+        check_shared(epilogue.params.gate_stride, "gate");
+        if (epilogue.params.bias != nullptr) {
+            header.bias = add(epilogue.bias);
+            header.gate = add(epilogue.gate);
+        }
     }
 
     void allocate() {
@@ -72,12 +89,24 @@ class Packing {
         memcpy(at<void>(offset), values.const_data_ptr(), values.nbytes());
     }
     void fill(const LayerNorm& norm) const {
-        fill(header.norm_weight, norm.weight);
-        fill(header.norm_bias, norm.bias);
+        if (header.norm_weight != 0) {
+            fill(header.norm_weight, norm.weight);
+            fill(header.norm_bias, norm.bias);
+        }
+    }
+    void fill(const LayerEpilogue& epilogue) const {
+        if (header.bias != 0) {
+            fill(header.bias, epilogue.bias);
+            fill(header.gate, epilogue.gate);
+        }
     }
 
   private:
     static constexpr int64_t kLine = 64;
+
+    static void check_shared(int64_t stride, const char* name) {
+        TORCH_CHECK_VALUE(stride == 0, name, " must be (C,) to be packed; that of each image is given in each call");
+    }
 };
 
 // A block as a call reads it.
@@ -96,10 +125,6 @@ class Packed {
     template <typename T>
     T* at(int64_t offset) const {
         return reinterpret_cast<T*>(const_cast<uint8_t*>(base_) + offset);
-    }
-    Norm norm() const {
-        const PackedHeader& h = header();
-        return h.norm_weight == 0 ? Norm{} : Norm{at<float>(h.norm_weight), at<float>(h.norm_bias), h.eps, h.centered};
     }
 
   private:

@@ -25,6 +25,15 @@ inline void load_rows(Matrix<T> in, Matrix<Value> out) {
     }
 }
 
+// Every row of whole vectors is the bias: what a product is added to.
+inline void fill_rows(const float* bias, Matrix<float> rows) {
+    for (int64_t i = 0; i < rows.rows; ++i) {
+        for (int64_t c = 0; c < rows.columns; c += kLanes) {
+            store(rows.row(i) + c, load(bias + c));
+        }
+    }
+}
+
 // The layer norm of at most kLanes rows; `size` is the number of channels, or 0 where it is not known beforehand.
 template <int64_t size, typename T, typename Value>
 inline __attribute__((always_inline)) void normalize_block(Matrix<T> in, const Norm& norm, Matrix<Value> out) {
@@ -95,15 +104,34 @@ inline void normalize_rows(Matrix<T> in, const Norm& norm, Matrix<Value> out) {
     }
 }
 
-// out = rows + residual (nullptr: none), pixels of dense maps.
+// body(add) for channels from c on: add(v) is v and their bias (nullptr: there is none, and nothing is added).
+template <typename Body>
+inline __attribute__((always_inline)) void with_bias(const float* bias, int64_t c, const Body& body) {
+    if (bias == nullptr) {
+        body([](Vec v) __attribute__((always_inline)) { return v; });
+    } else {
+        const Vec of_channels = load(bias + c);
+        body([=](Vec v) __attribute__((always_inline)) { return v + of_channels; });
+    }
+}
+
+// out = epilogue(rows) + residual (nullptr: none), pixels of dense maps of one image.
 template <typename T>
-inline void store_rows(Matrix<const float> rows, const T* residual, T* out) {
+inline void store_rows(Matrix<const float> rows, const T* residual, T* out, const Epilogue& epilogue = {}) {
     const int64_t channels = rows.columns;
-    for (int64_t i = 0; i < rows.rows; ++i) {
-        for_vectors(channels, [&](int64_t c, int64_t n) {
-            const Vec value = load(rows.row(i) + c, n);
-            store(out + i * channels + c, residual ? value + load(residual + i * channels + c, n) : value, n);
-        });
+    const auto run = [&](const auto& finish) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < rows.rows; ++i) {
+            for_vectors(channels, [&](int64_t c, int64_t n) {
+                const Vec value = finish(load(rows.row(i) + c, n), c);
+                store(out + i * channels + c, residual ? value + load(residual + i * channels + c, n) : value, n);
+            });
+        }
+    };
+    if (epilogue.bias == nullptr) {
+        run([](Vec v, int64_t) __attribute__((always_inline)) { return v; });
+    } else {
+        run([&](Vec v, int64_t c)
+                __attribute__((always_inline)) { return load(epilogue.gate + c) * (v + load(epilogue.bias + c)); });
     }
 }
 

@@ -5,6 +5,7 @@ says, the backend cannot run, with that reason.
 """
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def register(
         keeps_a_map: the forward keeps an intermediate map in the dtype of the images. Where that is float16, whose
             range the map may leave, it gets float32.
         packs: the library has the operator in two steps, too, for :func:`pack`: ``pack_<name>`` of all arguments but
-            the image x, and ``<name>_packed`` of x and what the former returned. The output has the shape of x.
+            the image x, and ``<name>_packed`` of x, what the former returned, and those of `OF_IMAGES` that the
+            operator has: where given, they take the place of packed ones. The output has the shape of x.
         lacks: arguments that the library does not have, of a :class:`_limits.Lacking`.
     """
     known = _limits.Lacking(operator, lacks)
@@ -63,8 +65,11 @@ def register(
 
     if packs:
         image, weights = known.schema.split(", ", 1)
+        weights = weights.replace("Tensor norm_weight", "Tensor? norm_weight")
+        of_images = [f"Tensor? {argument}=None" for argument in OF_IMAGES if argument in known.arguments]
+        packed = ", ".join([image, "Tensor packed", *of_images])
         _extension.declare("ipt_fast_cpu", f"pack_{name}({weights}) -> Tensor")
-        _extension.declare("ipt_fast_cpu", f"{name}_packed({image}, Tensor packed) -> Tensor", _like_the_image)
+        _extension.declare("ipt_fast_cpu", f"{name}_packed({packed}) -> Tensor", _like_the_image)
         _PACKS[name] = keeps_a_map, known.arguments[1:]
 
     def check_all(args: Arguments | None) -> str | None:
@@ -89,18 +94,23 @@ def register(
     operator.kernels["cpu"] = Kernel(check_all, forward, backward)
 
 
-def _like_the_image(x: Tensor, packed: Tensor) -> Tensor:
+def _like_the_image(x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
+
+# Arguments that may differ from image to image. Each call of packed weights may bring its own, in this order.
+OF_IMAGES = ("norm_weight", "norm_bias", "gate")
 
 # Of operators that pack: whether float16 runs as float32, and the arguments that are packed.
 _PACKS: dict[str, tuple[bool, tuple[str, ...]]] = {}
 
 
 class Packed(NamedTuple):
-    """An operator whose weights are packed for the level of instructions in use: ``run(x, block)`` for x of ``dtype``.
+    """An operator whose weights are packed for the level of instructions in use.
 
-    The run raises where x is none, and at another level.
+    ``run(x, block)``, for x of ``dtype``, computes with what was packed, and with more arguments, those of `OF_IMAGES`
+    that the operator has, by name or in this order, with a norm and a gate of this call, of ``dtype`` or float32. It
+    raises at another level, and where x or another tensor does not fit.
     """
 
     run: OpOverload
@@ -111,13 +121,14 @@ class Packed(NamedTuple):
 def pack(operator: Operator, arguments: Mapping[str, Any], dtype: torch.dtype) -> Packed:
     """Pack the weights of ``operator``, given by name, for images of ``dtype``.
 
-    Products get their weights in ``dtype``, as under autocast.
+    Products get their weights in ``dtype``, as under autocast. ``arguments`` may leave out what has a default, and the
+    norm's weight and bias where each call brings them.
     """
     wide, names = _PACKS[operator.name]
-    values = [
-        value.to(dtype) if name in operator.weights else value
-        for name, value in ((name, arguments[name]) for name in names)
-    ]
+    parameters = inspect.signature(operator.function).parameters.values()
+    given = {**dict.fromkeys(OF_IMAGES), **{p.name: p.default for p in parameters if p.default is not p.empty}}
+    given.update(arguments)
+    values = [given[name].to(dtype) if name in operator.weights else given[name] for name in names]
     if dtype == torch.float16 and wide:
         values, dtype = _wide(tuple(values)), torch.float32
     with torch.no_grad():

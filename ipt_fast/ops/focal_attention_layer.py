@@ -107,7 +107,7 @@ def _limit(norm_weight: Tensor, norm_bias: Tensor | None, temperature: Tensor, t
     return _norm.layer_limit(norm_weight, norm_bias) or one_for_both(temperature, token_weight)
 
 
-_cpu.register(_operator, _limit, keeps_a_map=True, packs=True, lacks=_plain)
+_cpu.register(_operator, keeps_a_map=True, packs=True)
 _triton.register(
     _operator,
     lambda x, norm_weight, norm_bias, temperature, token_weight, num_heads: (

@@ -92,7 +92,7 @@ _operator = Operator(
     flops=_operations,
 )
 _plain = dict(qkv_bias=None, project_bias=None, gate=None)
-_cpu.register(_operator, _norm.layer_limit, packs=True, lacks=_plain)
+_cpu.register(_operator, packs=True)
 _triton.register(
     _operator,
     lambda x, norm_weight, norm_bias, num_heads: (

@@ -71,11 +71,10 @@ void layer_norm_2d() {
     p.channels = number();
     p.padded_channels = padded(p.channels);
     p.pixels = number();
-    p.centered = number();
-    p.eps = 1e-5f;
+    const bool centered = number();
     p.x = {array(), true};
-    p.weight = array<float>();
-    p.bias = array<float>();
+    const float *weight = array<float>(), *bias = array<float>();
+    p.norm = {weight, bias, 1e-5f, centered};
     p.grad = {array(), true};
     const int64_t values = batch * p.pixels * p.channels,
                   blocks = batch * ((p.pixels + kBlockPixels - 1) / kBlockPixels);
@@ -83,11 +82,11 @@ void layer_norm_2d() {
     float* scratch = memory<float>(backward_scratch(p.padded_channels));
     kernels<LayerNorm2dKernels>().forward(p, 0, blocks, scratch);
     write_map(p.out, p.dtype, values);
-    double *weight = memory<double>(p.padded_channels), *bias = memory<double>(p.padded_channels);
-    kernels<LayerNorm2dKernels>().backward(p, 0, blocks, scratch, weight, bias);
+    double *grad_weight = memory<double>(p.padded_channels), *grad_bias = memory<double>(p.padded_channels);
+    kernels<LayerNorm2dKernels>().backward(p, 0, blocks, scratch, grad_weight, grad_bias);
     write_map(p.out, p.dtype, values);
-    write(weight, p.padded_channels);
-    write(bias, p.padded_channels);
+    write(grad_weight, p.padded_channels);
+    write(grad_bias, p.padded_channels);
 }
 
 // The forward of leffn, and of leffn_layer where a norm is given.
@@ -176,8 +175,8 @@ void channel_attention() {
     g.horizontal = Axis::windows_of(width, window, g.branches);
     const int64_t channels = g.heads * g.head_channels, values = g.images * height * width * channels;
     char *qkv = array<char>(), *grad = array<char>();
-    g.scale = array<float>();
-    g.token_squares = array<float>();
+    g.scale[0] = g.scale[1] = array<float>();
+    g.token_squares[0] = g.token_squares[1] = array<float>();
     g.merge[0] = array<float>();
     g.merge[1] = array<float>();
     const auto part = [&](char* map, int64_t index) { return map + index * channels * size_of(dtype); };
