@@ -34,7 +34,7 @@ def piece_factors(p_n, p_f, o_c, m_c):
 def attend_fwd_kernel(
     slots, temperature, attention, windows_y, windows_x, blocks_y, blocks_x,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    CYCLIC: tl.constexpr, DIVIDES: tl.constexpr, SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIVIDES: tl.constexpr, SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_s: (BLOCK_R of q, BLOCK_D of k); temperature: (SCALES, HEADS), of both branches or of each; attention: (images,
     # windows, HEADS, BRANCHES, DEPTH, DEPTH)
@@ -173,7 +173,8 @@ def apply(groups, v, attention, weights, out, depthwise=None):
     launch(
         apply_kernel, (groups.blocks * splits * groups.heads,), v.of, attention, *weights, depthwise, out,
         groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits, **groups.constants,
-        V_PIXEL=v.pixel, V_FIRST=v.first, DEPTHWISE=rows_of(depthwise), PRECISION=precision(v.of), **tiles,
+        CYCLIC=groups.cyclic, V_PIXEL=v.pixel, V_FIRST=v.first, DEPTHWISE=rows_of(depthwise), PRECISION=precision(v.of),
+        **tiles,
         work=Work(
             (2 * out.numel() + attention.numel()) * out.element_size(),
             matrix=2 * groups.branches * out.numel() * groups.depth,

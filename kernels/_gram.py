@@ -300,7 +300,7 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     launch(
         gram_kernel, (groups.blocks * splits * groups.heads,), q.of, k.of, *weights, depthwise, slots,
         groups.height, groups.width, blocks_y, blocks_x, splits, **groups.constants,
-        Q_PIXEL=q.pixel, Q_FIRST=q.first, K_PIXEL=k.pixel, K_FIRST=k.first,
+        CYCLIC=groups.cyclic, Q_PIXEL=q.pixel, Q_FIRST=q.first, K_PIXEL=k.pixel, K_FIRST=k.first,
         NORMS=norms, DEPTHWISE=rows_of(depthwise), PRECISION=precision(q.of), **tiles, ROWS=sums_of(tiles, q.of),
         work=Work(
             2 * map_values * q.of.element_size() + slots.numel() * 4,

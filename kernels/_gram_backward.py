@@ -42,7 +42,7 @@ def attend_bwd_kernel(
     slots, grad_slots, temperature, matrices, vectors, grad_scales,
     height, width, windows_y, windows_x, blocks_y, blocks_x,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    CYCLIC: tl.constexpr, DIVIDES: tl.constexpr, SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIVIDES: tl.constexpr, SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_s, b_g: (BLOCK_R of q, BLOCK_D of k). In fp64: the gradients of normalised vectors are differences of nearly
     # equal terms. matrices: (.., 2, DEPTH, DEPTH), the gradient of S in rows of largest value 1, and A; vectors:
@@ -124,10 +124,6 @@ def attend_bwd_kernel(
     grad_scale = tl.sum(b_grad_scale, axis=0)
     if DIVIDES:
         grad_scale *= -scale * scale
-    if not CYCLIC:  # windows over an edge do not exist
-        i_window = i_matrix // (BRANCHES * HEADS)
-        over_edge = (i_window // windows_x % windows_y == windows_y - 1) | (i_window % windows_x == windows_x - 1)
-        grad_scale = tl.where((i_branch == 1) & over_edge, 0.0, grad_scale)
     tl.store(grad_scales + i_matrix, grad_scale.to(tl.float32))
 
 
@@ -151,7 +147,11 @@ def attend_backward(groups, slots, grad_slots, temperature, divides, dtype):
             vector=20 * matrices.numel(),
         ),
     )  # fmt: skip
-    if scales_of(temperature) == 1:
+    if not groups.cyclic:  # windows over an edge do not exist
+        of_bottom = grad_scales.view(groups.images, windows_y, windows_x, groups.heads, groups.branches)[..., 1]
+        of_bottom[:, -1] = 0.0
+        of_bottom[:, :, -1] = 0.0
+    if temperature.dim() == 1:
         return matrices, vectors, grad_scales.sum(dim=(0, 2))
     return matrices, vectors, grad_scales.sum(dim=0).t()
 
@@ -348,7 +348,7 @@ def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None,
         gradients_kernel, (groups.blocks * splits * groups.heads,), grad.of, q.of, k.of, v.of, token_weight, *merge,
         matrices, vectors, *grads, sums,
         groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits, groups.pixels,
-        **groups.constants, TOKEN_WEIGHTS=1 if token_weight is None else token_weight.dim() - 2,
+        **groups.constants, CYCLIC=groups.cyclic, TOKEN_WEIGHTS=1 if token_weight is None else token_weight.dim() - 2,
         PIXEL=q.pixel, Q_FIRST=q.first, K_FIRST=k.first, V_FIRST=v.first,
         PRECISION=precision(q.of), **tiles,
         work=Work(

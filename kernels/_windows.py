@@ -110,10 +110,7 @@ class Groups:
 
     @property
     def constants(self):
-        return dict(
-            HEADS=self.heads, DEPTH=self.depth, P=self.window, SHIFT=self.shift, BRANCHES=self.branches,
-            CYCLIC=self.cyclic,
-        )  # fmt: skip
+        return dict(HEADS=self.heads, DEPTH=self.depth, P=self.window, SHIFT=self.shift, BRANCHES=self.branches)
 
 
 @dataclasses.dataclass(frozen=True)

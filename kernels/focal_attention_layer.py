@@ -30,7 +30,7 @@ from ._windows import (
     tile_range,
     token_offsets,
 )
-from .depthwise import depthwise, depthwise_weight_gradient, taps_of
+from .depthwise import depthwise, depthwise_weight_gradient, rows_of, taps_of
 from .focal_channel_attention import attention_and_slots, focal_channel_attention_backward, groups_of, parts_of
 from .layer_norm_2d import layer_norm_2d
 from .pointwise import gated_residual, map_of, pixels_of, plus_bias, pointwise
@@ -109,7 +109,7 @@ def _apply_and_project(groups, qkv, taps, attention, weights, project_weight, pr
         focal_attention_layer_fwd_kernel, (groups.blocks * splits,),
         qkv, taps, attention, *weights, project_weight, project_bias, gate, x, out,
         groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits,
-        **groups.constants, EACH_IMAGE=is_each_image(gate), DEPTHWISE=0 if taps is None else len(taps),
+        **groups.constants, CYCLIC=groups.cyclic, EACH_IMAGE=is_each_image(gate), DEPTHWISE=rows_of(taps),
         PRECISION=precision(x), **tiles,
         work=Work(
             (3 * x.numel() + attention.numel() + project_weight.numel()) * x.element_size(),

@@ -10,6 +10,7 @@ from ipt_fast.kernels import _launch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (32, 48, 64, 96, 192, 384)  # of IPT-V2 small and base, from the first level to the latent one
 TOKEN_WIDTHS = (144, 576)  # of ipt_tiny and ipt
+MODULATED = (32, 384)  # widths at which layers have a norm and a gate of each image, and biases, too
 
 
 def _image(channels, dtype, size=64, batch=1):
@@ -34,10 +35,6 @@ def calls():
             x, norm = _image(width, dtype), _tensor(width)
             found[f"layer_norm_2d {width} {label}"] = "layer_norm_2d", (x, norm, norm, 1e-5, True)
             found[f"layer_norm_2d bias-free {width} {label}"] = "layer_norm_2d", (x, norm, None, 1e-5, False)
-            each, _ = _modulation(width)
-            found[f"layer_norm_2d modulated {width} {label}"] = (
-                "layer_norm_2d", (_image(width, dtype, batch=2), *each, 1e-5, True)
-            )  # fmt: skip
             found |= _feed_forward(width, x, norm, label)
         for width in TOKEN_WIDTHS:
             tokens, norm = _tensor(64, width, dtype=dtype), _tensor(width, dtype=dtype)
@@ -48,23 +45,31 @@ def calls():
             found[f"{call} autocast"] = "add_layer_norm", (stream, tokens, norm, norm, 1e-5, dtype)
         for head, grid in ((32, 8), (48, 16)):
             for heads in (1, 2, 4, 8):
-                width, name = head * heads, f"{head * heads} {grid}x{grid} {label}"
-                table, shape = _tensor((2 * grid - 1) ** 2, heads), (heads, grid)
-                found[f"grid_attention {name}"] = "grid_attention", (_image(3 * width, dtype), table, *shape)
-                weights = _tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(width, width, 1, 1, dtype=dtype)
-                norm, plain = (_tensor(width), None), [None] * 3
-                call = (_image(width, dtype), *norm, *weights, table, *plain, *shape, 1e-5, False)
-                found[f"grid_attention_layer {name}"] = "grid_attention_layer", call
-                norm, others = _modulation(3 * width, width)
-                call = (_image(width, dtype, batch=2), *norm, *weights, table, *others, *shape, 1e-5, True)
-                found[f"grid_attention_layer modulated {name}"] = "grid_attention_layer", call
+                found |= _grid_attention(head * heads, heads, grid, dtype, f"{head * heads} {grid}x{grid} {label}")
             found[f"grid_attention no bias {head} {grid}x{grid} {label}"] = (
                 "grid_attention", (_image(3 * head, dtype), None, 1, grid),
             )  # fmt: skip
         for head in (32, 48):
             for heads in (1, 2, 4, 8):
                 found |= _channel_attention(head * heads, heads, dtype, f"{head * heads} {label}")
-    return found
+    return {name: call for name, call in found.items() if "modulated" not in name or int(name.split()[2]) in MODULATED}
+
+
+def _grid_attention(width, heads, grid, dtype, name):
+    table, shape = _tensor((2 * grid - 1) ** 2, heads), (heads, grid)
+    weights = _tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(width, width, 1, 1, dtype=dtype)
+    norm, others = _modulation(3 * width, width)
+    return {
+        f"grid_attention {name}": ("grid_attention", (_image(3 * width, dtype), table, *shape)),
+        f"grid_attention_layer {name}": (
+            "grid_attention_layer",
+            (_image(width, dtype), _tensor(width), None, *weights, table, *[None] * 3, *shape, 1e-5, False),
+        ),
+        f"grid_attention_layer modulated {name}": (
+            "grid_attention_layer",
+            (_image(width, dtype, batch=2), *norm, *weights, table, *others, *shape, 1e-5, True),
+        ),
+    }
 
 
 def _channel_attention(width, heads, dtype, name, window=32):
@@ -78,7 +83,6 @@ def _channel_attention(width, heads, dtype, name, window=32):
         f"channel_attention {name}": ("channel_attention", (x, x, x, temperature, heads, None)),
         f"channel_attention windows {name}": ("channel_attention", (x, x, x, temperature, heads, window)),
         f"focal_channel_attention {name}": ("focal_channel_attention", (qkv, *maps, heads, window, True)),
-        f"focal_channel_attention released {name}": ("focal_channel_attention", (qkv, *two, heads, window, False)),
         f"focal_attention_layer {name}": (
             "focal_attention_layer",
             (x, _tensor(width), None, *weights, *maps, *[None] * 4, heads, window, 1e-5, False, True),
@@ -100,7 +104,6 @@ def _feed_forward(width, x, norm, label):
     plain, (each, others) = [None] * 4, _modulation(4 * width, 4 * width, width)
     return {
         f"leffn {width} {label}": ("leffn", (x, *weights, *plain[1:])),
-        f"leffn biases {width} {label}": ("leffn", (x, *weights, *others[:-1])),
         f"leffn_layer {width} {label}": ("leffn_layer", (x, norm, norm, *weights, *plain, 1e-5, True)),
         f"leffn_layer bias-free {width} {label}": ("leffn_layer", (x, norm, None, *weights, *plain, 1e-5, False)),
         f"leffn_layer modulated {width} {label}": (
