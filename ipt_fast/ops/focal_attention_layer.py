@@ -108,13 +108,7 @@ def _limit(norm_weight: Tensor, norm_bias: Tensor | None, temperature: Tensor, t
 
 
 _cpu.register(_operator, keeps_a_map=True, packs=True)
-_triton.register(
-    _operator,
-    lambda x, norm_weight, norm_bias, temperature, token_weight, num_heads: (
-        _limit(norm_weight, norm_bias, temperature, token_weight) or _triton.head_limit(x.shape[1], num_heads)
-    ),
-    lacks=_plain,
-)
+_triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))
 _cuda.register(
     _operator,
     lambda x, norm_weight, norm_bias, temperature, token_weight, num_heads, window_size: (
