@@ -147,8 +147,9 @@ def _draw(
                 for image, values in zip(batch, pixels, strict=True):
                     if args.out and image not in found:
                         folder.write(image, values)
-            for values in pixels if add else ():
-                add(np.broadcast_to(values, (*values.shape[:2], 3)))  # gray as three equal channels
+            if add:
+                for values in pixels:
+                    add(np.broadcast_to(values, (*values.shape[:2], 3)))  # gray as three equal channels
             drawn += pixels if args.grid else []
             _advance(bar, number, 1)
     return drawn

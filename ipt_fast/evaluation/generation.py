@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,7 +204,7 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics | None:
 
 def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
     """Write a .npz file that :func:`read_statistics` reads, and other programs; replaced atomically."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for name, keys in _KEYS.items():
         if (gaussian := getattr(statistics, name)) is not None:
             arrays |= dict(zip(keys, (gaussian.mean.numpy(), gaussian.covariance.numpy()), strict=True))

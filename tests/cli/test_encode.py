@@ -6,6 +6,7 @@ import os
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
 import torch
 
 from ipt_fast.cli import encode, main
@@ -178,6 +179,17 @@ def test_wrong_calls(run, tmp_path, capsys, options, message):
     assert run(*options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_latents_must_be_finite(run, tmp_path, capsys):
+    broken = save_tiny_vae(tmp_path / "broken")
+    file = broken / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(file)
+    state["quant_conv.bias"][0] = float("inf")
+    safetensors.torch.save_file(state, file)
+    assert run("--vae", broken) == 2
+    assert "--vae must give finite latents in float32; got others, of" in capsys.readouterr().err
+    assert not is_latents(tmp_path / "out")
 
 
 def test_folders_that_do_not_serve(run, images, tmp_path, capsys):
