@@ -186,9 +186,7 @@ class _Encoder:
                     found.append(encoded.to("cpu", DTYPES[args.dtype]))
                     if not found[-1].isfinite().all():
                         named = ", ".join(str(images.entries[place]) for place, _ in good)
-                        raise ValueError(
-                            f"--vae must give finite latents in {args.dtype}; got others, of one of {names}"
-                        )
+                        raise ValueError(f"--vae must give finite latents in {args.dtype}; got others, of {named}")
                 labels += [int(images.labels[place]) for place, _ in good]
             bar.update(len(places))
         joined = {mirrored: torch.cat([self._none, *found]) for mirrored, found in latents.items()}
