@@ -1,4 +1,5 @@
-"""``python -m benchmarks.footprint``: peak memory, time per pixel by image size and time to a first result.
+"""``python -m benchmarks.footprint``: peak memory, time per pixel by image size, time to a first result, and what a
+sampler takes beyond its model.
 
 Every figure comes from a process of its own, and goes as a row to benchmarks/results/cpu_footprint.csv.
 """
@@ -15,6 +16,7 @@ import torch
 import ipt_fast
 from benchmarks import measure, results
 from benchmarks.baseline import plain_eager
+from ipt_fast.diffusion import sample
 
 PATH = results.FOLDER / "cpu_footprint.csv"
 GIB = 2**30
@@ -44,14 +46,26 @@ def inference_peak(name, dtype, height, width):
     return memory("VmHWM") / GIB
 
 
+def generator_inputs(batch):
+    """Latents, timesteps and classes, as at 256 x 256 pixels."""
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch, 4, 32, 32, generator=draw)
+    return latents, torch.randint(1000, (batch,), generator=draw), torch.randint(1000, (batch,), generator=draw)
+
+
 def training_peak(name, dtype, contender):
-    """GiB that a training step on 2x3x128x128 takes above what the process held before."""
-    model, x = _model_and_image(name, torch.float32, 2, 128, 128, merged=False)
+    """GiB that a training step takes above what the process held before: of 2 images of 128 x 128, or 8 latents."""
+    if name.startswith("latent"):
+        torch.manual_seed(0)
+        model, inputs = ipt_fast.create_model(name).to(memory_format=torch.channels_last), generator_inputs(8)
+    else:
+        model, x = _model_and_image(name, torch.float32, 2, 128, 128, merged=False)
+        inputs = (x,)
     before = memory("VmRSS")
 
     def step():
         with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
-            loss = model(x).square().mean()
+            loss = model(*inputs).square().mean()
         loss.backward()
 
     if contender == "eager":
@@ -84,19 +98,52 @@ def first_result(name, dtype, size):
     return time.perf_counter() - start
 
 
-QUANTITIES = {"inference_peak": "GiB", "training_peak": "GiB", "time_per_pixel": "ns", "first_result": "s"}
+def sampler_share(name, dtype, sampler, batch):
+    """Percent of a frozen model's own time that the loop of a sampler takes beyond it, over 20 steps."""
+    torch.manual_seed(0)
+    model = ipt_fast.freeze(ipt_fast.create_model(name, merged=True), DTYPES[dtype])
+    config, own = model.config, []
+
+    class Timed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = config
+
+        def forward(self, *inputs):
+            start = time.perf_counter()
+            out = model(*inputs)
+            own.append(time.perf_counter() - start)
+            return out
+
+    timed, count = Timed().eval(), int(batch)
+    sample(timed, [0] * count, seeds=range(count), sampler=sampler, steps=2)  # warm-up
+    own.clear()
+    total = measure.seconds(lambda: sample(timed, [0] * count, seeds=range(count), sampler=sampler, steps=20))
+    return (total - sum(own)) / sum(own) * 100
+
+
+QUANTITIES = {
+    "inference_peak": "GiB",
+    "training_peak": "GiB",
+    "time_per_pixel": "ns",
+    "first_result": "s",
+    "sampler_share": "%",
+}
 RUNS = [
     *(("first_result", "ipt_v2_tiny", dtype, "256") for dtype in DTYPES),
     *(("training_peak", "ipt_v2_small", dtype, who) for dtype in DTYPES for who in ("ipt_fast", "eager")),
+    *(("training_peak", "latent_ipt_v2_s", dtype, who) for dtype in DTYPES for who in ("ipt_fast", "eager")),
+    *(("sampler_share", "latent_ipt_v2_s", dtype, sampler, "8") for dtype in DTYPES for sampler in ("ddpm", "ddim")),
     *(("time_per_pixel", "ipt_v2_small", dtype, size) for dtype in DTYPES for size in ("256", "512", "1024", "2048")),
     *(("inference_peak", "ipt_v2_small", dtype, "2160", "3840") for dtype in DTYPES),
 ]
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.footprint", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.footprint", description=" ".join(__doc__.split()))
     parser.add_argument("--out", type=pathlib.Path, default=PATH, help="the CSV that rows are added to")
     parser.add_argument("--select", default="", help="only the quantities whose name contains this")
+    parser.add_argument("--model", default="", help="only the models whose name contains this")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -105,7 +152,7 @@ def main():
         return
     rows = results.read(args.out) if args.out.exists() else []
     for run in RUNS:
-        if args.select not in run[0]:
+        if args.select not in run[0] or args.model not in run[1]:
             continue
         command = [sys.executable, "-m", "benchmarks.footprint", "--measure", *run]
         value = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -21,6 +21,8 @@ HEADLINE = (
     ("gpu_models", "ipt_v2_base 1x3x512x512", "bfloat16", "forward"),
 )
 
+MODELS = ("ipt_v2", "latent_ipt_v2")  # how their cases begin
+
 INTRODUCTION = """# What was measured
 
 This page is made by `python -m benchmarks.performance` from the rows in `benchmarks/results`; a test compares them.
@@ -138,8 +140,8 @@ def page():
     for kind in dict.fromkeys((*cpu, *ipt, *footprint)):
         parts.append(f"## {kind}\n")
         if kind in cpu:
-            models = [row for row in cpu[kind] if row["case"].startswith("ipt_v2")]
-            operators = [row for row in cpu[kind] if not row["case"].startswith("ipt_v2")]
+            models = [row for row in cpu[kind] if row["case"].startswith(MODELS)]
+            operators = [row for row in cpu[kind] if not row["case"].startswith(MODELS)]
             parts += [CPU_NOTES, "### Models\n", table.speed(models), "\n### Operators\n", table.speed(operators), ""]
         if kind in ipt:
             parts += ["### IPT\n", IPT_NOTES, table.speed(ipt[kind]), ""]

@@ -59,7 +59,7 @@ def contenders(module, inputs, dtype, only=tuple(PACKAGES)):
     ``module`` takes ``inputs`` in float32. Calls take nothing and return tensors.
     """
     calls, left_out = {}, {}
-    inputs = [t.detach().to(dtype).contiguous() for t in inputs]
+    inputs = [t.detach().to(dtype if t.is_floating_point() else t.dtype).contiguous() for t in inputs]
     for name in only:
         reason = missing(name) if name in ASKED else "IPT_FAST_BENCH_RUNTIMES does not name it"
         if name == "onnxruntime" and dtype != torch.float32:
@@ -89,7 +89,7 @@ def sizes_of(inputs, dynamic):
 
 
 def _export(module, inputs, dynamic):
-    examples, sizes = tuple(t.float() for t in inputs), None
+    examples, sizes = tuple(t.float() if t.is_floating_point() else t for t in inputs), None
     if dynamic:
         sizes = tuple(dict.fromkeys(free_axes(t), torch.export.Dim.DYNAMIC) for t in inputs)
         # Larger ones: an axis as long as a window, or of length 1, would be taken for fixed.
@@ -113,17 +113,18 @@ def openvino(module, inputs, dtype, dynamic=False):
     import openvino
     from openvino.preprocess import PrePostProcessor
 
-    kind = {torch.float32: openvino.Type.f32, torch.bfloat16: openvino.Type.bf16}[dtype]
+    Type = openvino.Type
+    kinds = {torch.float32: Type.f32, torch.bfloat16: Type.bf16, torch.int64: Type.i64}
     graph, shapes = export(module, inputs, dynamic), sizes_of(inputs, dynamic)
     model = once(module, ("openvino", shapes), lambda: openvino.convert_model(graph)).clone()
     for port, shape in zip(model.inputs, shapes, strict=True):
         port.get_node().set_partial_shape(openvino.PartialShape(list(shape)))
     model.validate_nodes_and_infer_types()
     ends = PrePostProcessor(model)
-    for i in range(len(model.inputs)):
-        ends.input(i).tensor().set_element_type(kind)
+    for i, t in enumerate(inputs):
+        ends.input(i).tensor().set_element_type(kinds[t.dtype])
     for i in range(len(model.outputs)):
-        ends.output(i).tensor().set_element_type(kind)
+        ends.output(i).tensor().set_element_type(kinds[dtype])
     options = {
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
         "PERFORMANCE_HINT": "LATENCY",
@@ -131,8 +132,11 @@ def openvino(module, inputs, dtype, dynamic=False):
     }
     request = openvino.compile_model(ends.build(), "CPU", options).create_infer_request()
     # numpy has no bfloat16: its bits go in and come out as integers of 16 bits.
-    bits = {torch.float32: torch.float32, torch.bfloat16: torch.int16}[dtype]
-    given = [openvino.Tensor(t.view(bits).numpy(), openvino.Shape(list(t.shape)), kind) for t in inputs]
+    bits = [t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in inputs]
+    given = [
+        openvino.Tensor(b.numpy(), openvino.Shape(list(t.shape)), kinds[t.dtype])
+        for b, t in zip(bits, inputs, strict=True)
+    ]
 
     def call():
         found = request.infer(given, share_inputs=True, share_outputs=True)

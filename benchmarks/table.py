@@ -106,11 +106,12 @@ def profile(rows):
 
 
 QUANTITIES = {
-    "training_peak": "peak memory of a training step, 2x3x128x128",
+    "training_peak": "peak memory of a training step, 2x3x128x128 or 8x4x32x32",
     "inference_peak": "peak memory of a process that restores an image, whole",
     "layer_peak": "peak memory of a training step of an encoder and a decoder layer",
     "first_result": "time from the start of a process to its first image",
     "time_per_pixel": "time a pixel",
+    "sampler_share": "what a sampler takes beyond its model",
 }
 
 
@@ -124,6 +125,7 @@ def footprint(rows):
             "GiB": lambda gib: memory(gib),
             "s": lambda seconds: time(1e3 * float(seconds)),
             "ns": lambda ns: time(1e-6 * float(ns)),
+            "%": lambda percent: f"{float(percent):.1f} %",
         }[row["unit"]](row["value"])
         lines.append([QUANTITIES[row["quantity"]], row["model"], row["dtype"], of, value, measured(row)])
     return table(("what", "model", "dtype", "of", "value", "run"), lines)

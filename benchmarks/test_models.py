@@ -34,18 +34,23 @@ def plain(call, **overrides):
     return run
 
 
-def inference(model, x, dtype, compiled=False, freezing=False):
-    model, x = copy.deepcopy(model).to(dtype), x.to(dtype)
+def cast(inputs, dtype):
+    """Maps in ``dtype``; class labels and the like as they are."""
+    return [t.to(dtype) if t.is_floating_point() else t for t in inputs]
+
+
+def inference(model, inputs, dtype, compiled=False, freezing=False):
+    model, inputs = copy.deepcopy(model).to(dtype), cast(inputs, dtype)
     run = torch.compile(model, dynamic=False) if compiled else model
 
     def call():
         with torch.inference_mode(), torch._inductor.config.patch(freezing=freezing):
-            return [run(x)]
+            return [run(*inputs)]
 
     return call
 
 
-def training_step(model, x, dtype, compiled=False):
+def training_step(model, inputs, dtype, compiled=False):
     """Forward and backward with gradients of all parameters; bfloat16 by autocast."""
     model = copy.deepcopy(model).train()
     run = torch.compile(model, dynamic=False) if compiled else model
@@ -53,32 +58,32 @@ def training_step(model, x, dtype, compiled=False):
     def call():
         model.zero_grad()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = run(x).square().mean()
+            loss = run(*inputs).square().mean()
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters())]
 
     return call
 
 
-def frozen_inference(model, x, dtype):
+def frozen_inference(model, inputs, dtype):
     """The form of a model for inference that packs its weights once."""
-    model, x = ipt_fast.freeze(model, dtype), x.to(dtype)
+    model, inputs = ipt_fast.freeze(model, dtype), cast(inputs, dtype)
 
     def call():
         with torch.inference_mode():
-            return [model(x)]
+            return [model(*inputs)]
 
     return call
 
 
-def contenders(make, model, x, dtype):
+def contenders(make, model, inputs, dtype):
     """({name: call}, {name: why it was left out}); ``make`` is `inference` or `training_step`."""
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last), [channels_last(t) for t in inputs]
     calls, left_out = {"ipt_fast": make(*last, dtype)}, {}
     if make is inference:
         calls["ipt_fast frozen"] = frozen_inference(*last, dtype)
     calls |= {
-        "eager NCHW": plain(make(model, x, dtype)),
+        "eager NCHW": plain(make(model, inputs, dtype)),
         "eager": plain(make(*last, dtype)),
         "sdpa": plain(make(*last, dtype), **SDPA),
     }
@@ -89,7 +94,7 @@ def contenders(make, model, x, dtype):
     else:
         left_out["torch.compile"] = measure.COMPILE_LEFT_OUT
     if make is inference:
-        runtimes, reasons = rivals.contenders(twin(model), [x], dtype)
+        runtimes, reasons = rivals.contenders(twin(model), inputs, dtype)
         calls, left_out = calls | runtimes, left_out | reasons
     return calls, left_out
 
@@ -109,19 +114,23 @@ def check_parity(calls, dtype):
         assert error < allowed, f"{name}: error {error:.1e} is above {allowed:.1e}; no speed is reported"
 
 
-def work_of(model, x, dtype):
+def channels_last(t):
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def work_of(model, inputs, dtype):
     """The :class:`roofline.Work` of a forward: weights and images are read once, the output written once."""
     on_meta = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        on_meta(x.to("meta"))
-    size = sum(t.numel() for t in (x, x, *model.parameters())) * dtype.itemsize
-    return roofline.Work(counter.get_total_flops(), size, roofline.depthwise_flops(on_meta.to_reference(), [x]))
+        out = on_meta(*(t.to("meta") for t in inputs))
+    size = sum(t.numel() for t in (inputs[0], out, *model.parameters())) * dtype.itemsize
+    return roofline.Work(counter.get_total_flops(), size, roofline.depthwise_flops(on_meta.to_reference(), inputs))
 
 
-def compare(benchmark, make, model, x, case, dtype_name):
+def compare(benchmark, make, model, inputs, case, dtype_name):
     """Time ``make`` of ``model`` beside its rivals; ``case`` is its name in tables."""
     dtype, direction = measure.DTYPES[dtype_name], "forward" if make is inference else "training"
-    calls, left_out = contenders(make, model, x, dtype)
+    calls, left_out = contenders(make, model, inputs, dtype)
     check_parity(calls, dtype)
     right, wrong = measure.right_ones({name: lambda call=call: first(call()) for name, call in calls.items()}, dtype)
     calls = {name: calls[name] for name in right}
@@ -129,7 +138,7 @@ def compare(benchmark, make, model, x, case, dtype_name):
     for call in calls.values():  # warm-up
         call()
     rows = measure.interleaved(benchmark, results.group(case, dtype_name, direction), calls)
-    results.record(rows, case, dtype_name, direction, work_of(model, x, dtype), left_out)
+    results.record(rows, case, dtype_name, direction, work_of(model, inputs, dtype), left_out)
 
 
 def first(out):
@@ -157,11 +166,11 @@ def preset(name, merged):
 @pytest.mark.parametrize(("name", "batch", "size"), INFERENCE)
 def test_inference(benchmark, name, batch, size, dtype_name):
     model, x = preset(name, merged=True), image(batch, size)
-    compare(benchmark, inference, model, x, f"{name} {batch}x3x{size}x{size}", dtype_name)
+    compare(benchmark, inference, model, [x], f"{name} {batch}x3x{size}x{size}", dtype_name)
 
 
 @pytest.mark.parametrize("dtype_name", measure.DTYPES)
 @pytest.mark.parametrize(("name", "batch", "size"), TRAINING)
 def test_training_step(benchmark, name, batch, size, dtype_name):
     model, x = preset(name, merged=False), image(batch, size)
-    compare(benchmark, training_step, model, x, f"{name} {batch}x3x{size}x{size}", dtype_name)
+    compare(benchmark, training_step, model, [x], f"{name} {batch}x3x{size}x{size}", dtype_name)

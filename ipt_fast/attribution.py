@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .freezing import prepared
-from .models.contract import Contract, describe
+from .models.contract import Contract, describe_restoring
 
 Window = tuple[int, int, int]  # left, top, and the side of a square, in pixels
 
@@ -117,7 +117,7 @@ def local_attribution_map(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    contract = describe(model)
+    contract = describe_restoring(model)
     _check_image(image, contract)
     if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma <= max(image.shape[1:]):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import threading
 from collections.abc import Iterable
 from typing import Any, NoReturn, Self
@@ -14,13 +15,14 @@ from . import _extension
 from ._precision import DTYPES, usable_dtype
 from .models.contract import Contract, attached_config, describe
 from .modules import _fusion
-from .modules._layer import Branch, Residuals, reason_against_fusing
+from .modules._layer import Branch, Modulation, Norm, Residuals, reason_against_fusing
 from .modules.convolution import EMULATED, Conv2d
-from .modules.feed_forward import WEIGHTS, RepLeFFN, reason_against_merging, reparameterize
+from .modules.feed_forward import RepLeFFN, reason_against_merging, reparameterize
+from .modules.normalization import ModulatedLayerNorm2d
 from .ops import _cpu
 from .ops._explain import explain
 from .ops._operator import OPERATORS
-from .ops._select import policy
+from .ops._select import policy, reason_against
 
 
 def freeze(model: nn.Module, dtype: torch.dtype | str | None = None) -> "Frozen":
@@ -112,14 +114,14 @@ class Frozen(_fusion.Fusable):
 
     # -- calls --------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for these arguments; the first one has no name."""
-        for value in (x, *args, *kwargs.values()):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for these arguments."""
+        for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
                 self._check(value)
         device = self.device.type
         with torch.no_grad(), torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            return self._in_use()(x, *args, **kwargs)
+            return self._in_use()(*args, **kwargs)
 
     def _check(self, x: Tensor) -> None:
         if x.requires_grad and torch.is_grad_enabled():
@@ -218,10 +220,30 @@ class _Packed:
         """Whether the operator would compute in this dtype now: a model may switch autocast in its forward."""
         return _wanted_dtype(x) is self._dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
+        of_images = modulation or ()
         if x.dtype is self._inner:
-            return self._run(x, self._block)
-        return self._run(x.to(self._dtype).to(self._inner), self._block).to(self._dtype)
+            return self._run(x, self._block, *of_images)
+        return self._run(x.to(self._dtype).to(self._inner), self._block, *of_images).to(self._dtype)
+
+
+def _packed_layer(norm: Norm, branch: Branch, dtype: torch.dtype) -> _Packed | None:
+    """The operator of a layer, packed; None where the kernels do not take what it needs."""
+    modulation, given = None, set[str]()
+    if isinstance(norm, ModulatedLayerNorm2d):  # each call brings what differs from image to image
+        modulation = Modulation(*torch.ones(3, 1, branch.channels).unbind())
+        given = {"norm_weight", "norm_bias", "gate"}
+    arguments = branch.layer_arguments(norm, modulation)
+    if not _kernels_take(branch.layer_operator, branch.channels, arguments, dtype):
+        return None
+    packed = {name: value for name, value in arguments.items() if name not in given}
+    return _Packed(branch.layer_operator, packed, dtype, norm)
+
+
+def _kernels_take(name: str, channels: int, arguments: dict[str, Any], dtype: torch.dtype) -> bool:
+    call = inspect.signature(OPERATORS[name].function).bind(torch.empty(1, channels, 1, 1, dtype=dtype), **arguments)
+    call.apply_defaults()
+    return reason_against(OPERATORS[name], "cpu", tuple(call.arguments.values())) is None
 
 
 def _wanted_dtype(x: Tensor) -> torch.dtype:
@@ -253,8 +275,7 @@ class _OwnConvolution(_Convolution, Conv2d):
 
 class _FeedForward(RepLeFFN):
     def pack(self, dtype: torch.dtype) -> None:
-        weights = dict(zip(WEIGHTS, self._current_weights(), strict=True))
-        self.__dict__["packed"] = _Packed("leffn", weights, dtype)
+        self.__dict__["packed"] = _Packed("leffn", self.branch_arguments(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.__dict__["packed"]
@@ -277,7 +298,8 @@ def _packed_alone(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     if type(module) not in _PACKED_CLASSES or _fusion.changed(module) is not None:
         return None
     if isinstance(module, RepLeFFN):
-        packable = bool(module.merged and not (module.plain or module.changed_inside()))
+        packable = module.merged and not module.plain and module.changed_inside() is None
+        packable = packable and _kernels_take("leffn", module.channels, module.branch_arguments(), dtype)
     else:
         assert isinstance(module, nn.Conv2d)
         packable = dtype not in EMULATED and "_conv_forward" not in module.__dict__ and module.padding_mode == "zeros"
@@ -295,8 +317,9 @@ def _with_packed_parts(module: nn.Module, dtype: torch.dtype, known: dict[nn.Mod
         for norm_name, branch_name in module.residuals:
             norm, branch = getattr(module, norm_name), getattr(module, branch_name)
             if reason_against_fusing(norm, branch) is None and getattr(branch, "merged", True):
+                if (layer := _packed_layer(norm, branch, dtype)) is None:
+                    continue
                 replaced[branch_name] = copy.copy(branch)  # called by itself, it is what it was
-                layer = _Packed(branch.layer_operator, branch.layer_arguments(norm), dtype, norm)
                 replaced[branch_name].__dict__["packed_layer"] = layer
     for name, child in module._modules.items():
         if child is not None and name not in replaced:

@@ -11,12 +11,14 @@ SHARED = {"_device", "_files", "_precision", "_version"}
 OPERATORS = {"ops", "reference", "kernels", "_extension"}
 MODELS = {"models", "modules"} | OPERATORS
 MAY_IMPORT = {
-    "cli": {"", "training", "evaluation", "inference", "attribution", "tiling", "data"} | MODELS,
-    "training": {"data"} | MODELS,
-    "evaluation": {"data"} | MODELS,
+    "cli": {"", "diffusion", "training", "evaluation", "inference", "attribution", "tiling", "data"} | MODELS,
+    "training": {"data", "diffusion"} | MODELS,
+    "evaluation": {"data", "diffusion"} | MODELS,
     "attribution": {"freezing"} | MODELS,
     "inference": {"tiling", "data", "freezing"} | MODELS,
+    "integrations": MODELS,
     "tiling": MODELS,
+    "diffusion": MODELS,
     "freezing": MODELS,
     "models": {"modules"} | OPERATORS,
     "modules": OPERATORS,

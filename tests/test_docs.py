@@ -17,6 +17,7 @@ import torch
 
 import ipt_fast
 from ipt_fast import _extension, cli
+from tests.oracles.public import public_module
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -110,6 +111,8 @@ def test_python_blocks_run(page, slow, here):
     for line, code in blocks(page, "python", slow):
         if "onnx" in code:
             pytest.importorskip("onnxscript")
+        if "from diffusers" in code:
+            public_module("diffusers")
         if "import ray" in code:
             pytest.importorskip("ray.data")
         if code.startswith(">>>"):

@@ -1,4 +1,4 @@
-"""The command line: ``ipt-fast restore | eval | train | finetune | convert | plot | attribute | info``."""
+"""The command line ``ipt-fast``: one module for each command."""
 
 import argparse
 import importlib
@@ -12,7 +12,9 @@ import ipt_fast
 
 from ._streams import printing_never_fails
 
-COMMANDS = ("restore", "eval", "train", "finetune", "convert", "plot", "attribute", "info")
+COMMANDS = (
+    "restore", "eval", "train", "finetune", "sample", "encode", "fid", "convert", "plot", "attribute", "info",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,9 @@ import os
 import pickle
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,12 +205,16 @@ def _started(ray: Any) -> Iterator[None]:
     for name, value in (("USAGE_STATS_ENABLED", "0"), ("BACKEND_LOG_LEVEL", "fatal"), ("worker_niceness", "0")):
         os.environ.setdefault(f"RAY_{name}", value)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    in_main = threading.current_thread() is threading.main_thread()  # where Ray sets a handler of its own
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     with _only_of_failures():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+        if in_main:
+            signal.signal(signal.SIGTERM, at_sigterm)
 
 
 @contextlib.contextmanager

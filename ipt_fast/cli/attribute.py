@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
-from PIL import PngImagePlugin
 from torch import Tensor
 
 from .._files import atomic_write
@@ -20,8 +18,7 @@ from ..models import open_model
 from ..models.contract import describe
 from ._arguments import MODELS_HELP, Subparsers
 from ._outputs import Outputs, check_writable, model_files
-
-_MARK = {"Software": "ipt-fast attribute"}  # in the PNG, so that a picture can be drawn again in its place
+from ._pictures import is_picture_of, save_picture
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -59,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.noise < float("inf"):
         raise ValueError(f"--noise must be finite and at least 0; got {args.noise}")
     outputs = Outputs([args.image, *(path for model in args.model for path in model_files(model))])
-    outputs.claim("--out", args.out, _is_ours)
+    outputs.claim("--out", args.out, lambda path: is_picture_of(path, "attribute"))
     check_writable("--out", args.out)
     if args.json:
         outputs.claim("--json", args.json, _is_record)
@@ -67,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     image = _read(args)
     found = [(name, _attribute(name, image, args)) for name in args.model]
     drawn = [(name, each.output, each.magnitude, each.window, each.diffusion_index) for name, each in found]
-    _save(draw_attributions(image, drawn), args.out)
+    save_picture(draw_attributions(image, drawn), args.out, "attribute")
     print("diffusion index  model")
     for name, attribution in found:
         print(f"{attribution.diffusion_index:15.3f}  {name}")
@@ -92,22 +89,6 @@ def _attribute(name: str, image: Tensor, args: argparse.Namespace) -> Attributio
         image = image.expand(3, -1, -1)
     left, top, side = args.window
     return local_attribution_map(model, image, (left, top, side), task=args.task, sigma=args.sigma, steps=args.steps)
-
-
-def _save(picture: PIL.Image.Image, path: Path) -> None:
-    mark = PngImagePlugin.PngInfo()
-    for key, value in _MARK.items():
-        mark.add_text(key, value)
-    with atomic_write(path) as temporary:
-        picture.save(temporary, pnginfo=mark)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        with PIL.Image.open(path, formats=["PNG"]) as picture:
-            return picture.info.items() >= _MARK.items()
-    except OSError:
-        return path.stat().st_size == 0
 
 
 def _write_record(args: argparse.Namespace, found: list[tuple[str, Attribution]]) -> None:

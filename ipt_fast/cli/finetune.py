@@ -3,6 +3,7 @@
 import argparse
 
 from ..models import list_models, open_model, saved_folder
+from ..training.config import TrainingConfig
 from . import train
 from ._arguments import Subparsers
 
@@ -36,6 +37,9 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.model is None:
         raise ValueError("--model must be the folder of a saved model, or one that ships; got none")
     args.model = str(saved_folder(args.model))
-    tasks = open_model(args.model).contract.tasks
+    contract = open_model(args.model).contract
+    if contract.generates and "loss" not in args.given:
+        args.loss = TrainingConfig.loss
+    tasks = contract.tasks
     if args.task is None and len(tasks) > 1 and not args.resume:
         raise ValueError(f"--task must be the one of {', '.join(tasks)} to keep; got none")

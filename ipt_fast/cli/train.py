@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.degradations import described_tasks
 from ..training.checkpoint import find_checkpoint, load_checkpoint
-from ..training.config import TrainingConfig
+from ..training.config import SCHEDULES, TrainingConfig
 from ..training.distributed import FailedElsewhereError, World
 from ..training.log import is_log
 from ..training.loop import train
@@ -70,8 +70,9 @@ def add_parser(subparsers: Subparsers) -> None:
     add_training_parser(
         subparsers,
         "train",
-        help="train a model on clean images or on pairs",
-        description="Train a model for a task or a mixture of tasks, or all tasks of a model that has some of its own.",
+        help="train a model on clean images or on pairs, or a generator on images of classes",
+        description="Train a model for a task or a mixture of tasks, or all tasks of a model that has some of its own; "
+        "or a generator (--task generate) on a folder with a subfolder for each class, or on latents.",
     )
 
 
@@ -83,8 +84,8 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
         description=f"{description} Data are clean images, of which training pairs are made, or pairs (--target), in "
         "folders or WebDataset shards. The output folder receives the averaged model (config.json, model.safetensors), "
         "checkpoint.pth and log.csv. Ctrl-C saves and stops.",
-        epilog=f"Tasks: {'; '.join(f'{name}: {summary}' for name, summary in described_tasks().items())}. "
-        f"Recipes that ship: {', '.join(shipped_recipes())}.",
+        epilog=f"Tasks: {'; '.join(f'{name}: {summary}' for name, summary in described_tasks().items())}; "
+        f"generate: images out of noise. Recipes that ship: {', '.join(shipped_recipes())}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = {entry.name: entry.default for entry in fields(TrainingConfig)}
@@ -107,6 +108,8 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--out", type=Path, default=None, metavar="FOLDER", help="where the model, checkpoint and log go")
     option("--model", default=default["model"], help="name of a model, or folder of a saved one to start from")
     option("--model-config", type=json_object, default={}, metavar="JSON", help="fields of the model's config")
+    option("--flip", action=_Flag, default=default["flip"],
+           help="flip half of the images that a generator learns from")  # fmt: skip
     option("--task", action=_Task, type=_mixture, nargs="+", default=None, metavar="NAME[=WEIGHT]",
            help="what the images suffer from, one task or a mixture; of a model with several tasks a single name keeps "
            "only that one; None: denoise, or all tasks of the model")  # fmt: skip
@@ -122,7 +125,7 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--lr", type=float, default=default["lr"], help="highest learning rate (AdamW)")
     option("--lr-min", type=float, default=default["lr_min"], help="learning rate at the end of the cosine")
     option("--warmup", type=int, default=default["warmup"], metavar="N", help="iterations of linear warm-up")
-    option("--schedule", choices=["cosine", "step"], default=default["schedule"], help="how the learning rate falls")
+    option("--schedule", choices=list(SCHEDULES), default=default["schedule"], help="how the learning rate falls")
     option("--weight-decay", type=float, default=default["weight_decay"], help="AdamW weight decay")
     option("--grad-clip", type=float, default=default["grad_clip"], help="largest gradient norm, 0 for none")
     option("--loss", choices=list(LOSSES), default=default["loss"], help="what to minimise")
@@ -131,7 +134,7 @@ def add_training_parser(subparsers: Subparsers, name: str, *, help: str, descrip
     option("--amp", choices=["none", "bf16"], default=default["amp"], help="mixed precision")
     option("--betas", type=float, nargs=2, default=default["betas"], metavar=("B1", "B2"), help="AdamW's betas")
     option("--val", action=_Folders, type=Path, nargs="+", default=None, metavar="FOLDER",
-           help="images for a quick PSNR at each checkpoint")  # fmt: skip
+           help="images for a quick PSNR at each checkpoint; of a generator for its loss")  # fmt: skip
     option("--val-target", type=Path, default=None, metavar="FOLDER", help="targets, where --val are inputs of pairs")
     option("--val-sigma", type=float, default=default["val_sigma"], help="noise level of that PSNR")
     option("--log-every", type=int, default=default["log_every"], metavar="N", help="iterations between log rows")

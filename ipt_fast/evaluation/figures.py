@@ -67,6 +67,32 @@ def side_by_side(
     return canvas
 
 
+def image_grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> PIL.Image.Image:
+    """Images in rows, from left to right and from the top down.
+
+    Args:
+        images: (H, W, 1 or 3) uint8 each, all of one H and W.
+        columns: images of a row.
+        gap: white pixels between images, and around them.
+
+    Returns:
+        An RGB picture; an image is as large as it is.
+
+    Raises:
+        ValueError: no image, sizes that differ, or another number of channels.
+    """
+    pixels = [_rgb(image) for image in images]
+    if not pixels or columns < 1 or any(image.shape != pixels[0].shape for image in pixels):
+        raise ValueError(f"images must be at least one, and of one size; got {[*{each.shape for each in pixels}]}")
+    height, width = (side + gap for side in pixels[0].shape[:2])
+    columns = min(columns, len(pixels))
+    canvas = PIL.Image.new("RGB", (columns * width + gap, -(-len(pixels) // columns) * height + gap), BACKGROUND)
+    for number, image in enumerate(pixels):
+        row, column = divmod(number, columns)
+        canvas.paste(PIL.Image.fromarray(image), (gap + column * width, gap + row * height))
+    return canvas
+
+
 def detailed_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
     """(left, top, width, height) of the most detailed part: where the mean squared gradient is largest.
 

@@ -17,7 +17,7 @@ from .._precision import usable_dtype
 from ..data import io as io
 from ..data.resize import imresize as imresize
 from ..freezing import Frozen, prepared
-from ..models.contract import Contract, attached_config, describe
+from ..models.contract import Contract, attached_config, describe, describe_restoring
 from ..modules.feed_forward import reason_against_merging as reason_against_merging
 from ..modules.padding import crop, pad_to_size
 from ..ops._explain import explain
@@ -135,7 +135,7 @@ class Restorer:
             raise TypeError(f"model must be a torch.nn.Module, as create_model makes; got {type(model).__name__}")
         if not isinstance(self_ensemble, bool):
             raise TypeError(f"self_ensemble must be True or False; got {self_ensemble!r}")
-        contract, name = describe(model), type(model).__name__
+        contract, name = describe_restoring(model), type(model).__name__
         _check_tile(tile, overlap, blend, contract, name)
         if task is not None and not contract.takes_task:
             raise ValueError(f"task must be None for {name}, which has no tasks; got {task!r}")

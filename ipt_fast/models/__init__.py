@@ -5,8 +5,10 @@ from ._registry import ASSETS as ASSETS
 from ._registry import create_model, list_models, open_checkpoint, open_model, register, saved_folder, shipped_models
 from .checkpoint import load_checkpoint, load_state, read_state_dict
 from .contract import Contract, describe
+from .dit import DiT, DiTConfig
 from .ipt import IPT, IPTConfig, config_of
 from .ipt_v2 import IPTV2, IPTV2Config
+from .latent_ipt_v2 import LatentIPTV2, LatentIPTV2Config
 
 __all__ = [
     "IPT",
@@ -14,6 +16,10 @@ __all__ = [
     "IPTV2",
     "IPTV2Config",
     "Contract",
+    "DiT",
+    "DiTConfig",
+    "LatentIPTV2",
+    "LatentIPTV2Config",
     "Preset",
     "PretrainedModel",
     "config_of",

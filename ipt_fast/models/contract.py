@@ -67,6 +67,7 @@ class Contract:
         memory: what a forward pass takes; None where it is not known.
         reparameterize: merges the model's branches, in place.
         objective: what it is trained for, a key of ``ipt_fast.training.objectives.OBJECTIVES``.
+        generates: it makes images from noise, step by step, where other models restore a given one at once.
     """
 
     in_channels: int | None = None
@@ -79,6 +80,7 @@ class Contract:
     memory: Memory | None = None
     reparameterize: Callable[[], None] = _nothing_to_merge
     objective: str = "denoising"
+    generates: bool = False
 
 
 def describe(model: nn.Module) -> Contract:
@@ -94,6 +96,18 @@ def describe(model: nn.Module) -> Contract:
     # An error inside a class's own contract must not pass for a module without one.
     contract = model.contract if hasattr(type(model), "contract") else getattr(model, "contract", None)
     return contract if isinstance(contract, Contract) else _contract_of_foreign(model)
+
+
+def describe_restoring(model: nn.Module) -> Contract:
+    """The contract of a model that restores images.
+
+    Raises:
+        ValueError: it generates them.
+    """
+    contract = describe(model)
+    if contract.generates:
+        raise ValueError("model must restore images; got one that generates them (`ipt-fast sample`)")
+    return contract
 
 
 def attached_config(model: nn.Module) -> Any:

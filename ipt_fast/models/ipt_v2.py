@@ -11,10 +11,12 @@ from ..modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerN
 from ..modules._layer import Branch as Branch
 from ..modules._layer import Residuals, residual
 from ..modules._layer import reason_against_fusing as reason_against_fusing
-from ..modules.attention import ParallelAttention
+from ..modules.attention import ParallelAttention, check_reading
 from ..modules.baseline_feed_forward import FeedForward, GatedFeedForward
-from ..modules.convolution import Conv2d, PixelShuffle, PixelUnshuffle, pixel_shuffle
-from ..modules.feed_forward import reparameterize
+from ..modules.convolution import Conv2d, downsampling, pixel_shuffle, upsampling
+from ..modules.convolution import PixelShuffle as PixelShuffle
+from ..modules.convolution import PixelUnshuffle as PixelUnshuffle
+from ..modules.feed_forward import merged_form, reparameterize
 from ..modules.padding import crop, pad_to_multiple
 from ..modules.padding import pad_to_size as pad_to_size
 from ._pretrained import Preset, PretrainedModel
@@ -63,6 +65,8 @@ class IPTV2Config:
         scale: how many times larger than the input the output is, 1 to 4. The output convolution then has ``scale``
             squared times as many channels and pixel-shuffle makes the image of them; the residual is the input,
             enlarged bicubically.
+        attention: the reading of FCSA, "paper" or "released", see
+            :class:`ipt_fast.modules.FocalContextSelfAttention`.
     """
 
     in_channels: int = 3
@@ -81,6 +85,7 @@ class IPTV2Config:
     ffn: str = "rep_leffn"
     order: str = "focal_grid"
     scale: int = 1
+    attention: str = "paper"
 
     def __post_init__(self) -> None:
         for name in ("depths", "heads"):
@@ -107,6 +112,7 @@ class IPTV2Config:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         if type(self.scale) is not int or self.scale not in SCALES:
             raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}; got {self.scale!r}")
+        check_reading(self.attention, self.window_size)
         if type(self.merged) is not bool:
             raise ValueError(f"merged must be True or False; got {self.merged!r}")
         if self.in_channels not in (1, self.out_channels, 2 * self.out_channels):
@@ -170,23 +176,16 @@ def _stage(config: IPTV2Config, channels: int, heads: int, depth: int) -> nn.Seq
         if kind == "none":
             return FeedForwardLayer(channels, config)
         if kind == "focal":
-            attention: nn.Module = FocalContextSelfAttention(channels, heads, config.window_size)
+            reading = config.attention
+            attention: nn.Module = FocalContextSelfAttention(channels, heads, config.window_size, attention=reading)
         elif kind == "grid":
             attention = GlobalGridSelfAttention(channels, heads, config.grid_size)
         else:
-            attention = ParallelAttention(channels, heads, config.window_size, config.grid_size)
+            attention = ParallelAttention(channels, heads, config.window_size, config.grid_size, config.attention)
         return TransformerLayer(channels, attention, config)
 
     kinds = ORDERS[config.order]
     return nn.Sequential(*(layer(kinds[i % 2]) for i in range(depth)))
-
-
-def _downsample(channels: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(Conv2d(channels, channels // 2, kernel, padding=kernel // 2, bias=False), PixelUnshuffle(2))
-
-
-def _upsample(channels: int) -> nn.Sequential:
-    return nn.Sequential(Conv2d(channels, 2 * channels, 3, padding=1, bias=False), PixelShuffle(2))
 
 
 _TINY = dict(width=16, depths=(1, 2, 2, 1), refinement=0, window_size=16, grid_size=8, ffn_ratio=2, inner_ratio=1)
@@ -234,9 +233,9 @@ class IPTV2(PretrainedModel):
         width, depths, heads = config.width, config.depths, config.heads
         self.embed = Conv2d(config.in_channels, width, 3, padding=1, bias=False)
         self.encoder = nn.ModuleList(_stage(config, width << i, heads[i], depths[i]) for i in range(3))
-        self.down = nn.ModuleList(_downsample(width << i, config.downsample_kernel) for i in range(3))
+        self.down = nn.ModuleList(downsampling(width << i, config.downsample_kernel) for i in range(3))
         self.latent = _stage(config, width << 3, heads[3], depths[3])
-        self.up = nn.ModuleList(_upsample(width << (i + 1)) for i in range(3))
+        self.up = nn.ModuleList(upsampling(width << (i + 1)) for i in range(3))
         # Level 1 keeps the concatenation, so its decoder and the refinement are as wide as level 2.
         self.reduce = nn.ModuleList(Conv2d(width << (i + 1), width << i, 1, bias=False) for i in (1, 2))
         self.decoder = nn.ModuleList(_stage(config, width << max(i, 1), heads[max(i, 1)], depths[i]) for i in range(3))
@@ -299,10 +298,7 @@ class IPTV2(PretrainedModel):
         """
         if self._config.ffn != "rep_leffn":
             return self._config
-        forms = {module.merged for module in self.modules() if isinstance(module, RepLeFFN)}
-        if len(forms) > 1:
-            raise ValueError("model must be merged or not, reparameterize() merges the rest; got one merged in part")
-        return dataclasses.replace(self._config, merged=forms.pop()) if forms else self._config
+        return dataclasses.replace(self._config, merged=merged_form(self, self._config.merged))
 
     def reparameterize(self) -> None:
         """Merge the branches of every Rep-LeFFN, in place; idempotent.

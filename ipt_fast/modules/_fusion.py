@@ -76,8 +76,9 @@ def _convolution(conv: nn.Module, size: int, groups: int) -> str | None:
         return f"it is a {type(conv).__name__}"
     if "_conv_forward" in state or Conv2d._conv_forward is not _CONV_FORWARD:
         return "its forward is replaced"
-    if state["_parameters"].get("bias", state.get("bias")) is not None:
-        return "it has a bias"
+    bias = state["_parameters"].get("bias", state.get("bias"))
+    if bias is not None and type(bias) not in _PLAIN_TENSORS:
+        return f"its bias is a {type(bias).__name__}"
     found = conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode
     if found != ((size, size), (size // 2, size // 2), (1, 1), (1, 1), groups, "zeros"):
         return "its kernel, padding, stride, dilation or groups are others"
@@ -85,12 +86,12 @@ def _convolution(conv: nn.Module, size: int, groups: int) -> str | None:
 
 
 def pointwise(conv: nn.Module) -> str | None:
-    """Why ``conv`` is no plain 1 x 1 convolution without bias, or None."""
+    """Why ``conv`` is no plain 1 x 1 convolution, or None."""
     return _convolution(conv, 1, 1)
 
 
 def depthwise(conv: nn.Module, size: int) -> str | None:
-    """Why ``conv`` is no plain depthwise convolution without bias that keeps the size of maps, or None."""
+    """Why ``conv`` is no plain depthwise convolution that keeps the size of maps, or None."""
     return _convolution(conv, size, getattr(conv, "out_channels", 0))
 
 

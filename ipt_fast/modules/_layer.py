@@ -1,7 +1,11 @@
-"""Half a transformer layer, x + branch(norm(x)): as one operator where that is the same, else module by module."""
+"""Half a transformer layer, x + branch(norm(x)): as one operator where that is the same, else module by module.
+
+A modulated one (adaLN-Zero) is x + gate * branch(norm(x)), where each image has its own weight and bias of the norm and
+its own gate.
+"""
 
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,8 +21,19 @@ class OperatorModule(_fusion.Fusable):
         return reference if self.plain else ops
 
 
+class Modulation(NamedTuple):
+    """Of each image: weight (1 + scale) and bias (shift) of a norm, and gate of the branch behind it; all (B, C)."""
+
+    weight: Tensor
+    bias: Tensor
+    gate: Tensor
+
+
 class Norm(OperatorModule):
-    """A norm that the layers' operators have built in: ``weight``, ``bias`` or None, ``eps`` and ``centered``."""
+    """A norm that the layers' operators have built in: ``weight``, ``bias`` or None, ``eps`` and ``centered``.
+
+    One that is modulated has neither weight nor bias, and is called with them.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -33,18 +48,25 @@ class Branch(OperatorModule):
     """
 
     layer_operator: ClassVar[str]
+    channels: int
 
     def changed_inside(self) -> str | None:
         """Why its submodules have to be called one by one, or None."""
         raise NotImplementedError
 
-    def layer_arguments(self, norm: Norm) -> dict[str, Any]:
-        """The arguments of the layer's operator but x, by name."""
+    def branch_arguments(self) -> dict[str, Any]:
+        """Those arguments of the layer's operator that come from the branch, by name."""
         raise NotImplementedError
 
-    def layer(self, x: Tensor, norm: Norm) -> Tensor:
-        """x + self(norm(x)) as one operator, where :func:`reason_against_fusing` has nothing against it."""
-        return getattr(self.operators, self.layer_operator)(x, **self.layer_arguments(norm))
+    def layer_arguments(self, norm: Norm, modulation: Modulation | None = None) -> dict[str, Any]:
+        """The arguments of the layer's operator but x, by name."""
+        weight, bias, gate = modulation or (norm.weight, norm.bias, None)
+        own = self.branch_arguments()
+        return dict(norm_weight=weight, norm_bias=bias, **own, gate=gate, eps=norm.eps, centered=norm.centered)
+
+    def layer(self, x: Tensor, norm: Norm, modulation: Modulation | None = None) -> Tensor:
+        """x + gate * self(norm(x)) as one operator, where :func:`reason_against_fusing` has nothing against it."""
+        return getattr(self.operators, self.layer_operator)(x, **self.layer_arguments(norm, modulation))
 
 
 def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
@@ -60,14 +82,22 @@ def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
     return branch.changed_inside()
 
 
-def residual(x: Tensor, norm: nn.Module, branch: nn.Module) -> Tensor:
-    """x + branch(norm(x))."""
+def residual(x: Tensor, norm: nn.Module, branch: nn.Module, modulation: Modulation | None = None) -> Tensor:
+    """x + branch(norm(x)), or with a modulation x + gate * branch(norm(x, weight, bias))."""
     packed = branch.__dict__.get("packed_layer")  # of a frozen model
     if packed is not None and packed.norm is norm and packed.takes(x):
-        return packed(x)
+        return packed(x, modulation)
     if isinstance(norm, Norm) and isinstance(branch, Branch) and reason_against_fusing(norm, branch) is None:
-        return branch.layer(x, norm)
-    return x + branch(norm(x))
+        return branch.layer(x, norm, modulation)
+    return by_modules(x, norm, branch, modulation)
+
+
+def by_modules(x: Tensor, norm: nn.Module, branch: nn.Module, modulation: Modulation | None) -> Tensor:
+    """The same, by calls of the modules."""
+    if modulation is None:
+        return x + branch(norm(x))
+    branched = branch(norm(x, modulation.weight, modulation.bias))
+    return x + (modulation.gate[..., None, None] * branched).to(branched.dtype)
 
 
 class Residuals(_fusion.Fusable):

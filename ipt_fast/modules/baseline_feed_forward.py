@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, _fusion
-from ._layer import Branch, Norm
+from ._layer import Branch, Modulation, Norm
 from .convolution import Conv2d
 
 GATED_RATIO = 2.66  # hidden channels of the gated network over C (Restormer, section 4)
@@ -42,20 +42,18 @@ class FeedForward(Branch):
     def changed_inside(self) -> str | None:
         return _fusion.first(expand=_fusion.pointwise(self.expand), project=_fusion.pointwise(self.project))
 
-    def layer_arguments(self, norm: Norm) -> dict[str, Any]:
+    def branch_arguments(self) -> dict[str, Any]:
         return dict(
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
             expand_weight=self.expand.weight,
             depthwise_weight=torch.ones_like(self.expand.weight[:, :1]),
             project_weight=self.project.weight,
-            eps=norm.eps,
-            centered=norm.centered,
+            expand_bias=self.expand.bias,
+            project_bias=self.project.bias,
         )
 
-    def layer(self, x: Tensor, norm: Norm) -> Tensor:
+    def layer(self, x: Tensor, norm: Norm, modulation: Modulation | None = None) -> Tensor:
         _check.image(x, self.channels, self.expand)
-        return super().layer(x, norm)
+        return super().layer(x, norm, modulation)
 
 
 @_fusion.stock

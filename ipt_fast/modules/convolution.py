@@ -82,3 +82,13 @@ class PixelUnshuffle(nn.PixelUnshuffle):
 
     def forward(self, x: Tensor) -> Tensor:
         return pixel_unshuffle(x, self.downscale_factor)
+
+
+def downsampling(channels: int, kernel: int = 3) -> nn.Sequential:
+    """(B, C, H, W) -> (B, 2C, H/2, W/2): a convolution to C/2 channels without bias, and pixel-unshuffle."""
+    return nn.Sequential(Conv2d(channels, channels // 2, kernel, padding=kernel // 2, bias=False), PixelUnshuffle(2))
+
+
+def upsampling(channels: int) -> nn.Sequential:
+    """(B, C, H, W) -> (B, C/2, 2H, 2W): a 3 x 3 convolution to 2C channels without bias, and pixel-shuffle."""
+    return nn.Sequential(Conv2d(channels, 2 * channels, 3, padding=1, bias=False), PixelShuffle(2))

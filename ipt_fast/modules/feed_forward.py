@@ -1,5 +1,6 @@
 """The re-parameterised feed-forward network of IPT-V2 and the convolutions it is made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 
 from .. import reference
 from . import _check, _fusion
-from ._layer import Branch, Norm, OperatorModule
+from ._layer import Branch, Modulation, Norm, OperatorModule, by_modules
 
-WEIGHTS = ("expand_weight", "depthwise_weight", "project_weight")  # arguments of leffn and leffn_layer
+CONVOLUTIONS = ("expand", "depthwise", "project")
 
 
 class Reparameterized(OperatorModule):
@@ -23,10 +24,15 @@ class Reparameterized(OperatorModule):
     branches: tuple[str, ...]
     merge: str
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, merged: bool) -> None:
         super().__init__()
         self.merged = merged
+
+    def _take(self, convolution: nn.Conv2d) -> None:
+        """Be merged, with the parameters of ``convolution`` as they are initialised."""
+        self.weight, self.bias = convolution.weight, convolution.bias
 
     def changed_inside(self) -> str | None:
         """Why the branches have to be called, or None where their weights say all."""
@@ -36,7 +42,20 @@ class Reparameterized(OperatorModule):
         """The weight of the single convolution; in training form merged now, differentiably."""
         if self.merged:
             return self.weight
-        return getattr(self.operators, self.merge)(*(getattr(self, name).weight for name in self.branches))
+        return getattr(self.operators, self.merge)(*self._of_branches("weight"))
+
+    def current_bias(self) -> Tensor | None:
+        """The bias of the single convolution; None where there is none."""
+        if self.merged:
+            return getattr(self, "bias", None)  # those pickled before there were biases have no such attribute
+        return self.merge_biases(self._of_branches("weight"), self._of_branches("bias"))
+
+    def merge_biases(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+        """The bias of the single convolution, from weights and biases of the branches."""
+        raise NotImplementedError
+
+    def _of_branches(self, name: str) -> list[Any]:
+        return [getattr(getattr(self, branch), name) for branch in self.branches]
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -49,25 +68,34 @@ class Reparameterized(OperatorModule):
             return
         if reason := self.changed_inside():
             raise ValueError(f"{type(self).__name__} must have plain convolutions to be merged; got: {reason}")
-        weights = [getattr(self, name).weight for name in self.branches]
-        weight = self._merged(weights)
+        weights = self._of_branches("weight")
+        merged = self._merged(weights, self._of_branches("bias"))
         for name in self.branches:
             delattr(self, name)
-        self.weight = nn.Parameter(weight, requires_grad=weights[0].requires_grad)
+        for name, value in merged.items():
+            parameter = None if value is None else nn.Parameter(value, requires_grad=weights[0].requires_grad)
+            self.register_parameter(name, parameter)
         self.merged = True
 
-    def _merged(self, weights: list[Tensor]) -> Tensor:
+    def _merged(self, weights: list[Tensor], biases: list[Tensor | None]) -> dict[str, Tensor | None]:
+        """The merged "weight" and "bias"."""
+        dtype, wide = weights[0].dtype, [w.double() for w in weights]
+        bias = self.merge_biases(wide, [None if b is None else b.double() for b in biases])
         # On the reference, whatever backend is demanded: the kernels are not for float64.
-        return getattr(reference, self.merge)(*(w.double() for w in weights)).to(weights[0].dtype)
+        weight = getattr(reference, self.merge)(*wide)
+        return {"weight": weight.to(dtype), "bias": None if bias is None else bias.to(dtype)}
 
     def merge_state(self, state: dict[str, Tensor], prefix: str) -> None:
-        """Where this convolution is merged, replace its branches in a training-form state dict by the merged weight."""
+        """Where this convolution is merged, replace its branches in a training-form state dict by what they make."""
         keys = [f"{prefix}{name}.weight" for name in self.branches]
-        if self.merged and all(key in state for key in keys):
-            branches = [state.pop(key) for key in keys]
-            # A file of 16 bits is merged in the precision of the model, so that its weights are rounded once.
-            dtype = torch.promote_types(branches[0].dtype, self.weight.dtype)
-            state[f"{prefix}weight"] = self._merged([branch.to(dtype) for branch in branches])
+        if not self.merged or not all(key in state for key in keys):
+            return
+        weights = [state.pop(key) for key in keys]
+        biases = [state.pop(f"{prefix}{name}.bias", None) for name in self.branches]
+        # A file of 16 bits is merged in the precision of the model, so that its weights are rounded once.
+        dtype = torch.promote_types(weights[0].dtype, self.weight.dtype)
+        merged = self._merged([weight.to(dtype) for weight in weights], biases)
+        state.update({f"{prefix}{name}": value for name, value in merged.items() if value is not None})
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.merge_state(state_dict, prefix)
@@ -96,6 +124,18 @@ def reparameterize(model: nn.Module) -> None:
             module.reparameterize()
 
 
+def merged_form(model: nn.Module, default: bool) -> bool:
+    """Whether the Rep-LeFFNs of ``model`` are merged; ``default`` where there are none.
+
+    Raises:
+        ValueError: some are and some are not.
+    """
+    forms = {module.merged for module in model.modules() if isinstance(module, RepLeFFN)}
+    if len(forms) > 1:
+        raise ValueError("model must be merged or not, reparameterize() merges the rest; got one merged in part")
+    return forms.pop() if forms else default
+
+
 @_fusion.stock
 class RepPointwise(Reparameterized):
     """PW(PW(x)), or the one pointwise convolution it equals."""
@@ -103,18 +143,27 @@ class RepPointwise(Reparameterized):
     branches = ("first", "second")
     merge = "merge_pointwise"
 
-    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, merged: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, mid_channels: int, out_channels: int, merged: bool = False, bias: bool = False
+    ) -> None:
         super().__init__(merged)
         if merged:
-            self.weight = nn.Conv2d(in_channels, out_channels, 1, bias=False).weight
+            self._take(nn.Conv2d(in_channels, out_channels, 1, bias=bias))
         else:
-            self.first = nn.Conv2d(in_channels, mid_channels, 1, bias=False)
-            self.second = nn.Conv2d(mid_channels, out_channels, 1, bias=False)
+            self.first = nn.Conv2d(in_channels, mid_channels, 1, bias=bias)
+            self.second = nn.Conv2d(mid_channels, out_channels, 1, bias=bias)
 
     def changed_inside(self) -> str | None:
         if self.merged:
             return None
         return _fusion.first(first=_fusion.pointwise(self.first), second=_fusion.pointwise(self.second))
+
+    def merge_biases(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+        inner, outer = biases
+        if inner is None:
+            return outer
+        through = (weights[1].flatten(1) * inner).sum(1)  # no product by its name, which autocast would round
+        return through if outer is None else through + outer
 
     @property
     def entry(self) -> nn.Module:
@@ -130,7 +179,7 @@ class RepPointwise(Reparameterized):
         return out * mid * cin + tokens * out * cin < tokens * mid * (cin + out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight) if self.merged else self.second(self.first(x))
+        return F.conv2d(x, self.weight, self.current_bias()) if self.merged else self.second(self.first(x))
 
 
 @_fusion.stock
@@ -140,15 +189,15 @@ class RepDepthwise(Reparameterized):
     branches = ("k5", "k3", "k1")
     merge = "merge_depthwise"
 
-    def __init__(self, channels: int, kernel_size: int = 5, merged: bool = False) -> None:
+    def __init__(self, channels: int, kernel_size: int = 5, merged: bool = False, bias: bool = False) -> None:
         super().__init__(merged)
         self.padding = kernel_size // 2
 
         def depthwise(kernel: int) -> nn.Conv2d:
-            return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+            return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
 
         if merged:
-            self.weight = depthwise(kernel_size).weight
+            self._take(depthwise(kernel_size))
         else:
             self.k5, self.k3, self.k1 = depthwise(5), depthwise(3), depthwise(1)
 
@@ -159,10 +208,14 @@ class RepDepthwise(Reparameterized):
             k5=_fusion.depthwise(self.k5, 5), k3=_fusion.depthwise(self.k3, 3), k1=_fusion.depthwise(self.k1, 1)
         )
 
+    def merge_biases(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+        given = [bias for bias in biases if bias is not None]
+        return sum(given[1:], start=given[0]) if given else None
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.merged and (self.plain or _fusion.global_hooks() or self.changed_inside()):
             return self.k5(x) + self.k3(x) + self.k1(x) + x
-        return F.conv2d(x, self.current_weight(), padding=self.padding, groups=x.shape[1])
+        return F.conv2d(x, self.current_weight(), self.current_bias(), padding=self.padding, groups=x.shape[1])
 
 
 @_fusion.stock
@@ -179,6 +232,7 @@ class RepLeFFN(Branch):
         inner_ratio: inner width of the sequential pointwise convolutions, inner_ratio * C.
         kernel_size: of the depthwise convolution; 5 in training form, any odd size in merged form.
         merged: build the merged form.
+        bias: of every convolution.
 
     Shape: (B, C, H, W) -> (B, C, H, W).
     """
@@ -186,18 +240,24 @@ class RepLeFFN(Branch):
     layer_operator = "leffn_layer"
 
     def __init__(
-        self, channels: int, ratio: int = 4, inner_ratio: int = 2, kernel_size: int = 5, merged: bool = False
+        self,
+        channels: int,
+        ratio: int = 4,
+        inner_ratio: int = 2,
+        kernel_size: int = 5,
+        merged: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         _check.positive_ints(channels=channels, ratio=ratio, inner_ratio=inner_ratio, kernel_size=kernel_size)
-        _check.flags(merged=merged)
+        _check.flags(merged=merged, bias=bias)
         if kernel_size != 5 and not (merged and kernel_size % 2 == 1):
             raise ValueError(f"kernel_size must be 5, or odd in merged form; got {kernel_size}")
         self.channels = channels
         hidden, inner = ratio * channels, inner_ratio * channels
-        self.expand = RepPointwise(channels, inner, hidden, merged)
-        self.depthwise = RepDepthwise(hidden, kernel_size, merged)
-        self.project = RepPointwise(hidden, inner, channels, merged)
+        self.expand = RepPointwise(channels, inner, hidden, merged, bias)
+        self.depthwise = RepDepthwise(hidden, kernel_size, merged, bias)
+        self.project = RepPointwise(hidden, inner, channels, merged, bias)
 
     @property
     def merged(self) -> bool:
@@ -220,20 +280,22 @@ class RepLeFFN(Branch):
         _check.image(x, self.channels, self.expand.entry if fused else None)
         if not fused or self._branches_are_cheaper(x):
             return self.project(self.depthwise(F.gelu(self.expand(x))))
-        return self.operators.leffn(x, *self._current_weights())
+        return self.operators.leffn(x, **self.branch_arguments())
 
-    def layer(self, x: Tensor, norm: Norm) -> Tensor:
+    def layer(self, x: Tensor, norm: Norm, modulation: Modulation | None = None) -> Tensor:
         _check.image(x, self.channels, self.expand.entry)
         if self._branches_are_cheaper(x):
-            return x + self(norm(x))
-        return super().layer(x, norm)
+            return by_modules(x, norm, self, modulation)
+        return super().layer(x, norm, modulation)
 
-    def layer_arguments(self, norm: Norm) -> dict[str, Any]:
-        own = dict(zip(WEIGHTS, self._current_weights(), strict=True))
-        return dict(norm_weight=norm.weight, norm_bias=norm.bias, **own, eps=norm.eps, centered=norm.centered)
-
-    def _current_weights(self) -> tuple[Tensor, ...]:
-        return tuple(convolution.current_weight() for convolution in (self.expand, self.depthwise, self.project))
+    def branch_arguments(self) -> dict[str, Any]:
+        """Weights and biases, merged, by the names that leffn and leffn_layer give them."""
+        found = {}
+        for name in CONVOLUTIONS:
+            convolution = getattr(self, name)
+            found[f"{name}_weight"] = convolution.current_weight()
+            found[f"{name}_bias"] = convolution.current_bias()
+        return found
 
     def _branches_are_cheaper(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling():  # a compiled graph serves all sizes, so it must not branch on the size

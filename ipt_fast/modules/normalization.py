@@ -38,3 +38,26 @@ class LayerNorm2d(Norm):
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}, bias={self.bias is not None}, centered={self.centered}"
+
+
+@_fusion.stock
+class ModulatedLayerNorm2d(Norm):
+    """:class:`LayerNorm2d` without parameters: each call brings the weight and the bias, (B, C) of each image.
+
+    Args:
+        eps: added to the variance.
+
+    Shape: (B, C, H, W) -> (B, C, H, W).
+    """
+
+    centered = True
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.operators.layer_norm_2d(x, weight, bias, eps=self.eps, centered=self.centered)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"

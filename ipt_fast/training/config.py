@@ -15,6 +15,13 @@ _FREE_ON_RESUME |= {"target", "val_target"}
 # How a step is carried out: of the weights only the rounding changes.
 _FREE_ON_RESUME |= {"accumulate", "activation_checkpointing", "strategy", "tensorboard"}
 _PATHS = ("data", "out", "target", "val", "val_target")
+GENERATE = "generate"  # the task of generators
+# Fields of which that has no use.
+RESTORATION_FIELDS = (
+    *("target", "shrink", "enlarge", "data_weights", "sigma", "patch_size"),
+    *("contrastive", "loss", "val_target", "val_sigma"),
+)
+SCHEDULES = ("cosine", "step", "constant")
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class TrainingConfig:
 
     Args:
         data: folder of clean training images or WebDataset shards, or several of them; where ``target`` is given, the
-            degraded images of pairs.
+            degraded images of pairs. Of a generator one folder: of images, with a subfolder for each class, or of
+            latents, as ``ipt-fast encode`` writes them.
         target: folder of the clean images of pairs, one for each folder of ``data``, or for each two where the model
             takes two views (left, right). None among several targets marks a folder of clean images.
         shrink: how many times smaller the clean images of ``data`` are made first; one value, or one for each source.
@@ -37,20 +45,22 @@ class TrainingConfig:
         model: name of a model, which is trained from scratch, or folder of a saved model to start from.
         model_config: fields of the model's config, with a name only.
         task: what the degraded images are, a name of :data:`ipt_fast.data.degradations.DEGRADATIONS` such as "derain",
-            or {name: weight} for a mixture from which each sample draws; None is "denoise". Of a model with several
-            tasks a name tells whose head, tail and embedding are kept, a mixture how often a batch is drawn for each,
-            and None is all of them.
+            or {name: weight} for a mixture from which each sample draws; None is "denoise". "generate" is that of a
+            generator, which has no other. Of a model with several tasks a name tells whose head, tail and embedding are
+            kept, a mixture how often a batch is drawn for each, and None is all of them.
         contrastive: λ of the contrastive loss (IPT, eq. 6).
         sigma: lowest and highest noise level on the 0..255 scale, drawn uniformly for each patch.
         patch_size: None takes the model's size of input, 128 where it has none.
         lr, lr_min, warmup: learning rate after ``warmup`` linear iterations, then down to ``lr_min`` by ``schedule``.
-        schedule: "cosine", or "step": from ``lr`` to ``lr_min`` after two thirds of the iterations, as IPT was trained.
+        schedule: "cosine"; "step": from ``lr`` to ``lr_min`` after two thirds of the iterations, as IPT was trained; or
+            "constant", always ``lr``.
         betas: of AdamW.
         grad_clip: largest norm of all gradients together; 0 turns clipping off.
         ema: decay of the exponential moving average of the weights, which is what is saved as the model.
         amp: "bf16" runs the forward pass under autocast.
         val, val_target, val_sigma: clean images whose PSNR is measured at each checkpoint, and their noise level where
-            a task has none; or the inputs (two folders for two views) and the targets of pairs.
+            a task has none; or the inputs (two folders for two views) and the targets of pairs. Of a generator a folder
+            as ``data`` is, of which the loss is measured.
         log_every, save_every: iterations between rows of the log, and between checkpoints.
         workers: processes that prepare batches; 0 prepares them in this one.
         threads: CPU threads of this process; None leaves PyTorch's choice.
@@ -59,6 +69,7 @@ class TrainingConfig:
         activation_checkpointing: keep only the inputs of transformer layers for the backward pass.
         strategy: of several processes, "ddp" (each has all weights) or "fsdp" (each keeps a part of them, FSDP2).
         tensorboard: write the log into the folder ``tensorboard``, too.
+        flip: a generator learns from half of the images mirrored, left and right.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
@@ -102,6 +113,7 @@ class TrainingConfig:
     enlarge: float = 1.0
     val_target: Path | None = None
     betas: tuple[float, float] = (0.9, 0.999)
+    flip: bool = True
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -142,7 +154,7 @@ class TrainingConfig:
             raise ValueError(f"sigma must be a pair (lowest, highest); got {self.sigma}")
         _check_choice("loss", self.loss, tuple(LOSSES))
         _check_choice("amp", self.amp, ("none", "bf16"))
-        _check_choice("schedule", self.schedule, ("cosine", "step"))
+        _check_choice("schedule", self.schedule, SCHEDULES)
         if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
             raise ValueError(f"betas must be a pair; got {self.betas!r}")
         for beta in self.betas:
@@ -184,7 +196,7 @@ class TrainingConfig:
     def _check_execution(self) -> None:
         _check_integer("accumulate", self.accumulate, 1)
         _check_choice("strategy", self.strategy, ("ddp", "fsdp"))
-        for name in ("activation_checkpointing", "tensorboard"):
+        for name in ("activation_checkpointing", "tensorboard", "flip"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.contrastive and self.accumulate > 1:
@@ -230,7 +242,8 @@ class TrainingConfig:
 
     def is_default(self, name: str) -> bool:
         """Whether a field has the value that it has where it is not given."""
-        return getattr(self, name) == next(entry.default for entry in fields(self) if entry.name == name)
+        default: Any = next(entry.default for entry in fields(self) if entry.name == name)
+        return getattr(self, name) in (default, per_stage(default))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a checkpoint: paths are absolute, as a run may be resumed from anywhere."""

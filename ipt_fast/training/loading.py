@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from .config import TrainingConfig, per_stage
 from .distributed import World
+from .generation import Generation
 from .objectives import Denoising, Pretraining
 
 
@@ -28,7 +29,7 @@ class _Numbers(Sampler[int]):
 
 
 def batches(
-    config: TrainingConfig, objective: Denoising | Pretraining, start: int, world: World
+    config: TrainingConfig, objective: Denoising | Pretraining | Generation, start: int, world: World
 ) -> Generator[list[Tensor]]:
     """This process's part of the batches of iterations ``start``, ``start`` + 1 … to the end of the last stage.
 

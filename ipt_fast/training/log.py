@@ -13,13 +13,14 @@ import torch
 
 from .._files import atomic_write, naming
 
-# What is unknown is empty. The first five are all there was in older logs.
+# What is unknown is empty. Older logs have the first five alone, or all but the last.
 LOG_FIELDS = (
     *("iteration", "loss", "lr", "seconds", "psnr"),
     *("grad_norm", "images_per_second", "data_wait", "peak_memory_mb", "skipped"),
+    "val_loss",
 )
-_HEADERS = {",".join(LOG_FIELDS[:5]): 5, ",".join(LOG_FIELDS): len(LOG_FIELDS)}
-_SCALARS = ("loss", "lr", "psnr", "grad_norm", "images_per_second")
+_HEADERS = {",".join(LOG_FIELDS[:count]): count for count in (5, 10, len(LOG_FIELDS))}
+_SCALARS = ("loss", "lr", "psnr", "val_loss", "grad_norm", "images_per_second")
 
 
 def is_log(path: Path) -> bool:

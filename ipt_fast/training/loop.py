@@ -37,6 +37,7 @@ _DATA_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 _SHOWN = (
     "loss",
     "psnr",
+    "val_loss",
     "images_per_second",
     "data_wait",
     "peak_memory_mb",

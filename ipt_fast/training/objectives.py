@@ -18,8 +18,9 @@ from ..data.stream import MEMORY_BUDGET, ImageStream, PairStream, TrainingData, 
 from ..models._pretrained import PretrainedModel
 from ..models.contract import Contract
 from ..models.ipt import scale_of as scale_of
-from .config import TrainingConfig, per_stage
+from .config import GENERATE, TrainingConfig, per_stage
 from .distributed import World
+from .generation import Generation
 from .losses import LOSSES, contrastive_loss
 from .validation import TaskValidation as TaskValidation
 from .validation import Validation
@@ -34,6 +35,8 @@ class Restoration:
 
     def __init__(self, config: TrainingConfig, model: PretrainedModel, world: World):
         contract = model.contract
+        if not config.is_default("flip"):
+            raise ValueError(f"flip must be left out for {type(model).__name__}, no generator; got {config.flip}")
         self.config, self.world, self.value_range = config, world, contract.value_range
         self.patch_sizes = per_stage(config.patch_size or (contract.image_size or 128,) * len(config.stages))
         self.tasks = _tasks_of(config, contract)
@@ -135,10 +138,14 @@ class Pretraining(Restoration):
 
 
 # By the names that models' contracts have for them.
-OBJECTIVES: dict[str, type[Denoising] | type[Pretraining]] = {"denoising": Denoising, "pretraining": Pretraining}
+OBJECTIVES: dict[str, type[Denoising] | type[Pretraining] | type[Generation]] = {
+    "denoising": Denoising,
+    "pretraining": Pretraining,
+    "diffusion": Generation,
+}
 
 
-def objective_of(config: TrainingConfig, model: PretrainedModel, world: World) -> Denoising | Pretraining:
+def objective_of(config: TrainingConfig, model: PretrainedModel, world: World) -> Denoising | Pretraining | Generation:
     """What ``model`` can be trained for.
 
     Raises:
@@ -146,6 +153,8 @@ def objective_of(config: TrainingConfig, model: PretrainedModel, world: World) -
     """
     if model.contract.objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {model.contract.objective!r}")
+    if config.task == GENERATE and model.contract.objective != "diffusion":
+        raise ValueError(f"model must be a generator for task {GENERATE}, such as dit_s_2; got {type(model).__name__}")
     return OBJECTIVES[model.contract.objective](config, model, world)
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from ..data.degradations import find_task
 from ..models import list_models, saved_folder, shipped_models
-from .config import TrainingConfig, per_stage
+from .config import GENERATE, RESTORATION_FIELDS, TrainingConfig, per_stage
 
 SHIPPED = Path(__file__).parent / "recipes"
 MARK = "# Settings of a run; ipt-fast train --config FILE --out FOLDER repeats it."
@@ -49,6 +49,7 @@ def _model(key: str, value: Any) -> Any:
     return value
 
 
+_SCHEDULES = {"CosineAnnealingLR": "cosine", "cosine": "cosine", "step": "step", "constant": "constant"}
 # {key: (field of TrainingConfig, how its value is read, or the values by their names)}.
 KEYS: dict[str, tuple[str, Callable[[str, Any], Any] | dict[str, str]]] = {
     "name": ("out", _out),
@@ -60,6 +61,7 @@ KEYS: dict[str, tuple[str, Callable[[str, Any], Any] | dict[str, str]]] = {
     "datasets.train.shrink": ("shrink", _same),
     "datasets.train.weights": ("data_weights", _same),
     "datasets.train.enlarge": ("enlarge", _same),
+    "datasets.train.use_hflip": ("flip", _same),
     "datasets.train.iters": ("iterations", _same),
     "datasets.train.batch_sizes": ("batch_size", _same),
     "datasets.train.num_worker_per_gpu": ("workers", _same),
@@ -76,7 +78,7 @@ KEYS: dict[str, tuple[str, Callable[[str, Any], Any] | dict[str, str]]] = {
     "train.optim_g.lr": ("lr", _same),
     "train.optim_g.weight_decay": ("weight_decay", _same),
     "train.optim_g.betas": ("betas", _same),
-    "train.scheduler.type": ("schedule", {"CosineAnnealingLR": "cosine", "cosine": "cosine", "step": "step"}),
+    "train.scheduler.type": ("schedule", _SCHEDULES),
     "train.scheduler.eta_min": ("lr_min", _same),
     "train.pixel_opt.type": ("loss", {"L1Loss": "l1", "CharbonnierLoss": "charbonnier"}),
     "logger.print_freq": ("log_every", _same),
@@ -245,8 +247,9 @@ def _expanded(key: str, value: Any) -> Any:
 def recipe_of(config: TrainingConfig) -> str:
     """The text of a recipe that repeats a run, but for its folder."""
     keys: dict[str, Any] = {}
+    of_others = RESTORATION_FIELDS if config.task == GENERATE else ()
     for key, (field, read) in KEYS.items():
-        value = getattr(config, field) if field not in ("", "out", "model") else None
+        value = getattr(config, field) if field not in ("", "out", "model", *of_others) else None
         names = [name for name, each in read.items() if each == value] if isinstance(read, dict) else [value]
         keys[key] = _plain(names[0]) if names else None
     if config.model in list_models():
@@ -254,8 +257,8 @@ def recipe_of(config: TrainingConfig) -> str:
         keys |= {f"network_g.{name}": _plain(value) for name, value in config.model_config.items()}
     else:
         keys["path.pretrain_network_g"] = str(Path(config.model).absolute())
-    scale = find_task(config.task).scale if isinstance(config.task, str) else 1
     if config.patch_size is not None:
+        scale = find_task(config.task).scale if isinstance(config.task, str) else 1
         keys |= {"scale": scale, "datasets.train.gt_sizes": [scale * size for size in per_stage(config.patch_size)]}
     keys |= _roots("datasets.train.", [(places, target) for places, target, _ in config.sources])
     if config.val is not None:

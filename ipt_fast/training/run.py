@@ -47,6 +47,8 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
     """Rate of the update that follows ``iteration`` finished ones: linear warm-up, then the schedule."""
     if iteration < config.warmup:
         return config.lr * (iteration + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
     if config.schedule == "step":
         return config.lr if 3 * iteration < 2 * config.total_iterations else config.lr_min
     progress = (iteration - config.warmup) / max(1, config.total_iterations - config.warmup)
@@ -185,23 +187,23 @@ class Run:
         self.sums.zero_()
         self.count = 0
         images, seconds, waited = self._take_pace()
-        psnr = None
+        measured = {"psnr": "", "val_loss": ""}
         if validate and self.objective.validation:
             average = self._whole_average()
             if average is not None:
-                psnr = self.objective.validation.psnr(average, self.device)
+                measured |= self.objective.validation.measured(average, self.device)
         self.objective.images.warn_of_skipped()
         row = {
             "iteration": str(self.iteration),
             "loss": f"{loss:.6f}",
             "lr": f"{self.optimizer.param_groups[0]['lr']:.3e}",
             "seconds": f"{time.perf_counter() - self.started:.1f}",
-            "psnr": "" if psnr is None else f"{psnr:.3f}",
             "grad_norm": f"{norm:.4g}",
             "images_per_second": f"{images / seconds:.4g}",
             "data_wait": f"{waited / seconds:.4f}",
             "peak_memory_mb": f"{peak_memory(self.device):.0f}",
             "skipped": str(self.objective.images.warn_of_skipped()) if self.world.rank == 0 else "",
+            **measured,
         }
         if self.world.rank == 0:
             self.log_file.write(row)

@@ -60,6 +60,10 @@ class Validation:
         """(input, target) of all examples."""
         return [(degraded, clean) for _, degraded, clean in self.examples]
 
+    def measured(self, model: nn.Module, device: torch.device) -> dict[str, str]:
+        """A column of the log with its value."""
+        return {"psnr": f"{self.psnr(model, device):.3f}"}
+
     @torch.inference_mode()
     def psnr(self, model: nn.Module, device: torch.device) -> float:
         """Mean PSNR in dB over images and tasks, outputs clipped to [0, 1], all channels together."""

@@ -34,10 +34,12 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
+        at_sigterm = signal.getsignal(signal.SIGTERM)  # Ray leaves a handler of its own
         environment = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
         yield ray
         ray.shutdown()
+        signal.signal(signal.SIGTERM, at_sigterm)
 
 
 @pytest.fixture(scope="module")

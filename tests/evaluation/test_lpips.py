@@ -84,8 +84,9 @@ def alexnet(*_, **__):
 
 
 def test_equals_the_package_of_its_authors(state, monkeypatch):
-    if not importlib.util.find_spec("lpips"):
-        pytest.skip("the package lpips is not installed")
+    for package in ("lpips", "scipy", "tqdm"):  # which it needs
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"the package {package} is not installed")
     # It takes torchvision for AlexNet alone, and not all versions of that go with this one of torch.
     torchvision = types.ModuleType("torchvision")
     torchvision.models = types.SimpleNamespace(alexnet=alexnet)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.export import export
 
 import ipt_fast
+from ipt_fast.models import open_model
 from ipt_fast.models.ipt_v2 import FEED_FORWARDS, ORDERS, FeedForwardLayer
-from ipt_fast.modules.attention import ParallelAttention
+from ipt_fast.modules.attention import FocalContextSelfAttention, ParallelAttention
 from ipt_fast.modules.baseline_feed_forward import FeedForward, GatedFeedForward
 from tests.models.micro import micro_model
 from tests.models.test_paper_figures import MAPS, macs, on_meta, parameters
@@ -235,3 +236,22 @@ def test_config_files_from_before_these_fields(tmp_path):
 def test_shipped_weights_are_of_the_paper_s_model(change):
     with pytest.raises(ValueError, match="as in the weights that ship for ipt_v2_tiny; got"):
         ipt_fast.create_model("ipt_v2_tiny", pretrained=True, **change)
+
+
+@pytest.mark.parametrize("order", ["focal_grid", "parallel"])
+def test_the_released_reading_of_fcsa(order, tmp_path):
+    model = micro_model(attention="released", order=order)
+    x = torch.rand(1, 3, 19, 24)
+    focal = [m for m in model.modules() if isinstance(m, FocalContextSelfAttention)]
+    assert len(focal) > 1 and {m.attention for m in focal} == {"released"}
+    with torch.no_grad():
+        expected = model(x)
+        assert not torch.allclose(expected, micro_model(order=order)(x))
+        torch.testing.assert_close(model.to_reference()(x), expected, rtol=1e-4, atol=1e-5)
+        model.save_pretrained(tmp_path / "model")
+        assert torch.equal(open_model(tmp_path / "model")(x), expected)
+        torch.testing.assert_close(ipt_fast.freeze(model)(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="attention must be one of paper, released; got 'swin'"):
+        micro_model(attention="swin")
+    with pytest.raises(ValueError, match="window_size must be even where attention is released; got 5"):
+        micro_model(attention="released", window_size=5)

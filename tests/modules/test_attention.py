@@ -8,17 +8,19 @@ import torch.nn.functional as F
 
 import ipt_fast
 from ipt_fast.modules import FocalContextSelfAttention, GlobalGridSelfAttention, LayerNorm2d
+from ipt_fast.modules._layer import Modulation, by_modules, reason_against_fusing, residual
+from ipt_fast.modules.normalization import ModulatedLayerNorm2d
 from tests.oracles import naive
 
 SIZES = [(1, 1), (1, 7), (7, 1), (5, 11), (8, 8)]
 
 
-def focal(channels=6, heads=2, window=4):
-    return FocalContextSelfAttention(channels, heads, window)
+def focal(channels=6, heads=2, window=4, **options):
+    return FocalContextSelfAttention(channels, heads, window, **options)
 
 
-def grid(channels=6, heads=2, size=3):
-    return GlobalGridSelfAttention(channels, heads, size)
+def grid(channels=6, heads=2, size=3, **options):
+    return GlobalGridSelfAttention(channels, heads, size, **options)
 
 
 def randomize(module):
@@ -42,6 +44,82 @@ def test_parameters_of_focal_attention():
     shapes = {name: tuple(value.shape) for name, value in focal(8, 4, 5).state_dict().items()}
     maps = {name: (4, 5, 5) for name in ("token_weight", "top_weight", "bottom_weight")}
     assert shapes == {f"{name}.weight": shape for name, shape in expected.items()} | maps | {"temperature": (4,)}
+
+
+def test_the_released_reading_starts_as_the_papers_does():
+    """One temperature and token weight for each branch, and shares of a half; the border has the first branch alone."""
+    module = focal(attention="released")
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    assert shapes["temperature"] == (2, 2) and shapes["token_weight"] == (2, 2, 4, 4)
+    assert shapes["top_weight"] == shapes["bottom_weight"] == (2, 4, 4)
+    assert all(torch.equal(p, torch.ones_like(p)) for name, p in module.named_parameters() if "." not in name)
+    papers = focal()
+    for name in ("qkv", "depthwise", "project"):
+        getattr(papers, name).load_state_dict(getattr(module, name).state_dict())
+    x = torch.randn(1, 6, 16, 16)
+    out, expected = module(x), papers(x)
+    torch.testing.assert_close(out[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], rtol=1e-4, atol=1e-5)
+    assert (out - expected).abs().amax((0, 1))[:2].min() > 1e-4
+
+
+def released(module, qkv):
+    """(m1 F1 + m2 F2) / (m1 + m2) window by window; m2 = 0 where no window of the second branch lies."""
+    p, heads = module.window_size, module.num_heads
+    batch, channels, height, width = qkv.shape
+    qkv = F.pad(qkv, (0, -width % p, 0, -height % p))
+    rows, columns = qkv.shape[2:]
+    sums, weights = qkv.new_zeros(2, batch, heads, channels // 3 // heads, rows, columns)
+    for branch, (start, m) in enumerate(((0, module.top_weight), (p // 2, module.bottom_weight))):
+        for top in range(start, rows - p + 1, p):
+            for left in range(start, columns - p + 1, p):
+                where = (..., slice(top, top + p), slice(left, left + p))
+                q, k, v = qkv[where].reshape(batch, 3, heads, -1, p * p).unbind(1)
+                q, k = (F.normalize(t * module.token_weight[branch].reshape(heads, 1, -1), dim=-1) for t in (q, k))
+                scores = q @ k.transpose(-1, -2) * module.temperature[branch][:, None, None]
+                sums[where] += (scores.softmax(-1) @ v).unflatten(-1, (p, p)) * m[:, None]
+                weights[where] += m[:, None]
+    return (sums / weights).flatten(1, 2)[..., :height, :width]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [*SIZES, (4, 12), (6, 6), (13, 9)])
+def test_released_focal_attention_is_its_composition(size, bias):
+    module = focal(bias=bias, attention="released").double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.4 * torch.rand_like(parameter))
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    with torch.no_grad():
+        qkv = F.conv2d(x, module.qkv.weight, module.qkv.bias)
+        qkv = F.conv2d(qkv, module.depthwise.weight, module.depthwise.bias, padding=1, groups=18)
+        expected = F.conv2d(released(module, qkv), module.project.weight, module.project.bias)
+        torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm2d(6), ModulatedLayerNorm2d()])
+@pytest.mark.parametrize("build", [focal, lambda **options: focal(attention="released", **options), grid])
+def test_layers_with_biases(build, norm):
+    """As one operator and module by module: output and gradients."""
+    branch, x = randomize(build(bias=True)), torch.randn(2, 6, 9, 8)
+    modulation = None if isinstance(norm, LayerNorm2d) else Modulation(*torch.randn(3, 2, 6))
+    assert set(dict(branch.named_parameters())) >= {"qkv.bias", "project.bias"}
+    assert reason_against_fusing(norm, branch) is None
+    inputs = [x.requires_grad_(), *branch.parameters()]
+    grad = torch.randn(2, 6, 9, 8)
+    out, expected = residual(x, norm, branch, modulation), by_modules(x, norm, branch, modulation)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    found, wanted = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    for value, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-3, atol=1e-3 * right.abs().max().item() + 1e-5)
+
+
+def test_a_modulated_norm():
+    """Layer norm without affine part, then scale and shift of each image."""
+    x, weight, bias = torch.randn(2, 6, 3, 4), torch.randn(2, 6), torch.randn(2, 6)
+    normed = F.layer_norm(x.movedim(1, -1), (6,), eps=1e-6).movedim(-1, 1)
+    expected = normed * weight[..., None, None] + bias[..., None, None]
+    torch.testing.assert_close(ModulatedLayerNorm2d()(x, weight, bias), expected)
+    assert not ModulatedLayerNorm2d().state_dict()
 
 
 def test_bias_table_starts_as_a_truncated_normal():
@@ -127,6 +205,10 @@ def test_pickled_modules(index, tmp_path):
         (lambda: grid(channels="6"), "channels"),
         (lambda: grid(size=0), "grid_size"),
         (lambda: grid(size=None), "grid_size"),
+        (lambda: focal(attention="swin"), "attention"),
+        (lambda: focal(window=5, attention="released"), "window_size"),
+        (lambda: focal(bias=1), "bias"),
+        (lambda: grid(bias=None), "bias"),
         (lambda: LayerNorm2d(0), "channels"),
         (lambda: LayerNorm2d(-1), "channels"),
         (lambda: LayerNorm2d(4.0), "channels"),

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from ipt_fast import ops
 from ipt_fast.modules import RepLeFFN
+from ipt_fast.modules._layer import Modulation, residual
+from ipt_fast.modules.normalization import ModulatedLayerNorm2d
 from tests.oracles import naive
 
 SHAPES = [(2, 6, 7, 9), (1, 6, 1, 1), (1, 6, 2, 3), (1, 6, 1, 40)]
@@ -24,13 +26,15 @@ def rep_leffn(channels=6, **options):
 
 def branches(module, x):
     """Spec 1.4, training form: every branch as a convolution of its own."""
-    w = {name: parameter for name, parameter in module.named_parameters()}
-    hidden = F.gelu(F.conv2d(F.conv2d(x, w["expand.first.weight"]), w["expand.second.weight"]))
+    w = dict(module.named_parameters())
+
+    def conv(x, name, **options):
+        return F.conv2d(x, w[f"{name}.weight"], w.get(f"{name}.bias"), **options)
+
+    hidden = F.gelu(conv(conv(x, "expand.first"), "expand.second"))
     groups = hidden.shape[1]
-    hidden = hidden + sum(
-        F.conv2d(hidden, w[f"depthwise.k{k}.weight"], padding=k // 2, groups=groups) for k in (5, 3, 1)
-    )
-    return F.conv2d(F.conv2d(hidden, w["project.first.weight"]), w["project.second.weight"])
+    hidden = hidden + sum(conv(hidden, f"depthwise.k{k}", padding=k // 2, groups=groups) for k in (5, 3, 1))
+    return conv(conv(hidden, "project.first"), "project.second")
 
 
 @pytest.fixture
@@ -39,9 +43,9 @@ def fused_calls(monkeypatch):
     calls = []
     real = ops.leffn
 
-    def spy(x, *weights):
+    def spy(x, **weights):
         calls.append(x.shape[0] * x.shape[2] * x.shape[3])
-        return real(x, *weights)
+        return real(x, **weights)
 
     monkeypatch.setattr(ops, "leffn", spy)
     return calls
@@ -66,10 +70,11 @@ def test_names_and_shapes():
     }
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_training_form_equals_its_branches(shape):
+def test_training_form_equals_its_branches(shape, bias):
     """Output and the gradient of the image and of every branch, on both sides of the threshold."""
-    module, x = rep_leffn().double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    module, x = rep_leffn(bias=bias).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(shape, dtype=torch.float64)
     inputs = [x, *module.parameters()]
     out, expected = module(x), branches(module, x)
@@ -124,6 +129,52 @@ def test_reparameterize_keeps_the_function(shape):
     module.reparameterize()
     assert set(module.state_dict()) == {"expand.weight", "depthwise.weight", "project.weight"}
     assert (module(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_are_merged_in_fp64_and_rounded_once(dtype):
+    module = rep_leffn(bias=True).to(dtype)
+    wide = {name: value.double() for name, value in module.state_dict().items()}
+    merged = RepLeFFN(6, bias=True, merged=True).to(dtype)
+    merged.load_state_dict(module.state_dict())
+    module.reparameterize()
+    expected = {"depthwise": sum(wide[f"depthwise.k{k}.bias"] for k in (5, 3, 1))}
+    for name in ("expand", "project"):
+        through = wide[f"{name}.second.weight"].flatten(1) @ wide[f"{name}.first.bias"]
+        expected[name] = through + wide[f"{name}.second.bias"]
+    for name, value in expected.items():
+        assert torch.equal(getattr(module, name).bias, value.to(dtype))
+        assert torch.equal(getattr(merged, name).bias, value.to(dtype))
+        assert getattr(module, name).bias.requires_grad
+    if dtype == torch.float32:
+        x = torch.randn(1, 6, 9, 9)
+        torch.testing.assert_close(merged(x), module(x))
+    with pytest.raises(RuntimeError, match="expand.bias"):
+        RepLeFFN(6, merged=True).load_state_dict(rep_leffn(bias=True).state_dict())
+
+
+@pytest.mark.parametrize("branch", ["expand.first", "expand.second", "depthwise.k3", "project.first"])
+def test_a_bias_of_one_branch_is_merged(branch):
+    module, x = rep_leffn(), torch.randn(1, 6, 9, 9)
+    module.get_submodule(branch).bias = torch.nn.Parameter(torch.randn(module.get_submodule(branch).out_channels))
+    expected = branches(module, x)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    module.reparameterize()
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert [name for name in module.state_dict() if name.endswith("bias")] == [f"{branch.split('.')[0]}.bias"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_with_biases(shape):
+    """Modulated: as one operator, by branches and merged."""
+    module, x = rep_leffn(bias=True), torch.randn(shape)
+    modulation = Modulation(*torch.randn(3, shape[0], 6))
+    norm = ModulatedLayerNorm2d()
+    normed = norm(x, modulation.weight, modulation.bias)
+    expected = x + modulation.gate[..., None, None] * branches(module, normed)
+    torch.testing.assert_close(residual(x, norm, module, modulation), expected, rtol=1e-4, atol=1e-5)
+    module.reparameterize()
+    torch.testing.assert_close(residual(x, norm, module, modulation), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_reparameterize_is_idempotent():
@@ -243,6 +294,7 @@ def test_empty_batch():
         ({"channels": 6.0}, "channels"),
         ({"ratio": 0}, "ratio"),
         ({"inner_ratio": -1}, "inner_ratio"),
+        ({"bias": 1}, "bias"),
         ({"kernel_size": 3}, "kernel_size"),
         ({"kernel_size": 4, "merged": True}, "kernel_size"),
         ({"kernel_size": -1, "merged": True}, "kernel_size"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -183,8 +184,12 @@ def signal_workers(monkeypatch):
 
         monkeypatch.setattr(loop.Run, "step", disturbed)
 
+    gc.collect()  # a failed run's workers end with its error's traceback, which may lie in a cycle
     before = signal.getsignal(signal.SIGTERM)
     yield arrange
+    gc.collect()
+    for worker in multiprocessing.active_children():  # told to end, it may need a moment on a busy machine
+        worker.join(20)
     assert signal.getsignal(signal.SIGTERM) is before and not multiprocessing.active_children()
 
 

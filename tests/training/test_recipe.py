@@ -15,13 +15,18 @@ from ipt_fast.cli import main
 from ipt_fast.models import saved_folder
 from ipt_fast.training.checkpoint import load_checkpoint
 from ipt_fast.training.config import TrainingConfig
-from ipt_fast.training.loop import train
+from ipt_fast.training.loop import learning_rate, train
 from ipt_fast.training.recipe import KEYS, read_recipe, recipe_of, shipped_recipes
 from tests.training.conftest import MICRO
 
 RECIPES = shipped_recipes()
 TINY = [name for name in RECIPES if name.startswith("ipt_v2_tiny")]  # those of the models that ship
-PAPERS = [name for name in RECIPES if name not in TINY]
+MICRO_GENERATORS = {
+    "dit_s_2": {"width": 8, "layers": 1, "heads": 1},
+    "latent_ipt_v2_s": {"width": 4, "depths": [1, 1, 1], "heads": [1, 1, 1], "window_size": 4, "grid_size": 4},
+}
+GENERATORS = [name for name in RECIPES if name in MICRO_GENERATORS]
+PAPERS = [name for name in RECIPES if name not in TINY + GENERATORS]
 TASKS = {
     *("gaussian_color_denoising", "gaussian_gray_denoising", "real_denoising", "deraining", "motion_deblurring"),
     *("defocus_deblurring_single", "defocus_deblurring_dual_pixel", "super_resolution_x4", "jpeg_artifact_removal"),
@@ -74,6 +79,17 @@ def test_the_recipe_of_the_paper(name, monkeypatch):
     assert all(str(path).startswith("/photos/") for folders, _, _ in config.sources for path in folders)
 
 
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_recipe_of_a_generator(name, monkeypatch):
+    """IPT-V2, section 4.4: AdamW, 1e-4 throughout, batches of 256, mirrored images; averages and clipping are DiT's."""
+    monkeypatch.setenv("IPT_FAST_DATA", "/latents")
+    config = TrainingConfig(**read_recipe(name))
+    assert (config.model, config.model_config, config.task, config.flip) == (name, {}, "generate", True)
+    assert {learning_rate(config, iteration) for iteration in (0, 1, 400_000, 799_999)} == {1e-4}
+    assert (config.total_iterations, config.batch_size, config.ema) == (800_000, (256,), 0.9999)
+    assert (config.betas, config.weight_decay, config.grad_clip) == ((0.9, 0.999), 0, 0)
+
+
 def test_what_the_recipes_train(monkeypatch):
     monkeypatch.setenv("IPT_FAST_DATA", "/photos")
     settings = {name: TrainingConfig(**read_recipe(name)) for name in RECIPES}
@@ -98,6 +114,9 @@ def test_every_recipe_trains(name, photos, tmp_path):
     shape = settings.get("model_config", {})
     small = {"iterations": (1, 1), "patch_size": (8, 8), "batch_size": (2, 1), "workers": 0, "save_every": 2}
     shape = {**MICRO, "width": 4, **shape}
+    if name in GENERATORS:
+        del small["patch_size"]
+        shape = {**MICRO_GENERATORS[name], "in_channels": 3, "sample_size": 16}
     started = "ipt_v2_tiny" if name in TINY else settings["model"]  # those that ship start from one another
     made = {"out": tmp_path / "run", "model": started, "model_config": shape, "device": "cpu"}
     config = TrainingConfig(**{**settings, **small, **made})
@@ -195,7 +214,7 @@ def test_the_recipe_of_the_page_on_training(write, monkeypatch):
         ("train: 3", "train must be a mapping; got 3"),
         ("- a", "the file must be a mapping"),
         ("train: {", "while parsing"),
-        ("network_g: {type: resnet}", "network_g.type must be one of ipt, .*; got 'resnet'"),
+        ("network_g: {type: resnet}", "network_g.type must be one of .*ipt, .*; got 'resnet'"),
         (
             "train: {pixel_opt: {type: MSELoss}}",
             "train.pixel_opt.type must be one of L1Loss, CharbonnierLoss; got 'MSELoss'",

@@ -1,0 +1,1 @@
+"""What lets other libraries use the models; nothing here imports them."""
