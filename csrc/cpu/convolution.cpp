@@ -221,7 +221,7 @@ ParameterGradients pointwise_gradients(const at::Tensor& grad, const at::Tensor&
         grad_gate = of_parts.sum(1, false, at::kDouble).to(at::kFloat).view(gate_->sizes());
     }
     return {sums.narrow(1, 0, p.channels).contiguous().view({p.columns, p.channels, 1, 1}),
-            bias.has_value() ? sums.select(1, width).contiguous() : empty_gradient(), grad_gate};
+            bias.has_value() ? sums.select(1, width).clone() : empty_gradient(), grad_gate};
 }
 
 at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
@@ -254,7 +254,7 @@ ParameterGradients depthwise_gradients(const at::Tensor& grad, const at::Tensor&
     });
     const at::Tensor gradients = sums.sum(0).narrow(1, 0, p.channels).to(at::kFloat);
     return {gradients.narrow(0, 0, taps).t().contiguous().view({p.channels, 1, kernel, kernel}),
-            bias.has_value() ? gradients[taps] : empty_gradient(), empty_gradient()};
+            bias.has_value() ? gradients[taps].clone() : empty_gradient(), empty_gradient()};
 }
 
 }  // namespace ipt_fast::cpu

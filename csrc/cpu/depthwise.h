@@ -83,6 +83,16 @@ inline void depthwise_row_any(int64_t kernel, InputRows in, int64_t count, Taps 
     }
 }
 
+// The same for a kernel whose size is `fixed`, or 0: any.
+template <int fixed, typename Body>
+inline void convolve_row(InputRows in, int64_t count, int64_t kernel, Taps taps, const Body& body) {
+    if constexpr (fixed != 0) {
+        depthwise_row<fixed>(in, count, taps, body);
+    } else {
+        depthwise_row_any(kernel, in, count, taps, body);
+    }
+}
+
 // sums[i % chains][x] += grad[i] row[i + x] for every pixel i and tap x: more chains of FMAs wait less for each other.
 template <int kernel, int pixels, int chains>
 inline __attribute__((always_inline)) void add_tap_sums(const float* row, const float* grad, Vec (*sums)[kernel]) {
@@ -99,6 +109,41 @@ inline __attribute__((always_inline)) void add_tap_sums(const float* row, const 
             if (i - x >= 0 && i - x < pixels) {
                 sums[(i - x) % chains][x] = fma(value, g[i - x], sums[(i - x) % chains][x]);
             }
+        }
+    }
+}
+
+// sums[tap] += the sum of grad[pixel] * input[pixel + tap] over a row of grad. input[y] begins kernel / 2 pixels
+// before it. `fixed` is the kernel's size, or 0: any.
+template <int fixed>
+inline void add_tap_gradients(const float* grad, const float* const* input, int64_t count, int64_t kernel,
+                              float* sums) {
+    if constexpr (fixed != 0) {
+        constexpr int kPixels = kRegisters >= 32 ? 8 : 4;
+        for (int y = 0; y < fixed; ++y) {
+            Vec parts[2][fixed]{};  // of even and of odd pixels: two chains of FMAs for each tap
+            const float *g = grad, *in = input[y];
+            int64_t left = count;
+            for (; left >= kPixels; left -= kPixels, g += kPixels * kLanes, in += kPixels * kLanes) {
+                add_tap_sums<fixed, kPixels, 2>(in, g, parts);
+            }
+            for (; left > 0; --left, g += kLanes, in += kLanes) {
+                add_tap_sums<fixed, 1, 2>(in, g, parts);
+            }
+#pragma GCC unroll 5
+            for (int x = 0; x < fixed; ++x) {
+                float* target = sums + (y * fixed + x) * kLanes;
+                store(target, load(target) + parts[0][x] + parts[1][x]);
+            }
+        }
+    } else {
+        for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+            const float* in = input[tap / kernel] + tap % kernel * kLanes;
+            Vec sum = load(sums + tap * kLanes);
+            for (int64_t i = 0; i < count; ++i) {
+                sum = fma(load(grad + i * kLanes), load(in + i * kLanes), sum);
+            }
+            store(sums + tap * kLanes, sum);
         }
     }
 }

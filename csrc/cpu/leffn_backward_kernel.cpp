@@ -3,6 +3,9 @@
 // With h = expand x, a = gelu(h), b = depthwise a, y = project b and the gradient g of y:
 //   gb = project^T g, ga = depthwise^T gb, gh = ga * gelu'(h), grad_x = expand^T gh,
 //   grad_project = g b^T, grad_depthwise[t] = sum of gb[p] * a[p + t], grad_expand = gh x^T.
+// A bias of expand is added to h, and its gradient is the sum of gh. With a gate, y is multiplied by it: gb takes
+// gate * g, and T = g b^T, the product that is there anyway, gives grad_project = gate * T and, as the sum of g * y,
+// grad_gate = the sum over each row of project * T. What other biases add to it follows from the sums of g (leffn.cpp).
 // Nothing of the hidden width is kept: a tile of x and g with the convolution's halo is staged as fp32 rows, then a
 // chunk of hidden channels at a time sweeps down the tile. a, gelu'(h) and gb of the rows in reach of the convolution
 // lie in rings of rows, zero outside the image, and everything else of a few rows follows from them in the second
@@ -24,61 +27,6 @@ namespace {
 template <int fixed>
 inline int64_t size_of(const LeffnBackwardParams& p) {
     return fixed ? fixed : p.kernel;
-}
-
-// body(pixel, sum) for a row of the depthwise convolution, kLanes channels next to each other.
-template <int fixed, typename Body>
-inline void convolve_row(InputRows in, int64_t count, int64_t kernel, Taps taps, const Body& body) {
-    if constexpr (fixed != 0) {
-        depthwise_row<fixed>(in, count, taps, body);
-    } else {
-        depthwise_row_any(kernel, in, count, taps, body);
-    }
-}
-
-// sums[tap] += the sum of grad[pixel] * input[pixel + tap] over a row of grad. input[y] begins kernel / 2 pixels
-// before it.
-template <int fixed>
-inline void add_tap_gradients(const float* grad, const float* const* input, int64_t count, int64_t kernel,
-                              float* sums) {
-    if constexpr (fixed != 0) {
-        constexpr int kPixels = kRegisters >= 32 ? 8 : 4;
-        for (int y = 0; y < fixed; ++y) {
-            Vec parts[2][fixed]{};  // of even and of odd pixels: two chains of FMAs for each tap
-            const float *g = grad, *in = input[y];
-            int64_t left = count;
-            for (; left >= kPixels; left -= kPixels, g += kPixels * kLanes, in += kPixels * kLanes) {
-                add_tap_sums<fixed, kPixels, 2>(in, g, parts);
-            }
-            for (; left > 0; --left, g += kLanes, in += kLanes) {
-                add_tap_sums<fixed, 1, 2>(in, g, parts);
-            }
-#pragma GCC unroll 5
-            for (int x = 0; x < fixed; ++x) {
-                float* target = sums + (y * fixed + x) * kLanes;
-                store(target, load(target) + parts[0][x] + parts[1][x]);
-            }
-        }
-    } else {
-        for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
-            const float* in = input[tap / kernel] + tap % kernel * kLanes;
-            Vec sum = load(sums + tap * kLanes);
-            for (int64_t i = 0; i < count; ++i) {
-                sum = fma(load(grad + i * kLanes), load(in + i * kLanes), sum);
-            }
-            store(sums + tap * kLanes, sum);
-        }
-    }
-}
-
-// total += sums, whole vectors.
-inline void add_to(Matrix<float> total, Matrix<const float> sums) {
-    for (int64_t i = 0; i < sums.rows; ++i) {
-        for (int64_t j = 0; j < sums.columns; j += kLanes) {
-            float* target = total.row(i) + j;
-            store(target, load(target) + load(sums.row(i) + j));
-        }
-    }
 }
 
 // begin <= i < end.
@@ -122,14 +70,17 @@ class Sweep {
           taps(scratch + layout.taps),
           rows_room(scratch + layout.rows),
           run_room(scratch + layout.run),
+          gated(scratch + layout.gated),
+          gate_sums(scratch + layout.gate_sums),
           around_activation(reinterpret_cast<const float**>(scratch + layout.around)),
           around_upstream(around_activation + p.kernel) {}
 
     void run() {
         const Range tiles(p.shares, share), chunks(p.groups, group);
-        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        for (tile = tiles.begin; tile < tiles.end; ++tile) {
             const int64_t per_image = p.tile_rows.count * p.tile_columns.count;
             image = tile / per_image;
+            gate = p.gate == nullptr ? nullptr : p.gate + image * p.gate_stride;
             rows = Range(p.tile_rows, tile % per_image / p.tile_columns.count);
             columns = Range(p.tile_columns, tile % p.tile_columns.count);
             near_rows = rows.wider(reach, p.height);
@@ -139,6 +90,9 @@ class Sweep {
                 sweep(Range(p.chunks, chunk), chunk > chunks.begin);
             }
             store_grad_x();
+            if (gate != nullptr) {
+                store_grad_gate();
+            }
         }
     }
 
@@ -174,6 +128,47 @@ class Sweep {
             const Matrix all = staged_x(0).slice(0, near_rows.size() * near_columns.size());
             normalize_rows(all, p.norm.of_image(image), all);
         }
+        if (p.grad_sums != nullptr && group == 0) {
+            sum_grad(p.grad_sums + tile * out);
+        }
+        if (gate != nullptr) {
+            memset(gate_sums, 0, out * kLanes * sizeof(float));
+        }
+    }
+
+    void sum_grad(float* sum) const {
+        for (int64_t c = 0; c < out; c += kLanes) {
+            Vec total{};
+            for (int64_t row = rows.begin; row < rows.end; ++row) {
+                total += sum_rows({staged_grad(staged(row, columns.begin)).data + c, out}, columns.size());
+            }
+            store(sum + c, total);
+        }
+    }
+
+    void store_grad_gate() const {
+        float* const target = p.grad_gate + (group * p.tiles() + tile) * out;
+        for (int64_t c = 0; c < out; c += kLanes) {
+            Vec sums_of_rows[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) {
+                sums_of_rows[i] = load(gate_sums + (c + i) * kLanes);
+            }
+            store(target + c, sum_each(sums_of_rows));
+        }
+    }
+
+    // `count` staged pixels of the gradient, times the gate.
+    Matrix<const float> gated_grad(int64_t first, int64_t count) const {
+        const Matrix of_row = staged_grad(first).slice(0, count);
+        if (gate == nullptr) {
+            return of_row;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t c = 0; c < out; c += kLanes) {
+                store(gated + i * out + c, load(of_row.row(i) + c) * load(gate + c));
+            }
+        }
+        return {gated, count, p.out_channels, out};
     }
 
     void store_grad_x() {
@@ -232,15 +227,17 @@ class Sweep {
             const int64_t target = in_ring(row, m) + before * kLanes, step = width;
             const float* h = row_hidden + m;
             float *a = activation + target, *s = slope + target;
-            for (int64_t i = 0; i < count; ++i, h += step, a += kLanes, s += kLanes) {
-                Vec value, slope_value;
-                gelu_with_slope(load(h), value, slope_value);
-                store(a, value);
-                store(s, slope_value);
-            }
+            with_bias(p.expand_bias, first_channel + m, [&](const auto& add) __attribute__((always_inline)) {
+                for (int64_t i = 0; i < count; ++i, h += step, a += kLanes, s += kLanes) {
+                    Vec value, slope_value;
+                    gelu_with_slope(add(load(h)), value, slope_value);
+                    store(a, value);
+                    store(s, slope_value);
+                }
+            });
         }
-        unit.multiply(unit.rows(staged_grad(first).slice(0, count), rows_room), p.packed_project + first_channel * out,
-                      of_row, Accumulate::no);
+        unit.multiply(unit.rows(gated_grad(first, count), rows_room), p.packed_project + first_channel * out, of_row,
+                      Accumulate::no);
         for (int64_t m = 0; m < width; m += kLanes) {
             const int64_t step = width;
             const float* source = row_hidden + m;
@@ -303,7 +300,11 @@ class Sweep {
             unit.product(unit.left_transposed(g, rows_room), unit.right(b.slice(i, run), run_room), of_project, add(i));
         }
         float* const project_sums = p.grad_project + share * p.out_channels * hidden + first_channel;
-        add_to({project_sums, p.out_channels, width, hidden}, of_project);
+        if (gate == nullptr) {
+            add_to({project_sums, p.out_channels, width, hidden}, of_project);
+        } else {
+            add_gated({project_sums, p.out_channels, width, hidden}, of_project);
+        }
         for (int64_t i = 0; i < pixels; i += run) {
             const Matrix input = staged_x(first_staged(i)).slice(0, run);
             unit.product(unit.left_transposed(gh.slice(i, run), run_room), unit.right(input, rows_room), of_expand,
@@ -311,12 +312,34 @@ class Sweep {
         }
         float* const expand_sums = p.grad_expand + (share * hidden + first_channel) * channels;
         add_to({expand_sums, width, channels, channels}, {sums, width, channels, channels});
+        if (p.grad_expand_bias != nullptr) {
+            float* const bias_sums = p.grad_expand_bias + share * hidden + first_channel;
+            for (int64_t m = 0; m < width; m += kLanes) {
+                store(bias_sums + m, load(bias_sums + m) + sum_rows({grad_hidden + m, pitch}, pixels));
+            }
+        }
         // Each chunk's part is summed on its own: one long sum over all hidden channels would round more.
         float* const first_grad_x = grad_x + (band.begin - rows.begin) * columns.size() * channels;
         const Matrix target{accumulate ? part : first_grad_x, pixels, p.channels, channels};
         unit.multiply(unit.rows(gh, run_room), p.packed_transposed + first_channel * channels, target, Accumulate::no);
         if (accumulate) {
             add_to({first_grad_x, pixels, channels, channels}, {part, pixels, channels, channels});
+        }
+    }
+
+    // total += gate * products, and their share of the gradient of the gate.
+    void add_gated(Matrix<float> total, Matrix<const float> products) const {
+        for (int64_t i = 0; i < products.rows; ++i) {
+            const float* const weight = p.project + i * hidden + first_channel;
+            const Vec factor = broadcast(gate[i]);
+            Vec sum = load(gate_sums + i * kLanes);
+            for (int64_t j = 0; j < products.columns; j += kLanes) {
+                const Vec value = load(products.row(i) + j);
+                sum = fma(value, load(weight + j), sum);
+                float* target = total.row(i) + j;
+                store(target, fma(factor, value, load(target)));
+            }
+            store(gate_sums + i * kLanes, sum);
         }
     }
 
@@ -331,8 +354,10 @@ class Sweep {
     float *const convolved, *const grad_hidden;              // of a band: b, gh
     float *const sums, *const part, *const taps;
     float *const rows_room, *const run_room;  // what operands of products are made in
+    float *const gated, *const gate_sums;
     const float **const around_activation, **const around_upstream;
-    int64_t image = 0;
+    int64_t tile = 0, image = 0;
+    const float* gate = nullptr;                                           // of the image
     Range rows{0, 0}, columns{0, 0}, near_rows{0, 0}, near_columns{0, 0};  // of the tile, and with its halo
     int64_t ring_begin = 0;                                                // an image row in the rings' first row
     int64_t first_channel = 0, width = 0;                                  // of the chunk

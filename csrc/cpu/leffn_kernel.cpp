@@ -148,9 +148,13 @@ struct Share {
                               {tile, count, size, kHiddenBlock}, Accumulate::no);
                 for (int64_t c = 0; c < size; c += kLanes) {
                     float* out = row + c / kChannelPad * kChannelPad * p.slots() * width + i * kChannelPad;
-                    for (int64_t j = 0; j < count; ++j) {
-                        store(out + j * kChannelPad + c % kChannelPad, gelu(load(tile + j * kHiddenBlock + c)));
-                    }
+                    with_bias(p.expand_bias, block * kHiddenBlock + c,
+                              [&](const auto& add) __attribute__((always_inline)) {
+                                  for (int64_t j = 0; j < count; ++j) {
+                                      const Vec value = add(load(tile + j * kHiddenBlock + c));
+                                      store(out + j * kChannelPad + c % kChannelPad, gelu(value));
+                                  }
+                              });
                 }
             }
         }
@@ -197,13 +201,15 @@ struct Share {
 
     void store_output(int64_t first, int64_t last) {
         const int64_t out = padded(p.out_channels);
+        const Epilogue epilogue = p.epilogue.of_image(image);
         for (int64_t column = 0; column < right - left; column += kChunkPixels) {
             const int64_t count = chunk(column);
             for (int64_t y = first; y < last; ++y) {
                 const int64_t offset = pixel(y, column) * p.out_channels;
                 const float* const first_sum = sums + (column * (last - first) + (y - first) * count) * out;
                 store_rows({first_sum, count, p.out_channels, out},
-                           p.residual ? static_cast<const T*>(p.x) + offset : nullptr, static_cast<T*>(p.out) + offset);
+                           p.residual ? static_cast<const T*>(p.x) + offset : nullptr, static_cast<T*>(p.out) + offset,
+                           epilogue);
             }
         }
     }

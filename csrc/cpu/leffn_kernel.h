@@ -8,17 +8,20 @@ namespace ipt_fast::cpu {
 // Hidden channels are computed in blocks of this many.
 constexpr int64_t kHiddenBlock = 64;
 
-// out = (x if residual) + project(depthwise(GELU(expand(norm(x))))) of dense channels-last maps. An image is cut into
-// bands of rows and strips of columns; a thread goes down one strip of a band in steps of `rows_per_step` rows.
+// out = (x if residual) + epilogue(project(depthwise(GELU(expand(norm(x)))))) of dense channels-last maps. An image is
+// cut into bands of rows and strips of columns; a thread goes down one strip of a band in steps of `rows_per_step`
+// rows.
 struct LeffnParams {
     DType dtype;  // of x, out and the pointwise weights
     const void* x;
     void* out;
     int64_t height, width, channels, hidden, out_channels, kernel;
     Norm norm;
+    Epilogue epilogue;  // its bias holds that of the depthwise convolution, projected
     bool residual;
     Weight expand, project;
-    const float* depthwise;  // [padded hidden / kChannelPad][kernel * kernel][kChannelPad]
+    const float* expand_bias;  // padded hidden; nullptr: there is none
+    const float* depthwise;    // [padded hidden / kChannelPad][kernel * kernel][kChannelPad]
     Brgemm brgemm;
     int64_t bands, strips, rows_per_step;
     void *packed_expand, *packed_project;  // packed_floats() each
@@ -72,6 +75,9 @@ struct LeffnBackwardParams {
     void* grad_x;
     int64_t batch, height, width, channels, hidden, out_channels, kernel;
     Norm norm;                                  // of x's pixels, in front of the network
+    const float* expand_bias;                   // padded hidden; nullptr: there is none
+    const float* gate;                          // padded out_channels, what the output is multiplied by; nullptr: 1
+    int64_t gate_stride;                        // as in Norm
     const float *expand, *project, *depthwise;  // [padded hidden][padded channels], [out][padded hidden], [taps][same]
     const float* flipped;                       // the taps of `depthwise` in reverse order
     // Written by `pack`, of every chunk: the right operands of the products with x, with grad and with the gradient of
@@ -85,6 +91,11 @@ struct LeffnBackwardParams {
     Cut groups;                   // chunks -> groups, each with its own sum of grad_x
     float *grad_expand, *grad_project, *grad_depthwise;  // zeroed: [shares][shape of expand, project, depthwise]
     float* partial_grad_x;                               // [groups][batch, height, width, channels] if groups.count > 1
+    float* grad_expand_bias;                             // zeroed, [shares][padded hidden]; nullptr: not wanted
+    float* grad_gate;  // if there is a gate, [groups][tiles][padded out]: without the biases behind the GELU
+    float* grad_sums;  // [tiles][padded out], the sum of grad over a tile's pixels; nullptr: not wanted
+
+    IPT_FAST_INLINE int64_t tiles() const { return batch * tile_rows.count * tile_columns.count; }
 };
 
 // Internal linkage: code of two levels must never be merged.
@@ -97,7 +108,7 @@ struct LeffnBackwardScratch {
     int64_t band_pitch;
     int64_t ring_rows, ring_columns;
     int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, part, taps, around, rows,
-        run, size = 0;
+        run, gated, gate_sums, size = 0;
 
     explicit LeffnBackwardScratch(const LeffnBackwardParams& p) {
         chunk = p.chunks.largest() * kChannelPad;
@@ -126,6 +137,8 @@ struct LeffnBackwardScratch {
         const int64_t most = padded(p.band_rows * p.tile_columns.largest());
         rows = add((most > padded(ring_columns) ? most : padded(ring_columns)) * (channels > out ? channels : out));
         run = add(most * chunk);
+        gated = add(p.gate == nullptr ? 0 : ring_columns * out);
+        gate_sums = add(p.gate == nullptr ? 0 : out * kChannelPad);  // a vector for each channel
     }
 
   private:

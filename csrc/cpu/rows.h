@@ -135,5 +135,31 @@ inline void store_rows(Matrix<const float> rows, const T* residual, T* out, cons
     }
 }
 
+// total += sums, whole vectors.
+inline void add_to(Matrix<float> total, Matrix<const float> sums) {
+    for (int64_t i = 0; i < sums.rows; ++i) {
+        for (int64_t j = 0; j < sums.columns; j += kLanes) {
+            float* target = total.row(i) + j;
+            store(target, load(target) + load(sums.row(i) + j));
+        }
+    }
+}
+
+// The sum of a vector of each row, in four chains of additions.
+inline Vec sum_rows(Rows<const float> rows, int64_t count) {
+    Vec parts[4]{};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < 4; ++k) {
+            parts[k] += load(rows.row(i + k));
+        }
+    }
+    for (; i < count; ++i) {
+        parts[0] += load(rows.row(i));
+    }
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
 }  // namespace
 }  // namespace ipt_fast::cpu

@@ -60,6 +60,6 @@ _operator = Operator(
     flops=_flops,
 )
 _biases = dict(expand_bias=None, depthwise_bias=None, project_bias=None)
-_cpu.register(_operator, packs=True, lacks=_biases)
+_cpu.register(_operator, packs=True)
 _triton.register(_operator, _triton.depthwise_limit)
 _cuda.register(_operator, _cuda.leffn_limit, lacks=_biases)

@@ -77,7 +77,7 @@ _operator = Operator(
     flops=_operations,
 )
 _plain = dict(expand_bias=None, depthwise_bias=None, project_bias=None, gate=None)
-_cpu.register(_operator, packs=True, lacks=_plain)
+_cpu.register(_operator, packs=True)
 _triton.register(_operator, _triton.depthwise_limit)
 _cuda.register(
     _operator,

@@ -196,10 +196,10 @@ BAD_ARGUMENTS = [
     (ValueError, r"x must be \(B, C, H, W\) .*; got shape \[3, 4, 4\]", {"x": torch.zeros(3, 4, 4)}),
     (ValueError, r"x must be \(B, C, H, W\) with at least one channel", {"x": torch.zeros(1, 3, 0, 4)}),
     (TypeError, "x must be Float, BFloat16 or Half; got Double", {"x": torch.zeros(1, 3, 4, 4).double()}),
-    (ValueError, r"weight must have shape \[3\]; got", {"weight": torch.ones(4)}),
-    (ValueError, r"weight must have shape \[3\]; got", {"weight": torch.ones(3, 1)}),
+    (ValueError, r"weight must have shape \[3\], or \[1, 3\] of each image; got", {"weight": torch.ones(4)}),
+    (ValueError, r"weight must have shape \[3\], or \[1, 3\] of each image; got", {"weight": torch.ones(3, 1)}),
     (TypeError, "weight must be Float; got Half", {"weight": torch.ones(3).half()}),
-    (ValueError, r"bias must have shape \[3\]; got", {"bias": torch.ones(1)}),
+    (ValueError, r"bias must have shape \[3\], or \[1, 3\] of each image; got", {"bias": torch.ones(1)}),
     (TypeError, "bias must be Float; got Long", {"bias": torch.ones(3).long()}),
 ]
 

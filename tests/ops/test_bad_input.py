@@ -158,8 +158,9 @@ WITH_EPS = [operator for operator in OPERATORS if "eps" in build(operator)[2] an
 @pytest.mark.parametrize("operator", WITH_EPS)
 def test_kernels_refuse_eps_too(operator, eps):
     _, tensors, options = build(operator, (2, 5, 6), torch.float32)
-    arguments = {**tensors, **options, "eps": eps}
     kernels = torch.ops.ipt_fast_cpu
+    names = [argument.name for argument in getattr(kernels, operator).default._schema.arguments]
+    arguments = {**dict.fromkeys(names), **tensors, **options, "eps": eps}
     with pytest.raises(ValueError, match=r"\beps\b"):
         getattr(kernels, operator)(**arguments)
     with pytest.raises(ValueError, match=r"\beps\b"):

@@ -1,0 +1,256 @@
+// The backward of leffn and leffn_layer: checks, work partition, registration. The arithmetic is in
+// leffn_backward_kernel.cpp.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mv.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "layer_norm_2d.h"
+#include "leffn.h"
+#include "leffn_kernel.h"
+#include "level.h"
+#include "matrix_unit.h"
+#include "work_space.h"
+
+namespace ipt_fast::cpu {
+namespace {
+
+constexpr int64_t kTileRows = 32, kTileColumns = 64;  // most of a tile
+constexpr int64_t kChunk = 64;                        // most hidden channels of a chunk
+constexpr int64_t kBand = 128;                        // pixels of a band, about: sums over so many are added up in fp32
+constexpr int64_t kShares = 64;                       // most sums of the weights' gradients
+constexpr int64_t kShareBytes = 32 << 20;             // most bytes of all these sums
+
+// A matrix as contiguous fp32, padded with zeros.
+at::Tensor padded_matrix(const at::Tensor& matrix, int64_t rows, int64_t columns) {
+    if (matrix.size(0) == rows && matrix.size(1) == columns) {
+        return matrix.to(at::kFloat).contiguous();
+    }
+    at::Tensor out = at::zeros({rows, columns}, at::kFloat);
+    out.narrow(0, 0, matrix.size(0)).narrow(1, 0, matrix.size(1)).copy_(matrix);
+    return out;
+}
+
+// The fewest groups of chunks with which at most an eighth of the threads' time is idle.
+int64_t groups(int64_t shares, int64_t chunks, int64_t threads) {
+    for (int64_t count = 1; count < chunks; ++count) {
+        const int64_t tasks = shares * count, rounds = (tasks + threads - 1) / threads;
+        if (8 * (rounds * threads - tasks) <= rounds * threads) {
+            return count;
+        }
+    }
+    return chunks;
+}
+
+// Of x and, in fp32, of the network's arguments; empty where there is none.
+struct LeffnGradients {
+    at::Tensor x, expand, depthwise, project;
+    at::Tensor expand_bias = empty(), depthwise_bias = empty(), project_bias = empty(), gate = empty();
+
+    static at::Tensor empty() { return at::empty({0}, at::kFloat); }
+};
+
+// Adds what follows from `sums` (B, N), grad summed over each image's pixels: gradients of the biases behind the GELU,
+// and what these biases give to others.
+void add_output_biases(LeffnGradients& gradients, const at::Tensor& sums, const LeffnWeights& w,
+                       const OptionalTensor& gate) {
+    const at::Tensor grad_bias = (gate.has_value() ? sums.mul(*gate) : sums).sum(0).to(at::kFloat);
+    if (w.project_bias.has_value()) {
+        gradients.project_bias = grad_bias;
+    }
+    if (w.depthwise_bias.has_value()) {
+        gradients.depthwise_bias = at::mv(wide(w.project).flatten(1).t(), grad_bias);
+        gradients.project.flatten(1).add_(grad_bias.outer(wide(*w.depthwise_bias)));
+    }
+    if (gate.has_value()) {
+        const at::Tensor of_images = sums.mul(*w.output_bias());
+        gradients.gate.add_(gate->dim() == 1 ? of_images.sum(0) : of_images);
+    }
+}
+
+// The gradients of norm(x) and of the arguments of gate * network(norm(x)).
+LeffnGradients backward(const at::Tensor& grad_, const at::Tensor& x_, const LeffnWeights& w,
+                        const OptionalTensor& gate_, const Norm& norm) {
+    const at::Tensor x = channels_last(x_), grad = channels_last(grad_), grad_x = empty_channels_last(x.sizes(), x);
+    LeffnBackwardParams p{};
+    p.dtype = dtype_of(x);
+    p.brgemm = brgemm_of(p.dtype);
+    p.x = x.const_data_ptr();
+    p.grad = grad.const_data_ptr();
+    p.grad_x = grad_x.mutable_data_ptr();
+    p.batch = x.size(0);
+    p.channels = x.size(1);
+    p.height = x.size(2);
+    p.width = x.size(3);
+    p.hidden = w.expand.size(0);
+    p.out_channels = w.project.size(0);
+    p.kernel = w.depthwise.size(3);
+    p.norm = norm;
+    const int64_t channels = padded(p.channels), hidden = padded(p.hidden), taps = p.kernel * p.kernel;
+
+    const at::Tensor expand = padded_matrix(w.expand.flatten(1), hidden, channels);
+    const at::Tensor project = padded_matrix(w.project.flatten(1), p.out_channels, hidden);
+    const at::Tensor depthwise = padded_matrix(w.depthwise.flatten(1).t(), taps, hidden);
+    const at::Tensor flipped = depthwise.flip(0);
+    p.expand = expand.const_data_ptr<float>();
+    p.project = project.const_data_ptr<float>();
+    p.depthwise = depthwise.const_data_ptr<float>();
+    p.flipped = flipped.const_data_ptr<float>();
+
+    p.tile_rows = Cut::at_most(p.height, kTileRows);
+    p.tile_columns = Cut::at_most(p.width, kTileColumns);
+    p.band_rows = std::clamp<int64_t>(kBand / p.tile_columns.largest(), 1, p.tile_rows.largest());
+    p.chunks = Cut::at_most(hidden / kChannelPad, kChunk / kChannelPad);
+    const int64_t weights = expand.numel() + project.numel() + depthwise.numel();
+    const int64_t tiles = p.tiles();
+    const int64_t most = std::clamp<int64_t>(kShareBytes / (weights * sizeof(float)), 1, kShares);
+    p.shares = {tiles, std::min(tiles, most)};
+    const int64_t threads = at::get_num_threads();
+    p.groups = {p.chunks.count, groups(p.shares.count, p.chunks.count, threads)};
+
+    const at::Tensor grad_expand = at::zeros({p.shares.count, hidden, channels}, at::kFloat);
+    const at::Tensor grad_project = at::zeros({p.shares.count, p.out_channels, hidden}, at::kFloat);
+    const at::Tensor grad_depthwise = at::zeros({p.shares.count, taps, hidden}, at::kFloat);
+    p.grad_expand = grad_expand.mutable_data_ptr<float>();
+    p.grad_project = grad_project.mutable_data_ptr<float>();
+    p.grad_depthwise = grad_depthwise.mutable_data_ptr<float>();
+
+    const int64_t out = padded(p.out_channels);
+    at::Tensor expand_bias, gate, grad_expand_bias, grad_gate, grad_sums;
+    if (w.expand_bias.has_value()) {
+        expand_bias = padded_parameter(w.expand_bias, hidden);
+        grad_expand_bias = at::zeros({p.shares.count, hidden}, at::kFloat);
+        p.expand_bias = expand_bias.const_data_ptr<float>();
+        p.grad_expand_bias = grad_expand_bias.mutable_data_ptr<float>();
+    }
+    if (gate_.has_value()) {
+        check_of_images(*gate_, "gate", x);
+        gate = padded_parameter(gate_, out);
+        grad_gate = at::empty({p.groups.count, tiles, out}, at::kFloat);
+        p.gate = gate.const_data_ptr<float>();
+        p.gate_stride = stride_of_images(gate);
+        p.grad_gate = grad_gate.mutable_data_ptr<float>();
+    }
+    if (w.depthwise_bias.has_value() || w.project_bias.has_value()) {
+        grad_sums = at::empty({tiles, out}, at::kFloat);
+        p.grad_sums = grad_sums.mutable_data_ptr<float>();
+    }
+
+    at::Tensor partial;
+    if (p.groups.count > 1) {
+        partial = at::empty({p.groups.count, p.batch, p.height, p.width, p.channels}, at::kFloat);
+        p.partial_grad_x = partial.mutable_data_ptr<float>();
+    }
+
+    const LeffnBackwardScratch layout(p);
+    WorkSpace space;
+    const int64_t packed_expand = space.add(hidden * channels * sizeof(float));
+    const int64_t packed_project = space.add(hidden * out * sizeof(float));
+    const int64_t packed_transposed = space.add(hidden * channels * sizeof(float));
+    const int64_t scratch_size = round_up(layout.size * sizeof(float), 64);
+    const int64_t scratch = space.add(threads * scratch_size);
+    space.allocate();
+    p.packed_expand = space.at<float>(packed_expand);
+    p.packed_project = space.at<float>(packed_project);
+    p.packed_transposed = space.at<float>(packed_transposed);
+
+    const LeffnBackwardKernels& kernel = kernels_in_use<LeffnBackwardKernels>();
+    at::parallel_for(0, p.chunks.count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+            kernel.pack(p, chunk);
+        }
+    });
+    at::parallel_for(0, p.shares.count * p.groups.count, 1, [&](int64_t begin, int64_t end) {
+        const ProductScope scope{p.brgemm};
+        float* own = space.at<float>(scratch + at::get_thread_num() * scratch_size);
+        for (int64_t task = begin; task < end; ++task) {
+            kernel.run(p, task / p.groups.count, task % p.groups.count, own);
+        }
+    });
+    if (p.groups.count > 1) {
+        grad_x.copy_(partial.sum(0).permute({0, 3, 1, 2}));
+    }
+    const auto gradient = [](const at::Tensor& shares, const at::Tensor& weight, bool transposed) {
+        const at::Tensor sum = shares.size(0) == 1 ? shares.select(0, 0) : shares.sum(0);
+        const at::Tensor matrix = (transposed ? sum.t() : sum).narrow(0, 0, weight.size(0));
+        return matrix.narrow(1, 0, weight.numel() / weight.size(0)).contiguous().view(weight.sizes());
+    };
+    LeffnGradients gradients;
+    gradients.x = grad_x;
+    gradients.expand = gradient(grad_expand, w.expand, false);
+    gradients.depthwise = gradient(grad_depthwise, w.depthwise, true);
+    gradients.project = gradient(grad_project, w.project, false);
+    if (w.expand_bias.has_value()) {
+        gradients.expand_bias = grad_expand_bias.sum(0).narrow(0, 0, p.hidden);
+    }
+    // Sums over tiles, of each image.
+    const int64_t of_image = p.tile_rows.count * p.tile_columns.count;
+    if (gate_.has_value()) {
+        const at::Tensor of_images = grad_gate.view({p.groups.count, p.batch, of_image, out})
+                                         .sum(at::IntArrayRef({0, 2}), false, at::kDouble)
+                                         .narrow(1, 0, p.out_channels);
+        gradients.gate = gate_->dim() == 1 ? of_images.sum(0) : of_images;
+    }
+    if (grad_sums.defined()) {
+        const at::Tensor of_images =
+            grad_sums.view({p.batch, of_image, out}).sum(1, false, at::kDouble).narrow(1, 0, p.out_channels);
+        add_output_biases(gradients, of_images, w, gate_);
+    }
+    gradients.gate = gradients.gate.to(at::kFloat);
+    return gradients;
+}
+
+void check_gradient(const at::Tensor& grad, const at::Tensor& x, const LeffnWeights& w) {
+    w.check(x);
+    check_tensor(grad, "grad", {x.size(0), w.project.size(0), x.size(2), x.size(3)}, x);
+}
+
+using NetworkGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+NetworkGradients leffn_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& expand_weight,
+                                const at::Tensor& depthwise_weight, const at::Tensor& project_weight,
+                                const OptionalTensor& expand_bias, const OptionalTensor& depthwise_bias,
+                                const OptionalTensor& project_bias) {
+    const LeffnWeights w{expand_weight, depthwise_weight, project_weight, expand_bias, depthwise_bias, project_bias};
+    check_gradient(grad, x, w);
+    const LeffnGradients g = backward(grad, x, w, {}, {});
+    return {g.x, g.expand, g.depthwise, g.project, g.expand_bias, g.depthwise_bias, g.project_bias};
+}
+
+using LayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                  at::Tensor, at::Tensor, at::Tensor>;
+
+// Of y = x + gate * leffn(layer_norm_2d(x)).
+LayerGradients leffn_layer_backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& norm_weight,
+                                    const OptionalTensor& norm_bias, const at::Tensor& expand_weight,
+                                    const at::Tensor& depthwise_weight, const at::Tensor& project_weight,
+                                    const OptionalTensor& expand_bias, const OptionalTensor& depthwise_bias,
+                                    const OptionalTensor& project_bias, const OptionalTensor& gate, double eps,
+                                    bool centered) {
+    check_gradient(grad_, x_,
+                   {expand_weight, depthwise_weight, project_weight, expand_bias, depthwise_bias, project_bias});
+    check_tensor(grad_, "grad", x_.sizes(), x_);
+    const at::Tensor grad = with_range(grad_), x = with_range(x_);
+    const LayerNorm norm(x, wide(norm_weight), wide(norm_bias), eps, centered);
+    const LeffnWeights w{with_range(expand_weight), with_range(depthwise_weight), with_range(project_weight),
+                         wide(expand_bias),         wide(depthwise_bias),         wide(project_bias)};
+    const LeffnGradients g = backward(grad, x, w, wide(gate), norm.params);
+    const auto [grad_x, grad_weight, grad_bias] =
+        layer_norm_2d_backward(g.x, x, wide(norm_weight), wide(norm_bias), eps, centered);
+    grad_x.add_(grad);
+    return {grad_x,    grad_weight,   grad_bias,        g.expand,       g.depthwise,
+            g.project, g.expand_bias, g.depthwise_bias, g.project_bias, g.gate};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
+    m.impl("leffn_backward", leffn_backward);
+    m.impl("leffn_layer_backward", leffn_layer_backward);
+}
+
+}  // namespace ipt_fast::cpu

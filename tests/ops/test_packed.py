@@ -1,0 +1,66 @@
+"""Operators whose weights are packed: what a call brings takes the place of what was packed."""
+
+import pytest
+import torch
+
+import ipt_fast
+from ipt_fast import _extension
+from ipt_fast.ops import _cpu
+from ipt_fast.ops._operator import OPERATORS
+from tests.ops.cases import build, cast_by_autocast, public
+from tests.ops.test_parity import runnable
+
+pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYERS = ["leffn_layer", "focal_attention_layer", "grid_attention_layer"]
+
+
+def prepared(call, dtype):
+    """(x, tensors, options, what is packed, dtype of the packed call, output of the operator)."""
+    operator, tensors, options = build(call, (2, 9, 11), torch.float32)
+    given = cast_by_autocast(operator, tensors, dtype)
+    if "cpu" not in runnable(operator, given, options):
+        pytest.skip("the C++ kernels do not take this call")
+    with torch.no_grad(), ipt_fast.use_backend("cpu"):
+        expected = public(operator, given, options)
+    return given.pop("x"), given, {**tensors, **options}, expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", ["leffn", "leffn/biases", *LAYERS, *(f"{layer}/layer_scale" for layer in LAYERS)])
+def test_packed_once(call, dtype):
+    x, _, arguments, expected = prepared(call, dtype)
+    run, block, inner = _cpu.pack(OPERATORS[call.split("/")[0]], arguments, dtype)
+    assert torch.equal(run(x.to(inner), block).to(dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", [*LAYERS, *(f"{layer}/modulated" for layer in LAYERS)])
+def test_each_call_brings_its_norm_and_gate(call, dtype):
+    x, given, arguments, expected = prepared(call, dtype)
+    of_call = {name: arguments.pop(name) for name in _cpu.OF_IMAGES if name in given}
+    run, block, inner = _cpu.pack(OPERATORS[call.split("/")[0]], arguments, dtype)
+    assert torch.equal(run(x.to(inner), block, **of_call).to(dtype), expected)
+    # They take the place of packed ones.
+    others = {name: torch.ones(x.shape[1]) for name in of_call}
+    run, block, inner = _cpu.pack(OPERATORS[call.split("/")[0]], {**arguments, **others}, dtype)
+    assert torch.equal(run(x.to(inner), block, **of_call).to(dtype), expected)
+
+
+@pytest.mark.parametrize("call", LAYERS)
+def test_what_does_not_fit_is_named(call):
+    x, _, arguments, _ = prepared(call, torch.float32)
+    weight, bias = arguments.pop("norm_weight"), arguments.pop("norm_bias")
+    run, block, _ = _cpu.pack(OPERATORS[call], arguments, torch.float32)
+    with pytest.raises(ValueError, match="norm_weight must be given, as none was packed"):
+        run(x, block)
+    with pytest.raises(ValueError, match="norm_bias must be None where norm_weight is"):
+        run(x, block, None, bias)
+    with pytest.raises(ValueError, match=r"norm_weight must have shape \[\d\], or \[2, \d\] of each image; got \[2\]"):
+        run(x, block, weight[:2])
+    with pytest.raises(TypeError, match="norm_bias must be Float; got BFloat16"):
+        run(x, block, weight, bias.bfloat16())
+    each = torch.ones(len(arguments[next(iter(OPERATORS[call].weights))]), len(weight))
+    with pytest.raises(ValueError, match=r"norm_weight must be \(C,\) to be packed"):
+        _cpu.pack(OPERATORS[call], {**arguments, "norm_weight": each}, torch.float32)
