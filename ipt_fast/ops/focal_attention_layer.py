@@ -104,7 +104,7 @@ _plain = dict(qkv_bias=None, depthwise_bias=None, project_bias=None, gate=None, 
 
 
 def _limit(norm_weight: Tensor, norm_bias: Tensor | None, temperature: Tensor, token_weight: Tensor) -> str | None:
-    return _norm.layer_limit(norm_weight, norm_bias) or one_for_both(temperature, token_weight)
+    return _norm.one_for_all(norm_weight, norm_bias) or one_for_both(temperature, token_weight)
 
 
 _cpu.register(_operator, keeps_a_map=True, packs=True)

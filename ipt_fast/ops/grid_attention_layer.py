@@ -97,7 +97,7 @@ _triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], 
 _cuda.register(
     _operator,
     lambda x, norm_weight, norm_bias, num_heads, grid_size: (
-        _norm.layer_limit(norm_weight, norm_bias)
+        _norm.one_for_all(norm_weight, norm_bias)
         or _cuda.heads_limit(x.shape[1], num_heads)
         or _cuda.grid_limit(grid_size)
     ),

@@ -82,7 +82,7 @@ _triton.register(_operator, _triton.depthwise_limit)
 _cuda.register(
     _operator,
     lambda norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight: (
-        _norm.layer_limit(norm_weight, norm_bias) or _cuda.leffn_limit(expand_weight, depthwise_weight, project_weight)
+        _norm.one_for_all(norm_weight, norm_bias) or _cuda.leffn_limit(expand_weight, depthwise_weight, project_weight)
     ),
     lacks=_plain,
 )
