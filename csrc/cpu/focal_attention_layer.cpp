@@ -2,7 +2,6 @@
 // focal_attention_layer_kernel.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -68,22 +67,22 @@ struct PackedFocalAttentionLayer : PackedHeader {
 // The depthwise convolution with its own bias and that of what it reads, as FocalAttentionLayerParams has it.
 struct Depthwise {
     Depthwise(const at::Tensor& weight, const OptionalTensor& qkv_bias, const OptionalTensor& bias, int64_t heads) {
-        const int64_t depth = weight.size(0) / 3 / heads;
-        const auto of_heads = [&](const at::Tensor& values) {  // (3 * channels, n) -> (heads, n, 3, depth)
-            return padded_parameter(values.reshape({3, heads, depth, -1}).permute({1, 3, 0, 2}), padded(depth));
+        const int64_t channels = weight.size(0), depth = channels / 3 / heads;
+        const auto of_heads = [&](const at::Tensor& values) {  // (3 * channels, ...) -> (heads, ..., 3, depth)
+            return values.reshape({3, heads, depth, -1}).permute({1, 3, 0, 2});
         };
-        const at::Tensor of_taps = weight.flatten(1).to(at::kDouble);
-        at::Tensor start = at::zeros({weight.size(0), 1}, at::kDouble);
+        taps = at::zeros({heads, 10, 3, padded(depth)}, at::kFloat);
+        taps.narrow(1, 0, 9).narrow(3, 0, depth).copy_(of_heads(weight));
+        const at::Tensor start = taps.narrow(1, 9, 1).narrow(3, 0, depth);
         if (bias.has_value()) {
-            check_tensor(*bias, "depthwise_bias", {weight.size(0)}, weight, true);
-            start.add_(bias->unsqueeze(1));
+            check_tensor(*bias, "depthwise_bias", {channels}, weight, true);
+            start.copy_(of_heads(*bias));
         }
         if (qkv_bias.has_value()) {
-            check_tensor(*qkv_bias, "qkv_bias", {weight.size(0)}, weight, true);
-            start.add_(of_taps.sum(1, true).mul_(qkv_bias->unsqueeze(1)));
-            outside = of_heads(-*qkv_bias);
+            check_tensor(*qkv_bias, "qkv_bias", {channels}, weight, true);
+            start.add_(of_heads(weight.flatten(1).to(at::kDouble).sum(1) * *qkv_bias));
+            outside = padded_parameter(of_heads(-*qkv_bias), padded(depth));
         }
-        taps = of_heads(at::cat({of_taps, start}, 1));
     }
 
     at::Tensor taps, outside;

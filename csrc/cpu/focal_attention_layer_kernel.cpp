@@ -134,7 +134,7 @@ class GramStrip {
             count = 1;
             if (y < 0 || y >= height) {
                 for (int64_t head = first_head_; head < last_head_; ++head) {
-                    leave(head, ring(head, at), width_);
+                    put_outside(head, ring(head, at), width_);
                 }
                 continue;
             }
@@ -153,19 +153,19 @@ class GramStrip {
             for (int64_t i = 0; i < count && p_.outside != nullptr; ++i) {
                 for (int64_t head = first_head_; head < last_head_; ++head) {
                     float* const row = ring(head, at + i);
-                    leave(head, row, skipped());
-                    leave(head, row + (width_ - after()) * 3 * g_.depth, after());
+                    put_outside(head, row, outside_left());
+                    put_outside(head, row + (width_ - outside_right()) * 3 * g_.depth, outside_right());
                 }
             }
         }
     }
 
     // Pixels of the strip on the left and on the right that lie outside of the image.
-    int64_t skipped() const { return left_ < 0 ? 1 : 0; }
-    int64_t after() const { return left_ + width_ > g_.horizontal.size ? 1 : 0; }
+    int64_t outside_left() const { return left_ < 0 ? 1 : 0; }
+    int64_t outside_right() const { return left_ + width_ > g_.horizontal.size ? 1 : 0; }
 
     // What the depthwise convolution reads outside of the image, to `count` pixels of the ring.
-    void leave(int64_t head, float* pixels, int64_t count) const {
+    void put_outside(int64_t head, float* pixels, int64_t count) const {
         const int64_t pixel = 3 * g_.depth;
         if (p_.outside == nullptr) {
             memset(pixels, 0, count * pixel * sizeof(float));
@@ -179,12 +179,12 @@ class GramStrip {
     // The strip's pixels of one row after the norm, with the halo; zeros outside of the image.
     void normalize(int64_t y, typename Unit::Value* out) const {
         const int64_t channels = p_.channels(), row = padded(channels);
-        const int64_t count = width_ - skipped() - after();
-        const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + skipped()) * channels;
-        memset(out, 0, skipped() * row * sizeof(*out));
-        memset(out + (width_ - after()) * row, 0, after() * row * sizeof(*out));
+        const int64_t count = width_ - outside_left() - outside_right();
+        const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + outside_left()) * channels;
+        memset(out, 0, outside_left() * row * sizeof(*out));
+        memset(out + (width_ - outside_right()) * row, 0, outside_right() * row * sizeof(*out));
         const Matrix pixels{x, count, channels, channels};
-        const Matrix normal{out + skipped() * row, count, row, row};
+        const Matrix normal{out + outside_left() * row, count, row, row};
         if (channels == row) {
             normalize_rows(pixels, norm_, normal);
         } else {
