@@ -1,9 +1,10 @@
 """``python -m benchmarks.generation``: latent IPT-V2 beside DiT, both small, at equal multiplications and equal steps.
 
 Both learn the same images by ``ipt-fast train --task generate``: the digits of scikit-learn (Optical Recognition of
-Handwritten Digits, UCI), enlarged to 16 x 16 pixels, or crops of photos, of their upper and of their lower edges. Samples are judged by a small
-classifier of the classes, which is trained here: the Fréchet distance of its features, and how often it finds the class
-that was asked for. Rows go to benchmarks/results/generation.csv, losses to generation_loss.csv, pictures to docs.
+Handwritten Digits, UCI), enlarged to 16 x 16 pixels, or crops of photos, of their upper and of their lower edges.
+Samples are judged by a small classifier of the classes, which is trained here: the Fréchet distance of its features,
+and how often it finds the class that was asked for. Rows go to benchmarks/results/generation.csv, losses to
+generation_loss.csv, pictures to docs.
 """
 
 import argparse
