@@ -46,6 +46,13 @@ struct Axis {
     IPT_FAST_INLINE IPT_FAST_BOTH int64_t block_of(int branch, int64_t window_index, int64_t index) const {
         return (window_index * parts + branch * (parts - 1) + index) % (windows() * parts);
     }
+    // The pixels inner_begin() to inner_end(), without it, lie at least half a window from the edges of the padded map.
+    // The shifted windows but the last one, which goes around the edges, are cut from them.
+    IPT_FAST_INLINE IPT_FAST_BOTH int64_t inner_begin() const { return part < size ? part : size; }
+    IPT_FAST_INLINE IPT_FAST_BOTH int64_t inner_end() const {
+        const int64_t end = windows() * window - part;
+        return end < size ? end : size;
+    }
     // Where a pixel lies in its window.
     IPT_FAST_INLINE IPT_FAST_BOTH int64_t position(int branch, int64_t pixel) const {
         return (pixel + window - branch * part) % window;

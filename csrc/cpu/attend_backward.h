@@ -153,7 +153,7 @@ struct WindowBackward {
     // Products become cosines; the largest logit of each column.
     void normalise() {
         const double *const q = inverses, *const k = inverses + depth;
-        const double scale = g.scale[head];
+        const double scale = g.scale[branch][head];
         for (int64_t j = 0; j < channels; ++j) {
             double* const score = scores + j * depth;
             for (int64_t i = 0; i < depth; ++i) {
@@ -166,7 +166,7 @@ struct WindowBackward {
 
     // The attention but for the sums of its columns, and its weighted means of the gradients.
     void softmax() {
-        const double scale = g.scale[head];
+        const double scale = g.scale[branch][head];
         memset(sums, 0, depth * sizeof(double));
         memset(means, 0, depth * sizeof(double));
         float* const logits = of_gram;  // not yet in use
@@ -196,7 +196,7 @@ struct WindowBackward {
         memset(of_gram + channels * depth, 0, (depth - channels) * depth * sizeof(float));
         memset(softmax + channels * depth, 0, (depth - channels) * depth * sizeof(float));
         // a channel of one token is normalised to its sign, unless it is too small
-        const double slope = tokens == 1 && !clamped ? 0.0 : g.scale[head];
+        const double slope = tokens == 1 && !clamped ? 0.0 : g.scale[branch][head];
         double sizes[kChannelPad]{};
         for (int64_t j = 0; j < channels; ++j) {
             for (int64_t first = 0; first < depth; first += kChannelPad) {

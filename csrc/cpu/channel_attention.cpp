@@ -26,6 +26,17 @@ void check_per_head(const at::Tensor& parameter, const char* name, int64_t num_h
     check_tensor(parameter, name, parameter.sizes(), like, true);
 }
 
+// A parameter of this shape, or one for each of two branches. Returns the step between them, 0 where there is one.
+int64_t check_branches(const at::Tensor& parameter, const char* name, at::IntArrayRef shape, const at::Tensor& like) {
+    at::DimVector two{2};
+    two.append(shape.begin(), shape.end());
+    const bool each = parameter.sizes() == at::IntArrayRef(two);
+    TORCH_CHECK_VALUE(each || parameter.sizes() == shape, name, " must have shape ", shape, " or ",
+                      at::IntArrayRef(two), "; got ", parameter.sizes());
+    check_tensor(parameter, name, parameter.sizes(), like, true);
+    return each ? parameter.numel() / 2 : 0;
+}
+
 at::Tensor as_float(const at::Tensor& parameter) { return parameter.to(at::kFloat).contiguous(); }
 
 // Groups of a map; the parameters and the slots are still missing.
@@ -60,7 +71,7 @@ struct WindowGroups {
         const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
                                       : Axis::windows_of(width, *window_size, 1);
         groups = groups_of(x.size(0), x.size(1), num_heads, vertical, horizontal, 1);
-        groups.scale = scale.const_data_ptr<float>();
+        groups.scale[0] = scale.const_data_ptr<float>();
     }
 
     at::Tensor scale;
@@ -86,11 +97,13 @@ void check_heads(int64_t channels, int64_t num_heads, const char* name) {
 
 FocalParameters::FocalParameters(const at::Tensor& like, const at::Tensor& temperature, const at::Tensor& token_weight,
                                  const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
-                                 int64_t window_size) {
+                                 int64_t window_size, bool cyclic) {
     TORCH_CHECK_VALUE(window_size > 0, "window_size must be at least 1; got ", window_size);
+    TORCH_CHECK_VALUE(cyclic || window_size % 2 == 0, "window_size must be even where cyclic is False; got ",
+                      window_size);
     const int64_t map[] = {num_heads, window_size, window_size};
-    check_per_head(temperature, "temperature", num_heads, like);
-    check_tensor(token_weight, "token_weight", map, like, true);
+    scale_step = check_branches(temperature, "temperature", {num_heads}, like);
+    token_step = check_branches(token_weight, "token_weight", map, like);
     check_tensor(top_weight, "top_weight", map, like, true);
     check_tensor(bottom_weight, "bottom_weight", map, like, true);
     scale = at::reciprocal(as_float(temperature));
@@ -99,20 +112,22 @@ FocalParameters::FocalParameters(const at::Tensor& like, const at::Tensor& tempe
     bottom = as_float(bottom_weight);
 }
 
-Groups focal_groups(const at::Tensor& x, int64_t num_heads, int64_t window_size) {
-    return groups_of(x.size(0), x.size(1), num_heads, Axis::windows_of(x.size(2), window_size, 2),
-                     Axis::windows_of(x.size(3), window_size, 2), 2);
+Groups focal_groups(const at::Tensor& x, int64_t num_heads, int64_t window_size, bool cyclic) {
+    Groups g = groups_of(x.size(0), x.size(1), num_heads, Axis::windows_of(x.size(2), window_size, 2),
+                         Axis::windows_of(x.size(3), window_size, 2), 2);
+    g.inner = !cyclic;
+    return g;
 }
 
 FocalGroups::FocalGroups(const at::Tensor& x, const at::Tensor& temperature, const at::Tensor& token_weight,
                          const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
-                         int64_t window_size)
-    : FocalParameters(x, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size),
-      groups(focal_groups(x, num_heads, window_size)) {
-    groups.token_squares = token_squares.const_data_ptr<float>();
+                         int64_t window_size, bool cyclic)
+    : FocalParameters(x, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, cyclic),
+      groups(focal_groups(x, num_heads, window_size, cyclic)) {
+    set_branches(groups.scale, scale.const_data_ptr<float>(), scale_step);
+    set_branches(groups.token_squares, token_squares.const_data_ptr<float>(), token_step);
     groups.merge[0] = top.const_data_ptr<float>();
     groups.merge[1] = bottom.const_data_ptr<float>();
-    groups.scale = scale.const_data_ptr<float>();
 }
 
 namespace {
@@ -162,21 +177,27 @@ at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const a
 
 // The gradients of the parameters, as far as they are sums over the map.
 struct Sums {
-    at::Tensor scale;  // (heads), fp64
+    at::Tensor scale;  // (branches, heads), fp64
     at::Tensor maps;   // (4, heads, p, p), fp64; two branches only
 };
 
-// out (p, p) = the sums of (images, rows, columns) values over the windows of a branch.
-void sum_windows(const Groups& g, int branch, const float* values, double* out) {
-    const int64_t p = g.vertical.window, width = g.horizontal.size;
-    for (int64_t row = 0; row < g.images * g.vertical.size; ++row) {
-        double* const target = out + g.vertical.position(branch, row % g.vertical.size) * p;
-        for (int64_t x = 0; x < width;) {
-            const int64_t position = g.horizontal.position(branch, x), count = std::min(p - position, width - x);
-            for (int64_t i = 0; i < count; ++i) {
-                target[position + i] += values[row * width + x + i];
+// out (p, p) = the sums of (images, rows, columns) values over the windows of a branch, or what of them is `inner`.
+void sum_windows(const Groups& g, int branch, bool inner, const float* values, double* out) {
+    const Axis &vertical = g.vertical, &horizontal = g.horizontal;
+    const int64_t p = vertical.window, height = vertical.size, width = horizontal.size;
+    const int64_t top = inner ? vertical.inner_begin() : 0, bottom = inner ? vertical.inner_end() : height;
+    const int64_t left = inner ? horizontal.inner_begin() : 0, right = inner ? horizontal.inner_end() : width;
+    for (int64_t image = 0; image < g.images; ++image) {
+        for (int64_t y = top; y < bottom; ++y) {
+            const float* const row = values + (image * height + y) * width;
+            double* const target = out + vertical.position(branch, y) * p;
+            for (int64_t x = left; x < right;) {
+                const int64_t position = horizontal.position(branch, x), count = std::min(p - position, right - x);
+                for (int64_t i = 0; i < count; ++i) {
+                    target[position + i] += row[x + i];
+                }
+                x += count;
             }
-            x += count;
         }
     }
 }
@@ -210,16 +231,18 @@ Sums backward(ChannelAttentionBackwardParams& p) {
     for_all(blocks, kernel.apply);
 
     const int64_t window = g.vertical.window;
-    Sums sums{at::zeros({g.heads}, at::kDouble), at::zeros({maps, g.heads, window, maps ? window : 0}, at::kDouble)};
+    Sums sums{at::zeros({g.branches, g.heads}, at::kDouble),
+              at::zeros({maps, g.heads, window, maps ? window : 0}, at::kDouble)};
     double* const of_scale = sums.scale.mutable_data_ptr<double>();
     for (int64_t i = 0; i < windows; ++i) {
-        of_scale[i / g.branches % g.heads] += p.grad_scale[i];
+        of_scale[i % g.branches * g.heads + i / g.branches % g.heads] += p.grad_scale[i];
     }
     double* const of_maps = sums.maps.mutable_data_ptr<double>();
     at::parallel_for(0, maps * g.heads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             // the token weights are laid out by each branch's windows, both merge weights by the unshifted ones
-            sum_windows(g, i / g.heads == 1 ? 1 : 0, p.token_sums + i * map, of_maps + i * window * window);
+            sum_windows(g, i / g.heads == 1 ? 1 : 0, g.inner && i >= g.heads, p.token_sums + i * map,
+                        of_maps + i * window * window);
         }
     });
     return sums;
@@ -261,13 +284,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_bac
 
 at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& temperature,
                                    const at::Tensor& token_weight, const at::Tensor& top_weight,
-                                   const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
+                                   const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
+                                   bool cyclic) {
     check_image(qkv_, "qkv");
     const int64_t channels = attention_channels(qkv_);
     check_heads(channels, num_heads, "a third of qkv");
     const at::Tensor qkv = with_pixels(qkv_);
     const at::Tensor out = empty_channels_last({qkv.size(0), channels, qkv.size(2), qkv.size(3)}, qkv);
-    const FocalGroups focal(out, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
+    const FocalGroups focal(out, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, cyclic);
     ChannelAttentionParams params{};
     params.dtype = dtype_of(qkv);
     params.brgemm = brgemm_of(params.dtype);
@@ -283,14 +307,15 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& tem
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
     const at::Tensor& grad_, const at::Tensor& qkv_, const at::Tensor& temperature, const at::Tensor& token_weight,
-    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size) {
+    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
+    bool cyclic) {
     check_image(qkv_, "qkv");
     const int64_t channels = attention_channels(qkv_);
     check_heads(channels, num_heads, "a third of qkv");
     check_tensor(grad_, "grad", {qkv_.size(0), channels, qkv_.size(2), qkv_.size(3)}, qkv_);
     const at::Tensor qkv = with_pixels(qkv_), grad = channels_last(grad_);
     const at::Tensor grad_qkv = empty_channels_last(qkv.sizes(), qkv);
-    const FocalGroups focal(grad, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size);
+    const FocalGroups focal(grad, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, cyclic);
     ChannelAttentionBackwardParams p{};
     p.dtype = dtype_of(qkv);
     p.brgemm = brgemm_of(p.dtype);
@@ -305,9 +330,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_cha
     p.grad_v = part(grad_qkv, 2).mutable_data_ptr();
     p.grad_pixel = 3 * channels;
     const Sums sums = backward(p);
-    const at::Tensor alpha = temperature.to(at::kDouble).view({num_heads});
-    const at::Tensor of_token = (sums.maps[0] + sums.maps[1]) * token_weight;
-    return {grad_qkv, like(-sums.scale / (alpha * alpha), temperature), like(of_token, token_weight),
+    // a parameter of both branches gets the sum of their gradients
+    const at::Tensor alpha = temperature.to(at::kDouble), of_scale = focal.scale_step ? sums.scale : sums.scale.sum(0);
+    const at::Tensor of_tokens = sums.maps.narrow(0, 0, 2), of_token = focal.token_step ? of_tokens : of_tokens.sum(0);
+    return {grad_qkv, like(-of_scale / (alpha * alpha), temperature), like(of_token * token_weight, token_weight),
             like(sums.maps[2], top_weight), like(sums.maps[3], bottom_weight)};
 }
 

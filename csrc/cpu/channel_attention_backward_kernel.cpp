@@ -73,33 +73,31 @@ inline void stage_tokens(const Tokens<T>& tokens, const Tile& tile, int64_t chan
     }
 }
 
-template <typename T, int branches, typename Unit>
-void gram(const ChannelAttentionBackwardParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+// Of one head of a block; index counts blocks and heads.
+template <typename T, typename B, typename Unit>
+void gram_block(const ChannelAttentionBackwardParams& p, const Unit& unit, const WindowBlock& block, int64_t index,
+                float* scratch) {
     const Groups& g = p.groups;
-    const int64_t depth = g.depth;
-    const GramTile<Unit, branches> staged(unit, g, scratch);
-    for (int64_t index = begin; index < end; ++index) {
-        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
-        const int64_t head = index % g.heads;
-        float* const slot = p.slot(index / g.heads, head);
-        float* const norms = slot + 2 * branches * depth * depth;
-        for (int64_t t = 0; t < block.tiles(); ++t) {
-            const Tile tile = block.tile(t);
-            const TileWeights<branches> weights = token_squares<branches>(g, head, tile);
-            const TileWeights<branches> merge = merge_weights<branches>(g, head, tile);
-            const auto stage = [&](auto scaled, const Pixels& map, const auto& with, float* out, float* squares) {
-                const Tokens<T> tokens(g, map, block, tile, head);
-                stage_tokens<decltype(scaled)::value, branches>(tokens, tile, g.head_channels, depth, with, out,
-                                                                squares);
-            };
-            stage(Constant<0>{}, p.q, weights, staged.q, staged.squares);
-            stage(Constant<1>{}, p.k, weights, staged.k, staged.squares + depth);
-            staged.add(tile, weights, {slot, norms, p.factors(slot)}, t == 0,
-                       [&](float* rows) { load_tile(Tokens<T>(g, p.k, block, tile, head), tile, g, rows); });
-            stage(Constant<0>{}, p.grad, merge, staged.q, nullptr);
-            stage(Constant<1>{}, p.v, merge, staged.k, nullptr);
-            staged.multiply(tile.tokens(), slot + branches * depth * depth, t == 0);
-        }
+    const int64_t depth = g.depth, head = index % g.heads;
+    const GramTile<Unit, B> staged(unit, g, scratch);
+    float* const slot = p.slot(index / g.heads, head);
+    float* const of_values = slot + g.branches * depth * depth;
+    float* const norms = of_values + g.branches * depth * depth;
+    for (int64_t t = 0; t < block.tiles(); ++t) {
+        const Tile tile = block.tile(t);
+        const auto weights = token_squares<B>(g, head, tile);
+        const auto merge = merge_weights<B>(g, head, tile);
+        const auto stage = [&](auto scaled, const Pixels& map, const auto& with, float* out, float* squares) {
+            const Tokens<T> tokens(g, map, block, tile, head);
+            stage_tokens<decltype(scaled)::value, B::count>(tokens, tile, g.head_channels, depth, with, out, squares);
+        };
+        stage(Constant<0>{}, p.q, weights, staged.q, staged.squares);
+        stage(Constant<1>{}, p.k, weights, staged.k, staged.squares + depth);
+        staged.add(tile, weights, {slot, norms, p.factors(slot)}, t == 0,
+                   [&](float* rows) { load_tile(Tokens<T>(g, p.k, block, tile, head), tile, g, rows); });
+        stage(Constant<0>{}, p.grad, merge, staged.q, nullptr);
+        stage(Constant<1>{}, p.v, merge, staged.k, nullptr);
+        staged.multiply(tile.tokens(), of_values, t == 0);
     }
 }
 
@@ -107,9 +105,13 @@ void gram(const ChannelAttentionBackwardParams& p, const Unit& unit, int64_t beg
 
 void attend(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
     for (int64_t index = begin; index < end; ++index) {
-        WindowBackward backward(p, HeadWindow(p.groups, index), reinterpret_cast<double*>(scratch));
-        backward.run();
-        p.grad_scale[index] = backward.grad_scale;
+        const HeadWindow window(p.groups, index);
+        p.grad_scale[index] = 0;
+        if (!p.groups.unused(window.branch, window.y, window.x)) {
+            WindowBackward backward(p, window, reinterpret_cast<double*>(scratch));
+            backward.run();
+            p.grad_scale[index] = backward.grad_scale;
+        }
     }
 }
 
@@ -170,8 +172,10 @@ struct TermOfV {
 };
 
 // One tile of one head. Rows of scratch have `depth` floats for each token, products one row for each branch.
-template <typename T, int branches, typename Unit>
+template <typename T, typename B, typename Unit>
 struct ApplyTile {
+    static constexpr int branches = B::count;
+
     const ChannelAttentionBackwardParams& p;
     const Unit& unit;
     const Groups& g;
@@ -183,8 +187,8 @@ struct ApplyTile {
     float *q, *k, *products, *room;
 
     void run() const {
-        const TileWeights<branches> squares = token_squares<branches>(g, head, tile);
-        const TileWeights<branches> merge = merge_weights<branches>(g, head, tile);
+        const auto squares = token_squares<B>(g, head, tile);
+        const auto merge = merge_weights<B>(g, head, tile);
         const float *const q_units = units, *const k_units = units ? units + g.depth : nullptr;
         TermOfQ<branches> of_q{q, k, {}, {}};
         TermOfK<branches> of_k{k, {}};
@@ -224,9 +228,10 @@ struct ApplyTile {
         }
     }
 
-    // Writes one gradient of the tile, times its channels' units (nullptr: 1), and the token sums.
-    template <typename Term>
-    inline __attribute__((always_inline)) void gradient(const Term& term, const TileWeights<branches>& weights,
+    // Writes one gradient of the tile, times its channels' units (nullptr: 1), and the token sums of what has weights.
+    template <typename Term, bool weighted>
+    inline __attribute__((always_inline)) void gradient(const Term& term,
+                                                        const TileWeights<branches, weighted>& weights,
                                                         const float* unit, void* out) const {
         const float* const all_products = products;
         const int64_t depth = g.depth, channels = g.head_channels;
@@ -255,7 +260,7 @@ struct ApplyTile {
                         sums[branch][i] = sum[branch];
                     }
                 }
-                if constexpr (branches == 2 && Term::kTokenMap >= 0) {
+                if constexpr (weighted && Term::kTokenMap >= 0) {
                     for (int branch = 0; branch < branches; ++branch) {
                         for (int64_t i = count; i < kLanes; ++i) {
                             sums[branch][i] = Vec{};
@@ -306,38 +311,37 @@ const float* common_units(const ChannelAttentionBackwardParams& p, const float* 
     return units;
 }
 
-template <typename T, int branches, typename Unit>
-void apply(const ChannelAttentionBackwardParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+// Of one head of a block; index counts blocks and heads.
+template <typename T, typename B, typename Unit>
+void apply_block(const ChannelAttentionBackwardParams& p, const Unit& unit, const WindowBlock& block, int64_t index,
+                 float* scratch) {
     const Groups& g = p.groups;
     float *const q = scratch, *const k = q + kTileTokens * g.depth, *const products = k + kTileTokens * g.depth;
-    float* const room = products + branches * kTileTokens * g.depth;
+    float* const room = products + B::count * kTileTokens * g.depth;
     float* const moved = room + kTileTokens * g.depth + g.depth * g.depth;
-    for (int64_t index = begin; index < end; ++index) {
-        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
-        const int64_t head = index % g.heads;
-        const float* matrices[branches];
-        for (int branch = 0; branch < branches; ++branch) {
-            const int64_t y = window_of(g.vertical, branch, block.y), x = window_of(g.horizontal, branch, block.x);
-            matrices[branch] =
-                p.matrices_of((block.image * g.vertical.windows() + y) * g.horizontal.windows() + x, head, branch);
-        }
-        const float* const units = common_units(p, matrices, moved);
-        for (int64_t t = 0; t < block.tiles(); ++t) {
-            const Tile tile = block.tile(t);
-            ApplyTile<T, branches, Unit>{p, unit, g, block, tile, head, matrices, units, q, k, products, room}.run();
-        }
+    const int64_t head = index % g.heads;
+    const float* matrices[B::count];
+    for (int branch = 0; branch < B::count; ++branch) {
+        const int64_t y = window_of(g.vertical, branch, block.y), x = window_of(g.horizontal, branch, block.x);
+        matrices[branch] =
+            p.matrices_of((block.image * g.vertical.windows() + y) * g.horizontal.windows() + x, head, branch);
+    }
+    const float* const units = common_units(p, matrices, moved);
+    for (int64_t t = 0; t < block.tiles(); ++t) {
+        const Tile tile = block.tile(t);
+        ApplyTile<T, B, Unit>{p, unit, g, block, tile, head, matrices, units, q, k, products, room}.run();
     }
 }
 
 void gram_any(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.brgemm, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
-        gram<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
+    for_blocks(p, begin, end, [&](auto type, const auto& unit, auto branches, const auto& block, int64_t index) {
+        gram_block<decltype(type), decltype(branches)>(p, unit, block, index, scratch);
     });
 }
 
 void apply_any(const ChannelAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.brgemm, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
-        apply<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
+    for_blocks(p, begin, end, [&](auto type, const auto& unit, auto branches, const auto& block, int64_t index) {
+        apply_block<decltype(type), decltype(branches)>(p, unit, block, index, scratch);
     });
 }
 

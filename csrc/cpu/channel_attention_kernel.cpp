@@ -28,91 +28,91 @@ inline void prefetch(const Groups& g, const Pixels& map, const WindowBlock& bloc
     }
 }
 
-template <typename T, int branches, typename Unit>
-void gram(const ChannelAttentionParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+// The Gram matrices of one head of a block; index counts blocks and heads.
+template <typename T, typename B, typename Unit>
+void gram_block(const ChannelAttentionParams& p, const Unit& unit, const WindowBlock& block, int64_t index,
+                float* scratch) {
     const Groups& g = p.groups;
-    const GramTile<Unit, branches> staged(unit, g, scratch);
-    for (int64_t index = begin; index < end; ++index) {
-        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
-        const int64_t head = index % g.heads;
-        float* slot = g.slot(index / g.heads, head);
-        for (int64_t t = 0; t < block.tiles(); ++t) {
-            const Tile tile = block.tile(t);
-            prefetch<T>(g, p.q, block, t + 1, head);
-            prefetch<T>(g, p.k, block, t + 1, head);
-            const TileWeights<branches> weights = token_squares<branches>(g, head, tile);
-            const auto first_of = [&](const Pixels& map) {
-                return pixel_of<T>(g, map, block.image, tile.y, tile.x) + head * g.head_channels;
-            };
-            const auto stage = [&](const Pixels& map, int64_t of_k, const auto& put) {
-                const T* first = first_of(map);
-                for (int64_t c = 0; c < g.depth; c += kLanes) {
-                    Vec squares[branches]{};
-                    for (int64_t y = 0; y < tile.rows; ++y) {
-                        for (int64_t x = 0; x < tile.columns; ++x) {
-                            const T* pixel = first + (y * g.horizontal.size + x) * map.stride;
-                            put(tile, y, x, c, load_channels(pixel, c, g.head_channels), weights, squares);
-                        }
-                    }
-                    staged.put_squares(of_k, c, squares);
-                }
-            };
-            stage(p.q, 0, [&](auto&&... token) { staged.put_q(token...); });
-            stage(p.k, 1, [&](auto&&... token) { staged.put_k(token...); });
-            staged.add(tile, weights, {slot, g.norms(slot, 0), g.factors(slot)}, t == 0, [&](float* rows) {
+    const GramTile<Unit, B> staged(unit, g, scratch);
+    const int64_t head = index % g.heads;
+    float* slot = g.slot(index / g.heads, head);
+    for (int64_t t = 0; t < block.tiles(); ++t) {
+        const Tile tile = block.tile(t);
+        prefetch<T>(g, p.q, block, t + 1, head);
+        prefetch<T>(g, p.k, block, t + 1, head);
+        const auto weights = token_squares<B>(g, head, tile);
+        const auto first_of = [&](const Pixels& map) {
+            return pixel_of<T>(g, map, block.image, tile.y, tile.x) + head * g.head_channels;
+        };
+        const auto stage = [&](const Pixels& map, int64_t of_k, const auto& put) {
+            const T* first = first_of(map);
+            for (int64_t c = 0; c < g.depth; c += kLanes) {
+                Vec squares[B::count]{};
                 for (int64_t y = 0; y < tile.rows; ++y) {
-                    const T* const pixels = first_of(p.k) + y * g.horizontal.size * p.k.stride;
-                    load_rows(Matrix{pixels, tile.columns, g.head_channels, p.k.stride},
-                              Matrix{rows + y * tile.columns * g.depth, tile.columns, g.depth, g.depth});
+                    for (int64_t x = 0; x < tile.columns; ++x) {
+                        const T* pixel = first + (y * g.horizontal.size + x) * map.stride;
+                        put(tile, y, x, c, load_channels(pixel, c, g.head_channels), weights, squares);
+                    }
                 }
-            });
-        }
+                staged.put_squares(of_k, c, squares);
+            }
+        };
+        stage(p.q, 0, [&](auto&&... token) __attribute__((always_inline)) { staged.put_q(token...); });
+        stage(p.k, 1, [&](auto&&... token) __attribute__((always_inline)) { staged.put_k(token...); });
+        staged.add(tile, weights, {slot, g.norms(slot, 0), g.factors(slot)}, t == 0, [&](float* rows) {
+            for (int64_t y = 0; y < tile.rows; ++y) {
+                const T* const pixels = first_of(p.k) + y * g.horizontal.size * p.k.stride;
+                load_rows(Matrix{pixels, tile.columns, g.head_channels, p.k.stride},
+                          Matrix{rows + y * tile.columns * g.depth, tile.columns, g.depth, g.depth});
+            }
+        });
     }
 }
 
 void attend(const Groups& g, int64_t begin, int64_t end, float* scratch) {
     for (int64_t index = begin; index < end; ++index) {
-        attend_window(g, HeadWindow(g, index), scratch);
+        const HeadWindow window(g, index);
+        if (!g.unused(window.branch, window.y, window.x)) {
+            attend_window(g, window, scratch);
+        }
     }
 }
 
-template <typename T, int branches, typename Unit>
-void apply(const ChannelAttentionParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
+// The output of one head of a block.
+template <typename T, typename B, typename Unit>
+void apply_block(const ChannelAttentionParams& p, const Unit& unit, const WindowBlock& block, int64_t index,
+                 float* scratch) {
     const Groups& g = p.groups;
-    const int64_t channels = g.heads * g.head_channels;
+    const int64_t channels = g.heads * g.head_channels, head = index % g.heads;
     float* const attended = scratch + apply_scratch(g);
-    for (int64_t index = begin; index < end; ++index) {
-        const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
-        const int64_t head = index % g.heads;
-        for (int64_t t = 0; t < block.tiles(); ++t) {
-            const Tile tile = block.tile(t);
-            prefetch<T>(g, p.v, block, t + 1, head);
-            const T* first_v = pixel_of<T>(g, p.v, block.image, tile.y, tile.x) + head * g.head_channels;
-            const Matrix v{first_v, tile.rows * g.horizontal.size, g.head_channels, p.v.stride};
-            const Matrix rows{attended, tile.tokens(), g.depth, g.depth};
-            apply_tile<branches>(g, unit, head, tile, g.slot(index / g.heads, head), v, rows, scratch);
-            for (int64_t y = 0; y < tile.rows; ++y) {
-                const int64_t first = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
-                T* out = static_cast<T*>(p.out) + first * channels + head * g.head_channels;
-                for (int64_t x = 0; x < tile.columns; ++x) {
-                    const float* row = rows.row(y * tile.columns + x);
-                    for_vectors(g.head_channels,
-                                [&](int64_t c, int64_t n) { store(out + x * channels + c, load(row + c), n); });
-                }
+    for (int64_t t = 0; t < block.tiles(); ++t) {
+        const Tile tile = block.tile(t);
+        prefetch<T>(g, p.v, block, t + 1, head);
+        const T* first_v = pixel_of<T>(g, p.v, block.image, tile.y, tile.x) + head * g.head_channels;
+        const Matrix v{first_v, tile.rows * g.horizontal.size, g.head_channels, p.v.stride};
+        const Matrix rows{attended, tile.tokens(), g.depth, g.depth};
+        apply_tile<B>(g, unit, head, tile, g.slot(index / g.heads, head), v, rows, scratch);
+        for (int64_t y = 0; y < tile.rows; ++y) {
+            const int64_t first = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
+            T* out = static_cast<T*>(p.out) + first * channels + head * g.head_channels;
+            for (int64_t x = 0; x < tile.columns; ++x) {
+                const float* row = rows.row(y * tile.columns + x);
+                for_vectors(g.head_channels,
+                            [&](int64_t c, int64_t n) { store(out + x * channels + c, load(row + c), n); });
             }
         }
     }
 }
 
 void gram_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.brgemm, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
-        gram<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
+    for_blocks(p, begin, end, [&](auto type, const auto& unit, auto branches, const auto& block, int64_t index) {
+        gram_block<decltype(type), decltype(branches)>(p, unit, block, index, scratch);
     });
 }
 
 void apply_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_branches(p.dtype, p.brgemm, p.groups.branches, [&](auto type, const auto& unit, auto branches) {
-        apply<decltype(type), decltype(branches)::value>(p, unit, begin, end, scratch);
+    for_blocks(p, begin, end, [&](auto type, const auto& unit, auto branches, const auto& block, int64_t index) {
+        apply_block<decltype(type), decltype(branches)>(p, unit, block, index, scratch);
     });
 }
 

@@ -24,11 +24,13 @@ struct Groups {
     int64_t head_channels;  // d
     int64_t depth;          // d rounded up to kChannelPad
     int branches;           // 1 or 2
+    bool inner;             // the second branch has a say only where none of its windows goes around the map's edges
     Axis vertical, horizontal;
-    const float* token_squares;  // (heads, p, p), squares of the token weights; two branches only
-    const float* merge[2];       // (heads, p, p) of the two branches; two branches only
-    const float* scale;          // (heads), multiplies the normalised products
-    float* slots;                // (images, blocks down, blocks across, heads) slots
+    // Of the branches, which may share them:
+    const float* scale[2];          // (heads), multiplies the normalised products
+    const float* token_squares[2];  // (heads, p, p), squares of the token weights; two branches only
+    const float* merge[2];          // (heads, p, p); two branches only
+    float* slots;                   // (images, blocks down, blocks across, heads) slots
 
     IPT_FAST_INLINE int64_t blocks() const { return images * vertical.blocks() * horizontal.blocks(); }
     IPT_FAST_INLINE int64_t windows() const { return images * vertical.windows() * horizontal.windows(); }
@@ -42,6 +44,16 @@ struct Groups {
         return slot + depth * (branches * depth + 2 * branch);
     }
     IPT_FAST_INLINE float* factors(float* slot) const { return norms(slot, branches); }
+    // The branches that the result of a block is made of.
+    IPT_FAST_INLINE int branches_of(const WindowBlock& block) const {
+        const bool inside = block.y >= vertical.inner_begin() && block.y < vertical.inner_end() &&
+                            block.x >= horizontal.inner_begin() && block.x < horizontal.inner_end();
+        return inner && !inside ? 1 : branches;
+    }
+    // Whether no block's result has a part from this window, the window (y, x) of its branch.
+    IPT_FAST_INLINE bool unused(int branch, int64_t y, int64_t x) const {
+        return inner && branch == 1 && (y + 1 == vertical.windows() || x + 1 == horizontal.windows());
+    }
     // Where the weights of a tile begin in a (heads, p, p) map.
     IPT_FAST_INLINE const float* weights(const float* map, int branch, int64_t head, const Tile& tile) const {
         const int64_t p = vertical.window;
@@ -108,7 +120,8 @@ struct ChannelAttentionBackwardParams {
     float* matrices;
     double* grad_scale;  // (windows, heads, branches)
     // (4, heads, images, rows, columns), two branches only: the sums over channels that the gradients of the token
-    // weights in windows and in shifted windows, and of both merge weights, are made of.
+    // weights in windows and in shifted windows, and of both merge weights, are made of. Where only the first branch
+    // has a say, the first of the four is all that is written.
     float* token_sums;
 
     IPT_FAST_INLINE int64_t slot_size() const { return groups.depth * 2 * (groups.branches * (groups.depth + 1) + 1); }

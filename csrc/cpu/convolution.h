@@ -1,24 +1,29 @@
-// Pointwise and depthwise convolutions of channels-last maps, without bias: what the layers' backwards are made of.
+// Pointwise and depthwise convolutions of channels-last maps: what the layers' backwards are made of.
 #pragma once
 
 #include "arguments.h"
 
 namespace ipt_fast::cpu {
 
-// (B, C, H, W), weight (N, C, 1, 1) of the same dtype -> (B, N, H, W).
-at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight);
+// (B, C, H, W), weight (N, C, 1, 1) of the same dtype, bias (N,) -> (B, N, H, W).
+at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {});
 
-// grad (B, N, H, W) -> (B, C, H, W).
-at::Tensor pointwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight);
+// Of gate * (weight x + bias), the gate being (N,) or (B, N): grad (B, N, H, W) -> (B, C, H, W).
+at::Tensor pointwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight, const OptionalTensor& gate = {});
 
-// grad (B, N, H, W), x (B, C, H, W) -> (N, C, 1, 1) in x's dtype.
-at::Tensor pointwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x);
+// The gradients of a convolution's parameters in fp32, in their shapes; empty for those that are absent.
+struct ParameterGradients {
+    at::Tensor weight, bias, gate;
+};
 
-// (B, C, H, W), weight (C, 1, k, k) with k = 3 or 5, zero padding -> (B, C, H, W).
-at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight);
+// Of gate * (weight x + bias): grad (B, N, H, W), x (B, C, H, W).
+ParameterGradients pointwise_gradients(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                                       const OptionalTensor& bias = {}, const OptionalTensor& gate = {});
+
+// (B, C, H, W), weight (C, 1, k, k) with k = 3 or 5, bias (C,), zero padding -> (B, C, H, W).
+at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {});
 at::Tensor depthwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight);
-
-// -> (C, 1, kernel, kernel) in x's dtype.
-at::Tensor depthwise_weight_gradient(const at::Tensor& grad, const at::Tensor& x, int64_t kernel);
+ParameterGradients depthwise_gradients(const at::Tensor& grad, const at::Tensor& x, int64_t kernel,
+                                       const OptionalTensor& bias = {});
 
 }  // namespace ipt_fast::cpu

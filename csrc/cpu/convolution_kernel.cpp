@@ -28,6 +28,18 @@ void pack(DType dtype, Brgemm brgemm, const Weight& weight, void* packed) {
     with_types(dtype, brgemm, [&](auto type, const auto& unit) { unit.template pack<decltype(type)>(weight, packed); });
 }
 
+// out = pixels from `first` on times the gate of their images, as load_rows().
+template <typename T, typename Value>
+void gate_rows(const PointwiseParams& p, int64_t first, Matrix<T> pixels, Matrix<Value> out) {
+    for (int64_t i = 0; i < pixels.rows; ++i) {
+        const float* const gate = p.gate + (first + i) / p.image_pixels * p.gate_stride;
+        for (int64_t c = 0; c < padded(p.channels); c += kLanes) {
+            const int64_t n = p.channels - c < kLanes ? p.channels - c : kLanes;
+            store(out.row(i) + c, n > 0 ? load(pixels.row(i) + c, n) * load(gate + c) : Vec{});
+        }
+    }
+}
+
 template <typename T, typename Unit>
 void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
     using Value = typename Unit::Value;
@@ -41,14 +53,24 @@ void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_
         const Matrix pixels{in, count, p.channels, p.channels};
         const Matrix left{staged, count, p.channels, padded(p.channels)};
         const Matrix result{products, count, p.columns, padded(p.columns)};
+        const auto multiply = [&](const auto& rows, Matrix<float> target) {
+            if (p.bias != nullptr) {
+                fill_rows(p.bias, target);
+            }
+            unit.multiply(rows, p.packed, target, p.bias == nullptr ? Accumulate::no : Accumulate::yes);
+        };
         if constexpr (kIsFloat<T>) {
-            if (p.columns % kLanes == 0) {
-                unit.multiply(pixels, p.packed, Matrix{out, count, p.columns, p.columns}, Accumulate::no);
+            if (p.columns % kLanes == 0 && p.gate == nullptr) {
+                multiply(pixels, Matrix{out, count, p.columns, p.columns});
                 continue;
             }
         }
-        load_rows(pixels, left);
-        unit.multiply(left, p.packed, result, Accumulate::no);
+        if (p.gate == nullptr) {
+            load_rows(pixels, left);
+        } else {
+            gate_rows(p, first, pixels, left);
+        }
+        multiply(left, result);
         store_rows<T>(result, nullptr, out);
     }
 }
@@ -58,17 +80,37 @@ void pointwise_any(const PointwiseParams& p, int64_t begin, int64_t end, float* 
                [&](auto type, const auto& unit) { pointwise<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
+// The sums of the columns of `gradients`, each at the beginning of a row of `sums` that is one vector, else 0. In short
+// blocks: a few short sums round less than one long one.
+void sum_columns(Matrix<const float> gradients, Matrix<float> sums) {
+    constexpr int64_t kBlock = 16;
+    for (int64_t c = 0; c < gradients.columns; c += kLanes) {
+        Vec total{};
+        for (int64_t first = 0; first < gradients.rows; first += kBlock) {
+            const int64_t last = first + kBlock < gradients.rows ? first + kBlock : gradients.rows;
+            Vec sum{};
+            for (int64_t i = first; i < last; ++i) {
+                sum += load(gradients.row(i) + c);
+            }
+            total += sum;
+        }
+        for (int64_t i = c; i < c + kLanes && i < gradients.columns; ++i) {
+            for (int64_t lane = 0; lane < kChannelPad; ++lane) {
+                sums.row(i)[lane] = lane == 0 ? total[i - c] : 0.0f;
+            }
+        }
+    }
+}
+
 template <typename T, typename Unit>
 void pointwise_weight(const PointwiseWeightParams& p, const Unit& unit, int64_t begin, int64_t end, int64_t first_row,
-                      float* scratch, float* sums) {
-    const int64_t width = padded(p.channels);
-    const int64_t rows = p.columns - first_row < kPointwiseTile ? p.columns - first_row : kPointwiseTile;
+                      int64_t rows, float* scratch, float* sums) {
+    const int64_t width = padded(p.channels), row = p.row();
     float* const x = scratch;
     float* const grad = x + kPointwiseRun * width;
     float* const x_room = grad + kPointwiseRun * kPointwiseTile;
     float* const grad_room = x_room + kPointwiseRun * width;
     float* const of_run = grad_room + kPointwiseRun * kPointwiseTile;
-    float* const total = sums + first_row * width;
     for (int64_t first = begin; first < end; first += kPointwiseRun) {
         const int64_t count = end - first < kPointwiseRun ? end - first : kPointwiseRun;
         const T* const first_x = static_cast<const T*>(p.x) + first * p.channels;
@@ -76,19 +118,35 @@ void pointwise_weight(const PointwiseWeightParams& p, const Unit& unit, int64_t 
         const Matrix pixels{x, count, width, width}, gradients{grad, count, rows, kPointwiseTile};
         load_rows(Matrix{first_x, count, p.channels, p.channels}, pixels);
         load_rows(Matrix{first_grad, count, rows, p.columns}, gradients);
-        const Matrix target{first == begin ? total : of_run, rows, width, width};
+        const Matrix target{first == begin ? sums : of_run, rows, width, row};
         unit.product(unit.left_transposed(gradients, grad_room), unit.right(pixels, x_room), target, Accumulate::no);
-        for (int64_t i = 0; i < rows * width && first > begin; i += kLanes) {
-            store(total + i, load(total + i) + load(of_run + i));
+        if (p.bias) {
+            sum_columns(gradients, target.from(0, width));
+        }
+        for (int64_t i = 0; i < rows * row && first > begin; i += kLanes) {
+            store(sums + i, load(sums + i) + load(of_run + i));
         }
     }
 }
 
-void pointwise_weight_any(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row, float* scratch,
-                          float* sums) {
+void pointwise_weight_any(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row, int64_t rows,
+                          float* scratch, float* sums) {
     with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) {
-        pointwise_weight<decltype(type)>(p, unit, begin, end, first_row, scratch, sums);
+        pointwise_weight<decltype(type)>(p, unit, begin, end, first_row, rows, scratch, sums);
     });
+}
+
+void gate_sums(Matrix<const float> sums, const float* weight, const float* gate, float* total, float* grad_gate) {
+    for (int64_t i = 0; i < sums.rows; ++i) {
+        const Vec of_row = broadcast(gate[i]);
+        Vec products{};
+        for (int64_t j = i * sums.stride; j < (i + 1) * sums.stride; j += kLanes) {
+            const Vec value = load(sums.data + j);
+            products = fma(load(weight + j), value, products);
+            store(total + j, fma(of_row, value, load(total + j)));
+        }
+        grad_gate[i] = sum(products);
+    }
 }
 
 // ---- depthwise ------------------------------------------------------------------------------------------------------
@@ -169,9 +227,11 @@ void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scra
                 const float* rows[kernel];
                 strip.rows(y, first, c, rows);
                 const Taps taps{p.weight + c, padded(p.channels)};
-                depthwise_row<kernel>({rows, kLanes}, count, taps, [&](int64_t i, Vec sum) {
-                    T* const target = out + (first + i) * p.channels + c;
-                    n == kLanes ? store(target, sum) : store(target, sum, n);
+                with_bias(p.bias, c, [&](const auto& add) __attribute__((always_inline)) {
+                    depthwise_row<kernel>({rows, kLanes}, count, taps, [&](int64_t i, Vec sum) {
+                        T* const target = out + (first + i) * p.channels + c;
+                        n == kLanes ? store(target, add(sum)) : store(target, add(sum), n);
+                    });
                 });
             });
         }
@@ -188,7 +248,7 @@ void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, floa
             const float* const grad = staged + c / kLanes * staged_row;
             const float* rows[kernel];
             strip.rows(y, 0, c, rows);
-            Vec totals[kernel][kernel]{};
+            Vec totals[kernel][kernel]{}, total{};
             int64_t i = 0;
             for (; i + 4 <= strip.count; i += 4) {
 #pragma GCC unroll 5
@@ -202,9 +262,13 @@ void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, floa
                     add_tap_sums<kernel, 1, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals + k);
                 }
             }
-            for (int tap = 0; tap < kernel * kernel; ++tap) {
+            for (i = 0; i < strip.count && p.bias_gradient; ++i) {
+                total += load(grad + i * kLanes);
+            }
+            for (int tap = 0; tap <= kernel * kernel; ++tap) {
+                const Vec sum = tap == kernel * kernel ? total : totals[tap / kernel][tap % kernel];
                 for (int lane = 0; lane < kLanes; ++lane) {
-                    sums[tap * padded(p.channels) + c + lane] += totals[tap / kernel][tap % kernel][lane];
+                    sums[tap * padded(p.channels) + c + lane] += sum[lane];
                 }
             }
         }
@@ -227,8 +291,8 @@ void depthwise_weight_any(const DepthwiseParams& p, int64_t begin, int64_t end, 
 
 }  // namespace
 
-constinit const ConvolutionKernels ConvolutionKernels::IPT_FAST_LEVEL = {cpu::packed_size,   cpu::pack,
-                                                                         cpu::pointwise_any, cpu::pointwise_weight_any,
-                                                                         cpu::depthwise_any, cpu::depthwise_weight_any};
+constinit const ConvolutionKernels ConvolutionKernels::IPT_FAST_LEVEL = {
+    cpu::packed_size, cpu::pack,          cpu::pointwise_any,       cpu::pointwise_weight_any,
+    cpu::gate_sums,   cpu::depthwise_any, cpu::depthwise_weight_any};
 
 }  // namespace ipt_fast::cpu

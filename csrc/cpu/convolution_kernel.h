@@ -15,8 +15,12 @@ struct PointwiseParams {
     Brgemm brgemm;
     const void* x;  // (pixels, channels)
     int64_t pixels, channels, columns;
-    const void* packed;  // the weight, by `pack`
-    void* out;           // (pixels, columns)
+    const void* packed;    // the weight, by `pack`
+    const float* bias;     // padded columns; nullptr: there is none
+    const float* gate;     // padded channels, what x is multiplied by; nullptr: 1
+    int64_t gate_stride;   // as in Epilogue
+    int64_t image_pixels;  // of an image
+    void* out;             // (pixels, columns)
 };
 
 namespace {
@@ -32,13 +36,13 @@ struct PointwiseWeightParams {
     const void* x;     // (pixels, channels)
     const void* grad;  // (pixels, columns)
     int64_t channels, columns;
-};
+    bool bias;  // a row of sums goes on with the sum of grad[pixel][i], the gradient of the bias
 
-namespace {
-inline int64_t pointwise_weight_scratch(int64_t channels) {
-    return 2 * kPointwiseRun * (padded(channels) + kPointwiseTile) + kPointwiseTile * padded(channels);
-}
-}  // namespace
+    IPT_FAST_INLINE int64_t row() const { return padded(channels) + (bias ? kChannelPad : 0); }
+    IPT_FAST_INLINE int64_t scratch() const {
+        return 2 * kPointwiseRun * (padded(channels) + kPointwiseTile) + kPointwiseTile * row();
+    }
+};
 
 // Work is cut into rows of strips: row k is row k % height of strip k / height % strips of image k / height / strips.
 struct DepthwiseParams {
@@ -47,7 +51,9 @@ struct DepthwiseParams {
     const void* x;
     int64_t channels, height, width, strips;
     const float* weight;  // taps, padded channels; not for the weight's gradient
+    const float* bias;    // padded channels; nullptr: there is none; not for the weight's gradient
     const void* grad;     // only for the weight's gradient
+    bool bias_gradient;   // the same
     void* out;            // not for the weight's gradient
 
     IPT_FAST_INLINE int64_t widest() const { return (width + strips - 1) / strips; }
@@ -59,12 +65,15 @@ struct ConvolutionKernels {
     void (*pack)(DType dtype, Brgemm brgemm, const Weight& weight, void* packed);
     // Blocks begin <= k < end of kPointwiseBlock pixels.
     void (*pointwise)(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch);
-    // Pixels begin <= k < end; rows of the tile from first_row on; sums is [columns][padded channels] in fp32.
+    // Pixels begin <= k < end; the tile of `rows` rows from first_row on, whose sums are [rows][p.row()] in fp32.
     void (*pointwise_weight)(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row,
-                             float* scratch, float* sums);
+                             int64_t rows, float* scratch, float* sums);
+    // From such sums, taken without the gate: adds gate[i] * sums[i] to total[i], and sets grad_gate[i] to the
+    // products' gradient of the gate, the sum of weight[i][j] sums[i][j].
+    void (*gate_sums)(Matrix<const float> sums, const float* weight, const float* gate, float* total, float* grad_gate);
     // Rows begin <= k < end.
     void (*depthwise)(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch);
-    // sums is [taps][padded channels].
+    // sums is [taps + 1][padded channels], at last the sum of grad where it is wanted.
     void (*depthwise_weight)(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums);
 
     static const ConvolutionKernels IPT_FAST_COMPILED_LEVELS;

@@ -34,6 +34,7 @@ void pack(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, i
 }
 
 // A 3x3 depthwise convolution of `count` columns of `height` rows at once, one vector of channels: body(y, x, value).
+// Behind the taps lies what the sums start with.
 template <int height, typename Body>
 inline __attribute__((always_inline)) void depthwise_rows(InputRows in, int64_t count, Taps weight, const Body& body) {
     Vec taps[3][3];
@@ -41,8 +42,13 @@ inline __attribute__((always_inline)) void depthwise_rows(InputRows in, int64_t 
     for (int i = 0; i < 9; ++i) {
         taps[i / 3][i % 3] = load(weight.data + i * weight.stride);
     }
+    const Vec start = load(weight.data + 9 * weight.stride);
     for (int64_t x = 0; x < count; ++x) {
-        Vec sums[height]{};
+        Vec sums[height];
+#pragma GCC unroll 4
+        for (int y = 0; y < height; ++y) {
+            sums[y] = start;
+        }
 #pragma GCC unroll 6
         for (int i = 0; i < height + 2; ++i) {
 #pragma GCC unroll 3
@@ -68,8 +74,12 @@ template <typename T, typename Unit>
 class GramStrip {
   public:
     GramStrip(const FocalAttentionLayerParams& p, const Unit& unit, int64_t index, float* scratch)
-        : p_(p), unit_(unit), g_(p.groups), pixels_(scratch) {
-        image_ = index / p.strips / p.head_groups;
+        : p_(p),
+          unit_(unit),
+          g_(p.groups),
+          image_(index / p.strips / p.head_groups),
+          norm_(p.norm.of_image(image_)),
+          pixels_(scratch) {
         const int64_t group = index / p.strips % p.head_groups, strip = index % p.strips;
         first_head_ = p.first_head(group);
         last_head_ = p.first_head(group + 1);
@@ -96,7 +106,9 @@ class GramStrip {
                 for (int64_t i = 0; i < block.tiles_across(); ++i) {
                     const int64_t t = top / block.tile_rows() * block.tiles_across() + i;
                     for (int64_t head = first_head_; head < last_head_; ++head) {
-                        gram(block.tile(t), head, g_.slot(at, head), t == 0);
+                        with_both_or_first(g_, block, [&](auto branches) {
+                            gram<decltype(branches)>(block.tile(t), head, g_.slot(at, head), t == 0);
+                        });
                     }
                 }
             }
@@ -122,7 +134,7 @@ class GramStrip {
             count = 1;
             if (y < 0 || y >= height) {
                 for (int64_t head = first_head_; head < last_head_; ++head) {
-                    memset(ring(head, at), 0, width_ * 3 * g_.depth * sizeof(float));
+                    put_outside(head, ring(head, at), width_);
                 }
                 continue;
             }
@@ -138,48 +150,69 @@ class GramStrip {
                 unit_.multiply(pixels, packed_part(p_, part), {first, count * width_, g_.head_channels, 3 * g_.depth},
                                Accumulate::no);
             }
+            for (int64_t i = 0; i < count && p_.outside != nullptr; ++i) {
+                for (int64_t head = first_head_; head < last_head_; ++head) {
+                    float* const row = ring(head, at + i);
+                    put_outside(head, row, outside_left());
+                    put_outside(head, row + (width_ - outside_right()) * 3 * g_.depth, outside_right());
+                }
+            }
+        }
+    }
+
+    // Pixels of the strip on the left and on the right that lie outside of the image.
+    int64_t outside_left() const { return left_ < 0 ? 1 : 0; }
+    int64_t outside_right() const { return left_ + width_ > g_.horizontal.size ? 1 : 0; }
+
+    // What the depthwise convolution reads outside of the image, to `count` pixels of the ring.
+    void put_outside(int64_t head, float* pixels, int64_t count) const {
+        const int64_t pixel = 3 * g_.depth;
+        if (p_.outside == nullptr) {
+            memset(pixels, 0, count * pixel * sizeof(float));
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            memcpy(pixels + i * pixel, p_.outside + head * pixel, pixel * sizeof(float));
         }
     }
 
     // The strip's pixels of one row after the norm, with the halo; zeros outside of the image.
     void normalize(int64_t y, typename Unit::Value* out) const {
         const int64_t channels = p_.channels(), row = padded(channels);
-        const int64_t skipped = left_ < 0 ? 1 : 0, after = left_ + width_ > g_.horizontal.size ? 1 : 0;
-        const int64_t count = width_ - skipped - after;
-        const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + skipped) * channels;
-        memset(out, 0, skipped * row * sizeof(*out));
-        memset(out + (width_ - after) * row, 0, after * row * sizeof(*out));
+        const int64_t count = width_ - outside_left() - outside_right();
+        const T* x = static_cast<const T*>(p_.x) + pixel_index(y, left_ + outside_left()) * channels;
+        memset(out, 0, outside_left() * row * sizeof(*out));
+        memset(out + (width_ - outside_right()) * row, 0, outside_right() * row * sizeof(*out));
         const Matrix pixels{x, count, channels, channels};
-        const Matrix normal{out + skipped * row, count, row, row};
+        const Matrix normal{out + outside_left() * row, count, row, row};
         if (channels == row) {
-            normalize_rows(pixels, p_.norm, normal);
+            normalize_rows(pixels, norm_, normal);
         } else {
             const Matrix staged{pixels_, count, channels, row};
             load_rows(pixels, staged);
-            normalize_rows(staged, p_.norm, normal);
+            normalize_rows(staged, norm_, normal);
         }
     }
 
-    void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
-        const GramTile<Unit, 2> staged(unit_, g_, tile_scratch_);
-        const TileWeights<2> weights = token_squares<2>(g_, head, tile);
+    template <typename B>
+    __attribute__((noinline)) void gram(const Tile& tile, int64_t head, float* slot, bool begin) const {
+        const GramTile<Unit, B> staged(unit_, g_, tile_scratch_);
+        const auto weights = token_squares<B>(g_, head, tile);
         const int64_t channels = p_.channels();
-        convolve(
+        convolve<B>(
             tile, head, 0,
-            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
-                staged.put_q(tile, y, x, c, value, weights, squares);
-            },
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares)
+                __attribute__((always_inline)) { staged.put_q(tile, y, x, c, value, weights, squares); },
             [&](int64_t c, const auto& squares) { staged.put_squares(0, c, squares); });
-        convolve(
+        convolve<B>(
             tile, head, 1,
-            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares) {
-                staged.put_k(tile, y, x, c, value, weights, squares);
-            },
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto& squares)
+                __attribute__((always_inline)) { staged.put_k(tile, y, x, c, value, weights, squares); },
             [&](int64_t c, const auto& squares) { staged.put_squares(1, c, squares); });
         T* v = static_cast<T*>(p_.out) + pixel_index(tile.y, tile.x) * channels + head * g_.head_channels;
-        convolve(
+        convolve<B>(
             tile, head, 2,
-            [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {
+            [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) __attribute__((always_inline)) {
                 T* pixel = v + (y * g_.horizontal.size + x) * channels;
                 if (c + kLanes <= g_.head_channels) {
                     store(pixel + c, value);
@@ -189,7 +222,7 @@ class GramStrip {
             },
             [](int64_t, const auto&) {});
         staged.add(tile, weights, {slot, g_.norms(slot, 0), g_.factors(slot)}, begin, [&](float* rows) {
-            convolve(
+            convolve<B>(
                 tile, head, 1,
                 [&](int64_t y, int64_t x, int64_t c, Vec value, auto&) {
                     store(rows + (y * tile.columns + x) * g_.depth + c, value);
@@ -200,7 +233,7 @@ class GramStrip {
 
     // body(y, x, c, value, squares) for a tile of q, k or v (part 0, 1, 2) after the depthwise convolution, one vector
     // of channels at a time; then end(c, squares).
-    template <typename Body, typename End>
+    template <typename B, typename Body, typename End>
     void convolve(const Tile& tile, int64_t head, int64_t part, const Body& body, const End& end) const {
         const int64_t pixel = 3 * g_.depth;
         for (int64_t c = 0; c < g_.depth; c += kLanes) {
@@ -209,8 +242,8 @@ class GramStrip {
             for (int64_t i = 0; i < tile.rows + 2; ++i) {
                 rows[i] = ring(head, ring_row(tile.y + i - 1)) + (tile.x - 1 - left_) * pixel + first;
             }
-            const Taps taps{p_.depthwise + head * 9 * pixel + first, pixel};
-            Vec squares[2]{};
+            const Taps taps{p_.depthwise + head * 10 * pixel + first, pixel};
+            Vec squares[B::count]{};
             const auto put = [&](int64_t y, int64_t x, Vec value) { body(y, x, c, value, squares); };
             if (tile.rows == kTileRows) {
                 depthwise_rows<kTileRows>({rows, pixel}, tile.columns, taps, put);
@@ -227,7 +260,9 @@ class GramStrip {
     const FocalAttentionLayerParams& p_;
     const Unit& unit_;
     const Groups& g_;
-    int64_t image_, first_head_, last_head_, first_block_, last_block_;
+    const int64_t image_;
+    const Norm norm_;
+    int64_t first_head_, last_head_, first_block_, last_block_;
     int64_t left_, width_;  // of the strip with its halo of one pixel
     float* pixels_;
     typename Unit::Value* normal_;
@@ -284,19 +319,22 @@ void apply(const FocalAttentionLayerParams& p, const Unit& unit, int64_t begin, 
                 const int64_t c = head * g.head_channels;
                 const Matrix v{out + c, tile.rows * g.horizontal.size, g.head_channels, channels};
                 const Matrix values{attended + c, tile.tokens(), g.depth, row};
-                apply_tile<2>(g, unit, head, tile, g.slot(b, head), v, values, scratch);
+                with_both_or_first(g, block, [&](auto branches) {
+                    apply_tile<decltype(branches)>(g, unit, head, tile, g.slot(b, head), v, values, scratch);
+                });
             }
             if constexpr (sizeof(*left) != sizeof(float)) {
                 for (int64_t i = 0; i < tile.tokens() * row; i += kLanes) {
                     store(left + i, load(attended + i));
                 }
             }
+            const Epilogue epilogue = p.epilogue.of_image(block.image);
             const Matrix projected{result, tile.tokens(), channels, row};
             unit.multiply({left, tile.tokens(), channels, row}, packed_part(p, 3 * g.heads), projected, Accumulate::no);
             for (int64_t y = 0; y < tile.rows; ++y) {
                 const int64_t offset = y * g.horizontal.size * channels;
                 store_rows(projected.slice(y * tile.columns, tile.columns), static_cast<const T*>(p.x) + first + offset,
-                           out + offset);
+                           out + offset, epilogue);
             }
         }
     }

@@ -1,5 +1,5 @@
 // The whole focal attention layer for inference, framework-free:
-// x + PW(focal channel attention(DW3x3(PW(layer norm(x))))).
+// x + gate * PW(focal channel attention(DW3x3(PW(layer norm(x))))), every convolution with or without a bias.
 #pragma once
 
 #include "channel_attention_kernel.h"
@@ -18,10 +18,14 @@ struct FocalAttentionLayerParams {
     Brgemm brgemm;
     Groups groups;
     Norm norm;
+    Epilogue epilogue;
     const void* x;  // dense
     void* out;      // dense; holds v between the passes
     Weight qkv, project;
-    const float* depthwise;  // (heads, 3 * 3, 3, depth)
+    // The depthwise convolution reads q, k and v without their bias b. So it reads -b, not 0, outside of the image, and
+    // its sums start with b times the sum of the taps, and with its own bias.
+    const float* depthwise;  // (heads, 3 * 3 + 1, 3, depth): the taps, and what the sums start with
+    const float* outside;    // (heads, 3, depth); nullptr: zeros
     void* packed;            // weights of q, k and v of each head, then the projection's
     int64_t strips;          // parts side by side of an image
     int64_t head_groups;     // heads are computed in so many groups

@@ -12,33 +12,52 @@
 namespace ipt_fast::cpu {
 namespace {
 
-// Weights of a tile's tokens for each branch, or 1 where there is only one branch. A tile lies in one window of each
-// branch, so its weights are a rectangle of a (p, p) map.
-template <int branches>
+// The branches that are computed of a block: how many, and whether its tokens have weights. In three forms: one without
+// weights, both, and the first of both, whose result is then not weighted.
+template <int n, bool weights>
+struct Branches {
+    static constexpr int count = n;
+    static constexpr bool weighted = weights;
+};
+
+// body(Branches{}) for those of a block, the groups having two.
+template <typename Body>
+inline __attribute__((always_inline)) void with_both_or_first(const Groups& g, const WindowBlock& block,
+                                                              const Body& body) {
+    g.branches_of(block) == 1 ? body(Branches<1, true>{}) : body(Branches<2, true>{});
+}
+
+// The same for one or two.
+template <typename Body>
+inline __attribute__((always_inline)) void with_branches(const Groups& g, const WindowBlock& block, const Body& body) {
+    g.branches == 1 ? body(Branches<1, false>{}) : with_both_or_first(g, block, body);
+}
+
+// Weights of a tile's tokens for each branch, or 1. A tile lies in one window of each branch, so its weights are a
+// rectangle of a (p, p) map.
+template <int branches, bool weighted>
 struct TileWeights {
     const float* first[branches];
     int64_t row;
 
-    Vec at(int branch, int64_t y, int64_t x) const {
-        return broadcast(branches == 1 ? 1.0f : first[branch][y * row + x]);
-    }
+    Vec at(int branch, int64_t y, int64_t x) const { return broadcast(weighted ? first[branch][y * row + x] : 1.0f); }
 };
 
 // The squares of the token weights.
-template <int branches>
-inline TileWeights<branches> token_squares(const Groups& g, int64_t head, const Tile& tile) {
-    TileWeights<branches> weights{{}, g.vertical.window};
-    for (int branch = 0; branch < branches && branches == 2; ++branch) {
-        weights.first[branch] = g.weights(g.token_squares, branch, head, tile);
+template <typename B>
+inline auto token_squares(const Groups& g, int64_t head, const Tile& tile) {
+    TileWeights<B::count, B::weighted> weights{{}, g.vertical.window};
+    for (int branch = 0; branch < B::count && B::weighted; ++branch) {
+        weights.first[branch] = g.weights(g.token_squares[branch], branch, head, tile);
     }
     return weights;
 }
 
 // The weights of the branches' outputs, both laid out by the unshifted windows.
-template <int branches>
-inline TileWeights<branches> merge_weights(const Groups& g, int64_t head, const Tile& tile) {
-    TileWeights<branches> weights{{}, g.vertical.window};
-    for (int branch = 0; branch < branches && branches == 2; ++branch) {
+template <typename B>
+inline auto merge_weights(const Groups& g, int64_t head, const Tile& tile) {
+    TileWeights<B::count, B::count == 2> weights{{}, g.vertical.window};
+    for (int branch = 0; branch < B::count && B::count == 2; ++branch) {
         weights.first[branch] = g.weights(g.merge[branch], 0, head, tile);
     }
     return weights;
@@ -91,8 +110,11 @@ struct GramSums {
 };
 
 // q and k of a tile of tokens, w^2 k of all branches side by side.
-template <typename Unit, int branches>
+template <typename Unit, typename B>
 struct GramTile {
+    static constexpr int branches = B::count;
+    using Weights = TileWeights<B::count, B::weighted>;
+
     const Unit& unit;
     int64_t channels, depth;
     float* q;        // [kTileTokens][depth]
@@ -114,16 +136,16 @@ struct GramTile {
           room(factors + 2 * depth) {}
 
     // Channels c to c + kLanes of the token (y, x) of a tile; adds the squares of w q and of w k.
-    void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TileWeights<branches>& w,
-               Vec (&sum)[branches]) const {
+    inline __attribute__((always_inline)) void put_q(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value,
+                                                     const Weights& w, Vec (&sum)[branches]) const {
         store(q + (y * tile.columns + x) * depth + c, value);
         const Vec square = value * value;
         for (int branch = 0; branch < branches; ++branch) {
             sum[branch] = fma(w.at(branch, y, x), square, sum[branch]);
         }
     }
-    void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value, const TileWeights<branches>& w,
-               Vec (&sum)[branches]) const {
+    inline __attribute__((always_inline)) void put_k(const Tile& tile, int64_t y, int64_t x, int64_t c, Vec value,
+                                                     const Weights& w, Vec (&sum)[branches]) const {
         float* target = k + (y * tile.columns + x) * branches * depth + c;
         for (int branch = 0; branch < branches; ++branch) {
             const Vec weighted = w.at(branch, y, x) * value;
@@ -132,7 +154,7 @@ struct GramTile {
         }
     }
     // Their sums over the tile, of q (0) or k (1).
-    void put_squares(int64_t of_k, int64_t c, const Vec (&sum)[branches]) const {
+    inline __attribute__((always_inline)) void put_squares(int64_t of_k, int64_t c, const Vec (&sum)[branches]) const {
         for (int branch = 0; branch < branches; ++branch) {
             store(squares + (2 * branch + of_k) * depth + c, sum[branch]);
         }
@@ -141,7 +163,7 @@ struct GramTile {
     // Adds the tile to a slot, or begins it. One sum over all of a large block would lose digits. read_k(rows) puts k
     // without weights to [tokens][depth], if it is needed again.
     template <typename ReadK>
-    void add(const Tile& tile, const TileWeights<branches>& w, GramSums slot, bool begin, const ReadK& read_k) const {
+    void add(const Tile& tile, const Weights& w, GramSums slot, bool begin, const ReadK& read_k) const {
         for (int64_t i = 0; i < 2 * depth && begin; i += kLanes) {
             store(slot.factors + i, broadcast(1.0f));
         }
@@ -194,7 +216,7 @@ struct GramTile {
 
     // Finds the factors of q and of k (raw, in `rows`) that bring channels out of range to about 1, and stages them
     // again. A channel of zeros takes the slot's factor.
-    void scale(const Tile& tile, const TileWeights<branches>& w, const float* rows, const float* slot_factors) const {
+    void scale(const Tile& tile, const Weights& w, const float* rows, const float* slot_factors) const {
         for (int64_t i = 0; i < 2 * depth; i += kLanes) {
             const float* values = i < depth ? q + i : rows + i - depth;
             Bits largest{};
@@ -261,11 +283,16 @@ struct GramTile {
     }
 };
 
-// body(T{}, unit, Constant<branches>) for the dtype of the maps and the unit of the products.
-template <typename Body>
-inline void with_branches(DType dtype, Brgemm brgemm, int branches, const Body& body) {
-    with_types(dtype, brgemm, [&](auto type, const auto& unit) {
-        branches == 1 ? body(type, unit, Constant<1>{}) : body(type, unit, Constant<2>{});
+// body(T{}, unit, Branches{}, block, index) for the heads of blocks, begin <= index < end being block * heads + head,
+// of the kernels' parameters p.
+template <typename Params, typename Body>
+inline void for_blocks(const Params& p, int64_t begin, int64_t end, const Body& body) {
+    const Groups& g = p.groups;
+    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) {
+        for (int64_t index = begin; index < end; ++index) {
+            const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
+            with_branches(g, block, [&](auto branches) { body(type, unit, branches, block, index); });
+        }
     });
 }
 

@@ -1,4 +1,4 @@
-// The layer x + project(grid_attention(qkv(norm(x)))) at the level it is compiled for.
+// The layer x + gate * project(grid_attention(qkv(norm(x)))) at the level it is compiled for.
 //
 // Groups are independent of each other, so a block of a few of them runs from x to the output in scratch memory: rows
 // of x are gathered and normalised; for each head q, k and v are computed from them and attended (lattice_attend.h);
@@ -87,13 +87,18 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
             block.for_groups([&](const Group& group, int64_t start) { gather(group, map, all_rows.from(start, 0)); });
         const Matrix tokens = all_rows.slice(0, count);
         const Matrix normalized{normal, count, channels, row};
-        normalize_rows(tokens, p.norm, normalized);
+        normalize_rows(tokens, p.norm.of_image(block.image), normalized);
         for (int64_t head = 0; head < p.heads; ++head) {
             const float* bias = p.bias + head * bias_size(p);
             Matrix<float> of_head[3];
             for (int64_t i = 0; i < 3; ++i) {
                 of_head[i] = {qkv + i * most_rows * head_row, count, depth, head_row};
-                unit.multiply(normalized, packed + (i * p.heads + head) * piece, of_head[i], Accumulate::no);
+                const bool has_bias = i == 0 && p.q_bias != nullptr;
+                if (has_bias) {
+                    fill_rows(p.q_bias + head * head_row, of_head[i]);
+                }
+                unit.multiply(normalized, packed + (i * p.heads + head) * piece, of_head[i],
+                              has_bias ? Accumulate::yes : Accumulate::no);
             }
             const Matrix q = of_head[0], k = of_head[1], v = of_head[2];
             block.for_groups([&](const Group& group, int64_t start) {
@@ -111,10 +116,11 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
             });
         }
         unit.multiply({attended, count, channels, value_row}, packed + 3 * p.heads * piece, tokens, Accumulate::no);
+        const Epilogue epilogue = p.epilogue.of_image(block.image);
         block.for_groups([&](const Group& group, int64_t start) {
             for_pixels(group, 0, group.tokens(), [=](int64_t token, int64_t pixel) {
                 const int64_t at = pixel * channels;
-                store_rows(tokens.slice(start + token, 1), x + at, out + at);
+                store_rows(tokens.slice(start + token, 1), x + at, out + at, epilogue);
             });
         });
     }

@@ -5,11 +5,15 @@
 
 namespace ipt_fast::cpu {
 
-// x + project(attention(qkv(norm(x)))), in blocks of consecutive groups.
+// x + gate * project(attention(qkv(norm(x)))), in blocks of consecutive groups. Of the biases of q, k and v, that of k
+// adds the same to all of a query's scores, which the softmax does not see, and that of v, as weights sum up to 1, the
+// same to every result, which belongs to the bias of the projection.
 struct GridAttentionLayerParams : GridAttention {
     const void* x;  // (batch, height, width, channels)
     void* out;
     Norm norm;
+    Epilogue epilogue;
+    const float* q_bias;  // (heads, padded depth); nullptr: there is none
     Weight qkv, project;  // (3 * channels, channels), (channels, channels)
     void* packed;
     int64_t block_groups;  // most groups of a block

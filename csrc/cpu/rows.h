@@ -25,6 +25,15 @@ inline void load_rows(Matrix<T> in, Matrix<Value> out) {
     }
 }
 
+// Every row of whole vectors is the bias: what a product is added to.
+inline void fill_rows(const float* bias, Matrix<float> rows) {
+    for (int64_t i = 0; i < rows.rows; ++i) {
+        for (int64_t c = 0; c < rows.columns; c += kLanes) {
+            store(rows.row(i) + c, load(bias + c));
+        }
+    }
+}
+
 // The layer norm of at most kLanes rows; `size` is the number of channels, or 0 where it is not known beforehand.
 template <int64_t size, typename T, typename Value>
 inline __attribute__((always_inline)) void normalize_block(Matrix<T> in, const Norm& norm, Matrix<Value> out) {

@@ -102,7 +102,7 @@ inline void attend_window(const Groups& g, const HeadWindow& window, float* scra
         q[i] = 1.0 / (norm < 1e-12 ? 1e-12 : norm);
     }
     for (int64_t j = 0; j < depth; ++j) {
-        const double factor = k[j] * g.scale[window.head];
+        const double factor = k[j] * g.scale[branch][window.head];
         for (int64_t i = 0; i < depth; ++i) {
             scores[j * depth + i] = static_cast<float>(totals[j * depth + i] * q[i] * factor);
         }
@@ -114,7 +114,7 @@ inline void attend_window(const Groups& g, const HeadWindow& window, float* scra
 // out[tokens][depth] = sum over the branches of w * attention v, for one tile; v is the head's channels of the map from
 // the tile's first pixel on. Each branch is a sum of its own, which rounds less than one sum over both. `scratch` holds
 // apply_scratch(g) floats.
-template <int branches, typename T, typename Unit>
+template <typename B, typename T, typename Unit>
 inline void apply_tile(const Groups& g, const Unit& unit, int64_t head, const Tile& tile, const float* slot,
                        Matrix<T> v, Matrix<float> out, float* scratch) {
     const int64_t depth = g.depth, tokens = tile.tokens();
@@ -126,14 +126,14 @@ inline void apply_tile(const Groups& g, const Unit& unit, int64_t head, const Ti
         load_rows(v.slice(y * g.horizontal.size, tile.columns), values.slice(y * tile.columns, tile.columns));
     }
     const Matrix attention{slot, depth, depth, depth};
-    if constexpr (branches == 1) {
+    if constexpr (B::count == 1) {
         unit.product(unit.left(values), unit.right(attention, room), out, Accumulate::no);
     } else {
         const Matrix of_shifted{slot + depth * depth, depth, depth, depth};
         const Matrix of_top{top, tokens, depth, depth}, of_bottom{bottom, tokens, depth, depth};
         unit.product(unit.left(values), unit.right(attention, room), of_top, Accumulate::no);
         unit.product(unit.left(values), unit.right(of_shifted, room), of_bottom, Accumulate::no);
-        const TileWeights<branches> weights = merge_weights<branches>(g, head, tile);
+        const auto weights = merge_weights<B>(g, head, tile);
         for (int64_t y = 0; y < tile.rows; ++y) {
             for (int64_t x = 0; x < tile.columns; ++x) {
                 const int64_t token = y * tile.columns + x;

@@ -112,11 +112,5 @@ _operator = Operator(
     output_shape=lambda qkv, *_: (qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:]),
     flops=_flops,
 )
-_cpu.register(_operator, one_for_both, lacks=dict(cyclic=True))
-_triton.register(
-    _operator,
-    lambda qkv, temperature, token_weight, num_heads: (
-        one_for_both(temperature, token_weight) or _triton.head_limit(qkv.shape[1] // 3, num_heads)
-    ),
-    lacks=dict(cyclic=True),
-)
+_cpu.register(_operator)
+_triton.register(_operator, lambda qkv, num_heads: _triton.head_limit(qkv.shape[1] // 3, num_heads))

@@ -1,5 +1,7 @@
 """What PyTorch is told about the operators: schema, fakes, autograd, FLOPs."""
 
+import inspect
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,9 +17,9 @@ VARIANTS = [call for call in CALLS if "/" in call]
 
 
 def positional(operator, tensors, options):
-    """All arguments in the order of the schema, None for absent ones."""
-    names = [argument.name for argument in getattr(torch.ops.ipt_fast, operator).default._schema.arguments]
-    return [(tensors | options).get(name) for name in names]
+    """All arguments in the order of the schema, absent ones as the public function has them."""
+    parameters = inspect.signature(REGISTRY[operator].function).parameters
+    return [(tensors | options).get(name, parameter.default) for name, parameter in parameters.items()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -175,8 +175,8 @@ void channel_attention() {
     g.horizontal = Axis::windows_of(width, window, g.branches);
     const int64_t channels = g.heads * g.head_channels, values = g.images * height * width * channels;
     char *qkv = array<char>(), *grad = array<char>();
-    g.scale = array<float>();
-    g.token_squares = array<float>();
+    g.scale[0] = g.scale[1] = array<float>();
+    g.token_squares[0] = g.token_squares[1] = array<float>();
     g.merge[0] = array<float>();
     g.merge[1] = array<float>();
     const auto part = [&](char* map, int64_t index) { return map + index * channels * size_of(dtype); };
