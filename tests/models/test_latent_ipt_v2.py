@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import ipt_fast
-from ipt_fast import reference
+from ipt_fast import _extension, reference
 from ipt_fast.models import open_checkpoint, open_model
 from ipt_fast.modules._layer import Modulation
 from ipt_fast.training.parallel import checkpoint_activations, transformer_layers
@@ -321,6 +321,9 @@ def test_frozen(dtype):
     model.reparameterize()
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         assert torch.equal(frozen(*inputs), model(*inputs))
+    if _extension.load():  # every layer is one operator with packed weights
+        packed = ["packed_layer" in module.__dict__ for module in frozen._packed[1].modules()]
+        assert sum(packed) == len(ipt_fast.explain(model)) == 20
 
 
 @pytest.mark.parametrize(
