@@ -1,9 +1,10 @@
 """``python -m benchmarks.generation``: latent IPT-V2 beside DiT, both small, at equal multiplications and equal steps.
 
 Both learn the same images by ``ipt-fast train --task generate``: the digits of scikit-learn (Optical Recognition of
-Handwritten Digits, UCI), enlarged to 16 x 16 pixels, or crops of photos of two kinds. Samples are judged by a small
-classifier of the classes, which is trained here: the Fréchet distance of its features, and how often it finds the class
-that was asked for. Rows go to benchmarks/results/generation.csv, losses to generation_loss.csv, pictures to docs.
+Handwritten Digits, UCI), enlarged to 16 x 16 pixels, or crops of photos, of their upper and of their lower edges.
+Samples are judged by a small classifier of the classes, which is trained here: the Fréchet distance of its features,
+and how often it finds the class that was asked for. Rows go to benchmarks/results/generation.csv, losses to
+generation_loss.csv, pictures to docs.
 """
 
 import argparse
@@ -53,19 +54,18 @@ def digits(folder: pathlib.Path) -> int:
     return 10
 
 
-def photos(folder: pathlib.Path, sources: list[pathlib.Path], each: int = 2000, shrink: int = 8) -> int:
-    """Writes crops of photos of several folders, each a class; photos are made ``shrink`` times smaller first."""
+def photos(folder: pathlib.Path, source: pathlib.Path, each: int = 2000, shrink: int = 8) -> int:
+    """Writes crops of photos, ``shrink`` times smaller than these: of their upper edge, and of their lower one."""
     draw = np.random.default_rng(0)
-    for source in sources:
-        paths, count = list_images(source), 0
-        small = [_shrunk(read_image(path).pixels, shrink) for path in paths]
-        small = [image for image in small if min(image.shape[1:]) >= SIDE and len(image) == 3]
-        while count < each:
+    small = [_shrunk(read_image(path).pixels, shrink) for path in list_images(source)]
+    small = [image for image in small if min(image.shape[1:]) >= SIDE and len(image) == 3]
+    for name in ("lower", "upper"):
+        for count in range(each):
             image = small[draw.integers(len(small))]
-            top, left = (draw.integers(size - SIDE + 1) for size in image.shape[1:])
-            _save(folder / source.name / f"{count}.png", image[:, top : top + SIDE, left : left + SIDE])
-            count += 1
-    return len(sources)
+            left = draw.integers(image.shape[2] - SIDE + 1)
+            rows = image[:, :SIDE] if name == "upper" else image[:, -SIDE:]
+            _save(folder / name / f"{count}.png", rows[:, :, left : left + SIDE])
+    return 2
 
 
 def _shrunk(pixels: np.ndarray, factor: int) -> Tensor:
@@ -151,7 +151,7 @@ def picture(path: pathlib.Path, rows: list[Tensor], scale: int = 3) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__.split("\n\n")[0])
     parser.add_argument("images", choices=("digits", "photos"))
-    parser.add_argument("--photos", nargs="+", type=pathlib.Path, default=[], help="folders of photos, each a class")
+    parser.add_argument("--photos", type=pathlib.Path, help="folder of photos, such as the training images of BSDS500")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/generation"))
     parser.add_argument("--iterations", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.images == "digits":
             digits(data)
         else:
+            if args.photos is None:
+                parser.error("--photos must name a folder of photos")
             photos(data, args.photos)
     images, labels = load(data)
     classes = int(labels.max()) + 1

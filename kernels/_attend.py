@@ -11,6 +11,7 @@ from ._windows import (
     SIZES,
     block_of_program,
     block_position,
+    is_inside,
     load_tokens,
     load_weights,
     matrix_of,
@@ -19,6 +20,7 @@ from ._windows import (
     tile_range,
     token_offsets,
 )
+from .depthwise import rows_of
 
 
 @triton.jit
@@ -32,9 +34,10 @@ def piece_factors(p_n, p_f, o_c, m_c):
 def attend_fwd_kernel(
     slots, temperature, attention, windows_y, windows_x, blocks_y, blocks_x,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    DIVIDES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIVIDES: tl.constexpr, SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # b_s: (BLOCK_R of q, BLOCK_D of k); attention: (images, windows, HEADS, BRANCHES, DEPTH, DEPTH)
+    # b_s: (BLOCK_R of q, BLOCK_D of k); temperature: (SCALES, HEADS), of both branches or of each; attention: (images,
+    # windows, HEADS, BRANCHES, DEPTH, DEPTH)
     PARTS: tl.constexpr = 2 if SHIFT > 0 else 1
     SLOT: tl.constexpr = DEPTH * (BRANCHES * (DEPTH + 2) + 2)
     i_matrix = tl.program_id(0).to(tl.int64)
@@ -70,7 +73,7 @@ def attend_fwd_kernel(
         b_q += tl.load(p_n + o_r, mask=m_r, other=0.0) * b_tq * b_tq
         b_k += tl.load(p_n + DEPTH + o_d, mask=m_d, other=0.0) * b_tk * b_tk
     i_head = i_matrix // BRANCHES % HEADS
-    scale = tl.load(temperature + i_head).to(tl.float32)
+    scale = tl.load(temperature + i_branch % SCALES * HEADS + i_head).to(tl.float32)
     if DIVIDES:
         scale = 1.0 / scale
     b_q = 1.0 / tl.maximum(tl.sqrt_rn(b_q), 1e-12 * b_fq)
@@ -84,6 +87,11 @@ def attend_fwd_kernel(
     tl.store(p_a, b_s.to(attention.dtype.element_ty), mask=m_r[:, None] & m_d[None, :])
 
 
+def scales_of(temperature):
+    """1 of a temperature (heads,), 2 of one for each branch, (2, heads)."""
+    return temperature.dim()
+
+
 def attend(groups, slots, temperature, divides, dtype):
     """The attention matrices (matrices, depth, depth) of all windows, heads and branches."""
     depth = groups.depth
@@ -93,7 +101,7 @@ def attend(groups, slots, temperature, divides, dtype):
     tiles = config("attend_fwd", key_of(slots, depth, groups.branches), candidates, slots.device)
     launch(
         attend_fwd_kernel, (groups.matrices, cdiv(depth, tiles["BLOCK_R"])), slots, temperature, attention,
-        *groups.windows_and_blocks, **groups.constants, DIVIDES=divides, **tiles,
+        *groups.windows_and_blocks, **groups.constants, DIVIDES=divides, SCALES=scales_of(temperature), **tiles,
         work=Work(slots.numel() * 4 + attention.numel() * attention.element_size(), vector=12 * attention.numel()),
     )  # fmt: skip
     return attention
@@ -106,8 +114,8 @@ def attend(groups, slots, temperature, divides, dtype):
 def apply_kernel(
     v, attention, weight_0, weight_1, depthwise, out, height, width, windows_y, windows_x, blocks_y, blocks_x, splits,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    V_PIXEL: tl.constexpr, V_FIRST: tl.constexpr, DEPTHWISE: tl.constexpr, PRECISION: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
+    CYCLIC: tl.constexpr, V_PIXEL: tl.constexpr, V_FIRST: tl.constexpr, DEPTHWISE: tl.constexpr,
+    PRECISION: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_v, b_o: (tile, BLOCK_D); b_a: (BLOCK_D of out, BLOCK_D of v)
     tl.static_assert(TILE_Y == 4 or not DEPTHWISE, "rows are convolved by fours")
@@ -137,7 +145,8 @@ def apply_kernel(
             o_wx = block_position(i_x, 0, P, SHIFT) + i_tx - x0 + o_x
             b_w0 = load_weights(weight_0, i_head, o_wy, o_wx, m_t, P)
             b_w1 = load_weights(weight_1, i_head, o_wy, o_wx, m_t, P)
-            b_o = b_o * b_w0[:, None] + dot(b_v, b_a1, None, PRECISION) * b_w1[:, None]
+            b_merged = b_o * b_w0[:, None] + dot(b_v, b_a1, None, PRECISION) * b_w1[:, None]
+            b_o = b_merged if CYCLIC else tl.where(is_inside(i_y, i_x, height, width, P), b_merged, b_o)
         p_o = out + token_offsets(i_image, i_ty, i_tx, o_y, o_x, o_c, height, width, HEADS * DEPTH)
         tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
 
@@ -145,7 +154,7 @@ def apply_kernel(
 def apply(groups, v, attention, weights, out, depthwise=None):
     """Writes the attention's product with `Channels` ``v``, merged by the weights of the branches.
 
-    ``depthwise``: taps (9, channels of the map) of a convolution of ``v`` before it, in fp32.
+    ``depthwise``: taps of a convolution of ``v`` before it, of `taps_of`.
     """
     if depthwise is not None:
         shapes = [(16, 8), (32, 8), (16, 4)] if v.of.dtype == torch.float32 else [(64, 4), (64, 8), (32, 4), (32, 8)]
@@ -164,7 +173,8 @@ def apply(groups, v, attention, weights, out, depthwise=None):
     launch(
         apply_kernel, (groups.blocks * splits * groups.heads,), v.of, attention, *weights, depthwise, out,
         groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits, **groups.constants,
-        V_PIXEL=v.pixel, V_FIRST=v.first, DEPTHWISE=depthwise is not None, PRECISION=precision(v.of), **tiles,
+        CYCLIC=groups.cyclic, V_PIXEL=v.pixel, V_FIRST=v.first, DEPTHWISE=rows_of(depthwise), PRECISION=precision(v.of),
+        **tiles,
         work=Work(
             (2 * out.numel() + attention.numel()) * out.element_size(),
             matrix=2 * groups.branches * out.numel() * groups.depth,

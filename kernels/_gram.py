@@ -2,6 +2,7 @@
 
 softmax(scale * q^ k^T) with q^, k^ normalised over a window's tokens needs q and k only through their products and
 norms, which are summed over the blocks of the window. Token weights w multiply q and k, so w^2 k serves instead.
+Where the shift is not cyclic, what the second branch has of blocks in the border serves nothing.
 
 Bytes a pixel of C channels of T bytes: gram reads q and k, 2 C T, for all branches at once, and writes a slot of
 d (d + 2) fp32 values for each block, head and branch; attend reads the slots and writes d x d matrices of T; apply
@@ -21,11 +22,13 @@ from ._windows import (
     SIZES,
     block_of_program,
     block_position,
+    is_inside,
     load_tokens,
     load_weights,
     tile_of,
     tile_range,
 )
+from .depthwise import rows_of
 
 MOST = tl.constexpr(2.0**127)  # the largest factor
 
@@ -54,7 +57,7 @@ def partial_sums(b_x, ROWS: tl.constexpr):
 def sum_tokens(
     q, k, weight_0, weight_1, depthwise, b_fq, b_fk, i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
     height, width, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    Q_PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_PIXEL: tl.constexpr, K_FIRST: tl.constexpr,
+    CYCLIC: tl.constexpr, Q_PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_PIXEL: tl.constexpr, K_FIRST: tl.constexpr,
     NORMS: tl.constexpr, DEPTHWISE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +92,7 @@ def sum_tokens(
             if NORMS:
                 o_wy = block_position(i_y, 1, P, SHIFT) + i_ty + o_y
                 o_wx = block_position(i_x, 1, P, SHIFT) + i_tx + o_x
-                b_w1 = load_weights(weight_0, i_head, o_wy, o_wx, m_t, P)
+                b_w1 = load_weights(weight_0 if weight_1 is None else weight_1, i_head, o_wy, o_wx, m_t, P)
                 b_w0 *= b_w0
                 b_w1 *= b_w1
                 b_q0 += partial_sums(b_qq * b_w0[:, None], ROWS)
@@ -98,6 +101,8 @@ def sum_tokens(
                 b_k1 += partial_sums(b_kk * b_w1[:, None], ROWS)
             else:
                 b_w1 = load_weights(weight_1, i_head, o_wy, o_wx, m_t, P)
+                if not CYCLIC:
+                    b_w0 = tl.where(is_inside(i_y, i_x, height, width, P), b_w0, 1.0)
             b_g0 += weighted_product(b_q, b_k, b_w0, PRECISION)
             b_g1 += weighted_product(b_q, b_k, b_w1, PRECISION)
     return b_g0, b_g1, tl.sum(b_q0, axis=0), tl.sum(b_k0, axis=0), tl.sum(b_q1, axis=0), tl.sum(b_k1, axis=0)
@@ -153,14 +158,14 @@ def store_slot(p_slot, b_g0, b_g1, b_q0, b_k0, b_q1, b_k1, o_d, DEPTH: tl.conste
 def gram_kernel(
     q, k, weight_0, weight_1, depthwise, slots, height, width, blocks_y, blocks_x, splits,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    Q_PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_PIXEL: tl.constexpr, K_FIRST: tl.constexpr,
+    CYCLIC: tl.constexpr, Q_PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_PIXEL: tl.constexpr, K_FIRST: tl.constexpr,
     NORMS: tl.constexpr, DEPTHWISE: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_q, b_k: (tile, BLOCK_D); b_g: (BLOCK_D of q, BLOCK_D of k); slots: (blocks, splits, HEADS, SLOT)
-    # NORMS: weight_0 is w of both branches, by the position in the branch's window, and multiplies q and k, of which
-    # the slot gets the squared norms and the factors, too. Else weight_0, weight_1 belong to the branches, by the
-    # unshifted windows.
+    # NORMS: weight_0, weight_1 (None: the same) are w of the branches, by the position in the branch's window, and
+    # multiply q and k, of which the slot gets the squared norms and the factors, too. Else they are merge weights, by
+    # the unshifted windows.
     SLOT: tl.constexpr = DEPTH * (BRANCHES * (DEPTH + 2) + 2) if NORMS else BRANCHES * DEPTH * DEPTH
     tl.static_assert(TILE_Y == 4 or not DEPTHWISE, "rows are convolved by fours")
     i_program = tl.program_id(0)
@@ -173,7 +178,7 @@ def gram_kernel(
     p_slot = slots + i_program.to(tl.int64) * SLOT
     b_g0, b_g1, b_q0, b_k0, b_q1, b_k1 = sum_tokens(
         q, k, weight_0, weight_1, depthwise, None, None, i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
-        height, width, DEPTH, P, SHIFT, BRANCHES, Q_PIXEL, Q_FIRST, K_PIXEL, K_FIRST,
+        height, width, DEPTH, P, SHIFT, BRANCHES, CYCLIC, Q_PIXEL, Q_FIRST, K_PIXEL, K_FIRST,
         NORMS, DEPTHWISE, False, PRECISION, TILE_Y, TILE_X, ROWS, BLOCK_D,
     )  # fmt: skip
     store_slot(p_slot, b_g0, b_g1, b_q0, b_k0, b_q1, b_k1, o_d, DEPTH, BRANCHES, NORMS)
@@ -198,7 +203,7 @@ def gram_kernel(
                 b_g0, b_g1, b_q0, b_k0, b_q1, b_k1 = sum_tokens(
                     q, k, weight_0, weight_1, depthwise, b_fq, b_fk,
                     i_image, i_head, i_y, i_x, y0, x0, y1, x1, first, last,
-                    height, width, DEPTH, P, SHIFT, BRANCHES, Q_PIXEL, Q_FIRST, K_PIXEL, K_FIRST,
+                    height, width, DEPTH, P, SHIFT, BRANCHES, CYCLIC, Q_PIXEL, Q_FIRST, K_PIXEL, K_FIRST,
                     NORMS, DEPTHWISE, True, PRECISION, TILE_Y, TILE_X, ROWS, BLOCK_D,
                 )  # fmt: skip
                 store_slot(p_slot, b_g0, b_g1, b_q0, b_k0, b_q1, b_k1, o_d, DEPTH, BRANCHES, NORMS)
@@ -255,16 +260,21 @@ def join(groups, slots):
     return joined
 
 
-def rows_of(tiles, x):
+def sums_of(tiles, x):
     """Tokens of a tile that are in different threads where each reads 16 bytes at once."""
     rows = 32 * tiles["num_warps"] * (16 // x.element_size()) // tiles["BLOCK_D"]
     return min(rows, tiles["TILE_Y"] * tiles["TILE_X"])
 
 
+def of_branches(token_weight):
+    """Token weights (heads, p, p), or (2, heads, p, p) of each branch, as `gram` takes them."""
+    return (token_weight, None) if token_weight is None or token_weight.dim() == 3 else tuple(token_weight)
+
+
 def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     """Slots (blocks, heads, values) of the products of `Channels` ``q`` and ``k``, and of their norms.
 
-    ``weights``: see `gram_kernel`. ``depthwise``: taps (9, channels of the map) of a convolution of both, in fp32.
+    ``weights``: see `gram_kernel`. ``depthwise``: taps of a convolution of both, of `taps_of`.
     """
     values = groups.depth * (groups.branches * (groups.depth + 2) + 2 if norms else groups.branches * groups.depth)
     splits = groups.splits
@@ -290,8 +300,8 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
     launch(
         gram_kernel, (groups.blocks * splits * groups.heads,), q.of, k.of, *weights, depthwise, slots,
         groups.height, groups.width, blocks_y, blocks_x, splits, **groups.constants,
-        Q_PIXEL=q.pixel, Q_FIRST=q.first, K_PIXEL=k.pixel, K_FIRST=k.first,
-        NORMS=norms, DEPTHWISE=depthwise is not None, PRECISION=precision(q.of), **tiles, ROWS=rows_of(tiles, q.of),
+        CYCLIC=groups.cyclic, Q_PIXEL=q.pixel, Q_FIRST=q.first, K_PIXEL=k.pixel, K_FIRST=k.first,
+        NORMS=norms, DEPTHWISE=rows_of(depthwise), PRECISION=precision(q.of), **tiles, ROWS=sums_of(tiles, q.of),
         work=Work(
             2 * map_values * q.of.element_size() + slots.numel() * 4,
             matrix=2 * groups.branches * map_values * groups.depth,

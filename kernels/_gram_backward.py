@@ -11,8 +11,9 @@ Bytes a pixel: 11 C T, with C channels of T bytes, and the slots.
 import triton
 import triton.language as tl
 
+from ._attend import scales_of
 from ._dot import dot
-from ._gram import gram
+from ._gram import gram, of_branches
 from ._launch import Work, block_of, cdiv, config, key_of, launch, precision
 from ._windows import (
     SIZES,
@@ -20,6 +21,7 @@ from ._windows import (
     block_end,
     block_of_program,
     block_position,
+    is_inside,
     load_tokens,
     load_weights,
     matrix_of,
@@ -40,7 +42,7 @@ def attend_bwd_kernel(
     slots, grad_slots, temperature, matrices, vectors, grad_scales,
     height, width, windows_y, windows_x, blocks_y, blocks_x,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    DIVIDES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIVIDES: tl.constexpr, SCALES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_s, b_g: (BLOCK_R of q, BLOCK_D of k). In fp64: the gradients of normalised vectors are differences of nearly
     # equal terms. matrices: (.., 2, DEPTH, DEPTH), the gradient of S in rows of largest value 1, and A; vectors:
@@ -66,7 +68,7 @@ def attend_bwd_kernel(
         tokens += tl.where(depth > 0, rows * columns, 0)
     m_k = tl.sqrt(b_k) < 1e-12  # no gradient comes of such a norm
     b_k = 1.0 / tl.maximum(tl.sqrt(b_k), 1e-12)
-    scale = tl.load(temperature + i_matrix // BRANCHES % HEADS).to(tl.float64)
+    scale = tl.load(temperature + i_branch % SCALES * HEADS + i_matrix // BRANCHES % HEADS).to(tl.float64)
     if DIVIDES:
         scale = 1.0 / scale
     b_slope_k = tl.zeros((BLOCK_D,), dtype=tl.float64)
@@ -138,13 +140,20 @@ def attend_backward(groups, slots, grad_slots, temperature, divides, dtype):
     tiles = config("attend_bwd", key_of(slots, depth, groups.branches), candidates, slots.device)
     launch(
         attend_bwd_kernel, (groups.matrices,), slots, grad_slots, temperature, matrices, vectors, grad_scales,
-        groups.height, groups.width, *groups.windows_and_blocks, **groups.constants, DIVIDES=divides, **tiles,
+        groups.height, groups.width, *groups.windows_and_blocks, **groups.constants, DIVIDES=divides,
+        SCALES=scales_of(temperature), **tiles,
         work=Work(
             (slots.numel() + grad_slots.numel()) * 4 + matrices.numel() * matrices.element_size(),
             vector=20 * matrices.numel(),
         ),
     )  # fmt: skip
-    return matrices, vectors, grad_scales.sum(dim=(0, 2))
+    if not groups.cyclic:  # windows over an edge do not exist
+        of_bottom = grad_scales.view(groups.images, windows_y, windows_x, groups.heads, groups.branches)[..., 1]
+        of_bottom[:, -1] = 0.0
+        of_bottom[:, :, -1] = 0.0
+    if temperature.dim() == 1:
+        return matrices, vectors, grad_scales.sum(dim=(0, 2))
+    return matrices, vectors, grad_scales.sum(dim=0).t()
 
 
 # ---- what is a value of each pixel ----------------------------------------------------------------------------------
@@ -203,10 +212,13 @@ def gradients_kernel(
     grad, q, k, v, token_weight, weight_0, weight_1, matrices, vectors, grad_q, grad_k, grad_v, sums,
     height, width, windows_y, windows_x, blocks_y, blocks_x, splits, pixels,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BRANCHES: tl.constexpr,
-    PIXEL: tl.constexpr, Q_FIRST: tl.constexpr, K_FIRST: tl.constexpr, V_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
+    CYCLIC: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, PIXEL: tl.constexpr, Q_FIRST: tl.constexpr,
+    K_FIRST: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # tiles of maps: (tile, BLOCK_D); sums: (4, HEADS, pixels), of both branches' token weights, then merge weights
+    # tiles of maps: (tile, BLOCK_D); token_weight: (TOKEN_WEIGHTS, HEADS, P, P), of both branches or of each; sums: (4,
+    # HEADS, pixels), of both branches' token weights, then merge weights; those of a branch that a block does not have
+    # stay unwritten, and those of its only merge weight, which is 1, mean nothing
     CHANNELS: tl.constexpr = HEADS * DEPTH
     i_program = tl.program_id(0)
     i_head, i_split, i_image, i_y, i_x, y0, y1, x0, x1 = block_of_program(
@@ -242,17 +254,21 @@ def gradients_kernel(
             b_gk = tl.zeros((TILE_Y * TILE_X, BLOCK_D), dtype=tl.float32)
             o_wy = block_position(i_y, 0, P, SHIFT) + i_ty - y0 + o_y
             o_wx = block_position(i_x, 0, P, SHIFT) + i_tx - x0 + o_x
+            inside = is_inside(i_y, i_x, height, width, P)
             # A loop, so that one branch's values are in registers at a time.
-            for i_branch in tl.range(0, BRANCHES, disable_licm=True):
+            for i_branch in tl.range(0, BRANCHES if CYCLIC else tl.where(inside, 2, 1), disable_licm=True):
                 i_matrix = tl.where(i_branch == 0, i_0, i_1)
                 p_m, p_v = matrices + i_matrix * 2 * DEPTH * DEPTH, vectors + i_matrix * 5 * DEPTH
                 # Both merge weights are laid out by the unshifted windows, token weights by the branch's own.
                 b_w = load_weights(tl.where(i_branch == 0, weight_0, weight_1), i_head, o_wy, o_wx, m_t, P)
+                if not CYCLIC:
+                    b_w = tl.where(inside, b_w, 1.0)
                 b_gv, b_sum = add_gradient_of_v(b_gv, b_g, b_v, b_w, p_a + i_matrix * 2 * DEPTH * DEPTH, m_a, PRECISION)
                 store_sums(sums, b_sum, 2 + i_branch, i_head, p_t, m_t, pixels, HEADS)
                 o_by = position_of_branch(i_y, i_branch, P, SHIFT) + i_ty - y0 + o_y
                 o_bx = position_of_branch(i_x, i_branch, P, SHIFT) + i_tx - x0 + o_x
-                b_w = load_weights(token_weight, i_head, o_by, o_bx, m_t, P)
+                p_w = token_weight + i_branch % TOKEN_WEIGHTS * (HEADS * P * P)
+                b_w = load_weights(p_w, i_head, o_by, o_bx, m_t, P)
                 b_gq, b_of_q = add_gradient(b_gq, b_q, b_k, b_w, p_m, p_v, o_d, False, DEPTH, PRECISION)
                 b_gk, b_of_k = add_gradient(b_gk, b_k, b_q, b_w, p_m, p_v, o_d, True, DEPTH, PRECISION)
                 store_sums(sums, b_of_q + b_of_k, i_branch, i_head, p_t, m_t, pixels, HEADS)
@@ -264,7 +280,7 @@ def gradients_kernel(
 @triton.jit(do_not_specialize=[*SIZES, "images", "parts"])
 def weights_kernel(
     sums, parts_of_sums, images, height, width, windows_y, windows_x, parts,
-    HEADS: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, CYCLIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # parts_of_sums: (parts, 4, HEADS, P * P); sums over every parts-th window
     i_part = tl.program_id(2)
@@ -272,17 +288,21 @@ def weights_kernel(
     o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < P * P
     shift = tl.where(i_map // HEADS == 1, SHIFT, 0)
+    border = tl.where(i_map // HEADS == 0, 0, SHIFT)
     b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     for i_window in range(i_part, images * windows_y * windows_x, parts):
         o_y = (i_window // windows_x % windows_y * P + o_p // P + shift) % (windows_y * P)
         o_x = (i_window % windows_x * P + o_p % P + shift) % (windows_x * P)
         p_s = (i_map.to(tl.int64) * images + i_window // windows_x // windows_y) * height * width + o_y * width + o_x
-        b_sum += tl.load(sums + p_s, mask=m_p & (o_y < height) & (o_x < width), other=0.0)
+        m_s = m_p & (o_y < height) & (o_x < width)
+        if not CYCLIC:  # the border has the first branch only, without a merge weight
+            m_s &= (o_y >= border) & (o_y < windows_y * P - border) & (o_x >= border) & (o_x < windows_x * P - border)
+        b_sum += tl.load(sums + p_s, mask=m_s, other=0.0)
     tl.store(parts_of_sums + (i_part * 4 * HEADS + i_map) * P * P + o_p, b_sum, mask=m_p)
 
 
-def weight_gradients(groups, sums):
-    """Of token_weight, top_weight and bottom_weight, (3, heads, p, p) in fp32."""
+def weight_gradients(groups, sums, token_weight):
+    """Of token_weight, in its form, top_weight and bottom_weight, (heads, p, p), in fp32."""
     p, (windows_y, windows_x, _, _) = groups.window, groups.windows_and_blocks
     parts = max(1, min(PARTS, groups.images * windows_y * windows_x))
     found = sums.new_empty(parts, 4, groups.heads, p, p)
@@ -290,11 +310,11 @@ def weight_gradients(groups, sums):
     launch(
         weights_kernel, (cdiv(p * p, tiles["BLOCK"]), 4 * groups.heads, parts), sums, found,
         groups.images, groups.height, groups.width, windows_y, windows_x, parts,
-        HEADS=groups.heads, P=p, SHIFT=groups.shift, **tiles,
+        HEADS=groups.heads, P=p, SHIFT=groups.shift, CYCLIC=groups.cyclic, **tiles,
         work=Work((sums.numel() + found.numel()) * 4, vector=sums.numel()),
     )  # fmt: skip
-    in_windows, in_shifted, top, bottom = found.sum(dim=0)
-    return in_windows + in_shifted, top, bottom
+    found = found.sum(dim=0)
+    return found[:2] if token_weight.dim() == 4 else found[0] + found[1], found[2], found[3]
 
 
 def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None, None, None), slots=None):
@@ -307,7 +327,7 @@ def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None,
     if groups.branches == 2 and merge[0].dtype != merge[1].dtype:  # one loop reads both
         merge = [weight.float() for weight in merge]
     if slots is None:
-        slots = gram(groups, q, k, (token_weight, None))
+        slots = gram(groups, q, k, of_branches(token_weight))
     grad_slots = gram(groups, grad, v, merge, norms=False)
     matrices, vectors, grad_temperature = attend_backward(groups, slots, grad_slots, temperature, divides, q.of.dtype)
     sums = None
@@ -328,11 +348,12 @@ def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None,
         gradients_kernel, (groups.blocks * splits * groups.heads,), grad.of, q.of, k.of, v.of, token_weight, *merge,
         matrices, vectors, *grads, sums,
         groups.height, groups.width, windows_y, windows_x, blocks_y, blocks_x, splits, groups.pixels,
-        **groups.constants, PIXEL=q.pixel, Q_FIRST=q.first, K_FIRST=k.first, V_FIRST=v.first,
+        **groups.constants, CYCLIC=groups.cyclic, TOKEN_WEIGHTS=1 if token_weight is None else token_weight.dim() - 2,
+        PIXEL=q.pixel, Q_FIRST=q.first, K_FIRST=k.first, V_FIRST=v.first,
         PRECISION=precision(q.of), **tiles,
         work=Work(
             (7 * map_values + matrices.numel()) * q.of.element_size() + (0 if sums is None else sums.numel() * 4),
             matrix=6 * groups.branches * map_values * groups.depth, vector=30 * groups.branches * map_values,
         ),
     )  # fmt: skip
-    return grad_temperature, None if sums is None else weight_gradients(groups, sums)
+    return grad_temperature, None if sums is None else weight_gradients(groups, sums, token_weight)

@@ -3,6 +3,9 @@
 A second branch has windows shifted by p // 2 pixels, cyclically on the map padded to whole windows. Cut at the borders
 of both, every block lies in one window of each branch, so that whatever is summed over blocks serves both. Padding
 belongs to no block: a window at the border has smaller blocks, or fewer.
+
+Where the shift is not cyclic, the windows over an edge do not exist, and the blocks in them, a border of half a window,
+have the first branch only. Kernels cut the map all the same, and leave out what they find of those windows.
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ class Groups:
     depth: int
     window: int
     branches: int
+    cyclic: bool = True
 
     @classmethod
     def whole(cls, images, height, width, heads, depth):
@@ -160,6 +164,13 @@ def block_position(i_block, BRANCH: tl.constexpr, P: tl.constexpr, SHIFT: tl.con
 
 
 @triton.jit
+def is_inside(i_y, i_x, height, width, P: tl.constexpr):
+    # whether the block lies in a shifted window that reaches over no edge of the padded map
+    last_y, last_x = 2 * tl.cdiv(height, P) - 1, 2 * tl.cdiv(width, P) - 1
+    return (i_y > 0) & (i_y < last_y) & (i_x > 0) & (i_x < last_x)
+
+
+@triton.jit
 def block_of_window(i_window, i_part, i_branch, windows, SHIFT: tl.constexpr):
     # it may lie outside of the map
     PARTS: tl.constexpr = 2 if SHIFT > 0 else 1
@@ -207,15 +218,15 @@ def tile_range(i_split, splits, y0, x0, y1, x1, TILE_Y: tl.constexpr, TILE_X: tl
 def load_tokens(
     x, taps, i_image, i_y, i_x, o_y, o_x, m_t, o_c, m_c, height, width, PIXEL: tl.constexpr, DEPTHWISE: tl.constexpr
 ):
-    # channels o_c of a tile's tokens, (tokens, channels); after a depthwise 3 x 3 convolution by taps (9, PIXEL), then
-    # a tile has four rows
+    # channels o_c of a tile's tokens, (tokens, channels); after a depthwise 3 x 3 convolution by taps (9 or 10, PIXEL),
+    # of which DEPTHWISE is the number, then a tile has four rows
     m_x = m_t[:, None] & m_c[None, :]
     if DEPTHWISE:
         TILE_X: tl.constexpr = o_y.shape[0] // 4
         BLOCK_C: tl.constexpr = o_c.shape[0]
         o_column = i_x + tl.arange(0, TILE_X)
         b_rows = convolve_rows(
-            x, taps, i_image, i_y, o_column, o_c, height, width, PIXEL, 3, False, TILE_X, BLOCK_C
+            x, taps, i_image, i_y, o_column, o_c, height, width, PIXEL, 3, DEPTHWISE == 10, False, TILE_X, BLOCK_C
         )  # fmt: skip
         b_x = stack_rows(b_rows[0], b_rows[1], b_rows[2], b_rows[3], TILE_X, BLOCK_C)
         b_out = tl.where(m_x, b_x, 0.0).to(x.dtype.element_ty)

@@ -48,15 +48,18 @@ def columns_of(i_row, height, width):
 
 @triton.jit
 def convolve_rows(
-    x, taps, i_image, i_y, o_x, o_c, height, width, C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, taps, i_image, i_y, o_x, o_c, height, width, C: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    FLIP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # four rows of output from i_y on, each (BLOCK_W, BLOCK_C) in fp32; taps: (K * K, C) in fp32
+    # four rows of output from i_y on, each (BLOCK_W, BLOCK_C) in fp32; taps: (K * K, C) in fp32, a row more with BIAS
     m_c = o_c < C
     b_0 = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
     b_1 = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
     b_2 = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
     b_3 = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
+    if BIAS:
+        b_bias = tl.load(taps + K * K * C + o_c, mask=m_c, other=0.0)[None, :]
+        b_0, b_1, b_2, b_3 = b_0 + b_bias, b_1 + b_bias, b_2 + b_bias, b_3 + b_bias
     for i_k in range(K):
         o_s = o_x + (i_k - K // 2)
         p_s = o_s[:, None] * C + o_c[None, :]
@@ -92,13 +95,14 @@ def stack_rows(b_0, b_1, b_2, b_3, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr)
 @triton.jit(do_not_specialize=["height", "width", "strips"])
 def depthwise_fwd_kernel(
     x, taps, y, height, width,
-    C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, FLIP: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     i_image, i_y, i_x = tile_position(tl.program_id(0) // BLOCKS, height, width, BLOCK_W)
     o_x = i_x + tl.arange(0, BLOCK_W)
     o_c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_rows = convolve_rows(x, taps, i_image, i_y, o_x, o_c, height, width, C, K, FLIP, BLOCK_W, BLOCK_C)
+    b_rows = convolve_rows(x, taps, i_image, i_y, o_x, o_c, height, width, C, K, BIAS, FLIP, BLOCK_W, BLOCK_C)
     p_s = o_x[:, None] * C + o_c[None, :]
     for i_row in tl.static_range(4):
         m_y = (o_x < columns_of(i_y + i_row, height, width))[:, None] & (o_c < C)[None, :]
@@ -162,11 +166,23 @@ def depthwise_weight_bwd_kernel(
             tl.store(p_sums + (i_row * K + i_k) * C, tl.sum(b_sums[i_k * K + i_row], axis=0), mask=m_c)
 
 
-def taps_of(weight):
-    """(C, 1, K, K) as (K * K, C) in fp32, so that neighbouring channels' taps are read together."""
+def taps_of(weight, bias=None):
+    """(C, 1, K, K) as (K * K, C) in fp32, so that neighbouring channels' taps are read together.
+
+    A bias (C,) is one more row.
+    """
     channels, _, _, size = weight.shape
-    taps = torch.empty(size * size, channels, dtype=torch.float32, device=weight.device)
-    return taps.copy_(weight.view(channels, size * size).t())
+    count = size * size
+    taps = torch.empty(count + (bias is not None), channels, dtype=torch.float32, device=weight.device)
+    taps[:count].copy_(weight.view(channels, count).t())
+    if bias is not None:
+        taps[count].copy_(bias)
+    return taps
+
+
+def rows_of(taps):
+    """How many rows `taps_of` has made; 0 of None, where nothing is convolved."""
+    return 0 if taps is None else len(taps)
 
 
 def tiles_of(height, width, block_w):
@@ -183,8 +199,8 @@ def _forward_tiles(size, channels):
     ]
 
 
-def depthwise(x, weight, flip=False):
-    """The convolution of a channels-last map (B, C, H, W) with (C, 1, K, K); ``flip``: with flipped taps."""
+def depthwise(x, weight, bias=None, flip=False):
+    """The convolution of a channels-last map (B, C, H, W) with (C, 1, K, K), plus (C,); ``flip``: with flipped taps."""
     batch, channels, height, width = x.shape
     size = weight.shape[-1]
     y = torch.empty_like(x)
@@ -193,7 +209,7 @@ def depthwise(x, weight, flip=False):
     blocks = cdiv(channels, tiles["BLOCK_C"])
     launch(
         depthwise_fwd_kernel, (batch * tiles_of(height, width, tiles["BLOCK_W"]) * blocks,),
-        x, taps_of(weight), y, height, width, C=channels, K=size, FLIP=flip, **tiles,
+        x, taps_of(weight, bias), y, height, width, C=channels, K=size, BIAS=bias is not None, FLIP=flip, **tiles,
         work=Work(2 * x.numel() * x.element_size(), vector=2 * size * size * x.numel()),
     )  # fmt: skip
     return y

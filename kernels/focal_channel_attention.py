@@ -3,7 +3,7 @@
 import torch
 
 from ._attend import apply, attend
-from ._gram import gram
+from ._gram import gram, of_branches
 from ._gram_backward import gradients
 from ._windows import Channels, Groups
 from .pointwise import empty_map
@@ -15,21 +15,21 @@ def parts_of(qkv):
     return [Channels(qkv, i * channels) for i in range(3)]
 
 
-def groups_of(qkv, num_heads, window_size):
+def groups_of(qkv, num_heads, window_size, cyclic):
     batch, packed, height, width = qkv.shape
-    return Groups(batch, height, width, num_heads, packed // 3 // num_heads, window_size, 2)
+    return Groups(batch, height, width, num_heads, packed // 3 // num_heads, window_size, 2, cyclic)
 
 
-def focal_channel_attention(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size):
-    out, _ = attention_and_slots(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size)
+def focal_channel_attention(qkv, *arguments):
+    out, _ = attention_and_slots(qkv, *arguments)
     return out
 
 
-def attention_and_slots(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size):
+def attention_and_slots(qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, cyclic):
     """The result, and the Gram matrices, of which the backward has use."""
-    groups = groups_of(qkv, num_heads, window_size)
+    groups = groups_of(qkv, num_heads, window_size, cyclic)
     q, k, v = parts_of(qkv)
-    slots = gram(groups, q, k, (token_weight, None))
+    slots = gram(groups, q, k, of_branches(token_weight))
     attention = attend(groups, slots, temperature, True, qkv.dtype)
     out = empty_map(qkv, groups.channels)
     apply(groups, v, attention, (top_weight, bottom_weight), out)
@@ -37,9 +37,9 @@ def attention_and_slots(qkv, temperature, token_weight, top_weight, bottom_weigh
 
 
 def focal_channel_attention_backward(
-    grad, qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, slots=None
+    grad, qkv, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, cyclic, slots=None
 ):
-    groups = groups_of(qkv, num_heads, window_size)
+    groups = groups_of(qkv, num_heads, window_size, cyclic)
     grad_qkv = torch.empty_like(qkv)
     weights = token_weight, top_weight, bottom_weight
     grad_temperature, grad_weights = gradients(

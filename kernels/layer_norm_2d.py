@@ -2,7 +2,8 @@
 
 Forward: read x, write y, 2 C values a pixel. Backward: read x and the gradient, write one; each of PROGRAMS programs
 adds up the gradients of weight and bias over its own pixels, and PyTorch adds up those sums. The tokens of IPT are
-pixels too: `add_layer_norm` adds a branch to the residual stream on its way, 4 C values a token.
+pixels too: `add_layer_norm` adds a branch to the residual stream on its way, 4 C values a token. Where each image has
+parameters of its own (EACH_IMAGE), a program stays in one image, and there are PROGRAMS for every image.
 """
 
 import functools
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._images import alike, gradient_like, images_and_pixels, is_each_image, of_image
 from ._launch import Work, block_of, cdiv, config, key_of, launch
 
 PROGRAMS = 512  # of the backward: a number of its own, so that sums are in the same order on every GPU
@@ -19,10 +21,18 @@ PROGRAMS = 512  # of the backward: a number of its own, so that sums are in the 
 @triton.jit(do_not_specialize=["pixels"])
 def layer_norm_2d_fwd_kernel(
     x, branch, weight, bias, total, y, pixels, eps,
-    C: tl.constexpr, CENTERED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, CENTERED: tl.constexpr, EACH_IMAGE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # b_x, b_s, b_y: (BLOCK_P, BLOCK_C)
-    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    # b_x, b_s, b_y: (BLOCK_P, BLOCK_C); pixels: of an image, if EACH_IMAGE
+    i_block = tl.program_id(0)
+    if EACH_IMAGE:
+        i_image = i_block // tl.cdiv(pixels, BLOCK_P)
+        i_block %= tl.cdiv(pixels, BLOCK_P)
+        x, y = of_image(x, i_image, pixels, C), of_image(y, i_image, pixels, C)
+        weight = of_image(weight, i_image, 1, C)
+        if bias is not None:
+            bias = of_image(bias, i_image, 1, C)
+    o_p = i_block.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     m_x = (o_p < pixels)[:, None] & m_c[None, :]
@@ -60,10 +70,20 @@ def norm_gradient(b_g, b_x, b_w, m_x, eps, C: tl.constexpr, CENTERED: tl.constex
 @triton.jit(do_not_specialize=["pixels"])
 def layer_norm_2d_bwd_kernel(
     grad, x, weight, residual, grad_x, sums, pixels, eps,
-    C: tl.constexpr, CENTERED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, CENTERED: tl.constexpr, EACH_IMAGE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # b_x, b_s, b_g, b_gw, b_gb: (BLOCK_P, BLOCK_C); sums: (PROGRAMS, 2, C), of weight and bias
+    # b_x, b_s, b_g, b_gw, b_gb: (BLOCK_P, BLOCK_C); sums: (images, programs, 2, C), of weight and bias
     i_program = tl.program_id(0)
+    sums += i_program * 2 * C
+    if EACH_IMAGE:
+        programs = tl.minimum(PROGRAMS, tl.cdiv(pixels, BLOCK_P))
+        i_image = i_program // programs
+        i_program %= programs
+        grad, x = of_image(grad, i_image, pixels, C), of_image(x, i_image, pixels, C)
+        grad_x, weight = of_image(grad_x, i_image, pixels, C), of_image(weight, i_image, 1, C)
+        if residual is not None:
+            residual = of_image(residual, i_image, pixels, C)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -81,9 +101,8 @@ def layer_norm_2d_bwd_kernel(
         if residual is not None:
             b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)
         tl.store(grad_x + p_x, b_gx.to(grad_x.dtype.element_ty), mask=m_x)
-    p_sums = sums + i_program * 2 * C + o_c
-    tl.store(p_sums, tl.sum(b_gw, axis=0), mask=m_c)
-    tl.store(p_sums + C, tl.sum(b_gb, axis=0), mask=m_c)
+    tl.store(sums + o_c, tl.sum(b_gw, axis=0), mask=m_c)
+    tl.store(sums + C + o_c, tl.sum(b_gb, axis=0), mask=m_c)
 
 
 @functools.cache
@@ -94,37 +113,39 @@ def _tiles(shapes, block_c):
 
 def _forward(x, branch, weight, bias, total, y, eps, centered):
     """Rows of channels, whatever else ``x`` and the others have: (..., C) in memory."""
-    channels = len(weight)
-    pixels = x.numel() // channels
+    channels, each_image = weight.shape[-1], is_each_image(weight, bias)
+    weight, bias = alike(x.shape[0], weight, bias)
+    images, pixels = images_and_pixels(x, channels, each_image)
     shapes = (4096, 4), (2048, 4), (8192, 4)
     tiles = config("layer_norm_2d_fwd", key_of(x, channels), _tiles(shapes, block_of(channels)), x.device)
     maps = [each for each in (x, branch, total, y) if each is not None]
     launch(
-        layer_norm_2d_fwd_kernel, (cdiv(pixels, tiles["BLOCK_P"]),),
+        layer_norm_2d_fwd_kernel, (images * cdiv(pixels, tiles["BLOCK_P"]),),
         x, branch, weight, bias, total, y, pixels, eps,
-        C=channels, CENTERED=centered, **tiles,
+        C=channels, CENTERED=centered, EACH_IMAGE=each_image, **tiles,
         work=Work(sum(each.numel() * each.element_size() for each in maps), vector=8 * x.numel()),
     )  # fmt: skip
 
 
 def _backward(grad, x, weight, bias, eps, centered, residual):
-    channels = len(weight)
-    pixels = x.numel() // channels
+    channels, each_image = weight.shape[-1], is_each_image(weight, bias)
+    images, pixels = images_and_pixels(x, channels, each_image)
     grad_x = torch.empty_like(x)
     shapes = [(2048, 4), (1024, 4), (4096, 4), (4096, 8), (2048, 8)]
     if channels > 256:  # where a row is more than a warp reads at once, registers are short
         shapes[:2] = reversed(shapes[:2])
     tiles = config("layer_norm_2d_bwd", key_of(x, channels), _tiles(tuple(shapes), block_of(channels)), x.device)
     programs = min(PROGRAMS, cdiv(pixels, tiles["BLOCK_P"]))
-    sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    sums = torch.empty(images, programs, 2, channels, dtype=torch.float32, device=x.device)
     maps = [each for each in (grad, x, residual, grad_x) if each is not None]
     launch(
-        layer_norm_2d_bwd_kernel, (programs,), grad, x, weight, residual, grad_x, sums, pixels, eps,
-        C=channels, CENTERED=centered, PROGRAMS=PROGRAMS, **tiles,
+        layer_norm_2d_bwd_kernel, (images * programs,),
+        grad, x, alike(x.shape[0], weight, bias)[0], residual, grad_x, sums, pixels, eps,
+        C=channels, CENTERED=centered, EACH_IMAGE=each_image, PROGRAMS=PROGRAMS, **tiles,
         work=Work(sum(each.numel() * each.element_size() for each in maps), vector=20 * x.numel()),
     )  # fmt: skip
-    grad_weight, grad_bias = sums.sum(dim=0)
-    return grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
+    grad_weight, grad_bias = sums.sum(dim=1).unbind(dim=1)
+    return grad_x, gradient_like(grad_weight, weight), gradient_like(grad_bias, bias)
 
 
 def layer_norm_2d(x, weight, bias, eps, centered):

@@ -1,4 +1,4 @@
-"""Pointwise convolution of a map: norm(x) W^T, with layer norm before it and GELU or a residual after it.
+"""Pointwise convolution of a map: norm(x) W^T, with layer norm before it, a bias, GELU, a gate or a residual after it.
 
 A map is a matrix of pixels by channels. A program takes BLOCK_P pixels and makes LOOP blocks of outputs. Where all
 channels fit one block, pixels are read and normalised once, in registers. Else mean and variance are read from the map
@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ._dot import dot, widened
 from ._gelu import gelu
+from ._images import alike, images_and_pixels, is_each_image, of_image
 from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
 from .layer_norm_2d import layer_norm_2d
 
@@ -76,16 +77,47 @@ def normalised_rows(x, norm_weight, norm_bias, eps, o_p, m_p, C: tl.constexpr, C
     return b_x
 
 
+@triton.jit
+def plus_bias(b_y, bias, o_n, m_n):
+    # b_y + bias, which may be None, of outputs o_n
+    if bias is not None:
+        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    return b_y
+
+
+@triton.jit
+def gated_residual(b_y, gate, residual, p_y, o_n, m_n, m_y):
+    # residual + gate * b_y, each of which may be None
+    if gate is not None:
+        b_y *= tl.load(gate + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        b_y += tl.load(residual + p_y, mask=m_y, other=0.0).to(tl.float32)
+    return b_y
+
+
 @triton.jit(do_not_specialize=["pixels"])
 def pointwise_fwd_kernel(
-    x, weight, norm_weight, norm_bias, residual, y, pixels, eps,
-    C: tl.constexpr, N: tl.constexpr, CENTERED: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
+    x, weight, norm_weight, norm_bias, bias, gate, residual, y, pixels, eps,
+    C: tl.constexpr, N: tl.constexpr, CENTERED: tl.constexpr, EACH_IMAGE: tl.constexpr, GELU: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
-    # b_a: (BLOCK_P, BLOCK_K), b_w: (BLOCK_K, BLOCK_N), b_y: (BLOCK_P, BLOCK_N)
+    # b_a: (BLOCK_P, BLOCK_K), b_w: (BLOCK_K, BLOCK_N), b_y: (BLOCK_P, BLOCK_N); pixels: of an image, if EACH_IMAGE
     GROUPS: tl.constexpr = (N + LOOP * BLOCK_N - 1) // (LOOP * BLOCK_N)
     i_group = tl.program_id(0) % GROUPS
-    o_p = (tl.program_id(0) // GROUPS).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_block = tl.program_id(0) // GROUPS
+    if EACH_IMAGE:
+        i_image = i_block // tl.cdiv(pixels, BLOCK_P)
+        i_block %= tl.cdiv(pixels, BLOCK_P)
+        x, y = of_image(x, i_image, pixels, C), of_image(y, i_image, pixels, N)
+        if norm_weight is not None:
+            norm_weight = of_image(norm_weight, i_image, 1, C)
+        if norm_bias is not None:
+            norm_bias = of_image(norm_bias, i_image, 1, C)
+        if gate is not None:
+            gate = of_image(gate, i_image, 1, N)
+        if residual is not None:
+            residual = of_image(residual, i_image, pixels, N)
+    o_p = i_block.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = o_p < pixels
     b_mean, b_rstd = 0.0, 0.0
     if BLOCK_K >= C:
@@ -103,12 +135,12 @@ def pointwise_fwd_kernel(
             if BLOCK_K < C:
                 b_a = normalised_part(x, norm_weight, norm_bias, b_mean, b_rstd, o_p, m_p, o_k, C, CENTERED)
             b_y = dot(b_a, b_w, b_y, PRECISION)
+        b_y = plus_bias(b_y, bias, o_n, m_n)
         if GELU:
             b_y = gelu(b_y, y.dtype.element_ty)
         p_y = o_p[:, None] * N + o_n[None, :]
         m_y = m_p[:, None] & m_n[None, :]
-        if residual is not None:
-            b_y += tl.load(residual + p_y, mask=m_y, other=0.0).to(tl.float32)
+        b_y = gated_residual(b_y, gate, residual, p_y, o_n, m_n, m_y)
         tl.store(y + p_y, b_y.to(y.dtype.element_ty), mask=m_y)
 
 
@@ -173,30 +205,41 @@ def map_of(matrix, x):
     return matrix.view(batch, height, width, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
-def pointwise(x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=True, gelu=False, residual=None):
-    """gelu(norm(x) W^T) + residual of a channels-last map (B, C, H, W) or a matrix (pixels, C).
+def pointwise(
+    x, weight, norm_weight=None, norm_bias=None, eps=0.0, centered=True, gelu=False, residual=None, bias=None, gate=None
+):
+    """residual + gate * gelu(norm(x) W^T + bias) of a channels-last map (B, C, H, W) or a matrix (pixels, C).
 
-    ``weight``: (N, C, 1, 1). The result has the form of ``x``; so must ``residual``. A bare product is PyTorch's.
+    Args:
+        x: the map or matrix; the result and ``residual`` have its form.
+        weight: (N, C, 1, 1).
+        norm_weight, norm_bias: (C,) or, for a map, (B, C) of each image; None for no norm, or no bias of it.
+        bias: (N,) or None.
+        gate: (N,) or, for a map, (B, N) of each image; None for 1.
+
+    A bare product is PyTorch's.
     """
     outputs, channels = weight.shape[:2]
-    if norm_weight is None and not gelu and residual is None:
+    if not gelu and all(each is None for each in (norm_weight, bias, gate, residual)):
         return map_of(matmul(pixels_of(x), weight.view(outputs, channels).t()), x)
     norm = norm_weight is not None
     key = key_of(x, channels, outputs, *(["norm"] if norm else []), *(["gelu"] if gelu else []))
     tiles = config("pointwise_fwd", key, _tiles(x.element_size(), channels, outputs, norm), x.device)
     if tiles == APART:
         normal = layer_norm_2d(x, norm_weight, norm_bias, eps, centered)
-        return pointwise(normal, weight, gelu=gelu, residual=residual)
-    pixels = x.numel() // channels
+        return pointwise(normal, weight, gelu=gelu, residual=residual, bias=bias, gate=gate)
+    each_image = is_each_image(norm_weight, norm_bias, gate)
+    norm_weight, norm_bias, gate = alike(x.shape[0], norm_weight, norm_bias, gate)
+    images, pixels = images_and_pixels(x, channels, each_image)
     y = empty_map(x, outputs)
     groups = cdiv(outputs, tiles["BLOCK_N"] * tiles["LOOP"])
     values = x.numel() + weight.numel() + y.numel() + (0 if residual is None else y.numel())
     launch(
-        pointwise_fwd_kernel, (cdiv(pixels, tiles["BLOCK_P"]) * groups,),
-        x, weight, norm_weight, norm_bias, residual, y, pixels, eps,
-        C=channels, N=outputs, CENTERED=centered, GELU=gelu, PRECISION=precision(x), **tiles,
+        pointwise_fwd_kernel, (images * cdiv(pixels, tiles["BLOCK_P"]) * groups,),
+        x, weight, norm_weight, norm_bias, bias, gate, residual, y, pixels, eps,
+        C=channels, N=outputs, CENTERED=centered, EACH_IMAGE=each_image, GELU=gelu, PRECISION=precision(x), **tiles,
         work=Work(
-            values * x.element_size(), matrix=2 * math.prod((pixels, channels, outputs)),
+            values * x.element_size(), matrix=2 * math.prod((images, pixels, channels, outputs)),
             vector=(8 * x.numel() if norm else 0) + (16 * y.numel() if gelu else 0),
         ),
     )  # fmt: skip

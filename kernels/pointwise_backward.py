@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ._dot import dot
+from ._images import alike, gradient_like, images_and_pixels, is_each_image, of_image
 from ._launch import Work, block_of, cdiv, config, key_of, launch, matmul, precision
 from .layer_norm_2d import PROGRAMS, layer_norm_2d_backward, norm_gradient
 from .pointwise import map_of, pixels_of
@@ -24,11 +25,21 @@ APART = dict(FUSED=False)  # the product is PyTorch's, and the norm's gradient a
 @triton.jit(do_not_specialize=["pixels"])
 def pointwise_norm_bwd_kernel(
     grad, weight, x, norm_weight, residual, grad_x, sums, pixels, eps,
-    C: tl.constexpr, N: tl.constexpr, CENTERED: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr, CENTERED: tl.constexpr, EACH_IMAGE: tl.constexpr, PRECISION: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # b_x, b_s, b_g: (BLOCK_P, BLOCK_C), b_o: (BLOCK_P, BLOCK_K); sums: (programs, 2, C), of the norm's weight and bias
+    # b_x, b_s, b_g: (BLOCK_P, BLOCK_C), b_o: (BLOCK_P, BLOCK_K); sums: (images, programs, 2, C), of the norm's weight
+    # and bias; pixels: of an image, if EACH_IMAGE
     i_program = tl.program_id(0)
+    sums += i_program * 2 * C
+    if EACH_IMAGE:
+        programs = tl.minimum(PROGRAMS, tl.cdiv(pixels, BLOCK_P))
+        i_image = i_program // programs
+        i_program %= programs
+        grad, x = of_image(grad, i_image, pixels, N), of_image(x, i_image, pixels, C)
+        grad_x, norm_weight = of_image(grad_x, i_image, pixels, C), of_image(norm_weight, i_image, 1, C)
+        if residual is not None:
+            residual = of_image(residual, i_image, pixels, C)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_gw = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -53,9 +64,8 @@ def pointwise_norm_bwd_kernel(
         if residual is not None:
             b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)
         tl.store(grad_x + p_x, b_gx.to(grad_x.dtype.element_ty), mask=m_x)
-    p_sums = sums + i_program * 2 * C + o_c
-    tl.store(p_sums, b_gw, mask=m_c)
-    tl.store(p_sums + C, b_gb, mask=m_c)
+    tl.store(sums + o_c, b_gw, mask=m_c)
+    tl.store(sums + C + o_c, b_gb, mask=m_c)
 
 
 @functools.cache
@@ -92,14 +102,17 @@ def pointwise_norm_backward(grad, weight, x, norm_weight, norm_bias, eps, center
     if tiles == APART:
         return layer_norm_2d_backward(map_of(matmul(grad, weight.flatten(1)), x), x, *norm, residual=residual)
     grad_x = torch.empty_like(x)
-    pixels = grad.shape[0]
+    each_image = is_each_image(norm_weight, norm_bias)
+    images, pixels = images_and_pixels(x, channels, each_image)
     programs = min(PROGRAMS, cdiv(pixels, tiles["BLOCK_P"]))
-    sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    sums = torch.empty(images, programs, 2, channels, dtype=torch.float32, device=x.device)
     values = grad.numel() + weight.numel() + (2 if residual is None else 3) * x.numel()
     launch(
-        pointwise_norm_bwd_kernel, (programs,), grad, weight, x, norm_weight, residual, grad_x, sums, pixels, eps,
-        C=channels, N=outputs, CENTERED=centered, PRECISION=precision(x), PROGRAMS=PROGRAMS, **tiles,
+        pointwise_norm_bwd_kernel, (images * programs,),
+        grad, weight, x, alike(x.shape[0], norm_weight, norm_bias)[0], residual, grad_x, sums, pixels, eps,
+        C=channels, N=outputs, CENTERED=centered, EACH_IMAGE=each_image, PRECISION=precision(x), PROGRAMS=PROGRAMS,
+        **tiles,
         work=Work(values * x.element_size(), matrix=2 * channels * grad.numel(), vector=20 * x.numel()),
     )  # fmt: skip
-    grad_weight, grad_bias = sums.sum(dim=0)
-    return grad_x, grad_weight.to(norm_weight.dtype), None if norm_bias is None else grad_bias.to(norm_bias.dtype)
+    grad_weight, grad_bias = sums.sum(dim=1).unbind(dim=1)
+    return grad_x, gradient_like(grad_weight, norm_weight), gradient_like(grad_bias, norm_bias)

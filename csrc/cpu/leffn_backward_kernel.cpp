@@ -5,11 +5,11 @@
 //   grad_project = g b^T, grad_depthwise[t] = sum of gb[p] * a[p + t], grad_expand = gh x^T.
 // A bias of expand is added to h, and its gradient is the sum of gh. With a gate, y is multiplied by it: gb takes
 // gate * g, and T = g b^T, the product that is there anyway, gives grad_project = gate * T and, as the sum of g * y,
-// grad_gate = the sum over each row of project * T. What other biases add to it follows from the sums of g (leffn.cpp).
-// Nothing of the hidden width is kept: a tile of x and g with the convolution's halo is staged as fp32 rows, then a
-// chunk of hidden channels at a time sweeps down the tile. a, gelu'(h) and gb of the rows in reach of the convolution
-// lie in rings of rows, zero outside the image, and everything else of a few rows follows from them in the second
-// cache.
+// grad_gate = the sum over each row of project * T. What other biases add to it follows from the sums of g
+// (leffn_backward.cpp). Nothing of the hidden width is kept: a tile of x and g with the convolution's halo is staged as
+// fp32 rows, then a chunk of hidden channels at a time sweeps down the tile. a, gelu'(h) and gb of the rows in reach of
+// the convolution lie in rings of rows, zero outside the image, and everything else of a few rows follows from them in
+// the second cache.
 //
 // FLOPs of a pixel: 2 * hidden * (3 * channels + 2 * out_channels + 3 * kernel^2), and the first `channels` and
 // `out_channels` again for the halo, 20 % of a tile of 32 by 64 inside an image (kernel 5). Bytes: x and g once and

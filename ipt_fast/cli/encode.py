@@ -175,7 +175,7 @@ class _Encoder:
         skipped: dict[str, str] = {}
         for places, pixels in self._batches(number):
             good = [(place, image) for place, image in zip(places, pixels, strict=True) if image is not None]
-            for place in {*places} - {place for place, _ in good}:
+            for place in sorted({*places} - {place for place, _ in good}):
                 skipped[str(images.entries[place])] = reason = _reason(images, place)
                 bar.write(f"{images.entries[place]}: error: {reason}", file=sys.stderr)
             if good:
@@ -184,6 +184,9 @@ class _Encoder:
                     seeds = [_seed(args.seed, place, mirrored) for place, _ in good] if args.draw else None
                     encoded = self._vae.encode(to_range(stacked, mirrored), seeds)
                     found.append(encoded.to("cpu", DTYPES[args.dtype]))
+                    if not found[-1].isfinite().all():
+                        named = ", ".join(str(images.entries[place]) for place, _ in good)
+                        raise ValueError(f"--vae must give finite latents in {args.dtype}; got others, of {named}")
                 labels += [int(images.labels[place]) for place, _ in good]
             bar.update(len(places))
         joined = {mirrored: torch.cat([self._none, *found]) for mirrored, found in latents.items()}

@@ -82,6 +82,9 @@ class Image:
     label: int | None
     seed: int
 
+    def __str__(self) -> str:
+        return f"seed {self.seed}" if self.label is None else f"class {self.label}, seed {self.seed}"
+
     @property
     def name(self) -> str:
         return f"{self.seed:06d}.png" if self.label is None else f"{self.label:04d}_{self.seed:06d}.png"
@@ -117,32 +120,39 @@ def _run(args: argparse.Namespace) -> int:
     found = {image for image in images if folder.has(image)}
     if found:
         print(f"kept {len(found)} of {len(images)}, which an earlier run drew")
-    draw = _Sampler(model, vae, shape, args, device)
-    batches = [images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size)]
+    drawn = _draw(images, _Sampler(model, vae, shape, args, device), folder, found, args)
+    if args.grid:
+        save_picture(image_grid(drawn, columns), args.grid, "sample")
+    print(f"drew {len(images) - len(found)} images: {', '.join(str(x) for x in (args.out, args.grid, args.npz) if x)}")
+    return 0
+
+
+def _draw(
+    images: list[Image], sampler: "_Sampler", folder: "_Folder", found: set[Image], args: argparse.Namespace
+) -> list[np.ndarray]:
+    """Draw what is not found, a batch at a time, and write all but the grid; the pixels for that."""
     drawn: list[np.ndarray] = []
+    batches = [images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size)]
     # The progress of a step counts too, so that a single image has an ETA.
     layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with contextlib.ExitStack() as stack:
         add = stack.enter_context(_npz(args, images)) if args.npz else None
         bar = stack.enter_context(tqdm(total=len(batches), bar_format=layout, leave=False, disable=None))
         for number, batch in enumerate(batches):
-            bar.set_description(f"{min(number * args.batch_size + len(batch), len(images))}/{len(images)} images")
+            bar.set_description(f"{min((number + 1) * args.batch_size, len(images))}/{len(images)} images")
             if found.issuperset(batch):
                 pixels = [folder.read(image) for image in batch] if args.grid or args.npz else []
             else:
-                pixels = draw(batch, functools.partial(_advance, bar, number))
+                pixels = sampler(batch, functools.partial(_advance, bar, number))
                 for image, values in zip(batch, pixels, strict=True):
                     if args.out and image not in found:
                         folder.write(image, values)
-            for values in pixels:
-                if add:
-                    add(np.broadcast_to(values, (*values.shape[:2], 3)))
+            if add:
+                for values in pixels:
+                    add(np.broadcast_to(values, (*values.shape[:2], 3)))  # gray as three equal channels
             drawn += pixels if args.grid else []
             _advance(bar, number, 1)
-    if args.grid:
-        save_picture(image_grid(drawn, columns), args.grid, "sample")
-    print(f"drew {len(images) - len(found)} images: {', '.join(str(x) for x in (args.out, args.grid, args.npz) if x)}")
-    return 0
+    return drawn
 
 
 def plan(args: argparse.Namespace, config: Any) -> tuple[list[Image], int]:
@@ -245,7 +255,8 @@ class _Folder:
 
     def read(self, image: Image) -> np.ndarray:
         """(H, W, C) uint8."""
-        pixels = np.asarray(PIL.Image.open(self._folder / image.name))
+        with PIL.Image.open(self._folder / image.name) as picture:
+            pixels = np.asarray(picture)
         return pixels if pixels.ndim == 3 else pixels[..., None]
 
     def write(self, image: Image, pixels: np.ndarray) -> None:
@@ -296,7 +307,7 @@ class _Sampler:
             values = self._vae.decode(values[None])[0]
         if not values.isfinite().all():
             raise ValueError(
-                f"the model must draw finite values; got NaN or infinity for {image} in {self._dtype} (--dtype float32 "
+                f"--model must draw finite values; got NaN or infinity for {image} in {self._dtype} (--dtype float32 "
                 "is the most exact)"
             )
         return ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()

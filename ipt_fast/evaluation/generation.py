@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,31 +123,35 @@ def precision_and_recall(samples: Tensor, reference: Tensor, nearest: int = NEAR
         _check_features(name, features, nearest + 1, f"balls to the neighbour {nearest}")
     if samples.shape[1] != reference.shape[1]:
         raise ValueError(f"samples must be as wide as the reference, {reference.shape[1]}; got {samples.shape[1]}")
-    precision = _share_within(samples, reference, _radii(reference, nearest))
-    return precision, _share_within(reference, samples, _radii(samples, nearest))
+    of_samples, of_reference = _radii(samples, nearest), _radii(reference, nearest)
+    within_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    within_samples = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
+    for i in range(0, len(samples), _BLOCK):
+        for j in range(0, len(reference), _BLOCK):
+            rows, columns = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
+            distances = _squared_distances(samples[rows], reference[columns])
+            within_reference[rows] |= (distances <= of_reference[columns]).any(1)
+            within_samples[columns] |= (distances <= of_samples[rows, None]).any(0)
+    return within_reference.double().mean().item(), within_samples.double().mean().item()
 
 
 def _radii(features: Tensor, nearest: int) -> Tensor:
-    """(N,) the distance of each to its ``nearest``-th neighbour; the smallest distance is that to itself."""
+    """(N,) the squared distance of each to its ``nearest``-th neighbour; the smallest distance is that to itself."""
     radii = []
     for rows in features.split(_BLOCK):
-        smallest = rows.new_full((len(rows), 0), 0.0, dtype=torch.float64)
+        smallest = torch.empty(len(rows), 0, dtype=torch.float64, device=features.device)
         for columns in features.split(_BLOCK):
-            distances = torch.cat([smallest, torch.cdist(rows.double(), columns.double())], 1)
+            distances = torch.cat([smallest, _squared_distances(rows, columns)], 1)
             smallest = distances.topk(min(nearest + 1, distances.shape[1]), 1, largest=False).values
         radii.append(smallest.amax(1))
     return torch.cat(radii)
 
 
-def _share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of points that lie in a ball."""
-    found = 0
-    for rows in points.split(_BLOCK):
-        within = torch.zeros(len(rows), dtype=torch.bool, device=points.device)
-        for columns, radius in zip(centres.split(_BLOCK), radii.split(_BLOCK), strict=True):
-            within |= (torch.cdist(rows.double(), columns.double()) <= radius).any(1)
-        found += int(within.sum())
-    return found / len(points)
+def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
+    """(N, M) float64 of features (N, D) and (M, D): |a|² + |b|² - 2ab, three times as fast as ``torch.cdist``."""
+    rows, columns = rows.double(), columns.double()
+    distances = torch.addmm(columns.square().sum(1), rows, columns.T, alpha=-2)
+    return distances.add_(rows.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
 def _check_features(name: str, features: Tensor, least: int, what: str) -> None:
@@ -194,16 +199,16 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics | None:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{' and '.join(keys)} in {path} must be mean and covariance: {error}") from error
     if "pool" in found:
-        return Statistics(**found)
+        return Statistics(found["pool"], found.get("spatial"))
     if not has_images(path):
-        keys = ", ".join([*arrays]) or "nothing"
-        raise ValueError(f"{path} must hold statistics, mu and sigma, or images, {IMAGES}; got {keys}")
+        names = ", ".join(arrays) or "nothing"
+        raise ValueError(f"{path} must hold statistics, mu and sigma, or images, {IMAGES}; got {names}")
     return None
 
 
 def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
     """Write a .npz file that :func:`read_statistics` reads, and other programs; replaced atomically."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, keys in _KEYS.items():
         if (gaussian := getattr(statistics, name)) is not None:
             arrays |= dict(zip(keys, (gaussian.mean.numpy(), gaussian.covariance.numpy()), strict=True))

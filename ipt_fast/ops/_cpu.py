@@ -35,63 +35,48 @@ def _private(name: str) -> OpOverload:
     return getattr(torch.ops.ipt_fast_cpu, name).default
 
 
-def register(
-    operator: Operator,
-    limits: _limits.Limits | None = None,
-    keeps_a_map: bool = False,
-    packs: bool = False,
-    lacks: Mapping[str, Any] | None = None,
-) -> None:
+def register(operator: Operator, keeps_a_map: bool = False, packs: bool = False) -> None:
     """Give ``operator`` the backend "cpu": ``ipt_fast_cpu::<name>`` and ``<name>_backward``.
 
     The latter returns an empty gradient for an absent tensor.
 
     Args:
         operator: the `Operator`.
-        limits: function of some of the operator's arguments, which its parameters name. It answers None or why the
-            kernels do not take them.
         keeps_a_map: the forward keeps an intermediate map in the dtype of the images. Where that is float16, whose
             range the map may leave, it gets float32.
         packs: the library has the operator in two steps, too, for :func:`pack`: ``pack_<name>`` of all arguments but
             the image x, and ``<name>_packed`` of x, what the former returned, and those of `OF_IMAGES` that the
             operator has: where given, they take the place of packed ones. The output has the shape of x.
-        lacks: arguments that the library does not have, of a :class:`_limits.Lacking`.
     """
-    known = _limits.Lacking(operator, lacks)
-    name, gradients = operator.name, ", ".join(["Tensor"] * len(known.tensors))
-    _extension.declare("ipt_fast_cpu", f"{name}({known.schema}) -> Tensor")
-    _extension.declare("ipt_fast_cpu", f"{name}_backward(Tensor grad, {known.schema}) -> ({gradients})")
-    limits_of = _limits.by_name(operator, limits)
+    name, gradients = operator.name, ", ".join(["Tensor"] * len(operator.tensors))
+    _extension.declare("ipt_fast_cpu", f"{name}({operator.schema}) -> Tensor")
+    _extension.declare("ipt_fast_cpu", f"{name}_backward(Tensor grad, {operator.schema}) -> ({gradients})")
 
     if packs:
-        image, weights = known.schema.split(", ", 1)
+        image, weights = operator.schema.split(", ", 1)
         weights = weights.replace("Tensor norm_weight", "Tensor? norm_weight")
-        of_images = [f"Tensor? {argument}=None" for argument in OF_IMAGES if argument in known.arguments]
+        of_images = [f"Tensor? {argument}=None" for argument in OF_IMAGES if argument in operator.arguments]
         packed = ", ".join([image, "Tensor packed", *of_images])
         _extension.declare("ipt_fast_cpu", f"pack_{name}({weights}) -> Tensor")
         _extension.declare("ipt_fast_cpu", f"{name}_packed({packed}) -> Tensor", _like_the_image)
-        _PACKS[name] = keeps_a_map, known.arguments[1:]
-
-    def check_all(args: Arguments | None) -> str | None:
-        return check(args) or (None if args is None else known.reason(args) or limits_of(args))
+        _PACKS[name] = keeps_a_map, operator.arguments[1:]
 
     def forward(*args: Any) -> Tensor:
-        args = tuple(known.strip(args))
         if keeps_a_map and args[0].dtype == torch.float16:
             return _private(name)(*_wide(args)).half()
         return _private(name)(*args)
 
     def backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
-        found = known.fill(_private(f"{name}_backward")(grad, *known.strip(args)))
+        found = _private(f"{name}_backward")(grad, *args)
         if grad.dtype == torch.float32:
             return found
         # A layer's gradients are computed in float32 and rounded here, once.
         tensors = [
             value for argument, value in zip(operator.arguments, args, strict=True) if argument in operator.tensors
         ]
-        return [g if t is None or g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+        return [g if t is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
 
-    operator.kernels["cpu"] = Kernel(check_all, forward, backward)
+    operator.kernels["cpu"] = Kernel(check, forward, backward)
 
 
 def _like_the_image(x: Tensor, *_: Any) -> Tensor:

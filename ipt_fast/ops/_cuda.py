@@ -137,7 +137,7 @@ def register(
             same arguments. Without it they come from Triton's kernels where those can run, else from the reference.
         lacks: arguments that the kernels do not have, of a :class:`_limits.Lacking`.
     """
-    known = _limits.Lacking(operator, lacks)
+    known = _limits.Lacking(operator, lacks or {})
     name, gradients = operator.name, ", ".join(["Tensor"] * len(known.tensors))
     _extension.declare("ipt_fast_cuda", f"{name}({known.schema}, bool tf32) -> Tensor")
     if has_backward:

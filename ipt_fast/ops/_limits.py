@@ -50,8 +50,8 @@ class Lacking:
         neutral: {argument that the kernels lack: the value at which they do not need it}.
     """
 
-    def __init__(self, operator: Operator, neutral: Mapping[str, Any] | None) -> None:
-        self._neutral = dict(neutral or {})
+    def __init__(self, operator: Operator, neutral: Mapping[str, Any]) -> None:
+        self._neutral = dict(neutral)
         self.arguments = tuple(name for name in operator.arguments if name not in self._neutral)
         self.tensors = tuple(name for name in operator.tensors if name not in self._neutral)
         self._kept = [name not in self._neutral for name in operator.arguments]

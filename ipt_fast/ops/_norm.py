@@ -22,16 +22,11 @@ def norm_parameters(operator: str, x: Tensor, **parameters: Tensor | None) -> No
             _check.shape(operator, name, value, (channels,), (batch, channels))
 
 
-def one_for_all(weight: Tensor, bias: Tensor | None) -> str | None:
-    """None, or why kernels whose norm has one weight do not take these parameters."""
-    if weight.dim() == 1 and (bias is None or bias.dim() == 1):
+def one_for_all(norm_weight: Tensor, norm_bias: Tensor | None) -> str | None:
+    """None, or why kernels whose norm is the same for all images do not take these parameters."""
+    if norm_weight.dim() == 1 and (norm_bias is None or norm_bias.dim() == 1):
         return None
     return "these kernels take a norm whose weight and bias are (C,), the same for all images"
-
-
-def layer_limit(norm_weight: Tensor, norm_bias: Tensor | None) -> str | None:
-    """:func:`one_for_all` of a layer's norm."""
-    return one_for_all(norm_weight, norm_bias)
 
 
 def token_norm(operator: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> int:

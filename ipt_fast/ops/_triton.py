@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def check(args: Arguments | None) -> str | None:
     return _check_device(args[0].device) or _limits.dtype_error(args[0].dtype, "Triton's kernels")
 
 
-def register(operator: Operator, limits: _limits.Limits | None = None, lacks: Mapping[str, Any] | None = None) -> None:
+def register(operator: Operator, limits: _limits.Limits | None = None) -> None:
     """Give ``operator`` the backend "triton": functions ``<name>`` and ``<name>_backward`` of ipt_fast.kernels.
 
     They get images channels-last and all other tensors contiguous.
@@ -74,16 +74,14 @@ def register(operator: Operator, limits: _limits.Limits | None = None, lacks: Ma
         operator: the `Operator`.
         limits: function of some of the operator's arguments, which its parameters name. It answers None or why the
             kernels do not take them.
-        lacks: arguments that the functions do not have, of a :class:`_limits.Lacking`.
     """
     limits_of = _limits.by_name(operator, limits)
-    known = _limits.Lacking(operator, lacks)
 
     def check_all(args: Arguments | None) -> str | None:
-        return check(args) or (None if args is None else known.reason(args) or limits_of(args))
+        return check(args) or (None if args is None else limits_of(args))
 
     def prepare(args: Arguments) -> list[Any]:
-        named = zip(known.arguments, known.strip(args), strict=True)
+        named = zip(operator.arguments, args, strict=True)
         return [
             value
             if not isinstance(value, torch.Tensor)
@@ -96,6 +94,6 @@ def register(operator: Operator, limits: _limits.Limits | None = None, lacks: Ma
 
     def backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
         grad = as_channels_last(grad) if operator.images else grad.contiguous()
-        return known.fill(function(f"{operator.name}_backward")(grad, *prepare(args)))
+        return function(f"{operator.name}_backward")(grad, *prepare(args))
 
     operator.kernels["triton"] = Kernel(check_all, forward, backward)

@@ -113,10 +113,4 @@ _operator = Operator(
     flops=_flops,
 )
 _cpu.register(_operator)
-_triton.register(
-    _operator,
-    lambda qkv, temperature, token_weight, num_heads: (
-        one_for_both(temperature, token_weight) or _triton.head_limit(qkv.shape[1] // 3, num_heads)
-    ),
-    lacks=dict(cyclic=True),
-)
+_triton.register(_operator, lambda qkv, num_heads: _triton.head_limit(qkv.shape[1] // 3, num_heads))

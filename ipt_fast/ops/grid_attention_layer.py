@@ -93,17 +93,11 @@ _operator = Operator(
 )
 _plain = dict(qkv_bias=None, project_bias=None, gate=None)
 _cpu.register(_operator, packs=True)
-_triton.register(
-    _operator,
-    lambda x, norm_weight, norm_bias, num_heads: (
-        _norm.layer_limit(norm_weight, norm_bias) or _triton.head_limit(x.shape[1], num_heads)
-    ),
-    lacks=_plain,
-)
+_triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))
 _cuda.register(
     _operator,
     lambda x, norm_weight, norm_bias, num_heads, grid_size: (
-        _norm.layer_limit(norm_weight, norm_bias)
+        _norm.one_for_all(norm_weight, norm_bias)
         or _cuda.heads_limit(x.shape[1], num_heads)
         or _cuda.grid_limit(grid_size)
     ),

@@ -61,5 +61,5 @@ _operator = Operator(
 )
 _biases = dict(expand_bias=None, depthwise_bias=None, project_bias=None)
 _cpu.register(_operator, packs=True)
-_triton.register(_operator, _triton.depthwise_limit, lacks=_biases)
+_triton.register(_operator, _triton.depthwise_limit)
 _cuda.register(_operator, _cuda.leffn_limit, lacks=_biases)

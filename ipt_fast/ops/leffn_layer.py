@@ -78,17 +78,11 @@ _operator = Operator(
 )
 _plain = dict(expand_bias=None, depthwise_bias=None, project_bias=None, gate=None)
 _cpu.register(_operator, packs=True)
-_triton.register(
-    _operator,
-    lambda norm_weight, norm_bias, depthwise_weight: (
-        _norm.layer_limit(norm_weight, norm_bias) or _triton.depthwise_limit(depthwise_weight)
-    ),
-    lacks=_plain,
-)
+_triton.register(_operator, _triton.depthwise_limit)
 _cuda.register(
     _operator,
     lambda norm_weight, norm_bias, expand_weight, depthwise_weight, project_weight: (
-        _norm.layer_limit(norm_weight, norm_bias) or _cuda.leffn_limit(expand_weight, depthwise_weight, project_weight)
+        _norm.one_for_all(norm_weight, norm_bias) or _cuda.leffn_limit(expand_weight, depthwise_weight, project_weight)
     ),
     lacks=_plain,
 )

@@ -10,15 +10,21 @@ from ipt_fast.kernels import _launch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (32, 48, 64, 96, 192, 384)  # of IPT-V2 small and base, from the first level to the latent one
 TOKEN_WIDTHS = (144, 576)  # of ipt_tiny and ipt
+MODULATED = (32, 384)  # widths at which layers have a norm and a gate of each image, and biases, too
 
 
-def _image(channels, dtype, size=64):
-    shape = (1, channels, size, size)
+def _image(channels, dtype, size=64, batch=1):
+    shape = (batch, channels, size, size)
     return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
 
 
 def _tensor(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _modulation(*outputs):
+    """A norm of each image, the biases of projections with so many outputs, and a gate of each image."""
+    return [_tensor(2, outputs[-1]) for _ in range(2)], [*map(_tensor, outputs), _tensor(2, outputs[-1])]
 
 
 def calls():
@@ -39,33 +45,51 @@ def calls():
             found[f"{call} autocast"] = "add_layer_norm", (stream, tokens, norm, norm, 1e-5, dtype)
         for head, grid in ((32, 8), (48, 16)):
             for heads in (1, 2, 4, 8):
-                width, name = head * heads, f"{head * heads} {grid}x{grid} {label}"
-                table, shape = _tensor((2 * grid - 1) ** 2, heads), (heads, grid)
-                found[f"grid_attention {name}"] = "grid_attention", (_image(3 * width, dtype), table, *shape)
-                weights = _tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(width, width, 1, 1, dtype=dtype)
-                call = (_image(width, dtype), _tensor(width), None, *weights, table, *shape, 1e-5, False)
-                found[f"grid_attention_layer {name}"] = "grid_attention_layer", call
+                found |= _grid_attention(head * heads, heads, grid, dtype, f"{head * heads} {grid}x{grid} {label}")
             found[f"grid_attention no bias {head} {grid}x{grid} {label}"] = (
                 "grid_attention", (_image(3 * head, dtype), None, 1, grid),
             )  # fmt: skip
         for head in (32, 48):
             for heads in (1, 2, 4, 8):
                 found |= _channel_attention(head * heads, heads, dtype, f"{head * heads} {label}")
-    return found
+    return {name: call for name, call in found.items() if "modulated" not in name or int(name.split()[2]) in MODULATED}
+
+
+def _grid_attention(width, heads, grid, dtype, name):
+    table, shape = _tensor((2 * grid - 1) ** 2, heads), (heads, grid)
+    weights = _tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(width, width, 1, 1, dtype=dtype)
+    norm, others = _modulation(3 * width, width)
+    return {
+        f"grid_attention {name}": ("grid_attention", (_image(3 * width, dtype), table, *shape)),
+        f"grid_attention_layer {name}": (
+            "grid_attention_layer",
+            (_image(width, dtype), _tensor(width), None, *weights, table, *[None] * 3, *shape, 1e-5, False),
+        ),
+        f"grid_attention_layer modulated {name}": (
+            "grid_attention_layer",
+            (_image(width, dtype, batch=2), *norm, *weights, table, *others, *shape, 1e-5, True),
+        ),
+    }
 
 
 def _channel_attention(width, heads, dtype, name, window=32):
     x, qkv, temperature = _image(width, dtype), _image(3 * width, dtype), _tensor(heads)
-    maps = temperature, *[_tensor(heads, window, window)] * 3, heads, window
+    merge = [_tensor(heads, window, window)] * 2
+    maps, two = (temperature, merge[0], *merge), (_tensor(2, heads), _tensor(2, heads, window, window), *merge)
+    norm, others = _modulation(3 * width, 3 * width, width)
     weights = [_tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(3 * width, 1, 3, 3, dtype=dtype)]
     weights.append(_tensor(width, width, 1, 1, dtype=dtype))
     return {
         f"channel_attention {name}": ("channel_attention", (x, x, x, temperature, heads, None)),
         f"channel_attention windows {name}": ("channel_attention", (x, x, x, temperature, heads, window)),
-        f"focal_channel_attention {name}": ("focal_channel_attention", (qkv, *maps)),
+        f"focal_channel_attention {name}": ("focal_channel_attention", (qkv, *maps, heads, window, True)),
         f"focal_attention_layer {name}": (
             "focal_attention_layer",
-            (x, _tensor(width), None, *weights, *maps, 1e-5, False),
+            (x, _tensor(width), None, *weights, *maps, *[None] * 4, heads, window, 1e-5, False, True),
+        ),
+        f"focal_attention_layer modulated {name}": (
+            "focal_attention_layer",
+            (_image(width, dtype, batch=2), *norm, *weights, *two, *others, heads, window, 1e-5, True, False),
         ),
     }
 
@@ -77,10 +101,15 @@ def _feed_forward(width, x, norm, label):
     weights = weight(4 * width, width, 1, 1), weight(4 * width, 1, 5, 5), weight(width, 4 * width, 1, 1)
     merged = weight(2 * width, width, 1, 1), weight(4 * width, 2 * width, 1, 1)
     branches = [weight(4 * width, 1, size, size) for size in (5, 3, 1)]
+    plain, (each, others) = [None] * 4, _modulation(4 * width, 4 * width, width)
     return {
-        f"leffn {width} {label}": ("leffn", (x, *weights)),
-        f"leffn_layer {width} {label}": ("leffn_layer", (x, norm, norm, *weights, 1e-5, True)),
-        f"leffn_layer bias-free {width} {label}": ("leffn_layer", (x, norm, None, *weights, 1e-5, False)),
+        f"leffn {width} {label}": ("leffn", (x, *weights, *plain[1:])),
+        f"leffn_layer {width} {label}": ("leffn_layer", (x, norm, norm, *weights, *plain, 1e-5, True)),
+        f"leffn_layer bias-free {width} {label}": ("leffn_layer", (x, norm, None, *weights, *plain, 1e-5, False)),
+        f"leffn_layer modulated {width} {label}": (
+            "leffn_layer",
+            (_image(width, x.dtype, batch=2), *each, *weights, *others, 1e-5, True),
+        ),
         f"merge_pointwise {width} {label}": ("merge_pointwise", merged),
         f"merge_depthwise {width} {label}": ("merge_depthwise", (*branches, True)),
     }

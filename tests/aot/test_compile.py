@@ -40,6 +40,10 @@ def test_the_narrowest_model_on_hopper(operator):
     check(compiled(f"^{operator} .*bfloat16", "--capability", "90", "--narrow"), default=True)
 
 
+def test_the_narrowest_modulated_layers_on_hopper():
+    check(compiled("_layer modulated 32 .*bfloat16", "--capability", "90"), default=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", range(4))
 @pytest.mark.parametrize("operator", OPERATORS)

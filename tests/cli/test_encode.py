@@ -1,16 +1,19 @@
 """``ipt-fast encode``: latents of images and of flipped ones, kept and taken up again; bad images; what is refused."""
 
+import json
 import os
 
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
 import torch
 
 from ipt_fast.cli import encode, main
 from ipt_fast.data.labelled import ClassImages
 from ipt_fast.data.latents import CachedLatents, is_latents, shard_metadata
 from ipt_fast.diffusion.vae import open_vae
+from tests.cli.generators import TINY_DIT
 from tests.diffusion.tiny_vae import save_tiny_vae
 
 
@@ -147,6 +150,20 @@ def test_other_images_are_other_latents(run, images, tmp_path, capsys):
     assert is_latents(tmp_path / "out")  # what is refused is left as it is
 
 
+def test_training_takes_them_and_sampling_makes_images_again(run, vae, tmp_path):
+    assert run() == 0
+    config = json.dumps(TINY_DIT | {"num_classes": 2})
+    train = ["train", "--task", "generate", "--model", "dit_s_2", "--model-config", config, "--device", "cpu",
+             "--data", tmp_path / "out", "--out", tmp_path / "model", "--iterations", 2, "--batch-size", 2]  # fmt: skip
+    assert main([*map(str, train)]) == 0
+    sample = ["sample", "--model", tmp_path / "model", "--vae", vae, "--device", "cpu", "--steps", 2,
+              "--out", tmp_path / "images", "--classes", 0, 1]  # fmt: skip
+    assert main([*map(str, sample)]) == 0
+    for name in ("0000_000000.png", "0001_000001.png"):
+        with PIL.Image.open(tmp_path / "images" / name) as picture:
+            assert picture.size == (8, 8)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -162,6 +179,17 @@ def test_wrong_calls(run, tmp_path, capsys, options, message):
     assert run(*options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_latents_must_be_finite(run, tmp_path, capsys):
+    broken = save_tiny_vae(tmp_path / "broken")
+    file = broken / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(file)
+    state["quant_conv.bias"][0] = float("inf")
+    safetensors.torch.save_file(state, file)
+    assert run("--vae", broken) == 2
+    assert "--vae must give finite latents in float32; got others, of" in capsys.readouterr().err
+    assert not is_latents(tmp_path / "out")
 
 
 def test_folders_that_do_not_serve(run, images, tmp_path, capsys):

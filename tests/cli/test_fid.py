@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
+from ipt_fast.cli import fid as command
 from ipt_fast.cli import main
 from ipt_fast.evaluation.generation import read_statistics
 from tests.evaluation.test_generation import Tiny, photos, save
@@ -49,6 +50,17 @@ def test_folders_and_files_have_the_same_figures(run, sets, capsys):
     found = figures(sets / "samples.json")
     assert found == pytest.approx(figures(sets / "samples.npz.json"))
     assert all(value is not None for value in found.values()) and found["fid"] > 0
+
+
+def test_a_part_of_a_folder_is_of_all_classes(tmp_path):
+    """In the order of names the first half would be of one class."""
+    for number in range(40):
+        path = tmp_path / str(number // 20) / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(np.full((2, 2, 3), number, np.uint8)).save(path)
+    first, again = ([int(image[0, 0, 0]) for image in command._Folder(tmp_path)] for _ in range(2))
+    assert first == again and sorted(first) == [*range(40)]
+    assert 5 <= sum(number < 20 for number in first[:20]) <= 15
 
 
 def test_statistics_are_a_reference(run, sets, capsys):

@@ -98,6 +98,16 @@ def test_a_model_of_latents(run, latents, tmp_path):
     assert np.array_equal(found, ((values + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
+def test_latent_ipt_v2_of_another_size(run, tmp_path):
+    small = {"width": 4, "depths": (1, 1, 1), "heads": (1, 1, 1), "window_size": 2, "grid_size": 2, "in_channels": 1}
+    model = save_generator(tmp_path / "model", "latent_ipt_v2_s", **small, sample_size=8, num_classes=2)
+    options = ("--classes", 1, "--seeds", 4, "--size", 12, "--backend", "reference")
+    assert run(*options, "--out", tmp_path / "out", model=model) == 0
+    assert np.array_equal(
+        read(tmp_path / "out" / "0001_000004.png")[..., None], expected(model, 1, 4, shape=(1, 12, 12))
+    )
+
+
 def test_gray_and_without_classes(run, tmp_path):
     model = save_generator(tmp_path / "model", in_channels=1, num_classes=0)
     out, npz = tmp_path / "out", tmp_path / "o.npz"
@@ -209,7 +219,10 @@ def test_what_is_not_finite_is_named(run, tmp_path, capsys):
         next(model.parameters()).fill_(float("nan"))
     model.save_pretrained(tmp_path / "model")
     assert run("--out", tmp_path / "out", "--classes", 1, model=tmp_path / "model") == 2
-    assert "got NaN or infinity for Image(label=1, seed=0) in torch.float32" in capsys.readouterr().err
+    assert (
+        "--model must draw finite values; got NaN or infinity for class 1, seed 0 in torch.float32"
+        in capsys.readouterr().err
+    )
     assert names(tmp_path / "out") == []
 
 

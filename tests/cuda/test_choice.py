@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ipt_fast.ops import _cuda, _limits
+from ipt_fast.ops import _cuda, _limits, _select
 from ipt_fast.ops._operator import OPERATORS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -42,6 +42,24 @@ def test_wherever_triton_cannot_run(monkeypatch):
     assert taken(monkeypatch, "merge_pointwise", {}, reason_against_triton="Triton is not installed")
 
 
+@pytest.mark.parametrize("option", [None, "gate", "project_bias", "norm"])
+def test_triton_gets_the_options_that_the_cuda_kernels_lack(monkeypatch, option):
+    operator = OPERATORS["leffn_layer"]
+    monkeypatch.setattr(_cuda._extension, "cuda_error", lambda: None)
+    monkeypatch.setattr(_cuda, "_device_error", lambda kind, index: None)
+    monkeypatch.setattr(_cuda, "_measured", lambda device: {})
+    triton = dataclasses.replace(operator.kernels["triton"], check=lambda args: None)
+    monkeypatch.setitem(operator.kernels, "triton", triton)
+    with FakeTensorMode():
+        x, norm, channels = (torch.empty(*shape, device="cuda").bfloat16() for shape in [(2, 32, 4, 4), (2, 32), (32,)])
+        weights = [
+            torch.empty(*shape, device="cuda").bfloat16() for shape in [(64, 32, 1, 1), (64, 1, 5, 5), (32, 64, 1, 1)]
+        ]
+    options = [None, None, channels if option == "project_bias" else None, channels if option == "gate" else None]
+    args = x, norm if option == "norm" else channels, None, *weights, *options, 1e-5, True
+    assert _select.choose(operator, args) == ("cuda" if option is None else "triton")
+
+
 def test_the_limits_of_a_gpu_are_the_same_in_python_in_the_build_and_in_the_kernels():
     build = (ROOT / "setup.py").read_text()
     kernels = "".join(path.read_text() for path in (ROOT / "csrc/cuda").iterdir())
@@ -53,6 +71,6 @@ def test_the_limits_of_a_gpu_are_the_same_in_python_in_the_build_and_in_the_kern
 
 def test_limits_get_their_arguments_by_name():
     limits = _limits.by_name(OPERATORS["grid_attention_layer"], lambda grid_size, x: f"{x} {grid_size}")
-    assert limits(("x", None, None, None, None, None, 2, 16, 1e-5, True)) == "x 16"
+    assert limits(("x", *[None] * 8, 2, 16, 1e-5, True)) == "x 16"
     with pytest.raises(ValueError):
         _limits.by_name(OPERATORS["grid_attention_layer"], lambda window_size: None)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ipt_fast.evaluation.figures import MARGIN, PANEL_WIDTH, detailed_box, side_by_side, to_picture
+from ipt_fast.evaluation.figures import MARGIN, PANEL_WIDTH, detailed_box, image_grid, side_by_side, to_picture
 
 
 def checkered(height=120, width=200, left=130, top=40, size=30):
@@ -73,3 +73,15 @@ def test_to_picture():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         side_by_side(**arguments)
+
+
+def test_a_grid_has_rows_of_images_of_one_size():
+    images = [np.full((2, 3, 1), value, np.uint8) for value in (10, 20, 30)]
+    picture = np.asarray(image_grid(images, 2, gap=1))
+    assert picture.shape == (1 + 2 * 3, 1 + 2 * 4, 3)
+    found = [picture[row, column].tolist() for row in (1, 4) for column in (1, 5)]
+    assert found == [[10] * 3, [20] * 3, [30] * 3, [255] * 3]
+    with pytest.raises(ValueError, match="images must be at least one, and of one size; got"):
+        image_grid([images[0], images[0][:1]], 2)
+    with pytest.raises(ValueError, match="images must be at least one"):
+        image_grid([], 2)

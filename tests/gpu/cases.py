@@ -4,6 +4,10 @@ import torch
 
 from tests.ops import cases
 
+# Of the models of latents.
+MODULATED_FOCAL = "focal_attention_layer/modulated"
+RELEASED = {**cases.RELEASED, "window": 8}
+
 # name: (call of tests/ops/cases.py, shape (batch, height, width), fields)
 SIZES = {
     "layer_norm_2d 96": ("layer_norm_2d", (2, 61, 83), {"channels": 96}),
@@ -19,6 +23,14 @@ SIZES = {
     "grid layer 48": ("grid_attention_layer", (1, 64, 70), {"heads": 1, "depth": 48, "grid": 16}),
     "leffn layer 64": ("leffn_layer", (1, 45, 83), {"channels": 64, "hidden": 256}),
     "leffn layer 96": ("leffn_layer", (1, 45, 40), {"channels": 96, "hidden": 384}),
+    "layer_norm_2d 84, each image": ("layer_norm_2d/each_image", (3, 16, 17), {"channels": 84, "each_image": True}),
+    "focal 42 p8, released": ("focal_channel_attention", (2, 32, 29), {**RELEASED, "heads": 2, "depth": 42}),
+    "focal layer 84, modulated": (MODULATED_FOCAL, (2, 32, 32), {**RELEASED, "heads": 2, "depth": 42}),
+    "focal layer 168, modulated": (MODULATED_FOCAL, (3, 16, 15), {**RELEASED, "heads": 4, "depth": 42}),
+    "grid layer 84, modulated": ("grid_attention_layer/modulated", (2, 32, 30), {"heads": 2, "depth": 42, "grid": 8}),
+    "grid layer 336, modulated": ("grid_attention_layer/modulated", (3, 8, 9), {"heads": 8, "depth": 42, "grid": 8}),
+    "leffn layer 84, modulated": ("leffn_layer/modulated", (2, 32, 29), {"channels": 84, "hidden": 336}),
+    "leffn layer 168, modulated": ("leffn_layer/modulated", (3, 16, 16), {"channels": 168, "hidden": 672}),
 }
 
 

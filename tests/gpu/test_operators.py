@@ -82,10 +82,11 @@ def compiled_kernels():
     return sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
 
 
-@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - {"merge_pointwise", "merge_depthwise"}))
-def test_a_new_image_size_compiles_nothing(operator):
-    call = operator
+MODULATED = [call for call in CALLS if call.endswith("/modulated")]
 
+
+@pytest.mark.parametrize("call", [*sorted(set(OPERATORS) - {"merge_pointwise", "merge_depthwise"}), *MODULATED])
+def test_a_new_image_size_compiles_nothing(call):
     def run(*size):
         name, tensors, options = build_small(call, size, torch.bfloat16)
         on_triton(name, tensors, options, upstream(name, tensors, options))

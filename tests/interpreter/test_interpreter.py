@@ -12,8 +12,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install ipt-fast[triton])")
 
-# One call of every operator; the rest is slow.
-SUBSET = "fp32-small_same and not (bias_free or windows or odd_window or no_bias or 3x3 or 33_channels or no_identity)"
+# One call of every operator; the rest is slow. Options are tested on smaller maps.
+OPTIONS = "two or released or biases or each_image or modulated or layer_scale"
+VARIANTS = f"bias_free or windows or odd_window or no_bias or 3x3 or 33_channels or no_identity or {OPTIONS}"
+SUBSET = f"fp32-small_same and not ({VARIANTS})"
 SUBSET_BF16 = "bf16-small_fp32 and (layer_norm or merge or channel_attention-)"
 
 
@@ -28,6 +30,12 @@ def run(*arguments, **variables):
 def test_parity_of_every_operator():
     selected = f"test_parity and ({SUBSET} or {SUBSET_BF16})"
     assert run("tests/ops/test_parity.py", "-k", selected, IPT_FAST_TEST_SIZES="1") > 10
+
+
+def test_options_of_the_layers():
+    layers = "leffn_layer-fp32 or grid_layer-fp16 or focal_layer-fp32"
+    selected = f"norm_each_image-fp32 or {layers} or gate_of_zero or wraps and corner0"
+    assert run("tests/ops/test_options.py", "-k", selected) == 7
 
 
 def test_the_range_of_channel_attention():
@@ -49,7 +57,8 @@ def test_layers_of_ipt():
 
 @pytest.mark.slow
 def test_everything():
-    assert run("tests/ops/test_parity.py", "tests/ops/test_not_finite.py", "tests/ops/test_range.py") > 900
+    files = [f"tests/ops/test_{name}.py" for name in ("parity", "options", "not_finite", "range")]
+    assert run(*files, "-k", "not (two or layer_scale)") > 900
 
 
 def test_the_interpreter_accepts_cpu_tensors_and_nothing_else_does():

@@ -238,7 +238,7 @@ def test_bad_images(x):
 def test_defaults_of_the_config():
     expected = dict(in_channels=3, out_channels=3, width=48, depths=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8))
     expected |= dict(window_size=32, grid_size=16, ffn_ratio=4, inner_ratio=2, norm="bias_free", downsample_kernel=3)
-    expected |= dict(merged=False, ffn="rep_leffn", order="focal_grid", scale=1)
+    expected |= dict(merged=False, ffn="rep_leffn", order="focal_grid", scale=1, attention="paper")
     assert dataclasses.asdict(IPTV2Config()) == expected
 
 
@@ -256,6 +256,7 @@ def test_config_is_frozen_and_comparable():
     + [("depths", (1, 2, 3)), ("depths", (1, 2, 3, -1)), ("depths", 4), ("depths", "4668"), ("depths", None)]
     + [("heads", (1, 2, 4, 0)), ("heads", (3, 2, 4, 8)), ("heads", 2), ("refinement", -1), ("refinement", 1.5)]
     + [("ffn", "LeFFN"), ("ffn", None), ("order", "both"), ("order", 1), ("scale", 0), ("scale", 5), ("scale", 2.0)]
+    + [("attention", "swin"), ("attention", None)]
     + [
         ("scale", True),
         ("ffn", ["ffn"]),

@@ -303,6 +303,16 @@ def test_a_compiled_model(merged):
     torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_an_exported_twin():
+    model = tiny(depths=(2, 1, 1), merged=True)
+    batch = {0: torch.export.Dim("batch", min=2)}
+    shapes = {"latents": batch, "timestep": batch, "class_labels": batch}
+    program = torch.export.export(model.to_reference(), conditions(model), dynamic_shapes=shapes)
+    inputs = conditions(model, batch=5)
+    torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen(dtype):
     model = tiny()

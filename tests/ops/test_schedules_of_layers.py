@@ -9,21 +9,23 @@ import ipt_fast
 from tests.ops.cases import assert_all_within_rule, baseline, build, exact, forward_and_gradients
 from tests.ops.test_parity import gradient_of_output, runnable
 
-CALL = "focal_attention_layer"
+LAYER = "focal_attention_layer"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_the_depthwise_convolution_within_the_focal_layer(dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("call", "dtype"), [(LAYER, torch.float32), (f"{LAYER}/modulated", torch.float16)], ids=["fp32", "modulated-fp16"]
+)
+def test_the_depthwise_convolution_within_the_focal_layer(call, dtype, monkeypatch):
     chosen, results = [], []
     for shape in (1, 5, 7), (1, 11, 6):
-        operator, tensors, options = build(CALL, shape, dtype)
+        operator, tensors, options = build(call, shape, dtype)
         if "triton" not in runnable(operator, tensors, options):
             pytest.skip("Triton does not run here")
         kernels = sys.modules["ipt_fast.kernels.focal_attention_layer"]
         configured = kernels.config
 
         def config(name, key, candidates, device, configured=configured):
-            if name != CALL:
+            if name != LAYER:
                 return configured(name, key, candidates, device)
             chosen.append(candidates[1])
             return candidates[1]
