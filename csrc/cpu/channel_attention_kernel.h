@@ -46,9 +46,12 @@ struct Groups {
     IPT_FAST_INLINE float* factors(float* slot) const { return norms(slot, branches); }
     // The branches that the result of a block is made of.
     IPT_FAST_INLINE int branches_of(const WindowBlock& block) const {
+        if (!inner) {
+            return branches;
+        }
         const bool inside = block.y >= vertical.inner_begin() && block.y < vertical.inner_end() &&
                             block.x >= horizontal.inner_begin() && block.x < horizontal.inner_end();
-        return inner && !inside ? 1 : branches;
+        return inside ? branches : 1;
     }
     // Whether no block's result has a part from this window, the window (y, x) of its branch.
     IPT_FAST_INLINE bool unused(int branch, int64_t y, int64_t x) const {

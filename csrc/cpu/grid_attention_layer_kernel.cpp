@@ -63,6 +63,16 @@ struct GroupBlock {
     }
 };
 
+// The epilogue of rows, in place.
+void finish(Matrix<float> rows, const Epilogue& epilogue) {
+    for (int64_t i = 0; i < rows.rows; ++i) {
+        for (int64_t c = 0; c < rows.columns; c += kLanes) {
+            float* const value = rows.row(i) + c;
+            store(value, load(epilogue.gate + c) * (load(value) + load(epilogue.bias + c)));
+        }
+    }
+}
+
 template <typename T, typename Unit>
 void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin, int64_t end, float* memory) {
     using Value = typename Unit::Value;
@@ -116,11 +126,13 @@ void forward(const GridAttentionLayerParams& p, const Unit& unit, int64_t begin,
             });
         }
         unit.multiply({attended, count, channels, value_row}, packed + 3 * p.heads * piece, tokens, Accumulate::no);
-        const Epilogue epilogue = p.epilogue.of_image(block.image);
+        if (p.epilogue.bias != nullptr) {
+            finish(tokens, p.epilogue.of_image(block.image));
+        }
         block.for_groups([&](const Group& group, int64_t start) {
             for_pixels(group, 0, group.tokens(), [=](int64_t token, int64_t pixel) {
                 const int64_t at = pixel * channels;
-                store_rows(tokens.slice(start + token, 1), x + at, out + at, epilogue);
+                store_rows(tokens.slice(start + token, 1), x + at, out + at);
             });
         });
     }
