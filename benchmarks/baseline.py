@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ipt_fast import ops, reference
 from ipt_fast.modules import convolution
+from ipt_fast.reference._gate import gated_residual
 from ipt_fast.reference._windows import pad_to_multiple
 from ipt_fast.reference.grid_attention import lattice, relative_position_index
 
@@ -103,8 +104,22 @@ def flex_grid_attention(qkv, bias_table=None, *, num_heads, grid_size):
     return _grid_attention(core, qkv, num_heads, grid_size)
 
 
-def sdpa_grid_layer(x, norm_weight, norm_bias, qkv_weight, project_weight, bias_table=None, **options):
+def sdpa_grid_layer(
+    x,
+    norm_weight,
+    norm_bias,
+    qkv_weight,
+    project_weight,
+    bias_table=None,
+    *,
+    qkv_bias=None,
+    project_bias=None,
+    gate=None,
+    eps=1e-5,
+    centered=True,
+    **options,
+):
     """The grid attention layer with the core by scaled_dot_product_attention."""
-    norm = {name: options.pop(name) for name in ("eps", "centered") if name in options}
-    y = formula("layer_norm_2d")(x, norm_weight, norm_bias, **norm)
-    return x + F.conv2d(sdpa_grid_attention(F.conv2d(y, qkv_weight), bias_table, **options), project_weight)
+    y = formula("layer_norm_2d")(x, norm_weight, norm_bias, eps=eps, centered=centered)
+    y = sdpa_grid_attention(F.conv2d(y, qkv_weight, qkv_bias), bias_table, **options)
+    return gated_residual(x, F.conv2d(y, project_weight, project_bias), gate)
