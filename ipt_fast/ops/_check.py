@@ -31,7 +31,9 @@ def heads_divide(operator: str, channels: int, num_heads: int) -> None:
 
 
 def shape(operator: str, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
-    if not any([tensor.shape == each for each in allowed]):  # "in" does not compare symbolic sizes
+    # "in" does not compare symbolic sizes, and tuples of different lengths compare their first entries, too: a trace
+    # would keep a batch from being as large as a number of channels.
+    if not any([len(each) == tensor.dim() and tensor.shape == each for each in allowed]):
         expected = " or ".join(map(str, allowed))
         raise ValueError(f"{operator}: {name} must have shape {expected}; got {tuple(tensor.shape)}")
 
