@@ -117,7 +117,7 @@ class Generator(PretrainedModel):
 
 
 def _check_numbers(name: str, value: object, latents: Tensor, count: int, floats: bool = False) -> None:
-    kinds = "an int64 or floating-point" if floats else "an int64"
+    kinds = "an int64, int32 or floating-point" if floats else "an int64 or int32"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be {kinds} tensor; got {type(value).__name__}")
     if value.dtype not in (torch.int64, torch.int32) and not (floats and value.is_floating_point()):
