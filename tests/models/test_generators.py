@@ -3,6 +3,7 @@
 import PIL.Image
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ipt_fast
 from ipt_fast.attribution import local_attribution_map
@@ -158,3 +159,10 @@ def test_bfloat16(name):
     for out in (under_autocast, in_bfloat16):
         assert out.dtype == torch.bfloat16
         assert (out - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_fake_tensors(name):
+    """By which a program learns shapes and costs without computing; they have no values to check."""
+    model = tiny(name)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(*conditions(model)).shape == (2, 8, 8, 8)
