@@ -47,7 +47,7 @@ class Lacking:
 
     Args:
         operator: the `Operator`.
-        neutral: {argument that the kernels lack: the value at which they do not need it}.
+        neutral: {argument that the kernels lack: the value at which they do not need it, None, True or False}.
     """
 
     def __init__(self, operator: Operator, neutral: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Lacking:
     def reason(self, args: Arguments) -> str | None:
         """None, or which argument the kernels would need."""
         for name, value in zip(self._names, args, strict=True):
-            if name in self._neutral and (value is False or (value is None) != (self._neutral[name] is None)):
+            if name in self._neutral and value is not self._neutral[name]:
                 return f"these kernels take {name}={self._neutral[name]} only"
         return None
 

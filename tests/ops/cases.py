@@ -164,7 +164,6 @@ def _add_norm_feed_forward(batch, height, width, *, dim=6, hidden=11, norm=True)
 
 RELEASED = {"branches": (2,), "cyclic": False}  # reading of FCSA
 SCALED = {"each_image": False}
-
 # name of the call: (operator, builder(batch, height, width, **fields), fields)
 CALLS = {
     "layer_norm_2d": ("layer_norm_2d", _layer_norm_2d, {}),
