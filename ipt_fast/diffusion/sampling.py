@@ -246,4 +246,5 @@ def _check_number(name: str, value: object, least: float, most: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {value!r}")
     if not least <= value <= most or math.isinf(value):
-        raise ValueError(f"{name} must be in [{least}, {most}]; got {value}")
+        allowed = "finite" if math.isinf(most) else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {allowed}; got {value}")

@@ -22,7 +22,7 @@ class Features(NamedTuple):
 
     Attributes:
         pool: (N, D) pooled features, for FID, precision and recall.
-        spatial: (N, S) features of the first 7 channels at every place, for sFID, or None.
+        spatial: (N, 7hw) features of the first 7 channels at every place, all of a place together, for sFID, or None.
         logits: (N, classes) of a classifier, for the Inception Score, or None.
     """
 
@@ -63,7 +63,8 @@ class FeatureNetwork:
         if pool is None:
             raise ValueError(f"features must be a network with an output pool; got {self.name} with {[*outputs]}")
         if spatial is not None:
-            spatial = spatial[:, :SPATIAL_CHANNELS].flatten(1)
+            # Place by place, as in ADM's files of statistics.
+            spatial = spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return Features(pool.flatten(1), spatial, None if logits is None else logits.flatten(1))
 
     def _output(self, outputs: Mapping[str, Any], name: str, images: int) -> Tensor | None:
