@@ -8,6 +8,7 @@ generation_loss.csv, pictures to docs.
 """
 
 import argparse
+import copy
 import csv
 import pathlib
 import time
@@ -131,8 +132,16 @@ def trained_classifier(images: Tensor, labels: Tensor, classes: int, steps: int 
         return model.eval(), (model(images[held]).argmax(1) == labels[held]).float().mean().item()
 
 
+def merged(model: nn.Module) -> nn.Module:
+    """A copy without branches, as it is sampled."""
+    model = copy.deepcopy(model)
+    if hasattr(model, "reparameterize"):
+        model.reparameterize()
+    return model
+
+
 def multiplications(model: nn.Module) -> int:
-    """Multiply-accumulates of one image, branches merged."""
+    """Multiply-accumulates of one image."""
     channels, side = model.config.in_channels, model.config.sample_size
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, channels, side, side), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
@@ -204,7 +213,7 @@ def judge(out: pathlib.Path, images: Tensor, labels: Tensor, classes: int, args:
     asked = torch.arange(args.samples) % classes
     shown, rows, losses = [], results.read(PATH) if PATH.exists() else [], []
     for name in MODELS:
-        model = open_model(out / name).eval()
+        model = merged(open_model(out / name).eval())
         with open(out / name / "log.csv", newline="") as file:
             log = list(csv.DictReader(file))
         losses += [{"images": args.images, "model": name, **{k: row[k] for k in ("iteration", "loss")}} for row in log]
