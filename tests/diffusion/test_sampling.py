@@ -342,5 +342,5 @@ class Wrong(Toy):
     ],
 )
 def test_outputs_of_another_shape(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sample(Wrong(change), [1], seeds=[0], steps=3)
