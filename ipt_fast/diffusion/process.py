@@ -142,7 +142,7 @@ class GaussianDiffusion:
                 raise ValueError(f"{name} must be {shape} as {first}; got {tuple(value.shape)}")
             if value.device != images[first].device:
                 raise ValueError(f"{name} must be on {images[first].device} as {first}; got {value.device}")
-        _check.numbers("step", step, len(self.schedule), **{first: images[first]})
+        _check.numbers("step", step, len(self.schedule), images[first], first)
 
     def _at(self, name: str, step: Tensor) -> Tensor:
         """Entries of a table for images of a batch, (B, 1, 1, 1) float32."""

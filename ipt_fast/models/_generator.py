@@ -99,7 +99,7 @@ class Generator(PretrainedModel):
             TypeError, ValueError: wrong type, shape, device or, on the CPU, value.
         """
         config, batch = self._config, latents.shape[0]
-        _check.numbers("timestep", timestep, TIMESTEPS, floats=True, latents=latents)
+        _check.numbers("timestep", timestep, TIMESTEPS, latents, "latents", floats=True)
         if config.num_classes == 0:
             if class_labels is not None:
                 raise ValueError("class_labels must be None for a model without classes; got some")
@@ -109,7 +109,7 @@ class Generator(PretrainedModel):
             raise ValueError(
                 f"class_labels must be given, one of 0 to {config.labels - 1} for each image{null}; got None"
             )
-        _check.numbers("class_labels", class_labels, config.labels, latents=latents)
+        _check.numbers("class_labels", class_labels, config.labels, latents, "latents")
         if not self.training or config.null_class is None:
             return class_labels
         dropped = torch.rand(batch, device=latents.device) < config.label_dropout

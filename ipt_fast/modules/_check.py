@@ -26,8 +26,8 @@ def autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def numbers(name: str, value: object, count: int, *, floats: bool = False, **batch: Tensor) -> None:
-    """Check that ``value`` is (B,), a number from 0 to ``count`` - 1 for each image of ``batch``, {name: (B, ...)}.
+def numbers(name: str, value: object, count: int, images: Tensor, images_name: str, *, floats: bool = False) -> None:
+    """Check that ``value`` is (B,), a number from 0 to ``count`` - 1 for each of ``images`` (B, ...).
 
     Values are checked on the CPU only, as reading them would make an accelerator wait.
 
@@ -39,7 +39,6 @@ def numbers(name: str, value: object, count: int, *, floats: bool = False, **bat
         raise TypeError(f"{name} must be {kinds} tensor; got {type(value).__name__}")
     if value.dtype not in (torch.int64, torch.int32) and not (floats and value.is_floating_point()):
         raise TypeError(f"{name} must be {kinds} tensor; got {value.dtype}")
-    ((images_name, images),) = batch.items()
     if value.shape != images.shape[:1]:
         raise ValueError(f"{name} must be ({images.shape[0]},), one for each image; got {tuple(value.shape)}")
     if value.device != images.device:
