@@ -100,6 +100,7 @@ def _made_from(args: argparse.Namespace, images: ClassImages, info: LatentsInfo)
     """SHA-256 of all that decides what a shard is, beside its number."""
     options = {name: getattr(args, name) for name in ("draw", "seed", "dtype", "shard_size")}
     content = {"images": images.fingerprint(), **dataclasses.asdict(info), **options}
+    content["vae"] = info.vae["sha256"]  # whatever its folder is called
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

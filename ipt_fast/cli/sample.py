@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def plan(args: argparse.Namespace, config: Any) -> tuple[list[Image], int]:
 
 
 def _different(name: str, numbers: list[int]) -> list[Any]:
-    if repeated := [number for number in numbers if numbers.count(number) > 1]:
+    if repeated := [number for number, times in Counter(numbers).items() if times > 1]:
         raise ValueError(f"{name} must be different numbers; got {repeated[0]} twice")
     return numbers
 

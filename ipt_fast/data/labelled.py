@@ -1,5 +1,6 @@
 """Training data of generators: images in a folder for each class, or latents of such, and what is drawn of them."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeAlias
 
@@ -54,9 +55,9 @@ class ClassImages(ImageStream):
                 f"data must hold images in one folder for each class, or without any; got {alone} beside {found[0]}"
             )
         self.classes = tuple(found) if classes is None else classes
-        if strange := [name for name in found if name not in self.classes]:
-            raise ValueError(f"classes must be of {', '.join(self.classes) or 'none'}; got {strange[0]} in {folder}")
         numbers = {name: number for number, name in enumerate(self.classes)}
+        if strange := [name for name in found if name not in numbers]:
+            raise ValueError(f"classes must hold the names of all subfolders; got none for {strange[0]} in {folder}")
         self.labels = torch.tensor([numbers[parts[0]] if found else 0 for parts in places])
 
     @property
@@ -116,8 +117,9 @@ def open_labelled(folder: Path, shape: tuple[int, int, int], classes: tuple[str,
     if latents.shape != shape:
         raise ValueError(f"data must be latents of shape {shape}, as the model takes; got {latents.shape} in {folder}")
     if classes is not None and latents.classes != classes:
-        names = ", ".join(classes) or "none"
-        raise ValueError(f"classes must be {names}; got {', '.join(latents.classes) or 'none'} in {folder}")
+        pairs = enumerate(zip_longest(classes, latents.classes, fillvalue="none"))
+        number, wanted, found = next((number, *names) for number, names in pairs if names[0] != names[1])
+        raise ValueError(f"classes must be the same; got {found} as number {number} in {folder}, not {wanted}")
     return latents
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..modules import _check
 from .schedule import Schedule
 
 VARIANCES = ("fixed_small", "fixed_large")
@@ -20,7 +21,9 @@ class GaussianDiffusion:
     """Tables of a schedule, and what is computed of them.
 
     Images are (B, C, H, W) of any float dtype, and the computation is in float32. ``step`` is (B,) int64, the index
-    of a step of the schedule; the model is told ``schedule.timesteps[step]``.
+    of a step of the schedule; the model is told ``schedule.timesteps[step]``. Every method raises TypeError or
+    ValueError where images have other shapes, dtypes or devices than these, or steps other shapes, dtypes or devices;
+    or other values, which are looked at on the CPU only, as reading them would make an accelerator wait.
 
     Args:
         schedule: 1000 linear steps by default.
@@ -36,6 +39,8 @@ class GaussianDiffusion:
     """
 
     def __init__(self, schedule: Schedule | None = None):
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule; got {type(schedule).__name__}")
         self.schedule = schedule = schedule or Schedule.linear()
         betas, kept = schedule.betas, schedule.alphas_cumprod
         before = torch.cat([kept.new_ones(1), kept[:-1]])
@@ -54,6 +59,7 @@ class GaussianDiffusion:
 
     def q_sample(self, x_0: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """x_t: images with as much noise as there is after a step (eq. 4)."""
+        self._check(step, x_0=x_0, noise=noise)
         return (
             self._at("sqrt_alphas_cumprod", step) * x_0.float()
             + self._at("sqrt_one_minus_alphas_cumprod", step) * noise.float()
@@ -61,6 +67,7 @@ class GaussianDiffusion:
 
     def predict_x_0(self, x_t: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """The images of which x_t was made with this noise."""
+        self._check(step, x_t=x_t, noise=noise)
         return (
             self._at("sqrt_recip_alphas_cumprod", step) * x_t.float()
             - self._at("sqrt_recipm1_alphas_cumprod", step) * noise.float()
@@ -68,6 +75,7 @@ class GaussianDiffusion:
 
     def posterior_mean(self, x_0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
         """The mean of x_{t-1}, given x_0 and x_t (eq. 7)."""
+        self._check(step, x_0=x_0, x_t=x_t)
         return (
             self._at("posterior_mean_coef1", step) * x_0.float() + self._at("posterior_mean_coef2", step) * x_t.float()
         )
@@ -77,6 +85,7 @@ class GaussianDiffusion:
 
         This is eq. 15 of Nichol & Dhariwal with its v in [0, 1] as (v + 1) / 2, as published models have it.
         """
+        self._check(step, v=v)
         share = (v.float() + 1) / 2
         return share * self._at("log_betas", step) + (1 - share) * self._at("posterior_log_variance", step)
 
@@ -92,7 +101,9 @@ class GaussianDiffusion:
         Returns:
             (B,) float32.
         """
+        self._check(step, x_0=x_0, x_t=x_t, noise=noise)
         predicted, v = split_output(output, x_t.shape[1])
+        self._check(step, x_t=x_t, output=predicted)
         simple = (predicted.float() - noise.float()).square().flatten(1).mean(1)
         if v is None:
             return simple
@@ -108,6 +119,7 @@ class GaussianDiffusion:
         Returns:
             (B,) float32, in bits for each value of an image.
         """
+        self._check(step, x_0=x_0, x_t=x_t, predicted=predicted, v=v)
         x_0 = x_0.float()
         mean = self.posterior_mean(self.predict_x_0(x_t, step, predicted), x_t, step)
         log_variance = self.log_variance(v, step)
@@ -115,6 +127,22 @@ class GaussianDiffusion:
         divergence = _normal_kl(true_mean, true_log_variance, mean, log_variance).flatten(1).mean(1)
         likelihood = _discretized_log_likelihood(x_0, mean, log_variance).flatten(1).mean(1)
         return torch.where(step == 0, -likelihood, divergence) / math.log(2)
+
+    def _check(self, step: Tensor, **images: Tensor) -> None:
+        """Check that images are of one shape and device, and that there is a step of the schedule for each."""
+        first, shape = next(iter(images)), None
+        for name, value in images.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+            if shape is None and value.dim() != 4:
+                raise ValueError(f"{name} must be (B, C, H, W); got {tuple(value.shape)}")
+            shape = shape or tuple(value.shape)
+            if value.shape != shape:
+                raise ValueError(f"{name} must be {shape} as {first}; got {tuple(value.shape)}")
+            if value.device != images[first].device:
+                raise ValueError(f"{name} must be on {images[first].device} as {first}; got {value.device}")
+        _check.numbers("step", step, len(self.schedule), images[first], first)
 
     def _at(self, name: str, step: Tensor) -> Tensor:
         """Entries of a table for images of a batch, (B, 1, 1, 1) float32."""
@@ -128,8 +156,13 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     """The predicted noise and v of a model's output; v is None where its variance is not learned.
 
     Raises:
-        ValueError: the output has neither ``channels`` channels nor twice as many.
+        TypeError: the output is no tensor.
+        ValueError: it has neither ``channels`` channels nor twice as many.
     """
+    if not isinstance(output, Tensor):
+        raise TypeError(f"output of the model must be a tensor; got {type(output).__name__}")
+    if output.dim() != 4:
+        raise ValueError(f"output of the model must be (B, C, H, W); got {tuple(output.shape)}")
     if output.shape[1] == channels:
         return output, None
     if output.shape[1] == 2 * channels:

@@ -1,6 +1,7 @@
 """Sampling of images from a diffusion model: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), and guidance."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,8 +42,9 @@ def sample(
             noise in x (N, C, H, W), or the noise and v, (N, 2C, H, W). ``timestep`` is (N,) int64 of the full schedule.
             x has the dtype of its parameters; autocast is the caller's.
         labels: N class numbers; ``num_classes`` of the model's config is "no class".
-        seeds: N integers in [0, 2**63).
-        shape: (C, H, W); by default ``in_channels`` and ``sample_size`` of the model's config.
+        seeds: N integers in [0, 2**63); NumPy's and those of a tensor are taken, too.
+        shape: (C, H, W), with as many channels as the model's config has; by default ``in_channels`` and
+            ``sample_size`` of that.
         sampler: "ddpm", ancestral sampling; or "ddim", which adds no noise where ``eta`` is 0.
         steps: of the full schedule, evenly spaced.
         guidance: scale s of classifier-free guidance: the noise is that without a class plus s times the difference
@@ -67,9 +69,11 @@ def sample(
     _check_choice("variance", variance, VARIANCES)
     _check_number("guidance", guidance, -math.inf, math.inf)
     _check_number("eta", eta, 0, 1)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule; got {type(schedule).__name__}")
     diffusion = GaussianDiffusion((schedule or Schedule.linear()).respaced(steps))
-    noise = _Noise(seeds, _shape(model, shape), _device(model))
-    predict = _Prediction(model, _classes(model, labels, len(seeds), guidance), guidance, noise.device)
+    noise = _Noise(_seeds(seeds), _shape(model, shape), _device(model))
+    predict = _Prediction(model, _classes(model, labels, len(noise.generators), guidance), guidance, noise.device)
     update = SAMPLERS[sampler](diffusion, variance=variance, eta=eta, clip=clip)
     x = noise.draw()
     for step in reversed(range(steps)):
@@ -83,14 +87,7 @@ def sample(
 class _Noise:
     """Standard normal noise for a batch of images, of each from its own generator."""
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device):
-        for seed in seeds:
-            if not isinstance(seed, int) or isinstance(seed, bool):
-                raise TypeError(f"seeds must be integers; got {seed!r}")
-            if not 0 <= seed < 2**63:
-                raise ValueError(f"seeds must be in [0, 2**63); got {seed}")
-        if len(seeds) == 0:
-            raise ValueError("seeds must be one for each image; got none")
+    def __init__(self, seeds: list[int], shape: tuple[int, int, int], device: torch.device):
         self.shape, self.device = (len(seeds), *shape), device
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -116,12 +113,13 @@ class _Prediction:
         inputs = torch.cat([x, x] if guided else [x]).to(self.dtype, memory_format=torch.channels_last)
         timesteps = torch.full((len(inputs),), timestep, device=self.device)
         output = self.model(inputs, timesteps, *self.arguments)
+        noise, v = split_output(output, x.shape[1])
         if output.shape[0] != len(inputs) or output.shape[2:] != x.shape[2:]:
             raise ValueError(
                 f"output of the model must be of {len(inputs)} images of {x.shape[2]} x {x.shape[3]}, as its input; "
                 f"got shape {tuple(output.shape)}"
             )
-        noise, v = split_output(output.float(), x.shape[1])
+        noise, v = noise.float(), None if v is None else v.float()
         if guided:
             with_class, without = noise.chunk(2)
             noise, v = without.lerp(with_class, self.guidance), None if v is None else v[: len(x)]
@@ -192,6 +190,33 @@ class _DDIM(_Sampler):
 SAMPLERS: dict[str, type[_Sampler]] = {"ddpm": _DDPM, "ddim": _DDIM}
 
 
+def _integer(value: Any) -> int | None:
+    """An int of Python or NumPy or of a tensor as Python's; None of anything else, truth values included."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _seeds(seeds: Any) -> list[int]:
+    try:
+        given = list(seeds)
+    except TypeError as error:
+        raise TypeError(f"seeds must be a sequence of integers, one for each image; got {seeds!r}") from error
+    if not given:
+        raise ValueError("seeds must be one for each image; got none")
+    checked = []
+    for seed in given:
+        if (number := _integer(seed)) is None:
+            raise TypeError(f"seeds must be integers; got {seed!r}")
+        if not 0 <= number < 2**63:
+            raise ValueError(f"seeds must be in [0, 2**63); got {number}")
+        checked.append(number)
+    return checked
+
+
 def _shape(model: nn.Module, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
     config = attached_config(model)
     if shape is None:
@@ -200,9 +225,13 @@ def _shape(model: nn.Module, shape: tuple[int, int, int] | None) -> tuple[int, i
                 "shape must be given for a model whose config has no in_channels and sample_size; got None"
             )
         return config.in_channels, config.sample_size, config.sample_size
-    if len(shape) != 3 or not all(isinstance(each, int) and each > 0 for each in shape):
-        raise ValueError(f"shape must be three positive integers, channels, height and width; got {shape}")
-    return shape
+    sides = [_integer(each) or 0 for each in shape] if isinstance(shape, Sequence) else []
+    if len(sides) != 3 or min(sides) < 1:
+        raise ValueError(f"shape must be three positive integers, channels, height and width; got {shape!r}")
+    channels, height, width = sides
+    if channels != (taken := getattr(config, "in_channels", channels)):
+        raise ValueError(f"shape must have {taken} channels, as the model takes; got {shape!r}")
+    return channels, height, width
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -225,11 +254,14 @@ def _classes(model: nn.Module, labels: Any, images: int, guidance: float) -> Ten
         return None
     if number == 0:
         raise ValueError("labels must be None for a model without classes; got some")
-    classes = torch.as_tensor(labels).cpu()
-    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
-        raise TypeError(f"labels must be integers; got {classes.dtype}")
+    try:
+        classes = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"labels must be integers; got {labels!r}") from error
     if classes.shape != (images,):
         raise ValueError(f"labels must be one for each of {images} seeds; got shape {tuple(classes.shape)}")
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise TypeError(f"labels must be integers; got {classes.dtype}")
     highest = math.inf if number is None else number if has_null else number - 1
     if bad := [label for label in classes.tolist() if not 0 <= label <= highest]:
         raise ValueError(f"labels must be from 0 to {highest}; got {bad[0]}")

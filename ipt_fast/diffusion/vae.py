@@ -130,7 +130,7 @@ def open_vae(path: str | os.PathLike[str]) -> VAE:
 
     Raises:
         ValueError: there is no AutoencoderKL, its files are damaged, or the weights do not fit one to one.
-        ImportError: diffusers is not installed.
+        ImportError: diffusers is not installed, or cannot be imported.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
@@ -139,10 +139,13 @@ def open_vae(path: str | os.PathLike[str]) -> VAE:
         raise ValueError(f"vae must be a folder of an AutoencoderKL of diffusers; got {path}, which holds {kind}")
     try:
         from diffusers import AutoencoderKL
-    except ModuleNotFoundError as error:
-        if error.name != "diffusers":
-            raise
-        raise ImportError("vae must be opened by diffusers: pip install 'ipt-fast[diffusion]'; got none") from error
+    except Exception as error:  # a library of its own that cannot be loaded raises whatever it likes
+        if isinstance(error, ModuleNotFoundError) and error.name == "diffusers":
+            raise ImportError("vae must be opened by diffusers: pip install 'ipt-fast[diffusion]'; got none") from error
+        reason = " ".join(str(error).split())
+        raise ImportError(
+            f"vae must be opened by diffusers; got one that cannot be imported ({type(error).__name__}: {reason})"
+        ) from error
     try:
         autoencoder, found = AutoencoderKL.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:

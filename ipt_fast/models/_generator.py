@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..modules import _check
 from ..modules.transformer import in_dtype_of
@@ -100,7 +99,7 @@ class Generator(PretrainedModel):
             TypeError, ValueError: wrong type, shape, device or, on the CPU, value.
         """
         config, batch = self._config, latents.shape[0]
-        _check_numbers("timestep", timestep, latents, TIMESTEPS, floats=True)
+        _check.numbers("timestep", timestep, TIMESTEPS, latents, "latents", floats=True)
         if config.num_classes == 0:
             if class_labels is not None:
                 raise ValueError("class_labels must be None for a model without classes; got some")
@@ -110,30 +109,11 @@ class Generator(PretrainedModel):
             raise ValueError(
                 f"class_labels must be given, one of 0 to {config.labels - 1} for each image{null}; got None"
             )
-        _check_numbers("class_labels", class_labels, latents, config.labels)
+        _check.numbers("class_labels", class_labels, config.labels, latents, "latents")
         if not self.training or config.null_class is None:
             return class_labels
         dropped = torch.rand(batch, device=latents.device) < config.label_dropout
         return torch.where(dropped, config.null_class, class_labels)
-
-
-def _check_numbers(name: str, value: object, latents: Tensor, count: int, floats: bool = False) -> None:
-    kinds = "an int64, int32 or floating-point" if floats else "an int64 or int32"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be {kinds} tensor; got {type(value).__name__}")
-    if value.dtype not in (torch.int64, torch.int32) and not (floats and value.is_floating_point()):
-        raise TypeError(f"{name} must be {kinds} tensor; got {value.dtype}")
-    if value.shape != latents.shape[:1]:
-        raise ValueError(f"{name} must be ({latents.shape[0]},), one for each image; got {tuple(value.shape)}")
-    if value.device != latents.device:
-        raise ValueError(f"{name} must be on {latents.device} as latents; got {value.device}")
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
-        return
-    if isinstance(value, FakeTensor):  # it has no values
-        return
-    least, most = (bound.item() for bound in value.aminmax())
-    if not (least >= 0 and most <= count - 1):  # NaN, too
-        raise ValueError(f"{name} must be 0 to {count - 1}; got {least if not least >= 0 else most}")
 
 
 def timestep_features(timestep: Tensor) -> Tensor:

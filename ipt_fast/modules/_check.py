@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _fusion
 
@@ -23,6 +24,32 @@ def flags(**values: object) -> None:
 def autocast(device: str) -> bool:
     """Whether autocast is on for this type of device."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def numbers(name: str, value: object, count: int, images: Tensor, images_name: str, *, floats: bool = False) -> None:
+    """Check that ``value`` is (B,), a number from 0 to ``count`` - 1 for each of ``images`` (B, ...).
+
+    Values are checked on the CPU only, as reading them would make an accelerator wait.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, device or, on the CPU, value.
+    """
+    kinds = "an int64, int32 or floating-point" if floats else "an int64 or int32"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {kinds} tensor; got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32) and not (floats and value.is_floating_point()):
+        raise TypeError(f"{name} must be {kinds} tensor; got {value.dtype}")
+    if value.shape != images.shape[:1]:
+        raise ValueError(f"{name} must be ({images.shape[0]},), one for each image; got {tuple(value.shape)}")
+    if value.device != images.device:
+        raise ValueError(f"{name} must be on {images.device} as {images_name}; got {value.device}")
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    if isinstance(value, FakeTensor):  # it has no values
+        return
+    least, most = (bound.item() for bound in value.aminmax())
+    if not (least >= 0 and most <= count - 1):  # NaN, too
+        raise ValueError(f"{name} must be 0 to {count - 1}; got {least if not least >= 0 else most}")
 
 
 def image(x: object, channels: int, module: nn.Module | None, name: str = "x") -> None:

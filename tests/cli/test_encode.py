@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -132,6 +133,16 @@ def test_a_damaged_file_is_made_again_only_where_it_is_known(run, tmp_path, caps
     assert run("--draw", "--shard-size", 3, "--overwrite") == 2
     assert "OUT must hold no other files by the names of its own" in capsys.readouterr().err
     assert (out / "00001.safetensors").read_bytes() == b"mine"
+
+
+def test_a_renamed_autoencoder_is_the_same(run, vae, tmp_path, capsys):
+    assert run() == 0
+    shutil.copytree(vae, tmp_path / "renamed")
+    capsys.readouterr()
+    assert run("--vae", tmp_path / "renamed") == 0
+    assert "kept 3 of 3 files" in capsys.readouterr().out
+    assert run("--vae", save_tiny_vae(tmp_path / "other", scaling_factor=0.5)) == 2
+    assert "which is of others" in capsys.readouterr().err
 
 
 def test_an_index_of_others_stays(run, tmp_path, capsys):

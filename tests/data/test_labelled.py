@@ -59,7 +59,7 @@ def test_images_without_classes_and_gray_ones(tmp_path):
 
 def test_classes_by_given_names(folder):
     assert ClassImages(folder, 8, classes=("0", "c", "b", "a")).labels.tolist() == [3, 2, 2, 1]
-    with pytest.raises(ValueError, match="classes must be of a, b; got c in"):
+    with pytest.raises(ValueError, match="classes must hold the names of all subfolders; got none for c in"):
         ClassImages(folder, 8, classes=("a", "b"))
 
 
@@ -162,8 +162,10 @@ def test_folders_are_opened_by_what_they_hold(folder, latents):
         open_labelled(latents, (4, 3, 3))
     with pytest.raises(ValueError, match="data must be latents, as `ipt-fast encode` writes them, .* of 4 channels"):
         open_labelled(folder, (4, 8, 8))
-    with pytest.raises(ValueError, match="classes must be y, x; got x, y in"):
-        open_labelled(latents, (2, 3, 3), ("y", "x"))
+    with pytest.raises(ValueError, match="classes must be the same; got y as number 1 in .*latents.*, not z$"):
+        open_labelled(latents, (2, 3, 3), ("x", "z"))
+    with pytest.raises(ValueError, match="classes must be the same; got none as number 2 in .*, not z$"):
+        open_labelled(latents, (2, 3, 3), ("x", "y", "z"))
 
 
 def test_nothing_warns_of_arrays_that_cannot_be_written(folder):

@@ -136,6 +136,69 @@ def test_wrong_number_of_channels():
         GaussianDiffusion().hybrid_loss(torch.zeros(1, 6, 2, 2), zeros, zeros, zeros, torch.tensor([0]))
 
 
+ZEROS, TWO = torch.zeros(2, 4, 3, 3), torch.tensor([0, 999])
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (torch.tensor([0, 1000]), "step must be 0 to 999; got 1000"),
+        (torch.tensor([-1, 0]), "step must be 0 to 999; got -1"),
+        (torch.tensor([0.0, 1.0]), "step must be an int64 or int32 tensor; got torch.float32"),
+        (torch.tensor([True, False]), "step must be an int64 or int32 tensor; got torch.bool"),
+        (3, "step must be an int64 or int32 tensor; got int"),
+        (torch.tensor([3]), r"step must be \(2,\), one for each image; got \(1,\)"),
+        (torch.tensor(3), r"step must be \(2,\), one for each image; got \(\)"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "step must be on cpu as .*; got meta"),
+    ],
+)
+def test_wrong_step(step, message):
+    diffusion = GaussianDiffusion()
+    for call in (
+        lambda: diffusion.q_sample(ZEROS, step, ZEROS),
+        lambda: diffusion.predict_x_0(ZEROS, step, ZEROS),
+        lambda: diffusion.posterior_mean(ZEROS, ZEROS, step),
+        lambda: diffusion.log_variance(ZEROS, step),
+        lambda: diffusion.hybrid_loss(ZEROS, ZEROS, ZEROS, ZEROS, step),
+        lambda: diffusion.variational_bound(ZEROS, ZEROS, ZEROS, ZEROS, step),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def test_steps_are_those_of_a_respaced_schedule_and_int32_is_taken():
+    diffusion = GaussianDiffusion(Schedule.linear().respaced(10))
+    close(diffusion.q_sample(ZEROS, torch.tensor([0, 9], dtype=torch.int32), ZEROS), ZEROS)
+    with pytest.raises(ValueError, match="step must be 0 to 9; got 10"):
+        diffusion.q_sample(ZEROS, torch.tensor([0, 10]), ZEROS)
+
+
+def test_values_that_would_make_an_accelerator_wait_are_not_read():
+    step = torch.empty(2, dtype=torch.int64, device="meta")  # has no values that could be read
+    GaussianDiffusion().q_sample(ZEROS.to("meta"), step, ZEROS.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: d.q_sample(ZEROS, TWO, ZEROS[:1]), r"noise must be \(2, 4, 3, 3\) as x_0; got \(1, 4, 3, 3\)"),
+        (lambda d: d.q_sample(ZEROS.long(), TWO, ZEROS), "x_0 must be a floating-point tensor; got torch.int64"),
+        (lambda d: d.q_sample(ZEROS, TWO, None), "noise must be a floating-point tensor; got NoneType"),
+        (lambda d: d.q_sample(ZEROS[0], TWO, ZEROS[0]), r"x_0 must be \(B, C, H, W\); got \(4, 3, 3\)"),
+        (lambda d: d.q_sample(ZEROS, TWO, ZEROS.to("meta")), "noise must be on cpu as x_0; got meta"),
+        (
+            lambda d: d.hybrid_loss(torch.zeros(2, 8, 1, 1), ZEROS, ZEROS, ZEROS, TWO),
+            r"output must be \(2, 4, 3, 3\) as x_t; got \(2, 4, 1, 1\)",
+        ),
+        (lambda d: d.hybrid_loss(None, ZEROS, ZEROS, ZEROS, TWO), "output of the model must be a tensor; got NoneType"),
+        (lambda d: GaussianDiffusion(1000), "schedule must be a Schedule; got int"),
+    ],
+)
+def test_wrong_images(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(GaussianDiffusion())
+
+
 # -- schedules ------------------------------------------------------------------------------------------------------
 
 
@@ -170,3 +233,33 @@ def test_all_steps_stay_as_they_are():
 def test_wrong_steps(steps, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Schedule.linear().respaced(steps)
+
+
+BETAS, TIMES = torch.full((3,), 0.1, dtype=torch.float64), torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule.linear(0), "steps must be at least 2; got 0"),
+        (lambda: Schedule.linear(1.5), "steps must be an integer; got 1.5"),
+        (lambda: Schedule.linear(10, 0.0), r"first must be in \(0, 1\); got 0.0"),
+        (lambda: Schedule.linear(10, last=1), r"last must be in \(0, 1\); got 1"),
+        (lambda: Schedule.linear(10, last="1"), "last must be a number; got '1'"),
+        (lambda: Schedule(BETAS * 10, TIMES), r"betas must be in \(0, 1\); got 1.0"),
+        (lambda: Schedule(BETAS * math.nan, TIMES), r"betas must be in \(0, 1\); got nan"),
+        (lambda: Schedule(BETAS[:2], TIMES), "timesteps must be 2 as betas; got 3"),
+        (lambda: Schedule(BETAS[:1], TIMES[:1]), "betas must be of at least 2 steps; got 1"),
+        (lambda: Schedule(BETAS.float(), TIMES), "betas must be a tensor of torch.float64; got torch.float32"),
+        (lambda: Schedule([0.1, 0.2], TIMES), "betas must be a tensor of torch.float64; got list"),
+        (lambda: Schedule(BETAS[None], TIMES), r"betas must be \(S,\); got \(1, 3\)"),
+        (lambda: Schedule(BETAS, TIMES.flip(0)), "timesteps must be ascending; got 1 after 2"),
+        (lambda: Schedule.linear().at(torch.tensor([5, 1000])), "steps must be from 0 to 999; got 1000"),
+        (lambda: Schedule.linear().at(torch.tensor([-1, 5])), "steps must be from 0 to 999; got -1"),
+        (lambda: Schedule.linear().at(torch.tensor([5, 5])), "steps must be ascending; got 5 after 5"),
+        (lambda: Schedule.linear().at(torch.tensor([5])), "steps must be at least 2; got 1"),
+    ],
+)
+def test_wrong_schedules(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()

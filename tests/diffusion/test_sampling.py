@@ -4,6 +4,7 @@ import math
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -167,8 +168,8 @@ def test_a_model_in_half_precision():
 def test_another_schedule_and_shape():
     schedule = Schedule.linear(100, 1e-3, 0.2)
     model = Toy()
-    images = sample(model, [1], seeds=[0], steps=10, shape=(2, 3, 5), schedule=schedule)
-    assert images.shape == (1, 2, 3, 5)
+    images = sample(model, [1], seeds=[0], steps=10, shape=(3, 4, 5), schedule=schedule)
+    assert images.shape == (1, 3, 4, 5)
     assert model.timesteps[0] == [99]
 
 
@@ -268,13 +269,25 @@ def test_the_schedule_is_that_of_diffusers():
         ({"sampler": "euler"}, "sampler must be one of ddpm, ddim; got 'euler'"),
         ({"variance": "learned"}, "variance must be one of fixed_small, fixed_large; got 'learned'"),
         ({"steps": 1}, "steps must be from 2 to the 1000"),
-        ({"guidance": math.nan}, "guidance must be in"),
+        ({"guidance": math.nan}, "guidance must be finite; got nan"),
         ({"guidance": "2"}, "guidance must be a number; got '2'"),
         ({"eta": 1.5}, r"eta must be in \[0, 1\]; got 1.5"),
         ({"seeds": []}, "seeds must be one for each image; got none"),
         ({"seeds": [1.5]}, "seeds must be integers; got 1.5"),
         ({"seeds": [-1]}, r"seeds must be in \[0, 2\*\*63\); got -1"),
         ({"shape": (4, 4)}, r"shape must be three positive integers, channels, height and width; got \(4, 4\)"),
+        ({"seeds": 3}, "seeds must be a sequence of integers, one for each image; got 3"),
+        ({"seeds": [True]}, "seeds must be integers; got True"),
+        ({"seeds": torch.tensor([True])}, "seeds must be integers; got tensor"),
+        ({"seeds": [2**63]}, r"seeds must be in \[0, 2\*\*63\); got 9223372036854775808"),
+        ({"shape": 4}, "shape must be three positive integers, channels, height and width; got 4"),
+        ({"shape": (3, 0, 4)}, "shape must be three positive integers, channels, height and width; got"),
+        ({"shape": (2, 4, 4)}, r"shape must have 3 channels, as the model takes; got \(2, 4, 4\)"),
+        ({"schedule": 1000}, "schedule must be a Schedule; got int"),
+        ({"labels": ["a"]}, r"labels must be integers; got \['a'\]"),
+        ({"labels": [2**70]}, r"labels must be integers; got \[1180591620717411303424\]"),
+        ({"labels": []}, r"labels must be one for each of 1 seeds; got shape \(0,\)"),
+        ({"labels": 1}, r"labels must be one for each of 1 seeds; got shape \(\)"),
         ({"labels": [11]}, "labels must be from 0 to 10; got 11"),
         ({"labels": [-1]}, "labels must be from 0 to 10; got -1"),
         ({"labels": [1, 2]}, r"labels must be one for each of 1 seeds; got shape \(2,\)"),
@@ -304,6 +317,12 @@ def test_models_that_do_not_go_with_the_arguments(model, arguments, message):
         sample(model, **{"labels": [1], "seeds": [0], "steps": 3, **arguments})
 
 
+@pytest.mark.parametrize("seeds", [np.array([4, 7]), torch.tensor([4, 7]), [np.int32(4), torch.tensor(7)]])
+def test_integers_of_numpy_and_of_tensors(seeds):
+    expected = sample(Toy(), [1, 2], seeds=[4, 7], steps=3)
+    assert torch.equal(sample(Toy(), np.array([1, 2]), seeds=seeds, shape=(np.int64(3), 4, 4), steps=3), expected)
+
+
 class Wrong(Toy):
     def __init__(self, change):
         super().__init__()
@@ -317,9 +336,11 @@ class Wrong(Toy):
     ("change", "message"),
     [
         (lambda x: x[:, :4], "output of the model must have 3 or 6 channels; got 4"),
+        (lambda x: {"sample": x}, "output of the model must be a tensor; got dict"),
+        (lambda x: x[0], r"output of the model must be \(B, C, H, W\); got \(6, 4, 4\)"),
         (lambda x: x[..., :2], "output of the model must be of 1 images of 4 x 4, as its input; got shape"),
     ],
 )
 def test_outputs_of_another_shape(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sample(Wrong(change), [1], seeds=[0], steps=3)

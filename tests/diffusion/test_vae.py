@@ -122,3 +122,17 @@ def test_without_diffusers_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"pip install 'ipt-fast\[diffusion\]'"):
         open_vae(tmp_path)
+
+
+def test_a_diffusers_that_cannot_be_imported_is_named_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    (tmp_path / "diffusers.py").write_text("raise RuntimeError('operator torchvision::nms\\n does not exist')")
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    reason = r"cannot be imported \(RuntimeError: operator torchvision::nms does not exist\)$"
+    with pytest.raises(ImportError, match=f"^vae must be opened by diffusers; got one that {reason}") as raised:
+        open_vae(tmp_path)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    (tmp_path / "diffusers.py").write_text("import of_another_library")
+    with pytest.raises(ImportError, match="ModuleNotFoundError: No module named 'of_another_library'"):
+        open_vae(tmp_path)

@@ -227,7 +227,7 @@ def test_latents_without_mirrored_ones(make_config, tmp_path):
 def test_classes_of_validation_are_those_of_training(make_config, pictures):
     (pictures.parent / "held_out").mkdir()
     (pictures / "dark").rename(pictures.parent / "held_out" / "dark")
-    with pytest.raises(ValueError, match="classes must be of bright; got dark"):
+    with pytest.raises(ValueError, match="classes must hold the names of all subfolders; got none for dark"):
         objective(make_config(pictures, val=pictures.parent / "held_out"))
     (pictures / "bright").rename(pictures / "dark")
     (pictures / "cat").mkdir()
