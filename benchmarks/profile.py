@@ -145,7 +145,7 @@ def model_operators(name, size, dtype_name, rounds=3):
             whole = event.cpu_time_total
     shares = {part: time / whole for part, time in times.most_common()}
     shares["the rest"] = 1 - sum(shares.values())
-    return median, shares, work_of(model, x, dtype)
+    return median, shares, work_of(model, [x], dtype)
 
 
 def rows_of(case, dtype_name, threads, median, shares, work):
