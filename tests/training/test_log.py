@@ -12,6 +12,12 @@ from ipt_fast.training.log import LOG_FIELDS, Log, Pace, is_log
 from ipt_fast.training.loop import train
 from tests.training.test_loop import read_log
 
+# Here and not in the test: at a time when no other thread imports what it imports.
+try:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+except ImportError:
+    EventAccumulator = None
+
 
 def test_pace_of_a_run(make_config, monkeypatch):
     """Images a second and the share of the time that is spent on waiting, between rows and in the end."""
@@ -82,9 +88,8 @@ def test_logs_of_older_runs_go_on(make_config, tmp_path):
 
 
 def test_tensorboard(make_config, images, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    if EventAccumulator is None:
+        pytest.skip("the package tensorboard is not installed")
     config = make_config(tensorboard=True, log_every=1, val=images)
     step = loop.Run.step
 
