@@ -74,7 +74,7 @@ void layer_norm_2d() {
     const bool centered = number();
     p.x = {array(), true};
     const float *weight = array<float>(), *bias = array<float>();
-    p.norm = {weight, bias, 1e-5f, centered};
+    p.norm = {weight, bias, 1e-5f, centered, 0, 0};
     p.grad = {array(), true};
     const int64_t values = batch * p.pixels * p.channels,
                   blocks = batch * ((p.pixels + kBlockPixels - 1) / kBlockPixels);
@@ -102,7 +102,7 @@ void leffn() {
     p.kernel = number();
     p.residual = number();
     p.x = array();
-    p.norm = {array<float>(), array<float>(), 1e-5f, true};
+    p.norm = {array<float>(), array<float>(), 1e-5f, true, 0, 0};
     p.norm.weight = p.residual ? p.norm.weight : nullptr;
     p.expand = {array(), p.hidden, p.channels, p.channels, 1};
     p.project = {array(), p.out_channels, p.hidden, p.hidden, 1};
