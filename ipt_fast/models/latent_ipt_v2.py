@@ -30,8 +30,9 @@ class LatentIPTV2Config(GeneratorConfig):
     The paper gives its cost, 6.24 GMAC, and no more. Here it is 6.36 (merged), with 41.3 M parameters (65.1 M while it
     is trained). The widths are multiples of 96 so that every head has 32 channels, which vector registers and the
     matrix units of GPUs take without a remainder. Level 1 is as deep as that of the restoration models. Between levels
-    2 and 3 the rest of the cost is divided so that the model has few parameters for it (DiT-S/2 has 32.9 M): level 3
-    has four times as many in each layer of equal cost, and those of few images are read more slowly than multiplied.
+    2 and 3 the rest of the cost is divided so that the model has few parameters for it (DiT-S/2 has 32.9 M): a layer of
+    level 3 has four times as many as one of level 2 for the same cost, and with few images weights take longer to read
+    than to multiply.
 
     Args:
         width: C; the levels have C, 2C and 4C channels, decoder level 1 has 2C.

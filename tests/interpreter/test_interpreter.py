@@ -34,7 +34,7 @@ def test_parity_of_every_operator():
 
 def test_options_of_the_layers():
     layers = "leffn_layer-fp32 or grid_layer-fp16 or focal_layer-fp32"
-    selected = f"norm_each_image-fp32 or {layers} or gate_of_zero or wraps and corner0"
+    selected = f"norm_each_image-fp32 or {layers} or gate_of_zero and fp32 and not focal or wraps and corner0"
     assert run("tests/ops/test_options.py", "-k", selected) == 7
 
 
