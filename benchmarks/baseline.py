@@ -49,10 +49,14 @@ def plain_ipt():
 
 
 def native_layer_norm(x, weight, bias=None, *, eps=1e-5, centered=True):
-    """The centred norm by PyTorch's own kernel, which works on the last axis."""
+    """The centred norm by PyTorch's own kernel, which works on the last axis; parameters of each image come after it."""
     if not centered:
         return formula("layer_norm_2d")(x, weight, bias, eps=eps, centered=False)
-    return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+    rows = x.permute(0, 2, 3, 1)
+    if weight.dim() == 1:
+        return F.layer_norm(rows, weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+    y = F.layer_norm(rows, weight.shape[1:], eps=eps) * weight[:, None, None]
+    return (y if bias is None else y + bias[:, None, None]).permute(0, 3, 1, 2)
 
 
 def _grid_attention(core, qkv, num_heads, grid_size):
@@ -119,7 +123,54 @@ def sdpa_grid_layer(
     centered=True,
     **options,
 ):
-    """The grid attention layer with the core by scaled_dot_product_attention."""
-    y = formula("layer_norm_2d")(x, norm_weight, norm_bias, eps=eps, centered=centered)
+    """The grid attention layer with the core by scaled_dot_product_attention and PyTorch's own norm."""
+    y = native_layer_norm(x, norm_weight, norm_bias, eps=eps, centered=centered)
     y = sdpa_grid_attention(F.conv2d(y, qkv_weight, qkv_bias), bias_table, **options)
     return gated_residual(x, F.conv2d(y, project_weight, project_bias), gate)
+
+
+def native_focal_layer(
+    x,
+    norm_weight,
+    norm_bias,
+    qkv_weight,
+    depthwise_weight,
+    project_weight,
+    temperature,
+    token_weight,
+    top_weight,
+    bottom_weight,
+    *,
+    qkv_bias=None,
+    depthwise_bias=None,
+    project_bias=None,
+    gate=None,
+    eps=1e-5,
+    centered=True,
+    **options,
+):
+    """The focal attention layer with PyTorch's own norm."""
+    y = native_layer_norm(x, norm_weight, norm_bias, eps=eps, centered=centered)
+    qkv = F.conv2d(y, qkv_weight, qkv_bias)
+    qkv = F.conv2d(qkv, depthwise_weight, depthwise_bias, padding=1, groups=len(depthwise_weight))
+    focal = (temperature, token_weight, top_weight, bottom_weight)
+    y = formula("focal_channel_attention")(qkv, *focal, **options)
+    return gated_residual(x, F.conv2d(y, project_weight, project_bias), gate)
+
+
+def native_leffn_layer(
+    x,
+    norm_weight,
+    norm_bias,
+    expand_weight,
+    depthwise_weight,
+    project_weight,
+    *,
+    gate=None,
+    eps=1e-5,
+    centered=True,
+    **biases,
+):
+    """The feed-forward layer with PyTorch's own norm."""
+    y = native_layer_norm(x, norm_weight, norm_bias, eps=eps, centered=centered)
+    return gated_residual(x, formula("leffn")(y, expand_weight, depthwise_weight, project_weight, **biases), gate)

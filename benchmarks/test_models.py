@@ -21,7 +21,13 @@ INFERENCE = [
     ("ipt_v2_base", 1, 256),
 ]
 TRAINING = [("ipt_v2_small", 2, 128)]
-SDPA = {"grid_attention": baseline.sdpa_grid_attention, "grid_attention_layer": baseline.sdpa_grid_layer}
+# The best of plain PyTorch: SDPA, and its own norm where that is what a layer has (a bias-free one is none of its own).
+SDPA = {
+    "grid_attention": baseline.sdpa_grid_attention,
+    "grid_attention_layer": baseline.sdpa_grid_layer,
+    "focal_attention_layer": baseline.native_focal_layer,
+    "leffn_layer": baseline.native_leffn_layer,
+}
 
 
 def plain(call, **overrides):
