@@ -49,7 +49,7 @@ def plain_ipt():
 
 
 def native_layer_norm(x, weight, bias=None, *, eps=1e-5, centered=True):
-    """The centred norm by PyTorch's own kernel, which works on the last axis; parameters of each image come after it."""
+    """The centred norm by PyTorch's own kernel, which works on the last axis; parameters of each image follow it."""
     if not centered:
         return formula("layer_norm_2d")(x, weight, bias, eps=eps, centered=False)
     rows = x.permute(0, 2, 3, 1)
