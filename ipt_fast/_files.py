@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -129,3 +130,12 @@ def remove_abandoned(folder: str | os.PathLike[str]) -> None:
     for path in pathlib.Path(folder).glob(".*"):
         if re.fullmatch(r"\.[0-9a-f]{16}\.(pth|csv|json|safetensors)", path.name):
             path.unlink(missing_ok=True)
+
+
+def is_record(path: str | os.PathLike[str], *keys: str) -> bool:
+    """Whether a file is empty, or JSON of an object that has these keys, as an earlier run of a command left it."""
+    try:
+        content = json.loads(pathlib.Path(path).read_bytes() or b"{}")
+    except (ValueError, RecursionError):
+        return False
+    return content == {} or (isinstance(content, dict) and set(keys) <= content.keys())

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import atomic_write
+from .._files import atomic_write, is_record
 from ..attribution import Attribution, local_attribution_map
 from ..data.io import fill_hidden, read_image
 from ..evaluation.attributions import draw_attributions
@@ -111,10 +111,4 @@ def _write_record(args: argparse.Namespace, found: list[tuple[str, Attribution]]
 
 
 def _is_record(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_bytes() or b"{}")
-    except (ValueError, RecursionError):
-        return False
-    return content == {} or (
-        isinstance(content, dict) and {"settings", "environment", "attributions"} <= content.keys()
-    )
+    return is_record(path, "settings", "environment", "attributions")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .._files import atomic_write
+from .._files import atomic_write, is_record
 from ..data.files import list_images
 from ..data.io import fill_hidden, read_image
 from ..data.npz import NpzImages, has_images
@@ -166,11 +166,7 @@ def _write_record(args: argparse.Namespace, figures: dict[str, float | None], co
 
 
 def _is_record(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_bytes() or b"{}")
-    except (ValueError, RecursionError):
-        return False
-    return content == {} or (isinstance(content, dict) and {"figures", "settings", "environment"} <= content.keys())
+    return is_record(path, "figures", "settings", "environment")
 
 
 def _is_statistics(path: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._files import atomic_write, is_stream
+from .._files import atomic_write, is_record, is_stream
 from .._version import __version__
 from .runner import FIGURES, MORE_FIGURES, Evaluation
 
@@ -136,11 +136,7 @@ def _text(content: bytes) -> str:
 
 def is_report(path: str | Path) -> bool:
     """Whether a file is what `write_json` writes, or empty."""
-    try:
-        content = json.loads(Path(path).read_bytes() or b"{}")
-    except (ValueError, RecursionError):
-        return False
-    return content == {} or (isinstance(content, dict) and {"settings", "environment", "evaluations"} <= content.keys())
+    return is_record(path, "settings", "environment", "evaluations")
 
 
 def write_json(path: str | Path, model: str, settings: dict, evaluations: Sequence[Evaluation], **more: Any) -> None:
