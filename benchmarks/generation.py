@@ -164,6 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/generation"))
     parser.add_argument("--iterations", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--ema", type=float, default=0.998, help="decay of the average that is sampled; less in short runs"
+    )
     parser.add_argument("--samples", type=int, default=1000, help="at each guidance")
     parser.add_argument("--steps", type=int, default=100, help="of DDPM")
     parser.add_argument("--only", choices=MODELS, help="train this model alone, and measure nothing")
@@ -198,7 +201,7 @@ def fit(name: str, data: pathlib.Path, out: pathlib.Path, channels: int, classes
         batch_size=args.batch_size,
         lr=1e-3,
         schedule="cosine",
-        ema=0.998,
+        ema=args.ema,
         flip=args.images == "photos",  # a digit mirrored is none
         log_every=50,
         save_every=1000,

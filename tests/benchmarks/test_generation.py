@@ -30,7 +30,7 @@ def test_latent_ipt_v2_learns_digits_faster_than_dit_and_guidance_sharpens(tmp_p
     monkeypatch.setattr(generation, "PATH", tmp_path / "rows.csv")
     monkeypatch.setattr(generation, "LOSSES", tmp_path / "losses.csv")
     monkeypatch.setattr(generation, "DOCS", tmp_path)
-    sizes = ["--iterations", "1000", "--batch-size", "32", "--samples", "100", "--steps", "25"]
+    sizes = ["--iterations", "1500", "--batch-size", "32", "--ema", "0.98", "--samples", "100", "--steps", "25"]
     generation.main(["digits", "--out", str(tmp_path), *sizes])
     rows = {(row["model"], float(row["guidance"])): row for row in results.read(tmp_path / "rows.csv")}
     ours, theirs = rows["latent_ipt_v2", 1.0], rows["dit", 1.0]
