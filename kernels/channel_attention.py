@@ -11,12 +11,12 @@ from ._windows import Channels, Groups
 def groups_of(x, num_heads, window_size):
     """A window that holds the whole image is the whole image."""
     batch, channels, height, width = x.shape
-    if window_size is None or window_size >= max(height, width):
+    if window_size is None or min(window_size) >= max(height, width):
         return Groups.whole(batch, height, width, num_heads, channels // num_heads)
-    return Groups(batch, height, width, num_heads, channels // num_heads, window_size, 1)
+    return Groups(batch, height, width, num_heads, channels // num_heads, window_size[0], 1)
 
 
-def channel_attention(q, k, v, temperature, num_heads, window_size):
+def channel_attention(q, k, v, temperature, num_heads, window_size, dilation, overlapping):
     groups = groups_of(q, num_heads, window_size)
     slots = gram(groups, Channels(q), Channels(k))
     attention = attend(groups, slots, temperature, False, q.dtype)
@@ -25,7 +25,7 @@ def channel_attention(q, k, v, temperature, num_heads, window_size):
     return out
 
 
-def channel_attention_backward(grad, q, k, v, temperature, num_heads, window_size):
+def channel_attention_backward(grad, q, k, v, temperature, num_heads, window_size, dilation, overlapping):
     groups = groups_of(q, num_heads, window_size)
     grads = [torch.empty_like(q) for _ in range(3)]
     maps = [Channels(x) for x in (grad, q, k, v)]

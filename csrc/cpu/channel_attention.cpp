@@ -60,16 +60,15 @@ struct WindowGroups {
     static constexpr int64_t kLeastBlockPixels = 512;
 
     WindowGroups(const at::Tensor& x, const at::Tensor& temperature, int64_t num_heads,
-                 std::optional<int64_t> window_size) {
-        TORCH_CHECK_VALUE(window_size.value_or(1) > 0, "window_size must be at least 1; got ", *window_size);
+                 at::OptionalIntArrayRef window_size) {
         check_per_head(temperature, "temperature", num_heads, x);
         scale = as_float(temperature);
         const int64_t height = x.size(2), width = x.size(3), pixels = height * width;
         // the order of the pixels of a whole image does not matter: take it as one row
-        const bool whole = !window_size.has_value() || *window_size >= std::max(height, width);
-        const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, *window_size, 1);
+        const bool whole = !window_size.has_value() || ((*window_size)[0] >= height && (*window_size)[1] >= width);
+        const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, (*window_size)[0], 1);
         const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
-                                      : Axis::windows_of(width, *window_size, 1);
+                                      : Axis::windows_of(width, (*window_size)[1], 1);
         groups = groups_of(x.size(0), x.size(1), num_heads, vertical, horizontal, 1);
         groups.scale[0] = scale.const_data_ptr<float>();
     }
@@ -155,7 +154,9 @@ void forward(ChannelAttentionParams& p) {
 }
 
 at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-                             const at::Tensor& temperature, int64_t num_heads, std::optional<int64_t> window_size) {
+                             const at::Tensor& temperature, int64_t num_heads, at::OptionalIntArrayRef window_size,
+                             std::optional<int64_t> dilation, bool overlapping) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!dilation.has_value() && !overlapping, "dilated and overlapping groups");
     check_image(q_, "q");
     check_tensor(k_, "k", q_.sizes(), q_);
     check_tensor(v_, "v", q_.sizes(), q_);
@@ -254,7 +255,9 @@ at::Tensor like(const at::Tensor& gradient, const at::Tensor& parameter) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_backward(
     const at::Tensor& grad_, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-    const at::Tensor& temperature, int64_t num_heads, std::optional<int64_t> window_size) {
+    const at::Tensor& temperature, int64_t num_heads, at::OptionalIntArrayRef window_size,
+    std::optional<int64_t> dilation, bool overlapping) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!dilation.has_value() && !overlapping, "dilated and overlapping groups");
     check_image(q_, "q");
     check_tensor(k_, "k", q_.sizes(), q_);
     check_tensor(v_, "v", q_.sizes(), q_);

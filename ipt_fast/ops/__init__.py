@@ -7,6 +7,8 @@ Tensors are (B, C, H, W) in shape; outputs are channels-last in memory. See :fun
 from .add_norm_feed_forward import add_norm_feed_forward
 from .add_norm_projection import add_norm_projection
 from .channel_attention import channel_attention
+from .channel_attention_layer import channel_attention_layer
+from .feed_forward_layer import feed_forward_layer
 from .focal_attention_layer import focal_attention_layer
 from .focal_channel_attention import focal_channel_attention
 from .grid_attention import grid_attention
@@ -17,6 +19,8 @@ from .leffn_layer import leffn_layer
 from .merge_depthwise import merge_depthwise
 from .merge_pointwise import merge_pointwise
 from .norm_projection import norm_projection
+from .window_attention import window_attention
+from .window_attention_layer import window_attention_layer
 
 # isort: split
 # Addresses of before, which are here without an import of their own.
@@ -27,6 +31,8 @@ __all__ = [
     "add_norm_feed_forward",
     "add_norm_projection",
     "channel_attention",
+    "channel_attention_layer",
+    "feed_forward_layer",
     "focal_attention_layer",
     "focal_channel_attention",
     "grid_attention",
@@ -37,4 +43,6 @@ __all__ = [
     "merge_depthwise",
     "merge_pointwise",
     "norm_projection",
+    "window_attention",
+    "window_attention_layer",
 ]

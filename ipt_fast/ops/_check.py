@@ -1,6 +1,7 @@
 """Checks of arguments that several operators share. Each error names the argument, what came and what is allowed."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -82,3 +83,20 @@ def biases(operator: str, **of_projections: tuple[Tensor | None, int]) -> None:
     for name, (bias, outputs) in of_projections.items():
         if bias is not None:
             shape(operator, f"{name}_bias", bias, (outputs,))
+
+
+def pair(operator: str, name: str, value: object, least: int = 1) -> list[int]:
+    """An int or two of them, (rows, columns), as a list of two."""
+    values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value, value]
+    if len(values) != 2 or any(isinstance(each, bool) or not isinstance(each, int) for each in values):
+        raise TypeError(f"{operator}: {name} must be an int or a pair of ints; got {value!r}")
+    if not all(least <= each < 2**63 for each in values):
+        raise ValueError(f"{operator}: {name} must be at least {least} and below 2**63; got {value}")
+    return values
+
+
+def finite_number(operator: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{operator}: {name} must be a number; got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{operator}: {name} must be finite; got {value}")

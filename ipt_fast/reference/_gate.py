@@ -3,6 +3,7 @@
 from torch import Tensor
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
-    """x + gate * branch; the gate is (C,), or (B, C) of each image, or 1."""
-    return x + (branch if gate is None else gate[..., None, None] * branch)
+def gated_residual(x: Tensor | None, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * branch; the gate is (C,), or (B, C) of each image, or 1; x may be absent."""
+    gated = branch if gate is None else gate[..., None, None] * branch
+    return gated if x is None else x + gated

@@ -1,7 +1,14 @@
 """Cutting a map into windows and putting it together again."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a size, which is one number where both are the same."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def pad_to_multiple(x: Tensor, rows: int, columns: int) -> Tensor:

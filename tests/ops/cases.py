@@ -10,6 +10,12 @@ import os
 import torch
 
 from ipt_fast import ops, reference
+from tests.ops import relatives
+from tests.ops.values import biases as _biases
+from tests.ops.values import norm as _norm
+from tests.ops.values import norm_options as _norm_options
+from tests.ops.values import pointwise as _pointwise
+from tests.ops.values import random as _random
 
 DEVICE = os.environ.get("IPT_FAST_TEST_DEVICE", "cpu")  # "cuda": the same tests on a GPU
 
@@ -21,20 +27,10 @@ ON_TOKENS = {"norm_projection", "add_norm_projection", "add_norm_feed_forward"}
 TOKEN_WEIGHTS = {"weight", "offset", "weight1", "bias1", "weight2", "bias2"}
 
 
-def _random(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
 def _layer_norm_2d(batch, height, width, *, channels=10, bias=True, centered=True, each_image=False):
     shape = (batch, channels) if each_image else (channels,)
     tensors = {"x": _random(batch, channels, height, width) + 0.5, "weight": 1 + 0.3 * _random(*shape)}
     return tensors | ({"bias": _random(*shape)} if bias else {}), {"eps": 1e-5, "centered": centered}
-
-
-def _channel_attention(batch, height, width, *, heads=2, depth=3, window=None):
-    tensors = {name: _random(batch, heads * depth, height, width) for name in "qkv"}
-    tensors["temperature"] = 0.5 + torch.rand(heads, dtype=torch.float64)
-    return tensors, {"num_heads": heads, "window_size": window}
 
 
 def _focal_channel_attention(batch, height, width, *, heads=2, depth=3, window=4, branches=(), cyclic=True):
@@ -62,23 +58,6 @@ def _leffn(batch, height, width, *, channels=5, hidden=11, out=7, kernel=5, bias
         "project_weight": _random(out, hidden, 1, 1) * hidden**-0.5,
         **_biases(outputs),
     }, {}
-
-
-def _biases(outputs):
-    return {f"{name}_bias": 0.5 * _random(count) for name, count in outputs.items()}
-
-
-def _norm(channels, bias):
-    norm = {"norm_weight": 1 + 0.3 * _random(channels)}
-    return norm | ({"norm_bias": _random(channels)} if bias else {})
-
-
-def _norm_options(bias):
-    return {"eps": 1e-5, "centered": bias, **({} if bias else {"norm_bias": None})}
-
-
-def _pointwise(out, channels):
-    return _random(out, channels, 1, 1) * channels**-0.5
 
 
 def _focal_attention_layer(batch, height, width, *, heads=2, depth=3, bias=True, **fields):
@@ -170,8 +149,12 @@ CALLS = {
     "layer_norm_2d/bias_free": ("layer_norm_2d", _layer_norm_2d, {"bias": False, "centered": False}),
     "layer_norm_2d/33_channels": ("layer_norm_2d", _layer_norm_2d, {"channels": 33, "bias": False}),
     "layer_norm_2d/each_image": ("layer_norm_2d", _layer_norm_2d, {"each_image": True}),
-    "channel_attention": ("channel_attention", _channel_attention, {}),
-    "channel_attention/windows": ("channel_attention", _channel_attention, {"window": 4, "heads": 1, "depth": 5}),
+    "channel_attention": ("channel_attention", relatives.channel_attention, {}),
+    "channel_attention/windows": (
+        "channel_attention",
+        relatives.channel_attention,
+        {"window": 4, "heads": 1, "depth": 5},
+    ),
     "focal_channel_attention": ("focal_channel_attention", _focal_channel_attention, {}),
     "focal_channel_attention/odd_window": ("focal_channel_attention", _focal_channel_attention, {"window": 5}),
     "focal_channel_attention/two": ("focal_channel_attention", _focal_channel_attention, {"branches": (2,)}),
@@ -202,6 +185,7 @@ CALLS = {
     "add_norm_projection/no_norm": ("add_norm_projection", _norm_projection, {"branch": True, "norm": False}),
     "add_norm_feed_forward": ("add_norm_feed_forward", _add_norm_feed_forward, {}),
     "add_norm_feed_forward/no_norm": ("add_norm_feed_forward", _add_norm_feed_forward, {"norm": False}),
+    **relatives.CALLS,
 }
 IMAGE_CALLS = [name for name, (operator, *_) in CALLS.items() if operator not in MERGES | ON_TOKENS]
 TOKEN_CALLS = [name for name, (operator, *_) in CALLS.items() if operator in ON_TOKENS]
