@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import models, modules, ops, reference
 from ._version import __version__ as __version__
+from .acceleration import accelerate
 from .freezing import freeze
 from .models import create_model, list_models, load_checkpoint
 from .ops._explain import explain
@@ -16,6 +17,7 @@ from .ops._select import keep_backend, use_backend
 
 __all__ = [
     "Restorer",
+    "accelerate",
     "create_model",
     "explain",
     "freeze",

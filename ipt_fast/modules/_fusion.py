@@ -36,6 +36,11 @@ def stock(cls: type[ModuleT]) -> type[ModuleT]:
     return cls
 
 
+def remember(cls: type[nn.Module]) -> None:
+    """Take the forward that a class of other people has now for its own: :func:`changed` tells when it is replaced."""
+    _STOCK.setdefault(cls, cls.forward)
+
+
 def global_hooks() -> str | None:
     """The reason that lies in hooks of all modules, or None.
 

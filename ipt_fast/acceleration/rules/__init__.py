@@ -1,0 +1,10 @@
+"""The rules, one small file for each family of models. A class name belongs to the rules of one or more files."""
+
+from . import swin
+from ._rule import Rule
+
+RULES: tuple[Rule, ...] = (*swin.RULES,)
+
+
+def rule_named(name: str) -> Rule:
+    return next(rule for rule in RULES if rule.name == name)

@@ -1,0 +1,99 @@
+"""Blocks of Swin transformers: SwinIR (Liang et al., 2021) and its kin."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.normalization import LayerNorm
+
+from ... import ops
+from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
+
+
+def check_norm(module: Any, name: str) -> None:
+    """A layer norm over channels, with weight and bias."""
+    expect_type(module, name, LayerNorm)
+    norm = getattr(module, name)
+    expect(len(norm.normalized_shape) == 1 and norm.bias is not None, f"its {name} has no bias or several axes")
+
+
+def check_window_attention(attention: Any) -> None:
+    """Swin's window attention: linear q, k and v, a table of relative positions, a linear projection."""
+    expect_type(attention, "qkv", nn.Linear)
+    expect_type(attention, "proj", nn.Linear)
+    rows, columns = attention.window_size
+    table = attention.relative_position_bias_table
+    expect(
+        tuple(table.shape) == ((2 * rows - 1) * (2 * columns - 1), attention.num_heads),
+        f"its table of relative positions is {tuple(table.shape)}",
+    )
+
+
+def check_mlp(mlp: Any) -> None:
+    """Linear, GELU, linear."""
+    expect_type(mlp, "fc1", nn.Linear)
+    expect_type(mlp, "fc2", nn.Linear)
+    expect_type(mlp, "act", nn.GELU)
+    expect(mlp.act.approximate == "none", "its GELU is an approximation")
+
+
+def attend(x: Tensor, norm: Any, attention: Any, shift: int, residual: bool = True) -> Tensor:
+    """x + attention(norm(x)) in windows that begin at ``shift``, of a map (B, C, H, W)."""
+    return ops.window_attention_layer(
+        x,
+        norm.weight,
+        norm.bias,
+        pointwise(attention.qkv),
+        pointwise(attention.proj),
+        attention.relative_position_bias_table,
+        qkv_bias=attention.qkv.bias,
+        project_bias=attention.proj.bias,
+        num_heads=attention.num_heads,
+        window_size=attention.window_size,
+        shift=shift,
+        scale=attention.scale,
+        eps=norm.eps,
+        residual=residual,
+    )
+
+
+def feed_forward(x: Tensor, norm: Any, mlp: Any) -> Tensor:
+    """x + mlp(norm(x)) of a map (B, C, H, W)."""
+    return ops.feed_forward_layer(
+        x,
+        norm.weight,
+        norm.bias,
+        pointwise(mlp.fc1),
+        None,
+        pointwise(mlp.fc2),
+        form="mlp",
+        expand_bias=mlp.fc1.bias,
+        project_bias=mlp.fc2.bias,
+        eps=norm.eps,
+    )
+
+
+# -- SwinIR -----------------------------------------------------------------------------------------------------
+
+
+def _check(block: Any) -> None:
+    check_norm(block, "norm1")
+    check_norm(block, "norm2")
+    check_window_attention(block.attn)
+    check_mlp(block.mlp)
+    expect(tuple(block.attn.window_size) == (block.window_size,) * 2, "its windows are of two sizes")
+
+
+def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
+    y = attend(as_map(x, *x_size), block.norm1, block.attn, block.shift_size)
+    return as_tokens(feed_forward(y, block.norm2, block.mlp)).to(x.dtype)
+
+
+def _parts(block: Any) -> list[nn.Module]:
+    return [*block.children(), *block.attn.modules(), *block.mlp.modules()]
+
+
+def _inactive(block: Any) -> str | None:
+    return drops(block.drop_path, block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop)
+
+
+RULES = (Rule("SwinIR block", ("SwinTransformerBlock",), reason(_check), _parts, _forward, _inactive),)
