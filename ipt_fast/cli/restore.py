@@ -12,7 +12,7 @@ from .._files import check_name
 from .._precision import DTYPES
 from ..evaluation.page import DEFAULT_SIZE
 from ..inference import Restorer
-from ..models import create_model, load_checkpoint, open_model
+from ..models import create_model, load_checkpoint, open_checkpoint, open_model
 from ..models.contract import describe
 from ..ops._select import POLICIES, policy
 from ..tiling import BLENDS
@@ -171,14 +171,18 @@ def _open_model(args: argparse.Namespace) -> torch.nn.Module:
         if args.raw_weights:
             raise ValueError("--raw-weights must be left out without --checkpoint, which it is about; got it alone")
         return open_model(args.model)
+    average = False if args.raw_weights else None
     model = create_model(args.model)
-    if model.shape_is_in_weights:
+    if not model.shape_is_in_weights:
+        model.reparameterize()  # the merged form takes checkpoints of both forms
+        return load_checkpoint(model, args.checkpoint, average=average)
+    try:
+        return open_checkpoint(args.checkpoint, args.model, average=average)
+    except ValueError as error:
         raise ValueError(
-            f"--checkpoint must be for a model whose name tells its shape; got {args.model}: make {args.checkpoint} a "
-            "folder for --model first, with ipt-fast convert"
-        )
-    model.reparameterize()  # the merged form takes checkpoints of both forms
-    return load_checkpoint(model, args.checkpoint, average=False if args.raw_weights else None)
+            f"--checkpoint must tell the shape of {args.model}: {error}; if it is one, make it a folder for --model "
+            "first, with ipt-fast convert, to which the rest can be told"
+        ) from error
 
 
 def _advance(bar: tqdm, images: float) -> None:
