@@ -6,8 +6,8 @@ A flag is raised, never lowered, and only where the structure and an experiment 
   float32, the model calls only functions of ``SAFE``: products with weights, norms, means and poolings, which PyTorch
   sums in float32, functions of single values that grow no faster than their argument, and what moves values. Not among
   them are what fails in 16 bit: matrix products of activations, softmax, squares, sums, divisions but by numbers.
-- A copy of the model in float16 (bfloat16) returns for the example what float32 does: finite, with a largest error of at
-  most ``UNITS`` units in the last place of the largest value, 1.6 % in float16 and 12.5 % in bfloat16.
+- A copy of the model in float16 (bfloat16) returns for the example what float32 does: finite, with an error of at most
+  ``UNITS`` units in the last place of the largest value, 1.6 % in float16 and 12.5 % in bfloat16.
 """
 
 import copy
@@ -23,21 +23,18 @@ from .verify import largest_error
 
 FLAGS = {"supports_half": torch.float16, "supports_bfloat16": torch.bfloat16}
 UNITS = 16
-SAFE = frozenset(
-    # products with weights and their sums
-    "convolution addmm mm t native_layer_norm native_batch_norm "
-    # means and poolings
-    "mean _adaptive_avg_pool2d avg_pool2d max_pool2d_with_indices upsample_nearest2d upsample_bilinear2d "
-    "upsample_bicubic2d "
-    # of single values
-    "add add_ sub sub_ mul mul_ relu relu_ leaky_relu leaky_relu_ prelu _prelu_kernel gelu silu silu_ sigmoid sigmoid_ "
-    "tanh hardtanh hardtanh_ clamp clamp_ clamp_min clamp_max elu hardswish mish softplus neg "
-    # what moves or makes values
-    "view _unsafe_view reshape permute transpose squeeze unsqueeze expand clone contiguous slice select split "
-    "split_with_sizes unbind cat stack roll flip index index_select gather pixel_shuffle pixel_unshuffle "
-    "constant_pad_nd reflection_pad2d replication_pad2d alias detach as_strided _to_copy copy_ lift_fresh "
-    "empty zeros ones full arange fill_ zero_ empty_like zeros_like ones_like new_zeros new_empty eq ne".split()
-)
+_SAFE = {
+    "products with weights, and norms": "convolution addmm mm t native_layer_norm native_batch_norm",
+    "means and poolings": "mean _adaptive_avg_pool2d avg_pool2d max_pool2d_with_indices upsample_nearest2d "
+    "upsample_bilinear2d upsample_bicubic2d",
+    "of single values": "add add_ sub sub_ mul mul_ neg clamp clamp_ clamp_min clamp_max relu relu_ leaky_relu leaky_relu_ "
+    "prelu _prelu_kernel elu gelu silu silu_ mish sigmoid sigmoid_ tanh hardtanh hardtanh_ hardswish softplus eq ne",
+    "what moves or makes values": "view _unsafe_view reshape permute transpose squeeze unsqueeze expand clone contiguous "
+    "slice select split split_with_sizes unbind cat stack roll flip index index_select gather pixel_shuffle "
+    "pixel_unshuffle constant_pad_nd reflection_pad2d replication_pad2d alias detach as_strided _to_copy copy_ "
+    "lift_fresh empty zeros ones full arange fill_ zero_ empty_like zeros_like ones_like new_zeros new_empty",
+}
+SAFE = frozenset(name for names in _SAFE.values() for name in names.split())
 
 
 def raise_flags(descriptor: Any, module: nn.Module, example: Tensor, rows: list[Row]) -> dict[str, bool]:
