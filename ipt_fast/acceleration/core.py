@@ -17,6 +17,7 @@ from torch.utils import _pytree
 
 from ..modules import _fusion
 from .example import example_of
+from .half import raise_flags, restoring
 from .report import Report, Row
 from .rules import RULES, Rule, rule_named
 from .verify import Verification
@@ -29,7 +30,8 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
     accelerated module is changed later (hooks, LoRA, another forward), or dropout is active, its plain forward runs.
 
     Args:
-        model: a module, or a descriptor of spandrel.
+        model: a module, or a descriptor of spandrel, whose flags for 16 bit are raised where that is safe now
+            (:mod:`ipt_fast.acceleration.half`).
         verify: run the example through the plain and the accelerated model, module by module and whole, and compare
             both with float64: an error may be twice that of the plain module. Else nothing is run.
         example: what the model takes; by default a seeded image of the smallest size from 64 x 64 on that it allows.
@@ -58,10 +60,11 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
     try:
         with _evaluating(module), torch.no_grad():
             _swap_verified(module, example, rows, whole, found, time)
+            flags = raise_flags(descriptor, module, example, rows)
     except BaseException:
         undo()
         raise
-    return Report(rows, whole, undo)
+    return Report(rows, whole, restoring(flags, descriptor, undo))
 
 
 class Accelerated(_fusion.Fusable):
