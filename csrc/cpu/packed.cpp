@@ -19,6 +19,8 @@ const char* name_of(Layer layer) {
             return "leffn_layer";
         case Layer::feed_forward_layer:
             return "feed_forward_layer";
+        case Layer::channel_attention_layer:
+            return "channel_attention_layer";
         case Layer::focal_attention_layer:
             return "focal_attention_layer";
         default:

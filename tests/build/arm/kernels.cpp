@@ -175,6 +175,9 @@ void channel_attention() {
     const int64_t window = number();
     g.vertical = Axis::windows_of(height, window, g.branches);
     g.horizontal = Axis::windows_of(width, window, g.branches);
+    g.dilation = 1;
+    g.height = height;
+    g.width = width;
     const int64_t channels = g.heads * g.head_channels, values = g.images * height * width * channels;
     char *qkv = array<char>(), *grad = array<char>();
     g.scale[0] = g.scale[1] = array<float>();
