@@ -7,4 +7,8 @@ RULES: tuple[Rule, ...] = (*swin.RULES, *dat.RULES, *fdat.RULES, *omnisr.RULES, 
 
 
 def rule_named(name: str) -> Rule:
-    return next(rule for rule in RULES if rule.name == name)
+    """The rule of that name, which pickles hold."""
+    for rule in RULES:
+        if rule.name == name:
+            return rule
+    raise ValueError(f"name must be that of a rule ({', '.join(rule.name for rule in RULES)}); got {name!r}")
