@@ -14,8 +14,13 @@ def example_of(model: nn.Module, descriptor: Any = None) -> Tensor:
     Args:
         model: its first convolution tells the number of channels.
         descriptor: of spandrel, which tells channels and sizes.
+
+    Raises:
+        ValueError: there is no convolution, or no parameter at all.
     """
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("example must be given: the model has no parameters")
     channels, size = _channels(model), LEAST
     if descriptor is not None:
         channels, needs = descriptor.input_channels, descriptor.size_requirements

@@ -27,10 +27,11 @@ _SAFE = {
     "products with weights, and norms": "convolution addmm mm t native_layer_norm native_batch_norm",
     "means and poolings": "mean _adaptive_avg_pool2d avg_pool2d max_pool2d_with_indices upsample_nearest2d "
     "upsample_bilinear2d upsample_bicubic2d",
-    "of single values": "add add_ sub sub_ mul mul_ neg clamp clamp_ clamp_min clamp_max relu relu_ leaky_relu leaky_relu_ "
-    "prelu _prelu_kernel elu gelu silu silu_ mish sigmoid sigmoid_ tanh hardtanh hardtanh_ hardswish softplus eq ne",
-    "what moves or makes values": "view _unsafe_view reshape permute transpose squeeze unsqueeze expand clone contiguous "
-    "slice select split split_with_sizes unbind cat stack roll flip index index_select gather pixel_shuffle "
+    "of single values": "add add_ sub sub_ mul mul_ neg clamp clamp_ clamp_min clamp_max relu relu_ leaky_relu "
+    "leaky_relu_ prelu _prelu_kernel elu gelu silu silu_ mish sigmoid sigmoid_ tanh hardtanh hardtanh_ hardswish "
+    "softplus eq ne",
+    "what moves or makes values": "view _unsafe_view reshape permute transpose squeeze unsqueeze expand clone "
+    "contiguous slice select split split_with_sizes unbind cat stack roll flip index index_select gather pixel_shuffle "
     "pixel_unshuffle constant_pad_nd reflection_pad2d replication_pad2d alias detach as_strided _to_copy copy_ "
     "lift_fresh empty zeros ones full arange fill_ zero_ empty_like zeros_like ones_like new_zeros new_empty",
 }

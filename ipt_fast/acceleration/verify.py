@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,45 +13,130 @@ from torch.utils import _pytree
 # one of several draws, and a few units in the last place are always allowed.
 TIMES = 2
 DRAWS = 6
-FLOOR = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
+FLOOR = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
+# Where the plain module fails in a dtype, or is the exact one itself, its error in the first of these dtypes in which
+# it does not is taken for it, times the ratio of their units in the last place.
+INSTEAD = {
+    torch.float64: (torch.float32,),
+    torch.float32: (),
+    torch.bfloat16: (torch.float32,),
+    torch.float16: (torch.bfloat16, torch.float32),
+}
+Call = tuple[Any, Any]  # args and kwargs
+
+
+class Exact:
+    """A plain model in float64: what it returns, and what its modules are called with, on an example.
+
+    Args:
+        model: it is copied.
+        example: what it takes.
+        plain: function that gives a module its own class back.
+
+    Raises:
+        ValueError: the model cannot be copied or does not run in float64.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, plain: Callable[[nn.Module], None]) -> None:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("verify must be False for a model on the meta device, which has no weights yet")
+        try:
+            self.model = copy.deepcopy(model).double()
+            for module in self.model.modules():
+                plain(module)
+        except Exception as error:
+            raise ValueError(
+                "the model cannot be copied, as the check against float64 needs: accelerate it before it is wrapped, "
+                "or with verify=False"
+            ) from error
+        self.dtype = example.dtype
+        self.call: Call = ((example,), {})
+
+    def calls(self, paths: Iterable[str]) -> dict[str, Call]:
+        """{path: (args, kwargs)}, rounded to the model's dtype, of the first call of each module."""
+        found: dict[str, Call] = {}
+
+        def keep(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            if path not in found:
+                found[path] = _cast((args, kwargs), self.dtype)
+
+        modules = {path: self.model.get_submodule(path) for path in paths}
+        handles = [
+            module.register_forward_pre_hook(functools.partial(keep, path), with_kwargs=True)
+            for path, module in modules.items()
+        ]
+        try:
+            self.model(self.call[0][0].double())
+        except Exception as error:
+            raise ValueError(
+                "the model does not run on the example in float64, with which all is compared: "
+                f"give another example, or verify=False ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
 
 class Verification:
-    """What plain modules return for certain arguments, exactly.
+    """The error of a module on the arguments of one call, and what is allowed.
 
     Args:
-        module: the module, before it is accelerated; it is copied in float64.
-        args, kwargs: of the call.
-        plain: function of arguments that calls the module as it was, whatever it is then.
+        plain: function of the arguments, which calls the module as it was.
+        exact: the plain module in float64.
+        call: arguments, in the dtype that counts.
+
+    Raises:
+        ValueError: the arguments are such that not even the exact result is finite.
     """
 
-    def __init__(self, module: nn.Module, args: Any, kwargs: Any, plain: Callable[..., Any]) -> None:
-        self._plain, self._call = plain, (args, kwargs)
-        self._wide = copy.deepcopy(module).double()
-        self.dtype = next(t.dtype for t in _tensors(self._call) if t.is_floating_point())
-        self._truth = self._exact(self._call)
+    def __init__(self, plain: Callable[..., Any], exact: nn.Module, call: Call) -> None:
+        self._plain, self._exact, self._call = plain, exact, call
+        self.dtype = next(t.dtype for t in _tensors(call) if t.is_floating_point())
+        self._truth = self._run(exact, call, torch.float64)
+        if not all(bool(tensor.isfinite().all()) for tensor in _tensors(self._truth)):
+            raise ValueError("the example leads to results that are not finite even in float64")
+        self._wider: dict[torch.dtype, nn.Module] = {}
         self._draws = self._errors_of_plain()
-        self.allowed = FLOOR.get(self.dtype, 8) * torch.finfo(self.dtype).eps
+        self.allowed = FLOOR[self.dtype] * torch.finfo(self.dtype).eps
 
     def error(self, run: Callable[..., Any]) -> float:
         """The largest error of ``run(*args, **kwargs)``; as many draws are made as it needs to be allowed."""
-        args, kwargs = self._call
+        args, kwargs = copied(self._call)
         found = largest_error(run(*args, **kwargs), self._truth)
         while not found <= self.allowed and (drawn := next(self._draws, None)) is not None:
             self.allowed = max(self.allowed, TIMES * drawn)
         return found
 
-    def _exact(self, call: Any) -> Any:
-        args, kwargs = _map(call, lambda t: t.double() if t.is_floating_point() else t)
-        return self._wide(*args, **kwargs)
-
     def _errors_of_plain(self) -> Iterator[float]:
         """The error of the plain module on the arguments, and on arguments that are a little smaller."""
         for draw in range(DRAWS):
-            call = self._call if draw == 0 else _map(self._call, functools.partial(_smaller, draw, self.dtype))
-            args, kwargs = call
-            found = largest_error(self._plain(*args, **kwargs), self._exact(call))
-            yield found if found < float("inf") else 0.0  # what overflows allows nothing
+            call = _map(self._call, functools.partial(_smaller, draw, self.dtype)) if draw else self._call
+            truth = self._run(self._exact, call, torch.float64)
+            found = float("inf") if self.dtype == torch.float64 else self._error_of(self._plain, call, truth)
+            for dtype in INSTEAD[self.dtype]:
+                if found < float("inf"):
+                    break
+                other = self._error_of(self._in(dtype), _cast(call, dtype), truth)
+                found = other * torch.finfo(self.dtype).eps / torch.finfo(dtype).eps
+            yield found if found < float("inf") else 0.0  # what fails everywhere allows nothing
+
+    def _in(self, dtype: torch.dtype) -> nn.Module:
+        if dtype not in self._wider:
+            self._wider[dtype] = copy.deepcopy(self._exact).to(dtype)
+        return self._wider[dtype]
+
+    def _error_of(self, module: Callable[..., Any], call: Call, truth: Any) -> float:
+        args, kwargs = copied(call)
+        try:
+            return largest_error(module(*args, **kwargs), truth)
+        except RuntimeError:  # a mixture of dtypes, or an operation that there is not in this one
+            return float("inf")
+
+    @staticmethod
+    def _run(module: nn.Module, call: Call, dtype: torch.dtype) -> Any:
+        args, kwargs = _cast(call, dtype)
+        return module(*args, **kwargs)
 
 
 def _smaller(draw: int, dtype: torch.dtype, t: Tensor) -> Tensor:
@@ -72,6 +157,16 @@ def largest_error(found: Any, truth: Any) -> float:
         difference, scale = (value.double() - exact).abs().max().item(), exact.abs().max().item()
         errors.append(float("inf") if difference != difference else difference / scale if scale else difference)
     return max(errors, default=0.0)
+
+
+def copied(call: Call) -> Call:
+    """The same arguments in tensors of their own: a module may write into them."""
+    return _map(call, torch.Tensor.clone)
+
+
+def _cast(call: Call, dtype: torch.dtype) -> Call:
+    """Copies of the arguments, those of floating point in ``dtype``."""
+    return _map(call, lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone())
 
 
 def _tensors(tree: Any) -> list[Tensor]:

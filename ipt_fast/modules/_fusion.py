@@ -41,6 +41,11 @@ def remember(cls: type[nn.Module]) -> None:
     _STOCK.setdefault(cls, cls.forward)
 
 
+def replaced(cls: type[nn.Module]) -> str | None:
+    """The reason that lies in a known class whose forward is another now, or None."""
+    return None if _STOCK.get(cls) is cls.forward else f"the forward of {cls.__name__} is replaced"
+
+
 def global_hooks() -> str | None:
     """The reason that lies in hooks of all modules, or None.
 
@@ -59,8 +64,8 @@ def changed(module: nn.Module) -> str | None:
     hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
     if cls not in _STOCK:
         return f"it is a {cls.__name__}"
-    if _STOCK[cls] is not cls.forward:
-        return f"the forward of {cls.__name__} is replaced"
+    if reason := replaced(cls):
+        return reason
     if "forward" in state or cls.__call__ is not nn.Module.__call__:
         return "its forward is replaced"
     if hooks:

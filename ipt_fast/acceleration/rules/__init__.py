@@ -1,10 +1,14 @@
 """The rules, one small file for each family of models. A class name belongs to the rules of one or more files."""
 
-from . import swin
+from . import dat, fdat, omnisr, restormer, swin
 from ._rule import Rule
 
-RULES: tuple[Rule, ...] = (*swin.RULES,)
+RULES: tuple[Rule, ...] = (*swin.RULES, *dat.RULES, *fdat.RULES, *omnisr.RULES, *restormer.RULES)
 
 
 def rule_named(name: str) -> Rule:
-    return next(rule for rule in RULES if rule.name == name)
+    """The rule of that name, which pickles hold."""
+    for rule in RULES:
+        if rule.name == name:
+            return rule
+    raise ValueError(f"name must be that of a rule ({', '.join(rule.name for rule in RULES)}); got {name!r}")

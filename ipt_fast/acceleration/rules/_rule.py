@@ -25,6 +25,9 @@ class Rule:
         forward: function of the module and of what its own forward takes; returns what that returns.
         inactive: function of the module: why its own forward has to run in its present state, or None. For what depends
             on training mode, as dropout does.
+        arguments: names of what the class's own forward takes, or None for any; read when a module is accelerated.
+
+    ``misfit``, ``inactive`` and ``parts`` are asked at every call, so that whatever is done to a module later counts.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Rule:
     parts: Callable[[Any], Iterable[nn.Module]]
     forward: Callable[..., Any]
     inactive: Callable[[Any], str | None] = lambda module: None
+    arguments: tuple[str, ...] | None = None
 
 
 class Misfit(Exception):

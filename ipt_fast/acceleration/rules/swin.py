@@ -96,4 +96,9 @@ def _inactive(block: Any) -> str | None:
     return drops(block.drop_path, block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop)
 
 
-RULES = (Rule("SwinIR block", ("SwinTransformerBlock",), reason(_check), _parts, _forward, _inactive),)
+RULES = (
+    Rule(
+        "SwinIR block", ("SwinTransformerBlock",), reason(_check), _parts, _forward, _inactive,
+        arguments=("x", "x_size"),
+    ),
+)  # fmt: skip
