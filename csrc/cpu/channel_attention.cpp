@@ -77,16 +77,6 @@ struct WindowGroups {
     Groups groups;
 };
 
-// x itself where its channels are contiguous and its pixels equally far apart, as they are in a part of a wider
-// channels-last map; else a channels-last copy.
-at::Tensor with_pixels(const at::Tensor& x) {
-    const int64_t pixel = x.stride(3), row = x.size(3) * pixel;
-    const bool dense = pixel >= x.size(1) && x.strides() == at::IntArrayRef({x.size(2) * row, 1, row, pixel});
-    return dense ? x : channels_last(x);
-}
-
-Pixels pixels_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(3)}; }
-
 }  // namespace
 
 void check_heads(int64_t channels, int64_t num_heads, const char* name) {

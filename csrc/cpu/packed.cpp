@@ -19,8 +19,10 @@ const char* name_of(Layer layer) {
             return "leffn_layer";
         case Layer::focal_attention_layer:
             return "focal_attention_layer";
-        default:
+        case Layer::grid_attention_layer:
             return "grid_attention_layer";
+        default:
+            return "window_attention_layer";
     }
 }
 

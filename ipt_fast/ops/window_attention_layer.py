@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from . import _check, _flops, _norm
+from . import _check, _cpu, _flops, _norm
 from ._operator import Operator, Shape
 from .window_attention import check_bias, check_shift, default_scale, squared_tokens
 
@@ -100,3 +100,4 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_operations,
 )
+_cpu.register(_operator, packs=True)
