@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "attention_layer_kernel.h"
@@ -182,10 +183,12 @@ LayerGradients backward(const at::Tensor& grad, const at::Tensor& x, const Layer
 
 // ---- the operators' own arguments ----------------------------------------------------------------------------------
 
-AttentionOptions window_options(const OptionalTensor& bias, int64_t num_heads, at::IntArrayRef window,
-                                at::IntArrayRef shift, double scale) {
+AttentionOptions window_options(const OptionalTensor& bias, int64_t channels, int64_t num_heads, at::IntArrayRef window,
+                                at::IntArrayRef shift, std::optional<double> scale) {
+    TORCH_CHECK_VALUE(num_heads >= 1, "num_heads must be at least 1; got ", num_heads);
     const std::array<int64_t, 2> size{window[0], window[1]};
-    return {{false, num_heads, size, size, {shift[0], shift[1]}, scale}, bias, {}};
+    const double of_scores = scale.value_or(1.0 / std::sqrt(static_cast<double>(channels / num_heads)));
+    return {{false, num_heads, size, size, {shift[0], shift[1]}, of_scores}, bias, {}};
 }
 
 at::Tensor pack_grid_attention_layer(const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
@@ -231,11 +234,11 @@ at::Tensor pack_window_attention_layer(const OptionalTensor& norm_weight, const 
                                        const OptionalTensor& bias, const OptionalTensor& qkv_bias,
                                        const OptionalTensor& project_bias, const OptionalTensor& gate,
                                        int64_t num_heads, at::IntArrayRef window_size, at::IntArrayRef shift,
-                                       double scale, double eps, bool centered, bool residual) {
+                                       std::optional<double> scale, double eps, bool centered, bool residual) {
     return pack(
         Layer::window_attention_layer,
         {norm_weight, norm_bias, qkv_weight, project_weight, qkv_bias, project_bias, gate, eps, centered, residual},
-        window_options(bias, num_heads, window_size, shift, scale));
+        window_options(bias, input_channels(qkv_weight, "qkv_weight"), num_heads, window_size, shift, scale));
 }
 
 at::Tensor window_attention_layer_packed(const at::Tensor& x, const at::Tensor& packed,
@@ -248,12 +251,12 @@ at::Tensor window_attention_layer(const at::Tensor& x, const at::Tensor& norm_we
                                   const at::Tensor& qkv_weight, const at::Tensor& project_weight,
                                   const OptionalTensor& bias, const OptionalTensor& qkv_bias,
                                   const OptionalTensor& project_bias, const OptionalTensor& gate, int64_t num_heads,
-                                  at::IntArrayRef window_size, at::IntArrayRef shift, double scale, double eps,
-                                  bool centered, bool residual) {
+                                  at::IntArrayRef window_size, at::IntArrayRef shift, std::optional<double> scale,
+                                  double eps, bool centered, bool residual) {
     return run(
         Layer::window_attention_layer, x,
         {norm_weight, norm_bias, qkv_weight, project_weight, qkv_bias, project_bias, gate, eps, centered, residual},
-        window_options(bias, num_heads, window_size, shift, scale));
+        window_options(bias, x.size(1), num_heads, window_size, shift, scale));
 }
 
 LayerGradients window_attention_layer_backward(const at::Tensor& grad, const at::Tensor& x,
@@ -262,11 +265,11 @@ LayerGradients window_attention_layer_backward(const at::Tensor& grad, const at:
                                                const OptionalTensor& bias, const OptionalTensor& qkv_bias,
                                                const OptionalTensor& project_bias, const OptionalTensor& gate,
                                                int64_t num_heads, at::IntArrayRef window_size, at::IntArrayRef shift,
-                                               double scale, double eps, bool centered, bool residual) {
+                                               std::optional<double> scale, double eps, bool centered, bool residual) {
     return backward(
         grad, x,
         {norm_weight, norm_bias, qkv_weight, project_weight, qkv_bias, project_bias, gate, eps, centered, residual},
-        window_options(bias, num_heads, window_size, shift, scale));
+        window_options(bias, x.size(1), num_heads, window_size, shift, scale));
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ _operator = Operator(
     window_attention_layer,
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor project_weight, Tensor? bias, "
     "Tensor? qkv_bias, Tensor? project_bias, Tensor? gate, int num_heads, int[2] window_size, int[2] shift, "
-    "float scale, float eps, bool centered, bool residual",
+    "float? scale, float eps, bool centered, bool residual",
     reference.window_attention_layer,
     images=("x",),
     weights=("qkv_weight", "project_weight"),
