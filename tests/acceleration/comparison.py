@@ -26,12 +26,12 @@ def in_dtype(model, dtype):
     model = copy.deepcopy(model).to(dtype)
     for module in model.modules():
         if hasattr(module, "calculate_mask"):
-            module.calculate_mask = functools.partial(_cast, module.calculate_mask, dtype)
+            module.calculate_mask = functools.partial(_masked_in, dtype, module.calculate_mask)
     return model
 
 
-def _cast(function, dtype, *args, **kwargs):
-    return function(*args, **kwargs).to(dtype)
+def _masked_in(wanted, calculate_mask, *args, **kwargs):
+    return calculate_mask(*args, **kwargs).to(wanted)
 
 
 def run_of(models):
