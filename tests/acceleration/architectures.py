@@ -38,8 +38,13 @@ SWINIR = dict(SWIN, window_size=8)
 LIGHT, MEDIUM = dict(SWINIR, embed_dim=60), dict(SWINIR, embed_dim=180)
 SR = dict(upscale=2, upsampler="pixelshuffle")
 HAT_S = dict(SWIN, embed_dim=144, window_size=16, overlap_ratio=0.5, compress_ratio=24, squeeze_factor=24)
-UFORMER_T = dict(img_size=64, embed_dim=16, depths=(1, 1, 1, 1, 1, 1, 1, 1, 2), win_size=8, token_mlp="mlp")
+RGT_S = dict(embed_dim=180, depth=(3,), num_heads=(6,), mlp_ratio=2, split_size=(8, 32), img_size=64)
+ATD_LIGHT = dict(
+    embed_dim=48, depths=(2,), num_heads=(4,), window_size=16, category_size=128, num_tokens=64, reducted_dim=8,
+    convffn_kernel_size=7, mlp_ratio=1,
+)  # fmt: skip
 UFORMER = dict(img_size=64, embed_dim=32, depths=(2, 1, 1, 1, 1, 1, 1, 1, 2), win_size=8)
+UFORMER_T = dict(UFORMER, embed_dim=16, token_mlp="mlp")
 # {name: (function that makes the model, names of the rules that it runs by, rows and columns of an image)}
 MODELS = {
     "SwinIR-light": (
@@ -68,6 +73,10 @@ MODELS = {
     "Swin2SR": (_maker(SPANDREL, "Swin2SR", **MEDIUM, **SR), ["Swin2SR block"], (9, 15)),
     "SRFormer": (
         _maker(EXTRA, "SRFormer", **SWIN, embed_dim=180, window_size=24, **SR), ["SRFormer block"], (21, 24),
+    ),
+    "RGT-S": (_maker(SPANDREL, "RGT", **RGT_S), ["RGT block", "RGT windows"], (11, 20)),
+    "ATD-light": (
+        _maker(SPANDREL, "ATD", **ATD_LIGHT, upscale=2, upsampler="pixelshuffledirect"), ["ATD layer"], (15, 19),
     ),
     "Uformer-B": (_maker(SPANDREL, "Uformer", Shallow, **UFORMER, modulator=True), ["Uformer block"], (16, 16)),
     "Uformer-T, both modulators": (

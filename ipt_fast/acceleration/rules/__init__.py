@@ -1,9 +1,17 @@
 """The rules, one small file for each family of models. A class name belongs to the rules of one or more files."""
 
-from . import hat, srformer, swin, swin2sr, uformer
+from . import atd, hat, rgt, srformer, swin, swin2sr, uformer
 from ._rule import Rule
 
-RULES: tuple[Rule, ...] = (*swin.RULES, *hat.RULES, *swin2sr.RULES, *srformer.RULES, *uformer.RULES)
+RULES: tuple[Rule, ...] = (
+    *swin.RULES,
+    *hat.RULES,
+    *swin2sr.RULES,
+    *srformer.RULES,
+    *uformer.RULES,
+    *rgt.RULES,
+    *atd.RULES,
+)
 
 
 def rule_named(name: str) -> Rule:

@@ -9,8 +9,6 @@ from ... import ops
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, inside, pointwise, reason
 from .swin import check_norm, check_table, dense_bias, project
 
-KERNELS = ((3, 3), (5, 5), (7, 7))
-
 
 def _check(block: Any) -> None:
     check_norm(block, "norm1")
@@ -24,24 +22,39 @@ def _check(block: Any) -> None:
     expect(window == (block.window_size,) * 2 and even, "its windows or shifts are odd or of two sizes")
     expect(inner == (block.window_size // 2,) * 2, "its permuted windows are not of half the size")
     check_table(attention, inner)
+    check_conv_ffn(network)
+
+
+def check_conv_ffn(network: Any) -> None:
+    """Linear, GELU, a depthwise convolution with GELU beside it, linear."""
     for name in ("fc1", "fc2"):
         expect_type(network, name, nn.Linear)
     expect_type(network, "act", nn.GELU)
     depthwise, activation = network.dwconv.depthwise_conv
-    expect(type(depthwise) is nn.Conv2d and type(activation) is nn.GELU, "its dwconv is no convolution and GELU")
-    expect(depthwise.groups == network.fc1.out_features == depthwise.out_channels, "its dwconv is not depthwise")
-    expect(depthwise.kernel_size in KERNELS and depthwise.stride == depthwise.dilation == (1, 1), "its dwconv differs")
-    expect(depthwise.padding == tuple(size // 2 for size in depthwise.kernel_size), "its dwconv changes sizes")
-    expect(depthwise.padding_mode == "zeros", "its dwconv is padded otherwise")
+    expect(type(activation) is nn.GELU, "its dwconv has another activation")
     expect(network.act.approximate == activation.approximate == "none", "its GELU is an approximation")
+    check_depthwise(depthwise, network.fc1.out_features, (3, 5, 7))
+
+
+def check_depthwise(conv: Any, channels: int, sizes: tuple[int, ...]) -> None:
+    """A depthwise convolution of so many channels, of one of these sizes, that keeps the size of maps."""
+    expect(type(conv) is nn.Conv2d and conv.groups == conv.out_channels == channels, "it has no depthwise convolution")
+    expect(conv.kernel_size in [(size, size) for size in sizes], "its depthwise convolution is of another size")
+    expect(conv.padding == tuple(size // 2 for size in conv.kernel_size), "its depthwise convolution changes sizes")
+    plain = conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    expect(plain, "its depthwise convolution has strides, dilations or other padding")
 
 
 def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
-    y = x + _attend(block, x, x_size)
-    network, norm = block.mlp, block.norm2
+    y = as_map(x + _attend(block, x, x_size), *x_size)
+    return as_tokens(conv_ffn(y, block.norm2, block.mlp)).to(x.dtype)
+
+
+def conv_ffn(x: Tensor, norm: Any, network: Any) -> Tensor:
+    """x + network(norm(x)) of a map (B, C, H, W)."""
     depthwise = network.dwconv.depthwise_conv[0]
-    out = ops.feed_forward_layer(
-        as_map(y, *x_size),
+    return ops.feed_forward_layer(
+        x,
         norm.weight,
         norm.bias,
         pointwise(network.fc1),
@@ -53,7 +66,6 @@ def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
         project_bias=network.fc2.bias,
         eps=norm.eps,
     )
-    return as_tokens(out).to(x.dtype)
 
 
 def _attend(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:

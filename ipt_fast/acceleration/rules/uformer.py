@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, inside, pointwise, reason
+from .srformer import check_depthwise
 from .swin import check_mlp, check_norm, check_table, feed_forward
 
 
@@ -42,9 +43,7 @@ def _check_leff(network: Any) -> None:
     expected = (nn.Linear, nn.GELU, nn.Conv2d, nn.GELU, nn.Linear, nn.Identity)
     expect(types == expected, "its LeFF is made of other layers")
     expect(first.approximate == second.approximate == "none", "its GELU is an approximation")
-    found = depthwise.groups, depthwise.kernel_size, depthwise.padding, depthwise.stride, depthwise.dilation
-    expect(found == (expand.out_features, (3, 3), (1, 1), (1, 1), (1, 1)), "its LeFF has another convolution")
-    expect(depthwise.padding_mode == "zeros", "its LeFF is padded otherwise")
+    check_depthwise(depthwise, expand.out_features, (3,))
 
 
 def _forward(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
