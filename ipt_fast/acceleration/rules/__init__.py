@@ -1,9 +1,21 @@
 """The rules, one small file for each family of models. A class name belongs to the rules of one or more files."""
 
-from . import dat, fdat, omnisr, restormer, swin
+from . import atd, dat, fdat, hat, omnisr, restormer, rgt, srformer, swin, swin2sr, uformer
 from ._rule import Rule
 
-RULES: tuple[Rule, ...] = (*swin.RULES, *dat.RULES, *fdat.RULES, *omnisr.RULES, *restormer.RULES)
+RULES: tuple[Rule, ...] = (
+    *dat.RULES,
+    *fdat.RULES,
+    *swin.RULES,
+    *hat.RULES,
+    *omnisr.RULES,
+    *restormer.RULES,
+    *swin2sr.RULES,
+    *srformer.RULES,
+    *uformer.RULES,
+    *rgt.RULES,
+    *atd.RULES,
+)
 
 
 def rule_named(name: str) -> Rule:
