@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import ops
 from ...modules import _fusion
-from ._rule import as_map, expect
+from ._rule import expect
 
 # -- what is expected -------------------------------------------------------------------------------------------
 
@@ -75,9 +76,21 @@ def norm_of(norm: Any) -> dict[str, Any]:
     return {"norm_weight": body.weight, "norm_bias": bias, "eps": eps, "centered": bias is not None}
 
 
-def linear_maps(x: Tensor, linear: nn.Linear, height: int, width: int) -> Tensor:
-    """A linear layer of tokens (B, N, C) as a map (B, M, H, W) in channels-last memory."""
-    return as_map(F.linear(x, linear.weight, linear.bias), height, width)
+def normalised(x: Tensor, norm: Any) -> Tensor:
+    """The norm of a map, channels-last."""
+    arguments = norm_of(norm)
+    weight, bias = arguments.pop("norm_weight"), arguments.pop("norm_bias")
+    return ops.layer_norm_2d(x, weight, bias, **arguments)
+
+
+def project(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """A linear layer, or a 1 x 1 convolution, of the channels of a map; channels-last."""
+    return F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution that keeps the size of a map, without a call of the module."""
+    return F.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
 
 
 def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:

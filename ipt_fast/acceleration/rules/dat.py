@@ -7,14 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ._layers import (
-    convolve_and_normalise,
-    expect_depthwise,
-    expect_pointwise,
-    expect_sequence,
-    linear_maps,
-    parts_below,
-)
+from ._layers import convolve_and_normalise, expect_depthwise, expect_pointwise, expect_sequence, parts_below, project
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
 from .swin import check_mlp, check_norm
 
@@ -60,7 +53,7 @@ def _check_windows(attention: Any) -> None:
 def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
     attention, network = block.attn, block.ffn
     y = F.layer_norm(x, x.shape[-1:], block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    qkv = linear_maps(y, attention.qkv, *x_size)
+    qkv = project(as_map(y, *x_size), attention.qkv)
     convolved = F.gelu(convolve_and_normalise(qkv.chunk(3, dim=1)[2], attention.dwconv[0], attention.dwconv[1]))
     if hasattr(attention, "attns"):
         y = _interact(attention, _attend_in_windows(attention, qkv), convolved)
@@ -68,9 +61,8 @@ def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
         q, k, v = qkv.chunk(3, dim=1)
         attended = ops.channel_attention(q, k, v, attention.temperature, num_heads=attention.num_heads)
         y = _interact(attention, convolved, attended)
-    x = x + F.linear(as_tokens(y), attention.proj.weight, attention.proj.bias)
     y = ops.feed_forward_layer(
-        as_map(x, *x_size),
+        as_map(x, *x_size) + project(y, attention.proj),
         block.norm2.weight,
         block.norm2.bias,
         pointwise(network.fc1),
@@ -120,7 +112,7 @@ def _interact(attention: Any, first: Tensor, second: Tensor) -> Tensor:
     channels = attention.channel_interaction(second).sigmoid()
     reduce, norm, _, last = attention.spatial_interaction
     hidden = F.gelu(convolve_and_normalise(first, reduce, norm))
-    pixels = F.conv2d(hidden, last.weight, last.bias).sigmoid()
+    pixels = project(hidden, last).sigmoid()
     return torch.addcmul(second * pixels, first, channels)
 
 

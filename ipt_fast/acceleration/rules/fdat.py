@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ._layers import expect_depthwise, expect_gelu, expect_pointwise, expect_sequence, parts_below
+from ._layers import convolve, expect_depthwise, expect_gelu, expect_pointwise, expect_sequence, parts_below, project
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
 from .swin import check_norm
 
@@ -43,10 +43,10 @@ def _attend_in_windows(block: Any, x: Tensor) -> Tensor:
     heads = dict(num_heads=attention.nh, window_size=size, scale=attention.scale)
     below, right = -x.shape[2] % size, -x.shape[3] % size
     if below or right:  # normalised pixels of zeros take part
-        qkv = F.conv2d(F.pad(y, (0, right, 0, below)), pointwise(attention.qkv), attention.qkv.bias)
+        qkv = project(F.pad(y, (0, right, 0, below)), attention.qkv)
         q, k, v = qkv.chunk(3, dim=1)
         y = ops.window_attention(q, k, v, attention.bias, **heads)[..., : x.shape[2], : x.shape[3]]
-        return x + torch.addcmul(convolved, F.conv2d(y, pointwise(attention.proj), attention.proj.bias), gate)
+        return x + torch.addcmul(convolved, project(y, attention.proj), gate)
     x = ops.window_attention_layer(
         x,
         block.n1.weight,
@@ -85,8 +85,7 @@ def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
 
 
 def _convolve(block: Any, y: Tensor) -> Tensor:
-    conv = block.conv[0]
-    return F.gelu(F.conv2d(y, conv.weight, conv.bias, padding=1, groups=conv.groups))
+    return F.gelu(convolve(y, block.conv[0]))
 
 
 def _feed_forward(x: Tensor, norm: nn.LayerNorm, network: Any) -> Tensor:
