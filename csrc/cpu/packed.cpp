@@ -17,6 +17,10 @@ const char* name_of(Layer layer) {
             return "leffn";
         case Layer::leffn_layer:
             return "leffn_layer";
+        case Layer::feed_forward_layer:
+            return "feed_forward_layer";
+        case Layer::channel_attention_layer:
+            return "channel_attention_layer";
         case Layer::focal_attention_layer:
             return "focal_attention_layer";
         default:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from . import _check, _flops, _norm
+from . import _check, _flops, _norm, _triton
 from ._operator import Operator, Shape
 from .window_attention import check_bias, check_shift, default_scale, squared_tokens
 
@@ -100,3 +100,4 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_operations,
 )
+_triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))

@@ -9,7 +9,8 @@
 #include "cpu/channel_attention_kernel.h"
 #include "cpu/grid_attention_kernel.h"
 #include "cpu/layer_norm_2d_kernel.h"
-#include "cpu/leffn_kernel.h"
+#include "cpu/feed_forward_kernel.h"
+#include "cpu/leffn_backward_kernel.h"
 
 using namespace ipt_fast;
 using namespace ipt_fast::cpu;
@@ -91,7 +92,8 @@ void layer_norm_2d() {
 
 // The forward of leffn, and of leffn_layer where a norm is given.
 void leffn() {
-    LeffnParams p{};
+    FeedForwardParams p{};
+    p.form = kLeffn;
     p.dtype = static_cast<DType>(number());
     const int64_t batch = number();
     p.height = number();
@@ -113,7 +115,7 @@ void leffn() {
     p.out = new_map(p.dtype, values);
     p.packed_expand = memory<float>(packed_floats(p, p.channels));
     p.packed_project = memory<float>(packed_floats(p, p.out_channels));
-    const LeffnKernels& kernel = kernels<LeffnKernels>();
+    const FeedForwardKernels& kernel = kernels<FeedForwardKernels>();
     kernel.pack(p, 0, p.blocks());
     kernel.forward(p, 0, batch * p.bands * p.strips, memory<char>(kernel.scratch_size(p)));
     write_map(p.out, p.dtype, values);
@@ -173,6 +175,9 @@ void channel_attention() {
     const int64_t window = number();
     g.vertical = Axis::windows_of(height, window, g.branches);
     g.horizontal = Axis::windows_of(width, window, g.branches);
+    g.dilation = 1;
+    g.height = height;
+    g.width = width;
     const int64_t channels = g.heads * g.head_channels, values = g.images * height * width * channels;
     char *qkv = array<char>(), *grad = array<char>();
     g.scale[0] = g.scale[1] = array<float>();
