@@ -35,7 +35,7 @@ def expect_gelu(name: str, module: Any) -> None:
 
 
 def expect_sequence(name: str, sequence: Any, *types: type) -> None:
-    """A sequence of modules of exactly these classes; GELUs are exact, batch norms keep statistics."""
+    """A sequence of modules of exactly these classes; GELUs are exact, batch norms keep statistics, pools pool all."""
     found = [type(module) for module in sequence]
     expect(found == list(types), f"its {name} is {', '.join(cls.__name__ for cls in found)}")
     for module in sequence:
@@ -43,6 +43,8 @@ def expect_sequence(name: str, sequence: Any, *types: type) -> None:
             expect_gelu(name, module)
         if isinstance(module, nn.BatchNorm2d):
             expect(module.affine and module.track_running_stats, f"its {name} has a batch norm without statistics")
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            expect(module.output_size in (1, (1, 1)), f"its {name} pools to {module.output_size}")
 
 
 def check_channel_norm(module: Any, name: str) -> None:
@@ -85,7 +87,11 @@ def normalised(x: Tensor, norm: Any) -> Tensor:
 
 def project(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
     """A linear layer, or a 1 x 1 convolution, of the channels of a map; channels-last."""
-    return F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
+    return _project(x, layer.weight, layer.bias)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -93,11 +99,18 @@ def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
 
 
+def mean_of_pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 1, 1)."""
+    return x.mean((2, 3), keepdim=True)
+
+
 def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """norm(conv(x)): of a batch norm in evaluation mode one convolution, its weights computed anew in every call."""
     if norm.training:
         return norm(conv(x))
     weight, bias = folded(conv, norm)
+    if conv.kernel_size == (1, 1):
+        return _project(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
 
 

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ._layers import convolve_and_normalise, expect_depthwise, expect_pointwise, expect_sequence, parts_below, project
+from ._layers import (
+    convolve_and_normalise,
+    expect_depthwise,
+    expect_pointwise,
+    expect_sequence,
+    mean_of_pixels,
+    parts_below,
+    project,
+)
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
 from .swin import check_mlp, check_norm
 
@@ -37,7 +45,9 @@ def _check_interaction(attention: Any) -> None:
     pooled = nn.AdaptiveAvgPool2d, nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Conv2d
     expect_sequence("channel_interaction", channel, *pooled)
     expect_depthwise(3, dwconv=attention.dwconv[0])
-    expect_pointwise(spatial_interaction=spatial[0], second_spatial_interaction=spatial[3])
+    for sequence, places in ((spatial, (0, 3)), (channel, (1, 4))):
+        for place in places:
+            expect_pointwise(interaction=sequence[place])
 
 
 def _check_windows(attention: Any) -> None:
@@ -109,11 +119,14 @@ def _attend_in_windows(attention: Any, qkv: Tensor) -> Tensor:
 
 def _interact(attention: Any, first: Tensor, second: Tensor) -> Tensor:
     """``first`` with its channels gated by those of ``second``, plus ``second`` with its pixels gated by ``first``."""
-    channels = attention.channel_interaction(second).sigmoid()
-    reduce, norm, _, last = attention.spatial_interaction
-    hidden = F.gelu(convolve_and_normalise(first, reduce, norm))
-    pixels = project(hidden, last).sigmoid()
+    _, *of_channels = attention.channel_interaction
+    channels = _gate(mean_of_pixels(second), *of_channels)
+    pixels = _gate(first, *attention.spatial_interaction)
     return torch.addcmul(second * pixels, first, channels)
+
+
+def _gate(x: Tensor, reduce: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.GELU, last: nn.Conv2d) -> Tensor:
+    return project(F.gelu(convolve_and_normalise(x, reduce, norm)), last).sigmoid()
 
 
 def _inactive(block: Any) -> str | None:
