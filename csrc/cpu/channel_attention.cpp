@@ -27,12 +27,6 @@ void check_heads(int64_t channels, int64_t num_heads, const char* name) {
                       " channels of ", name, "; got ", num_heads);
 }
 
-at::Tensor with_pixels(const at::Tensor& x) {
-    const int64_t pixel = x.stride(3), row = x.size(3) * pixel;
-    const bool dense = pixel >= x.size(1) && x.strides() == at::IntArrayRef({x.size(2) * row, 1, row, pixel});
-    return dense ? x : channels_last(x);
-}
-
 Groups groups_of(const at::Tensor& x, int64_t num_heads, const Axis& vertical, const Axis& horizontal, int branches) {
     Groups g{};
     g.images = x.size(0);

@@ -75,12 +75,6 @@ inline void set_branches(const float* (&branches)[2], const float* first, int64_
     branches[1] = first + step;
 }
 
-// x itself where its channels are contiguous and its pixels equally far apart, as they are in a part of a wider
-// channels-last map; else a channels-last copy.
-at::Tensor with_pixels(const at::Tensor& x);
-
-inline Pixels pixels_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(3)}; }
-
 // The passes over a map, forward; p lacks only the work space.
 void run(ChannelAttentionParams& p);
 

@@ -105,12 +105,6 @@ struct Groups {
     }
 };
 
-// A dense map whose pixels are `stride` values apart.
-struct Pixels {
-    const void* data;
-    int64_t stride;
-};
-
 struct ChannelAttentionParams {
     DType dtype;
     Brgemm brgemm;

@@ -23,8 +23,10 @@ const char* name_of(Layer layer) {
             return "channel_attention_layer";
         case Layer::focal_attention_layer:
             return "focal_attention_layer";
-        default:
+        case Layer::grid_attention_layer:
             return "grid_attention_layer";
+        default:
+            return "window_attention_layer";
     }
 }
 

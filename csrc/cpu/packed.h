@@ -18,6 +18,7 @@ enum class Layer : int64_t {
     channel_attention_layer,
     focal_attention_layer,
     grid_attention_layer,
+    window_attention_layer,
 };
 
 // What a block begins with. A layer's own header derives from it and adds what a call needs to know: numbers, and where
