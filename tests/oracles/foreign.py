@@ -1,7 +1,5 @@
 """Files of other people's models as spandrel opens them: its own classes in toy sizes, with random weights."""
 
-import functools
-
 import safetensors.torch
 import torch
 
@@ -36,16 +34,27 @@ def foreign_model(name):
     return getattr(public_module(module), cls)(**arguments).eval()
 
 
+def load_foreign(name):
+    """The descriptor of that model, with the same weights."""
+    library, state = spandrel(), foreign_model(name).state_dict()
+    registry = library.MAIN_REGISTRY.copy()
+    if MODELS[name][0].startswith(EXTRA):
+        registry.add(*public_module("spandrel_extra_arches").EXTRA_REGISTRY)
+    return registry.load({key: value.clone() for key, value in state.items()})
+
+
 def write_foreign(path, name):
-    """A file of weights of that model, in the form of its suffix."""
-    state = {key: value.clone().contiguous() for key, value in foreign_model(name).state_dict().items()}
+    """A file of these weights, in the form of its suffix; .pt is TorchScript."""
+    model = foreign_model(name)
+    state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
     if path.suffix == ".safetensors":
         safetensors.torch.save_file(state, path)
+    elif path.suffix == ".pt":
+        torch.jit.script(model).save(path)
     else:
         torch.save({"params": state}, path)
     return path
 
 
-@functools.cache
 def spandrel():
     return public_module("spandrel")
