@@ -11,7 +11,7 @@ from torch import nn
 
 from ..acceleration import Report, accelerate
 from ..integrations import spandrel
-from ..models import Described, create_model, list_models, load_checkpoint, open_model
+from ..models import Described, create_model, list_models, load_checkpoint, open_checkpoint, open_model
 
 MODEL_HELP = "a model that ships, a folder of a saved one, or a file of weights of any model that spandrel knows"
 
@@ -93,11 +93,15 @@ def _accelerated(descriptor: Any, source: str) -> Report | None:
 
 
 def _open_checkpoint(args: argparse.Namespace) -> nn.Module:
+    average = False if args.raw_weights else None
     model = create_model(args.model)
-    if model.shape_is_in_weights:
+    if not model.shape_is_in_weights:
+        model.reparameterize()  # the merged form takes checkpoints of both forms
+        return load_checkpoint(model, args.checkpoint, average=average)
+    try:
+        return open_checkpoint(args.checkpoint, args.model, average=average)
+    except ValueError as error:
         raise ValueError(
-            f"--checkpoint must be for a model whose name tells its shape; got {args.model}: make {args.checkpoint} a "
-            "folder for --model first, with ipt-fast convert"
-        )
-    model.reparameterize()  # the merged form takes checkpoints of both forms
-    return load_checkpoint(model, args.checkpoint, average=False if args.raw_weights else None)
+            f"--checkpoint must tell the shape of {args.model}: {error}; if it is one, make it a folder for --model "
+            "first, with ipt-fast convert, to which the rest can be told"
+        ) from error

@@ -10,6 +10,7 @@ from .dit import DiT, DiTConfig
 from .ipt import IPT, IPTConfig, config_of
 from .ipt_v2 import IPTV2, IPTV2Config
 from .latent_ipt_v2 import LatentIPTV2, LatentIPTV2Config
+from .restormer import Restormer, RestormerConfig
 
 __all__ = [
     "IPT",
@@ -24,6 +25,8 @@ __all__ = [
     "LatentIPTV2Config",
     "Preset",
     "PretrainedModel",
+    "Restormer",
+    "RestormerConfig",
     "Sizes",
     "as_module",
     "config_of",

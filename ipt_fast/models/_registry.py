@@ -81,8 +81,8 @@ def open_checkpoint(
 
     Args:
         path: see :func:`load_checkpoint`.
-        name: its architecture, one of :func:`list_models`. Of an IPT the shape is read from the tensors, and the name
-            tells the number of heads, which they do not have.
+        name: its architecture, one of :func:`list_models`. Of an IPT and a Restormer the shape is read from the
+            tensors; of an IPT the name tells the number of heads, which they do not have.
         average: which weights of a file that holds an average, too, see :func:`read_state_dict`.
         config: fields of the model's config that differ from the name's; of an IPT those of
             :meth:`IPT.from_checkpoint`.

@@ -1,9 +1,18 @@
 """The rules, one small file for each family of models. A class name belongs to the rules of one or more files."""
 
-from . import dat, fdat, omnisr, restormer, swin
+from . import cross, dat, fdat, omnisr, restormer, span, swin, xcit
 from ._rule import Rule
 
-RULES: tuple[Rule, ...] = (*swin.RULES, *dat.RULES, *fdat.RULES, *omnisr.RULES, *restormer.RULES)
+RULES: tuple[Rule, ...] = (
+    *swin.RULES,
+    *dat.RULES,
+    *fdat.RULES,
+    *omnisr.RULES,
+    *restormer.RULES,
+    *cross.RULES,
+    *span.RULES,
+    *xcit.RULES,
+)
 
 
 def rule_named(name: str) -> Rule:

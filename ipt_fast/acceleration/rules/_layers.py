@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import ops
 from ...modules import _fusion
-from ._rule import as_map, expect
+from ._rule import expect
 
 # -- what is expected -------------------------------------------------------------------------------------------
 
@@ -34,7 +35,7 @@ def expect_gelu(name: str, module: Any) -> None:
 
 
 def expect_sequence(name: str, sequence: Any, *types: type) -> None:
-    """A sequence of modules of exactly these classes; GELUs are exact, batch norms keep statistics."""
+    """A sequence of modules of exactly these classes; GELUs are exact, batch norms keep statistics, pools pool all."""
     found = [type(module) for module in sequence]
     expect(found == list(types), f"its {name} is {', '.join(cls.__name__ for cls in found)}")
     for module in sequence:
@@ -42,6 +43,8 @@ def expect_sequence(name: str, sequence: Any, *types: type) -> None:
             expect_gelu(name, module)
         if isinstance(module, nn.BatchNorm2d):
             expect(module.affine and module.track_running_stats, f"its {name} has a batch norm without statistics")
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            expect(module.output_size in (1, (1, 1)), f"its {name} pools to {module.output_size}")
 
 
 def check_channel_norm(module: Any, name: str) -> None:
@@ -75,9 +78,30 @@ def norm_of(norm: Any) -> dict[str, Any]:
     return {"norm_weight": body.weight, "norm_bias": bias, "eps": eps, "centered": bias is not None}
 
 
-def linear_maps(x: Tensor, linear: nn.Linear, height: int, width: int) -> Tensor:
-    """A linear layer of tokens (B, N, C) as a map (B, M, H, W) in channels-last memory."""
-    return as_map(F.linear(x, linear.weight, linear.bias), height, width)
+def normalised(x: Tensor, norm: Any) -> Tensor:
+    """The norm of a map, channels-last."""
+    arguments = norm_of(norm)
+    weight, bias = arguments.pop("norm_weight"), arguments.pop("norm_bias")
+    return ops.layer_norm_2d(x, weight, bias, **arguments)
+
+
+def project(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """A linear layer, or a 1 x 1 convolution, of the channels of a map; channels-last."""
+    return _project(x, layer.weight, layer.bias)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution that keeps the size of a map, without a call of the module."""
+    return F.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
+
+
+def mean_of_pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 1, 1)."""
+    return x.mean((2, 3), keepdim=True)
 
 
 def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -85,6 +109,8 @@ def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> 
     if norm.training:
         return norm(conv(x))
     weight, bias = folded(conv, norm)
+    if conv.kernel_size == (1, 1):
+        return _project(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
 
 

@@ -12,8 +12,9 @@ from ._layers import (
     expect_depthwise,
     expect_pointwise,
     expect_sequence,
-    linear_maps,
+    mean_of_pixels,
     parts_below,
+    project,
 )
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
 from .swin import check_mlp, check_norm
@@ -44,7 +45,9 @@ def _check_interaction(attention: Any) -> None:
     pooled = nn.AdaptiveAvgPool2d, nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Conv2d
     expect_sequence("channel_interaction", channel, *pooled)
     expect_depthwise(3, dwconv=attention.dwconv[0])
-    expect_pointwise(spatial_interaction=spatial[0], second_spatial_interaction=spatial[3])
+    for sequence, places in ((spatial, (0, 3)), (channel, (1, 4))):
+        for place in places:
+            expect_pointwise(interaction=sequence[place])
 
 
 def _check_windows(attention: Any) -> None:
@@ -60,7 +63,7 @@ def _check_windows(attention: Any) -> None:
 def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
     attention, network = block.attn, block.ffn
     y = F.layer_norm(x, x.shape[-1:], block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    qkv = linear_maps(y, attention.qkv, *x_size)
+    qkv = project(as_map(y, *x_size), attention.qkv)
     convolved = F.gelu(convolve_and_normalise(qkv.chunk(3, dim=1)[2], attention.dwconv[0], attention.dwconv[1]))
     if hasattr(attention, "attns"):
         y = _interact(attention, _attend_in_windows(attention, qkv), convolved)
@@ -68,9 +71,8 @@ def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
         q, k, v = qkv.chunk(3, dim=1)
         attended = ops.channel_attention(q, k, v, attention.temperature, num_heads=attention.num_heads)
         y = _interact(attention, convolved, attended)
-    x = x + F.linear(as_tokens(y), attention.proj.weight, attention.proj.bias)
     y = ops.feed_forward_layer(
-        as_map(x, *x_size),
+        as_map(x, *x_size) + project(y, attention.proj),
         block.norm2.weight,
         block.norm2.bias,
         pointwise(network.fc1),
@@ -117,11 +119,14 @@ def _attend_in_windows(attention: Any, qkv: Tensor) -> Tensor:
 
 def _interact(attention: Any, first: Tensor, second: Tensor) -> Tensor:
     """``first`` with its channels gated by those of ``second``, plus ``second`` with its pixels gated by ``first``."""
-    channels = attention.channel_interaction(second).sigmoid()
-    reduce, norm, _, last = attention.spatial_interaction
-    hidden = F.gelu(convolve_and_normalise(first, reduce, norm))
-    pixels = F.conv2d(hidden, last.weight, last.bias).sigmoid()
+    _, *of_channels = attention.channel_interaction
+    channels = _gate(mean_of_pixels(second), *of_channels)
+    pixels = _gate(first, *attention.spatial_interaction)
     return torch.addcmul(second * pixels, first, channels)
+
+
+def _gate(x: Tensor, reduce: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.GELU, last: nn.Conv2d) -> Tensor:
+    return project(F.gelu(convolve_and_normalise(x, reduce, norm)), last).sigmoid()
 
 
 def _inactive(block: Any) -> str | None:

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ._layers import expect_depthwise, expect_gelu, expect_pointwise, expect_sequence, parts_below
+from ._layers import (
+    convolve,
+    expect_depthwise,
+    expect_gelu,
+    expect_pointwise,
+    expect_sequence,
+    mean_of_pixels,
+    parts_below,
+    project,
+)
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
 from .swin import check_norm
 
@@ -23,7 +32,7 @@ def _check(block: Any) -> None:
     expect_sequence("sg", spatial, nn.Conv2d, nn.Sigmoid)
     expect_sequence("cg", channel, nn.AdaptiveAvgPool2d, nn.Conv2d, nn.GELU, nn.Conv2d, nn.Sigmoid)
     expect_depthwise(3, conv=block.conv[0], smix=block.ffn.smix)
-    expect_pointwise(sg=spatial[0])
+    expect_pointwise(sg=spatial[0], reduction=channel[1], restoration=channel[3])
     expect_type(block.ffn, "fc1", nn.Linear)
     expect_type(block.ffn, "fc2", nn.Linear)
     expect_gelu("act", block.ffn.act)
@@ -38,15 +47,16 @@ def _attend_in_windows(block: Any, x: Tensor) -> Tensor:
     """x + attention, whose channels are gated by the convolution, + the convolution."""
     y = ops.layer_norm_2d(x, block.n1.weight, block.n1.bias, eps=block.n1.eps)
     convolved = _convolve(block, y)
-    gate = block.inter.cg(convolved)
+    _, reduce, _, restore, _ = block.inter.cg
+    gate = project(F.gelu(project(mean_of_pixels(convolved), reduce)), restore).sigmoid()
     attention, size = block.attn, block.attn.ws
     heads = dict(num_heads=attention.nh, window_size=size, scale=attention.scale)
     below, right = -x.shape[2] % size, -x.shape[3] % size
     if below or right:  # normalised pixels of zeros take part
-        qkv = F.conv2d(F.pad(y, (0, right, 0, below)), pointwise(attention.qkv), attention.qkv.bias)
+        qkv = project(F.pad(y, (0, right, 0, below)), attention.qkv)
         q, k, v = qkv.chunk(3, dim=1)
         y = ops.window_attention(q, k, v, attention.bias, **heads)[..., : x.shape[2], : x.shape[3]]
-        return x + torch.addcmul(convolved, F.conv2d(y, pointwise(attention.proj), attention.proj.bias), gate)
+        return x + torch.addcmul(convolved, project(y, attention.proj), gate)
     x = ops.window_attention_layer(
         x,
         block.n1.weight,
@@ -81,12 +91,11 @@ def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
         residual=False,
     )
     convolved = _convolve(block, ops.layer_norm_2d(x, block.n1.weight, block.n1.bias, eps=block.n1.eps))
-    return torch.addcmul(x + y, convolved, block.inter.sg(y))
+    return torch.addcmul(x + y, convolved, project(y, block.inter.sg[0]).sigmoid())
 
 
 def _convolve(block: Any, y: Tensor) -> Tensor:
-    conv = block.conv[0]
-    return F.gelu(F.conv2d(y, conv.weight, conv.bias, padding=1, groups=conv.groups))
+    return F.gelu(convolve(y, block.conv[0]))
 
 
 def _feed_forward(x: Tensor, norm: nn.LayerNorm, network: Any) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ._layers import check_channel_norm, expect_depthwise, expect_gelu, expect_pointwise, parts_below
+from ._layers import check_channel_norm, convolve, expect_depthwise, expect_gelu, expect_pointwise, parts_below, project
 from ._rule import Rule, drops, expect, expect_type, pointwise, reason
 from .restormer import attend_to_channels, check_channel_attention, check_gated_feed_forward, feed_forward
 from .swin import check_norm
@@ -58,8 +58,8 @@ def _check_attention(layer: Any) -> None:
 
 
 def _check_convolution(net: Any) -> None:
-    expand, first, depthwise, second, excitation, project = net
-    expect_pointwise(expansion=expand, projection=project)
+    expand, first, depthwise, second, excitation, last = net
+    expect_pointwise(expansion=expand, projection=last)
     expect_depthwise(3, convolution=depthwise)
     expect_gelu("first activation", first)
     expect_gelu("second activation", second)
@@ -84,12 +84,11 @@ def _forward(block: Any, x: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, net: Any) -> Tensor:
     """x + the inverted bottleneck, whose squeeze and excitation gates channels by their means."""
-    expand, _, depthwise, _, excitation, project = net
-    y = F.gelu(F.conv2d(x, expand.weight, expand.bias))
-    y = F.gelu(F.conv2d(y, depthwise.weight, depthwise.bias, padding=1, groups=depthwise.groups))
+    expand, _, depthwise, _, excitation, last = net
+    y = F.gelu(convolve(F.gelu(project(x, expand)), depthwise))
     reduce, restore = (part.weight for part in excitation.gate if isinstance(part, nn.Linear))
     gate = F.linear(F.silu(F.linear(y.mean((2, 3)), reduce)), restore).sigmoid()
-    return x + F.conv2d(y * gate[..., None, None], project.weight, project.bias)
+    return x + project(y * gate[..., None, None], last)
 
 
 def _attention(layer: Any) -> dict[str, Any]:
