@@ -37,9 +37,9 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
         model: a module, or a descriptor of spandrel, whose flags for 16 bit are raised where that is safe now
             (:mod:`ipt_fast.acceleration.half`).
         verify: run the example through the plain model in float64, and then, module by module and whole, the
-            accelerated one on what was recorded: its error may be twice that of the plain module in the same dtype (of
-            the plain module in a wider dtype, in units in the last place, where it fails in its own). Else nothing is
-            run, and classes change unseen.
+            accelerated one on what was recorded: its error may be twice that of the plain module in the same dtype.
+            Where that fails in 16 bits, the error counts that it makes in float32 with the results of its modules
+            rounded to 16. False: nothing is run, and classes change unseen.
         example: what the model takes; by default a seeded image of the smallest size from 64 x 64 on that it allows.
         time: also measure seconds of a call of each module and of the whole, before and after; needs ``verify``.
 

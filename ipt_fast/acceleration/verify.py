@@ -14,14 +14,6 @@ from torch.utils import _pytree
 TIMES = 2
 DRAWS = 6
 FLOOR = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
-# Where the plain module fails in a dtype, or is the exact one itself, its error in the first of these dtypes in which
-# it does not is taken for it, times the ratio of their units in the last place.
-INSTEAD = {
-    torch.float64: (torch.float32,),
-    torch.float32: (),
-    torch.bfloat16: (torch.float32,),
-    torch.float16: (torch.bfloat16, torch.float32),
-}
 Call = tuple[Any, Any]  # args and kwargs
 
 
@@ -96,7 +88,7 @@ class Verification:
         self._truth = self._run(exact, call, torch.float64)
         if not all(bool(tensor.isfinite().all()) for tensor in _tensors(self._truth)):
             raise ValueError("the example leads to results that are not finite even in float64")
-        self._wider: dict[torch.dtype, nn.Module] = {}
+        self._instead: nn.Module | None = None
         self._draws = self._errors_of_plain()
         self.allowed = FLOOR[self.dtype] * torch.finfo(self.dtype).eps
 
@@ -114,17 +106,25 @@ class Verification:
             call = _map(self._call, functools.partial(_smaller, draw, self.dtype)) if draw else self._call
             truth = self._run(self._exact, call, torch.float64)
             found = float("inf") if self.dtype == torch.float64 else self._error_of(self._plain, call, truth)
-            for dtype in INSTEAD[self.dtype]:
-                if found < float("inf"):
-                    break
-                other = self._error_of(self._in(dtype), _cast(call, dtype), truth)
-                found = other * torch.finfo(self.dtype).eps / torch.finfo(dtype).eps
+            if not found < float("inf"):
+                found = self._error_instead(call, truth)
             yield found if found < float("inf") else 0.0  # what fails everywhere allows nothing
 
-    def _in(self, dtype: torch.dtype) -> nn.Module:
-        if dtype not in self._wider:
-            self._wider[dtype] = copy.deepcopy(self._exact).to(dtype)
-        return self._wider[dtype]
+    def _error_instead(self, call: Call, truth: Any) -> float:
+        """What stands in for the error of the plain module where it fails in its dtype, or is the exact one itself.
+
+        For 16 bits that of the plain module in float32 whose modules round what they return to as many digits: they
+        overflow no more, nor mix dtypes. For float64 that in float32, in units in the last place.
+        """
+        if self._instead is None:
+            self._instead = copy.deepcopy(self._exact).float()
+            if self.dtype != torch.float64:
+                for module in self._instead.modules():
+                    module.register_forward_hook(functools.partial(_rounded, self.dtype))
+        found = self._error_of(self._instead, _cast(call, torch.float32), truth)
+        if self.dtype == torch.float64:
+            return found * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return found
 
     def _error_of(self, module: Callable[..., Any], call: Call, truth: Any) -> float:
         args, kwargs = copied(call)
@@ -137,6 +137,19 @@ class Verification:
     def _run(module: nn.Module, call: Call, dtype: torch.dtype) -> Any:
         args, kwargs = _cast(call, dtype)
         return module(*args, **kwargs)
+
+
+def _rounded(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    """The output of a module with the digits of ``dtype``, in the range of its own."""
+
+    def rounded(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        mantissa, exponent = t.frexp()
+        units = 2 / torch.finfo(dtype).eps  # the mantissa is between a half and 1
+        return ((mantissa * units).round() / units).ldexp(exponent)
+
+    return _map(output, rounded)
 
 
 def _smaller(draw: int, dtype: torch.dtype, t: Tensor) -> Tensor:

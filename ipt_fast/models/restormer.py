@@ -19,6 +19,10 @@ from ._restormer_config import RestormerConfig, fields_of
 from .checkpoint import load_state, read_state_dict
 from .contract import Contract, Memory
 
+# Of a forward pass, for each pixel of the input and each channel of ``width``. Measured as IPT-V2's at 256 x 256, fp32,
+# CPU: 292 with the operators' references, 197 as a plain twin.
+BYTES_PER_PIXEL_AND_CHANNEL = 300
+
 
 @_fusion.stock
 class NormWithBody(Norm):
@@ -167,9 +171,9 @@ class Restormer(PretrainedModel):
     def contract(self) -> Contract:
         """Images of any size, one thing to do."""
         config = self.config
-        return Contract(
-            in_channels=config.in_channels, out_channels=config.out_channels, memory=Memory.of_width(config.width)
-        )
+        per_pixel = BYTES_PER_PIXEL_AND_CHANNEL * config.width
+        memory = Memory(per_pixel, per_pixel_fused=per_pixel)
+        return Contract(in_channels=config.in_channels, out_channels=config.out_channels, memory=memory)
 
     @classmethod
     def with_implied_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,7 @@ import ipt_fast
 from ipt_fast.acceleration import core
 from ipt_fast.acceleration.accelerated import Accelerated, reason_against
 from ipt_fast.acceleration.rules import RULES, rule_named
-from tests.acceleration.architectures import LIGHT, SPANDREL
-from tests.acceleration.architectures import _build as build
+from tests.acceleration.architectures import LIGHT, SPANDREL, build
 from tests.modules.changed import Adapter, assert_close, replace
 
 BLOCK = "layers.0.residual_group.blocks.1"

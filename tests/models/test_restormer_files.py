@@ -1,5 +1,7 @@
 """Files of Restormer's weights: their tensors tell the shape, whatever the name; saved models open again."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -105,3 +107,24 @@ def test_commands(tmp_path, capsys):
     torch.save(micro_model().state_dict(), file)
     assert run("restore", photo, tmp_path / "c.png", "--model", "restormer", "--checkpoint", file) == 2
     assert "--checkpoint must tell the shape of restormer: path must hold a Restormer" in capsys.readouterr().err
+
+
+def test_trained_by_the_command(tmp_path):
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "photos" / "a.png")
+    model = ["--model", "restormer_local", "--model-config", json.dumps({**CONFIG, "training_patch": 16})]
+    steps = ["--batch-size", "2", "--save-every", "1", "--device", "cpu", "--data", str(tmp_path / "photos")]
+
+    def train(out, iterations, *options):
+        schedule = ["--patch", "16", "--warmup", "0", "--schedule", "constant", "--iterations", str(iterations)]
+        assert main(["train", *steps, *schedule, "--out", str(tmp_path / out), *options]) == 0
+        return open_model(tmp_path / out)
+
+    whole = train("whole", 2, *model)
+    assert isinstance(whole, Restormer) and whole.config.training_patch == 16
+    again = train("checkpointed", 2, *model, "--activation-checkpointing")
+    started = train("begun", 1, *model)
+    states = [each.state_dict() for each in (whole, again, started)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert not torch.equal(states[0]["output.weight"], states[2]["output.weight"])

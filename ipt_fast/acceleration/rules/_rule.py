@@ -70,6 +70,11 @@ def expect_type(module: Any, name: str, *types: type) -> None:
     expect(found in types, f"its {name} is a {found.__name__}")
 
 
+def inside(module: nn.Module) -> list[nn.Module]:
+    """Everything in a module: the parts of a rule that calls none of it."""
+    return [part for part in module.modules() if part is not module]
+
+
 # (B, N, C) tokens and maps. A map of tokens is channels-last, so neither way copies anything.
 
 

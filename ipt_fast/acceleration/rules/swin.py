@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.normalization import LayerNorm
 
 from ... import ops
-from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
+from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, inside, pointwise, reason
 
 
 def check_norm(module: Any, name: str) -> None:
@@ -20,11 +21,15 @@ def check_window_attention(attention: Any) -> None:
     """Swin's window attention: linear q, k and v, a table of relative positions, a linear projection."""
     expect_type(attention, "qkv", nn.Linear)
     expect_type(attention, "proj", nn.Linear)
-    rows, columns = attention.window_size
-    table = attention.relative_position_bias_table
+    check_table(attention, attention.window_size)
+
+
+def check_table(attention: Any, window: tuple[int, int]) -> None:
+    """A table of relative positions in windows of this size, for each head."""
+    shape = tuple(attention.relative_position_bias_table.shape)
     expect(
-        tuple(table.shape) == ((2 * rows - 1) * (2 * columns - 1), attention.num_heads),
-        f"its table of relative positions is {tuple(table.shape)}",
+        shape == ((2 * window[0] - 1) * (2 * window[1] - 1), attention.num_heads),
+        "its table of relative positions is of another size",
     )
 
 
@@ -34,6 +39,16 @@ def check_mlp(mlp: Any) -> None:
     expect_type(mlp, "fc2", nn.Linear)
     expect_type(mlp, "act", nn.GELU)
     expect(mlp.act.approximate == "none", "its GELU is an approximation")
+
+
+def project(x: Tensor, linear: nn.Linear, size: tuple[int, int]) -> Tensor:
+    """A linear layer of tokens (B, N, C) as a map (B, M, H, W), channels-last."""
+    return as_map(F.linear(x, linear.weight, linear.bias), *size)
+
+
+def dense_bias(table: Tensor, index: Tensor) -> Tensor:
+    """(heads, Nq, Nk) of a table (rows, heads) and the index that a model has into it."""
+    return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
 
 
 def attend(x: Tensor, norm: Any, attention: Any, shift: int, residual: bool = True) -> Tensor:
@@ -72,7 +87,7 @@ def feed_forward(x: Tensor, norm: Any, mlp: Any) -> Tensor:
     )
 
 
-# -- SwinIR -----------------------------------------------------------------------------------------------------
+# -- SwinIR and DRCT, which has its blocks in dense groups -------------------------------------------------------
 
 
 def _check(block: Any) -> None:
@@ -88,17 +103,13 @@ def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
     return as_tokens(feed_forward(y, block.norm2, block.mlp)).to(x.dtype)
 
 
-def _parts(block: Any) -> list[nn.Module]:
-    return [*block.children(), *block.attn.modules(), *block.mlp.modules()]
-
-
 def _inactive(block: Any) -> str | None:
     return drops(block.drop_path, block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop)
 
 
 RULES = (
     Rule(
-        "SwinIR block", ("SwinTransformerBlock",), reason(_check), _parts, _forward, _inactive,
+        "SwinIR block", ("SwinTransformerBlock",), reason(_check), inside, _forward, _inactive,
         arguments=("x", "x_size"),
     ),
 )  # fmt: skip
