@@ -88,7 +88,7 @@ def _accelerated(descriptor: Any, source: str) -> Report | None:
     try:
         return accelerate(descriptor)
     except (ValueError, RuntimeError) as error:
-        warnings.warn(f"{source} runs as it is: {error}", stacklevel=2)
+        warnings.warn(f"{source} runs as it is: {str(error).splitlines()[0]}", stacklevel=2)
         return None
 
 

@@ -50,7 +50,7 @@ def write_foreign(path, name):
     if path.suffix == ".safetensors":
         safetensors.torch.save_file(state, path)
     elif path.suffix == ".pt":
-        torch.jit.script(model).save(path)
+        torch.jit.trace(model, torch.rand(1, 3, 16, 16)).save(path)
     else:
         torch.save({"params": state}, path)
     return path
