@@ -2,7 +2,7 @@
 
 A flag is raised, never lowered, and only where the structure and an experiment agree:
 
-- Every module that a rule knows by name runs by it, and beside the operators, which keep norms, softmax and sums in
+- Every module that a rule knows by name runs by it now, and beside these, which keep norms, softmax and sums in
   float32, the model calls only functions of ``SAFE``: products with weights, norms, means and poolings, which PyTorch
   sums in float32, functions of single values that grow no faster than their argument, and what moves values. Not among
   them are what fails in 16 bit: matrix products of activations, softmax, squares, sums, divisions but by numbers.
@@ -11,13 +11,15 @@ A flag is raised, never lowered, and only where the structure and an experiment 
 """
 
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .accelerated import Accelerated, reason_against
 from .report import Row
 from .verify import largest_error
 
@@ -77,12 +79,14 @@ def reason_against_half(module: nn.Module, example: Tensor, rows: list[Row]) -> 
     if not any(row.rule for row in rows):
         return "no module runs on the operators"
     for row in rows:
-        if row.rule is None:
-            return f"{row.path} is left as it is: {row.reason}"
-    with _Calls() as calls:
+        part = module.get_submodule(row.path)
+        reason = reason_against(part) if isinstance(part, Accelerated) else row.reason
+        if reason is not None:
+            return f"{row.path} is left as it is: {reason}"
+    with _Calls([part for part in module.modules() if isinstance(part, Accelerated)]) as calls:
         module(example)
     risky = sorted(calls.names - SAFE)
-    return f"beside the operators it calls {', '.join(risky)}" if risky else None
+    return f"beside the accelerated modules it calls {', '.join(risky)}" if risky else None
 
 
 def _agrees(module: nn.Module, example: Tensor, exact: Any, dtype: torch.dtype) -> bool:
@@ -94,15 +98,29 @@ def _agrees(module: nn.Module, example: Tensor, exact: Any, dtype: torch.dtype) 
 
 
 class _Calls(TorchDispatchMode):
-    """The names of PyTorch's functions that are called; an operator of this library is one call, not its insides."""
+    """The names of PyTorch's functions that are called beside certain modules; a division by a number is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: list[nn.Module]) -> None:
         super().__init__()
-        self.names = set[str]()
+        self.names, self._within, self._beside = set[str](), 0, beside
+
+    def __enter__(self) -> Self:
+        enter, leave = functools.partial(self._count, 1), functools.partial(self._count, -1)
+        self._handles = [part.register_forward_pre_hook(enter) for part in self._beside]
+        self._handles += [part.register_forward_hook(leave, always_call=True) for part in self._beside]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def _count(self, by: int, *_: Any) -> None:
+        self._within += by
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name.rpartition("::")[2]
         by_number = name in ("div", "div_") and not isinstance(args[1], Tensor)
-        if function.namespace != "ipt_fast" and not by_number:
+        if not self._within and not by_number:
             self.names.add(name)
         return function(*args, **(kwargs or {}))

@@ -31,7 +31,9 @@ def open_named(args: argparse.Namespace) -> nn.Module:
         return model
     report = _accelerated(model, args.model)
     if args.verbose:
-        print(*described(model), *([] if report is None else [*recognised(report), report]), sep="\n")
+        print(*described(model), *([] if report is None else recognised(report)), sep="\n")
+        if report is not None and report.rows:
+            print(report)
     return Described(model)  # after the flags for 16 bit were raised
 
 
@@ -86,7 +88,7 @@ def _accelerated(descriptor: Any, source: str) -> Report | None:
     try:
         return accelerate(descriptor)
     except (ValueError, RuntimeError) as error:
-        warnings.warn(f"{source} runs as it is: {error}", stacklevel=2)
+        warnings.warn(f"{source} runs as it is: {str(error).splitlines()[0]}", stacklevel=2)
         return None
 
 

@@ -158,6 +158,11 @@ class PretrainedModel(Fusable):
         return cls(build_config(cls.config_class, fields))
 
     @classmethod
+    def fields_told_by(cls, state: dict[str, Tensor]) -> dict[str, Any] | None:
+        """The fields of the config where tensors alone tell that they are of this class, and all of its shape."""
+        return None
+
+    @classmethod
     def with_implied_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Fields that a user gave, and those that follow from them."""
         return fields

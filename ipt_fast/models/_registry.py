@@ -96,7 +96,8 @@ def open_checkpoint(
 def open_model(source: str | os.PathLike[str]) -> PretrainedModel:
     """A trained model in eval mode: a name with shipped weights, or what ``save_pretrained`` wrote.
 
-    That is a folder, or a file of weights that holds the config, too, as those of IPT-V2 do.
+    That is a folder, or a file of weights that tells what it is: one of IPT-V2 by the config that it holds, too, one of
+    Restormer, also as it was published, by its tensors.
 
     Raises:
         ValueError: none of these.
@@ -109,18 +110,22 @@ def open_model(source: str | os.PathLike[str]) -> PretrainedModel:
 
 
 def open_state(state: dict[str, Tensor], source: str | os.PathLike[str]) -> PretrainedModel:
-    """The model, in eval mode, of a state dict that holds its config, too; ``source`` is for messages.
+    """The model, in eval mode, of a state dict that tells what it is; ``source`` is for messages.
 
     Raises:
-        ValueError: it does not hold one, or not this.
+        ValueError: it does not, or it is damaged.
     """
-    if record.NAME not in state:
+    told = [(model, fields) for model in CLASSES.values() if (fields := model.fields_told_by(state)) is not None]
+    if record.NAME in state:
+        fields = record.from_record(state[record.NAME])
+        told = [(_class_in(fields.pop("model", None), source), fields)]
+    if not told:
         raise ValueError(
-            f"model must be a file that tells what it is, as save_pretrained writes those of IPT-V2; got {source}, "
-            "which does not: its architecture has to be named (open_checkpoint, --checkpoint)"
+            f"model must be a file that tells what it is, as those of Restormer do, and those of IPT-V2 that "
+            f"save_pretrained writes; got {source}, which does not: its architecture has to be named (open_checkpoint, "
+            "--checkpoint)"
         )
-    fields = record.from_record(state[record.NAME])
-    model = _class_in(fields.pop("model", None), source).from_fields(fields)
+    model = told[0][0].from_fields(told[0][1])
     load_state(model, state, source)
     return model.eval()
 

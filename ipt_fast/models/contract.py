@@ -89,7 +89,7 @@ class Contract:
         out_channels: of the images it returns; None returns any number.
         image_size: side of its square input in pixels; None takes any size.
         sizes: which sizes it takes where it takes more than one; images of others are padded.
-        whole: it sees images as wholes, so that tiles spoil them.
+        whole: it sees images as wholes, so that where nothing else is asked for they are not cut into tiles.
         dtypes: in which it may run; where one is chosen for it, it is none but these.
         value_range: the value of white, 0 is black.
         tasks: names of what it can do, in the order of their numbers; empty where it does one thing.
@@ -172,7 +172,7 @@ def _contract_of_descriptor(descriptor: Any) -> Contract:
         out_channels=descriptor.output_channels,
         scale=magnifies(descriptor.scale),
         sizes=Sizes(max(1, needs.minimum), needs.multiple_of, needs.square),
-        whole=descriptor.tiling.name != "SUPPORTED",
+        whole=descriptor.tiling.name == "INTERNAL",
         dtypes=(torch.float32, *(d for d, safe in zip((torch.bfloat16, torch.float16), half, strict=True) if safe)),
     )
 

@@ -185,6 +185,13 @@ class Restormer(PretrainedModel):
         return {**implied, **fields}
 
     @classmethod
+    def fields_told_by(cls, state: dict[str, Tensor]) -> dict[str, Any] | None:
+        try:
+            return fields_of(state, "the file")
+        except ValueError:
+            return None
+
+    @classmethod
     def open_weights(
         cls, path: str | os.PathLike[str], preset: str, *, average: bool | None = None, **fields: Any
     ) -> Self:
