@@ -4,6 +4,7 @@ import copy
 import functools
 
 import torch
+from torch.utils import _pytree
 
 import ipt_fast
 from tests.ops.cases import Baseline, assert_within_rule, forward_and_gradients
@@ -31,7 +32,7 @@ def in_dtype(model, dtype):
 
 
 def _masked_in(wanted, calculate_mask, *args, **kwargs):
-    return calculate_mask(*args, **kwargs).to(wanted)
+    return _pytree.tree_map(lambda mask: mask.to(wanted), calculate_mask(*args, **kwargs))
 
 
 def run_of(models):
