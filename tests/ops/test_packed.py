@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.err
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYERS = ["leffn_layer", "focal_attention_layer", "grid_attention_layer"]
+FORMS = ["feed_forward_layer", "feed_forward_layer/gdfn", "feed_forward_layer/sgfn"]
 
 
 def prepared(call, dtype):
@@ -25,7 +26,9 @@ def prepared(call, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", ["leffn", "leffn/biases", *LAYERS, *(f"{layer}/layer_scale" for layer in LAYERS)])
+@pytest.mark.parametrize(
+    "call", ["leffn", "leffn/biases", *LAYERS, *(f"{layer}/layer_scale" for layer in LAYERS), *FORMS]
+)
 def test_packed_once(call, dtype):
     x, _, arguments, expected = prepared(call, dtype)
     run, block, inner = _cpu.pack(OPERATORS[call.split("/")[0]], arguments, dtype)
@@ -33,7 +36,7 @@ def test_packed_once(call, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", [*LAYERS, *(f"{layer}/modulated" for layer in LAYERS)])
+@pytest.mark.parametrize("call", [*LAYERS, *(f"{layer}/modulated" for layer in LAYERS), *FORMS])
 def test_each_call_brings_its_norm_and_gate(call, dtype):
     x, given, arguments, expected = prepared(call, dtype)
     of_call = {name: arguments.pop(name) for name in _cpu.OF_IMAGES if name in given}
@@ -45,7 +48,7 @@ def test_each_call_brings_its_norm_and_gate(call, dtype):
     assert torch.equal(run(x.to(inner), block, **of_call).to(dtype), expected)
 
 
-@pytest.mark.parametrize("call", LAYERS)
+@pytest.mark.parametrize("call", [*LAYERS, "feed_forward_layer"])
 def test_what_does_not_fit_is_named(call):
     x, _, arguments, _ = prepared(call, torch.float32)
     weight, bias = arguments.pop("norm_weight"), arguments.pop("norm_bias")
