@@ -3,6 +3,7 @@
 import pathlib
 
 from benchmarks import plot, results, table
+from benchmarks.relatives import MODELS as MODELS_OF_OTHERS
 from ipt_fast._files import atomic_write
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,6 +24,7 @@ HEADLINE = (
 )
 
 MODELS = ("ipt_v2", "latent_ipt_v2")  # how their cases begin
+OTHERS = tuple(f"{name} 1x3x" for name in MODELS_OF_OTHERS) + tuple(f"{name} 2x3x" for name in MODELS_OF_OTHERS)
 
 INTRODUCTION = """# What was measured
 
@@ -40,6 +42,12 @@ Runtime, which has no bfloat16. Rows with different rivals cannot be compared. A
 turns in one process, and a time is the median of several rounds. A ratio below 1 means slower. The roofline is told
 below; rows of 2026-11-21 have none. "tuned" is a process in
 which glibc keeps large blocks of memory (`TUNED_ALLOCATOR` in benchmarks/measure.py).
+"""
+
+OTHERS_NOTES = """\
+Published models as their projects compute them (from spandrel, random weights), and after `ipt_fast.accelerate`
+(`pytest benchmarks/test_relatives.py`). Where a project's code fails in bfloat16, plain PyTorch runs by autocast. Sizes
+are of the low-resolution image.
 """
 
 PROFILE_NOTES = """\
@@ -142,8 +150,12 @@ def page():
         parts.append(f"## {kind}\n")
         if kind in cpu:
             models = [row for row in cpu[kind] if row["case"].startswith(MODELS)]
-            operators = [row for row in cpu[kind] if not row["case"].startswith(MODELS)]
-            parts += [CPU_NOTES, "### Models\n", table.speed(models), "\n### Operators\n", table.speed(operators), ""]
+            others = [row for row in cpu[kind] if row["case"].startswith(OTHERS)]
+            operators = [row for row in cpu[kind] if not row["case"].startswith(MODELS + OTHERS)]
+            parts += [CPU_NOTES, "### Models\n", table.speed(models), ""]
+            if others:
+                parts += ["### Other people's models, accelerated\n", OTHERS_NOTES, table.speed(others), ""]
+            parts += ["### Operators\n", table.speed(operators), ""]
         if kind in ipt:
             parts += ["### IPT\n", IPT_NOTES, table.speed(ipt[kind]), ""]
         if kind in footprint:
