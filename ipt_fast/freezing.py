@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import _extension
 from ._precision import DTYPES, usable_dtype
+from .acceleration.accelerated import Accelerated
 from .models.contract import Contract, attached_config, describe
 from .modules import _fusion
 from .modules._layer import Branch, Modulation, Norm, Residuals, reason_against_fusing
@@ -321,8 +322,10 @@ def _with_packed_parts(module: nn.Module, dtype: torch.dtype, known: dict[nn.Mod
                     continue
                 replaced[branch_name] = copy.copy(branch)  # called by itself, it is what it was
                 replaced[branch_name].__dict__["packed_layer"] = layer
+    # A rule asks what the parts are that it reads.
+    read = set(module.rule.parts(module)) if isinstance(module, Accelerated) else set()
     for name, child in module._modules.items():
-        if child is not None and name not in replaced:
+        if child is not None and name not in replaced and read.isdisjoint(child.modules()):
             form = _packed_form(child, dtype, known)
             if form is not child:
                 replaced[name] = form

@@ -65,11 +65,13 @@ Axis in_parts(int64_t size, int64_t part) {
 
 }  // namespace
 
-Groups channel_groups(const at::Tensor& x, int64_t num_heads, const GroupKind& kind, int64_t rows, int64_t columns) {
-    const int64_t height = x.size(2), width = x.size(3), step = kind.dilation;
-    if (kind.whole(x) || step > 1) {
-        const int64_t most_rows = (height + step - 1) / step, most_columns = (width + step - 1) / step;
-        Groups g = groups_of(x, num_heads, in_parts(most_rows, rows), in_parts(most_columns, columns), 1);
+Groups channel_groups(const at::Tensor& x, int64_t num_heads, const GroupKind& kind) {
+    const int64_t height = x.size(2), width = x.size(3);
+    if (kind.whole(x) || kind.dilation > 1) {
+        const int64_t step = std::min(kind.dilation, std::max(height, width));  // more would leave more groups empty
+        const Axis vertical = in_parts((height + step - 1) / step, kBlockRows);
+        const Axis horizontal = in_parts((width + step - 1) / step, kBlockColumns);
+        Groups g = groups_of(x, num_heads, vertical, horizontal, 1);
         g.images *= step * step;
         g.dilation = step;
         return g;
@@ -114,7 +116,7 @@ struct ChannelGroups {
     ChannelGroups(const at::Tensor& x, const at::Tensor& temperature, int64_t num_heads, const GroupKind& kind) {
         check_per_head(temperature, "temperature", num_heads, x);
         scale = temperature.to(at::kFloat).contiguous();
-        groups = channel_groups(x, num_heads, kind, 16, 32);
+        groups = channel_groups(x, num_heads, kind);
         if (kind.whole(x)) {  // the order of the pixels does not matter: take them as one row
             const int64_t pixels = groups.height * groups.width;
             groups.vertical = Axis::whole(1, 1);

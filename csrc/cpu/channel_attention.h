@@ -14,7 +14,7 @@ namespace ipt_fast::cpu {
 void check_heads(int64_t channels, int64_t num_heads, const char* name);
 void check_per_head(const at::Tensor& parameter, const char* name, int64_t num_heads, const at::Tensor& like);
 
-// Groups of a map `x` of all heads' channels, of an image or of `images` of its own. Parameters and slots are missing.
+// Groups of a map `x` of all heads' channels. Parameters and slots are missing.
 Groups groups_of(const at::Tensor& x, int64_t num_heads, const Axis& vertical, const Axis& horizontal, int branches);
 
 // Which pixels are a group of channel attention.
@@ -34,9 +34,11 @@ struct GroupKind {
     }
 };
 
-// The groups of a map `x` of all heads' channels. Those of whole images are in blocks of `rows` and `columns` or a few
-// more. Parameters and slots are missing.
-Groups channel_groups(const at::Tensor& x, int64_t num_heads, const GroupKind& kind, int64_t rows, int64_t columns);
+// Blocks of an image that is one group, in pixels; in large ones more.
+constexpr int64_t kBlockRows = 16, kBlockColumns = 32;
+
+// The groups of a map `x` of all heads' channels. Parameters and slots are missing.
+Groups channel_groups(const at::Tensor& x, int64_t num_heads, const GroupKind& kind);
 
 at::Tensor channel_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& temperature, int64_t num_heads, const GroupKind& kind);

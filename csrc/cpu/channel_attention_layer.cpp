@@ -15,9 +15,6 @@ struct PackedChannelAttentionLayer : PackedAttentionLayer {
     bool residual;
 };
 
-// Blocks of a whole image, in pixels.
-constexpr int64_t kBlockRows = 16, kBlockColumns = 32;
-
 at::Tensor pack_channel_attention_layer(const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                                         const at::Tensor& qkv_weight, const OptionalTensor& depthwise_weight,
                                         const at::Tensor& project_weight, const at::Tensor& temperature,
@@ -60,7 +57,7 @@ at::Tensor channel_attention_layer_packed(const at::Tensor& x, const at::Tensor&
     const PackedChannelAttentionLayer& header = packed.header();
     const LayerNorm norm = norm_of(header, x, norm_weight, norm_bias);
     const LayerEpilogue epilogue = epilogue_of(header, x, gate);
-    const Groups groups = channel_groups(x, header.heads, header.kind, kBlockRows, kBlockColumns);
+    const Groups groups = channel_groups(x, header.heads, header.kind);
     ChannelAttentionLayerParams params = layer_params(packed, groups, norm, epilogue);
     params.residual = header.residual;
     // To multiply the projection with the attention pays where there are more pixels than channels.

@@ -122,8 +122,8 @@ at::Tensor run_layer(ChannelAttentionLayerParams& p, const at::Tensor& x_) {
     if (g.dilation > 1) {
         queries = empty_channels_last({x.size(0), 2 * x.size(1), x.size(2), x.size(3)}, x);
         p.queries = queries.mutable_data_ptr();
-        p.vertical = Axis::whole(g.height, 16);
-        p.horizontal = Axis::whole(g.width, 32);
+        p.vertical = Axis::whole(g.height, kBlockRows);
+        p.horizontal = Axis::whole(g.width, kBlockColumns);
     } else {
         p.vertical = g.vertical;
         p.horizontal = g.horizontal;

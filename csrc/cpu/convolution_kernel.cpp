@@ -177,7 +177,7 @@ struct DepthwiseStrip {
             const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
             const T* const source = static_cast<const T*>(map) + (inside ? offset(y, x) : 0);
             float* target = out;
-            for_vectors(p.channels, [&](int64_t c, int64_t n) {
+            for_vectors(p.channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
                 store(target, inside ? load(source + c, n) : Vec{});
                 target += vector_row;
             });

@@ -47,23 +47,10 @@ Form form_of(std::string_view name) {
     TORCH_CHECK_VALUE(false, "form must be mlp, leffn, leff, mix, conv_ffn, gdfn or sgfn; got ", name);
 }
 
-// (halves * size, columns) as fp32 rows [halves][padded size][columns], padded with zeros.
-at::Tensor padded_halves(const at::Tensor& values, int64_t halves) {
-    const int64_t size = values.size(0) / halves, columns = values.size(1);
-    at::Tensor out = at::zeros({halves, padded(size), columns}, at::kFloat);
-    out.narrow(1, 0, size).copy_(values.reshape({halves, size, columns}));
-    return out.flatten(0, 1);
-}
-
-// A bias of hidden channels in the same way.
-at::Tensor padded_bias(const at::Tensor& bias, int64_t halves) {
-    return padded_halves(bias.unsqueeze(1), halves).flatten();
-}
-
 // The weights as [padded hidden / kChannelPad][kernel * kernel][kChannelPad], fp32, padded with zeros.
 at::Tensor packed_depthwise(const at::Tensor& weight, int64_t halves) {
-    const at::Tensor rows = padded_halves(weight.flatten(1), halves);
-    return rows.view({-1, kChannelPad, rows.size(1)}).transpose(1, 2).contiguous();
+    const at::Tensor rows = padded_halves(wide(weight), halves);
+    return rows.view({-1, kChannelPad, weight.size(2) * weight.size(3)}).transpose(1, 2).contiguous();
 }
 
 // Strips so narrow that the ring fits, or narrower, and bands.
@@ -71,7 +58,7 @@ void partition(FeedForwardParams& p, int64_t batch, int64_t threads) {
     if (!p.form.convolves) {
         p.width *= std::exchange(p.height, 1);
         p.rows_per_step = p.bands = 1;
-        p.strips = (p.width + kTilePixels - 1) / kTilePixels;
+        p.strips = (p.width + kPixels - 1) / kPixels;
         return;
     }
     p.rows_per_step = kRowsPerStep;
@@ -100,6 +87,17 @@ void partition(FeedForwardParams& p, int64_t batch, int64_t threads) {
 }
 
 }  // namespace
+
+at::Tensor padded_halves(const at::Tensor& values, int64_t halves) {
+    const int64_t size = values.size(0) / halves;
+    at::DimVector shape(values.sizes());
+    shape[0] = halves * padded(size);
+    at::Tensor out = at::zeros(shape, values.options());
+    for (int64_t half = 0; half < halves; ++half) {
+        out.narrow(0, half * padded(size), size).copy_(values.narrow(0, half * size, size));
+    }
+    return out;
+}
 
 void FeedForwardWeights::check() const {
     const int64_t channels = input_channels(expand, "expand_weight"), halves = form.halves();
@@ -139,6 +137,23 @@ OptionalTensor FeedForwardWeights::output_bias() const {
     }
     const at::Tensor projected = at::mv(wide(project).flatten(1), wide(*depthwise_bias));
     return project_bias.has_value() ? projected.add(wide(*project_bias)) : projected;
+}
+
+void add_output_biases(FeedForwardGradients& gradients, const at::Tensor& sums, const FeedForwardWeights& w,
+                       const OptionalTensor& gate) {
+    const at::Tensor grad_bias = (gate.has_value() ? sums.mul(*gate) : sums).sum(0).to(at::kFloat);
+    if (w.project_bias.has_value()) {
+        gradients.project_bias = grad_bias;
+    }
+    if (w.depthwise_bias.has_value()) {
+        gradients.depthwise_bias = at::mv(wide(w.project).flatten(1).t(), grad_bias);
+        gradients.project.flatten(1).add_(grad_bias.outer(wide(*w.depthwise_bias)));
+    }
+    const OptionalTensor bias = w.output_bias();
+    if (gate.has_value() && bias.has_value()) {
+        const at::Tensor of_images = sums.mul(*bias);
+        gradients.gate.add_(gate->dim() == 1 ? of_images.sum(0) : of_images);
+    }
 }
 
 FeedForwardWeights weights_of_form(std::string_view name, const at::Tensor& expand, const OptionalTensor& depthwise,
@@ -184,12 +199,12 @@ at::Tensor pack(Layer layer, const LayerNorm* norm, const FeedForwardWeights& w,
     };
     header.depthwise = add(taps);
     if (w.expand_bias.has_value()) {
-        header.expand_bias = add(padded_bias(*w.expand_bias, form.halves()));
+        header.expand_bias = add(padded_halves(wide(*w.expand_bias), form.halves()));
     }
     if (form.tail != Tail::convolved) {
         const int64_t convolved = w.depthwise.size(0);
         const at::Tensor bias = w.depthwise_bias.has_value() ? *w.depthwise_bias : at::zeros({convolved}, at::kFloat);
-        header.depthwise_bias = add(padded_bias(bias, form.convolved_halves()));
+        header.depthwise_bias = add(padded_halves(wide(bias), form.convolved_halves()));
     }
     if (w.inner_weight.has_value()) {
         header.inner_weight = add(padded_parameter(w.inner_weight, padded(p.hidden)));

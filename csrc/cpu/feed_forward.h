@@ -30,6 +30,9 @@ struct FeedForwardWeights {
     OptionalTensor output_bias() const;
 };
 
+// What belongs to hidden channels, along the first axis, with each half padded to kChannelPad with zeros.
+at::Tensor padded_halves(const at::Tensor& values, int64_t halves);
+
 // The gradients of a network's input and, in fp32, of its arguments; empty where there is none.
 struct FeedForwardGradients {
     at::Tensor x, expand, depthwise, project;
@@ -42,6 +45,15 @@ struct FeedForwardGradients {
 // Of leffn: the gradients of norm(x) and of the arguments of gate * network(norm(x)).
 FeedForwardGradients leffn_gradients(const at::Tensor& grad, const at::Tensor& x, const FeedForwardWeights& w,
                                      const OptionalTensor& gate, const Norm& norm);
+
+// The same without a convolution.
+FeedForwardGradients mlp_gradients(const at::Tensor& grad, const at::Tensor& x, const FeedForwardWeights& w,
+                                   const OptionalTensor& gate, const Norm& norm);
+
+// Adds what follows from `sums` (B, N), grad summed over each image's pixels: gradients of the biases behind the GELU,
+// and what these biases give to others.
+void add_output_biases(FeedForwardGradients& gradients, const at::Tensor& sums, const FeedForwardWeights& w,
+                       const OptionalTensor& gate);
 
 // The weights of feed_forward_layer for a form by name; depthwise is None for "mlp".
 FeedForwardWeights weights_of_form(std::string_view form, const at::Tensor& expand, const OptionalTensor& depthwise,

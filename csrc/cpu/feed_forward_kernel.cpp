@@ -6,7 +6,7 @@
 // projected and added to the output rows. The ring of one channel group is contiguous, [row][column][kChannelPad], so
 // what the depthwise convolution reads stays in the first cache and strides do not alias; the ring as a whole stays in
 // the second. The norm of the second half takes all of a pixel's channels: there, all blocks are expanded before the
-// first one is convolved. Without a convolution, a block of a few pixels goes from one product to the next.
+// first one is convolved. Without a convolution, all hidden values of a few pixels go from one product to the next.
 //
 // With C channels in, M hidden, P projected, N out: 2 (M C + M K^2 + P N) FLOP and about 12 for a GELU, (C + N) *
 // sizeof(T) bytes of memory traffic a pixel (C again for the residual, from the cache); hidden values at the edges of
@@ -14,13 +14,14 @@
 #include "feed_forward_kernel.h"
 
 #include "depthwise.h"
-#include "gelu.h"
+#include "hidden.h"
 #include "rows.h"
 #include "units.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
+constexpr int64_t kTilePixels = 48;   // of one product of the expansion: the tile stays in the first cache
 constexpr int64_t kChunkPixels = 32;  // columns of the depthwise convolution that are done for all rows of a step
 constexpr int64_t kFilteredRow = kHiddenBlock + kChannelPad;  // a power of two would use a quarter of the cache's sets
 
@@ -37,9 +38,9 @@ struct ScratchLayout {
         end = 0;
         ring = add(ringed * p.slots() * width * sizeof(float));
         rows = add(p.rows_per_step * width * channels * sizeof(Value));
-        tile = add(kTilePixels * widest * sizeof(float));
-        const int64_t chunk = p.rows_per_step * kChunkPixels;
-        filtered = add((chunk > kTilePixels ? chunk : kTilePixels) * kFilteredRow * sizeof(Value));
+        tile = add((p.form.convolves ? kTilePixels : kPixels) * widest * sizeof(float));
+        filtered = add((p.form.convolves ? p.rows_per_step * kChunkPixels * kFilteredRow : kPixels * p.filtered_row()) *
+                       sizeof(Value));
         sums = add(pixels * padded(p.out_channels) * sizeof(float));
         in = add(p.form.halves() * p.slots() * sizeof(float*));
     }
@@ -132,8 +133,8 @@ struct Share {
         }
     }
 
-    // A block of a half's hidden values, at most kTilePixels: kLanes channels from c on of pixel j at row j of
-    // target(c).
+    // A block of a half's hidden values of a few pixels, for which the tile has room: kLanes channels from c on of
+    // pixel j at row j of target(c).
     template <typename Target>
     void expand_tile(Matrix<const Value> pixels, int64_t half, int64_t block, const Target& target) {
         const int64_t size = block_size(block), first = half * padded(p.hidden) + block * kHiddenBlock;
@@ -194,42 +195,11 @@ struct Share {
         }
         for (int64_t y = first < 0 ? 0 : first; y < last && y < p.height && p.inner_norm.weight != nullptr; ++y) {
             for (int64_t i = begin; i < stop; i += kLanes) {
-                normalize(y, i, stop - i < kLanes ? stop - i : kLanes);
-            }
-        }
-    }
-
-    // The norm of the second half of `count` hidden pixels, in place.
-    void normalize(int64_t y, int64_t column, int64_t count) const {
-        const auto pixels = [&](int64_t c) {
-            float* row = hidden_row(padded(p.hidden) + c, slot_of(y));
-            return Rows<float>{row + column * kChannelPad + c % kChannelPad, kChannelPad};
-        };
-        const float scale = 1.0f / static_cast<float>(p.hidden);
-        Vec sums[kLanes]{};
-        for (int64_t c = 0; c < p.hidden; c += kLanes) {
-            for (int64_t i = 0; i < count; ++i) {
-                sums[i] += load(pixels(c).row(i));
-            }
-        }
-        float mean[kLanes], rstd[kLanes];
-        store(mean, sum_each(sums) * scale);
-        for (int64_t i = 0; i < kLanes; ++i) {
-            sums[i] = Vec{};
-        }
-        for (int64_t c = 0; c < p.hidden; c += kLanes) {
-            const auto inside = lane_index() < static_cast<int32_t>(p.hidden - c);
-            for (int64_t i = 0; i < count; ++i) {
-                const Vec difference = inside ? load(pixels(c).row(i)) - mean[i] : Vec{};
-                sums[i] = fma(difference, difference, sums[i]);
-            }
-        }
-        store(rstd, 1.0f / sqrt(sum_each(sums) * scale + p.inner_norm.eps));
-        for (int64_t c = 0; c < p.hidden; c += kLanes) {
-            const Vec weight = load(p.inner_norm.weight + c), bias = load(p.inner_norm.bias + c);
-            for (int64_t i = 0; i < count; ++i) {
-                float* value = pixels(c).row(i);
-                store(value, fma((load(value) - mean[i]) * rstd[i], weight, bias));
+                const auto second_half = [&](int64_t c) {
+                    float* const row = hidden_row(padded(p.hidden) + c, slot_of(y));
+                    return Rows<float>{row + i * kChannelPad + c % kChannelPad, kChannelPad};
+                };
+                normalize_pixels(second_half, p.hidden, stop - i < kLanes ? stop - i : kLanes, p.inner_norm);
             }
         }
     }
@@ -261,32 +231,18 @@ struct Share {
         if (p.form.tail == Tail::convolved) {
             return convolve(in, channel, count, target);
         }
-        float values[kChunkPixels * kLanes], gates[kChunkPixels * kLanes];
-        const float* bias = p.depthwise_bias + channel;
-        const float* centre = in[p.radius()] + p.radius() * kChannelPad;
-        const auto put = [&](const auto& value) __attribute__((always_inline)) {
-            for (int64_t i = 0; i < count; ++i) {
-                store(target.row(i), value(i));
-            }
-        };
-        const auto sum = [](const float* sums, int64_t i, Vec add)
-                             __attribute__((always_inline)) { return load(sums + i * kLanes) + add; };
-        const Rows<float> convolved{values, kLanes};
-        const Vec add = load(bias);
-        if (p.form.tail == Tail::gate) {
-            convolve(second, channel, count, convolved);
-            return put([&](int64_t i) { return load(centre + i * kChannelPad) * sum(values, i, add); });
+        float sums_of_row[kChunkPixels * kLanes], sums_of_gates[kChunkPixels * kLanes];
+        const Rows<float> convolved{sums_of_row, kLanes}, gates{sums_of_gates, kLanes};
+        convolve(p.form.tail == Tail::gate ? second : in, channel, count, convolved);
+        const float* const bias = p.depthwise_bias + channel;
+        Vec gate_bias{};
+        if (p.form.tail == Tail::activated_gate) {
+            convolve(second, channel + padded(p.hidden), count, gates);
+            gate_bias = load(bias + padded(p.hidden));
         }
-        convolve(in, channel, count, convolved);
-        if (p.form.tail == Tail::activated) {
-            return put([&](int64_t i) { return gelu(sum(values, i, add)); });
-        }
-        if (p.form.tail == Tail::added) {
-            return put([&](int64_t i) { return load(centre + i * kChannelPad) + gelu(sum(values, i, add)); });
-        }
-        convolve(second, channel + padded(p.hidden), count, Rows<float>{gates, kLanes});
-        const Vec add_to_gate = load(bias + padded(p.hidden));
-        put([&](int64_t i) { return gelu(sum(values, i, add)) * sum(gates, i, add_to_gate); });
+        const float* const centre = in[p.radius()] + p.radius() * kChannelPad;
+        apply_tail(p.form.tail, count, convolved, load(bias), gates, gate_bias, Rows<const float>{centre, kChannelPad},
+                   target);
     }
 
     // Adds a block's share of `pixels` filtered pixels to their sums.
@@ -363,14 +319,16 @@ struct Share {
         }
     }
 
-    // Of pixels without a convolution.
+    // Of pixels without a convolution: all blocks are projected at once.
     void transform() {
         load_input(0, 1);
-        const Matrix<const Value> pixels{rows, right - left, p.channels, padded(p.channels)};
+        const int64_t pixels = right - left, row = p.filtered_row();
         for (int64_t block = 0; block < p.blocks(); ++block) {
-            expand_tile(pixels, 0, block, [&](int64_t c) { return Rows<Value>{filtered + c, kFilteredRow}; });
-            project(block, pixels.rows, sums);
+            expand_tile({rows, pixels, p.channels, padded(p.channels)}, 0, block,
+                        [&](int64_t c) { return Rows<Value>{filtered + block * kHiddenBlock + c, row}; });
         }
+        unit.multiply({filtered, pixels, p.hidden, row}, p.packed_project,
+                      {sums, pixels, p.out_channels, padded(p.out_channels)}, Accumulate::no);
         store_output(0, 1);
     }
 };
@@ -394,6 +352,12 @@ struct FeedForward {
                 unit.template pack<T>(e, expand + half * packed_floats(p, p.channels) + first * padded(p.channels));
             }
             Weight q = p.project;
+            if (!p.form.convolves) {
+                if (block == 0) {
+                    unit.template pack<T>(q, project);
+                }
+                continue;
+            }
             q.data = static_cast<const T*>(q.data) + first * q.depth_stride;
             q.depth = size;
             unit.template pack<T>(q, project + first * padded(p.out_channels));

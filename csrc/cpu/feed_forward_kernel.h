@@ -28,12 +28,12 @@ constexpr Form kLeffn = {true, true, Tail::convolved};
 
 // Hidden channels are computed in blocks of this many, of each half.
 constexpr int64_t kHiddenBlock = 64;
-// Pixels of one product of the expansion: its tile stays in the first cache.
-constexpr int64_t kTilePixels = 48;
+// Most pixels of a strip without a convolution.
+constexpr int64_t kPixels = 96;
 
 // out = (x if residual) + epilogue(project(form(expand(norm(x))))) of dense channels-last maps. An image is cut into
 // bands of rows and strips of columns; a thread goes down one strip of a band in steps of `rows_per_step` rows. Without
-// a convolution an image is one row of pixels, and a strip has at most kTilePixels.
+// a convolution an image is one row of pixels, and a strip has at most kPixels.
 //
 // What belongs to hidden channels is [halves][padded hidden], and [convolved halves][padded hidden] of the convolution.
 struct FeedForwardParams {
@@ -57,6 +57,11 @@ struct FeedForwardParams {
 
     IPT_FAST_INLINE int64_t radius() const { return kernel / 2; }
     IPT_FAST_INLINE int64_t blocks() const { return (hidden + kHiddenBlock - 1) / kHiddenBlock; }
+    // Values between two pixels' hidden values without a convolution: an odd number of cache lines in fp32, so that all
+    // sets of a cache are in use.
+    IPT_FAST_INLINE int64_t filtered_row() const {
+        return padded(hidden) / kChannelPad / 2 * 2 * kChannelPad + kChannelPad;
+    }
     IPT_FAST_INLINE int64_t slots() const { return rows_per_step + kernel - 1; }  // hidden rows that are kept
     // Strips begin at whole vectors of pixels.
     IPT_FAST_INLINE int64_t first_column(int64_t strip) const {

@@ -1,4 +1,4 @@
-// The backward of feed_forward_layer. Without a convolution, or with nothing behind it, that is the backward of leffn.
+// The backward of feed_forward_layer. Without a convolution, or with nothing behind it, a kernel does all of it.
 // Otherwise it goes from map to map, of which it makes what it needs again and keeps no more than a few.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -142,6 +142,45 @@ class Maps {
     at::Tensor source_, convolved_;
 };
 
+// The same network with whole vectors of hidden channels, of which those beside its own stay zero.
+FeedForwardWeights padded_network(const FeedForwardWeights& w) {
+    const auto pad = [](const OptionalTensor& values, int64_t halves) {
+        return values.has_value() ? OptionalTensor(padded_halves(*values, halves)) : std::nullopt;
+    };
+    FeedForwardWeights out = w;
+    out.expand = padded_halves(w.expand, w.form.halves());
+    out.depthwise = padded_halves(w.depthwise, w.form.convolved_halves());
+    out.project = padded_halves(w.project.transpose(0, 1), 1).transpose(0, 1);
+    out.expand_bias = pad(w.expand_bias, w.form.halves());
+    out.depthwise_bias = pad(w.depthwise_bias, w.form.convolved_halves());
+    return out;
+}
+
+// The inverse of padded_halves for a gradient; nothing of one that is empty.
+at::Tensor unpadded(const at::Tensor& gradient, int64_t size, int64_t halves) {
+    if (gradient.numel() == 0) {
+        return gradient;
+    }
+    at::DimVector shape(gradient.sizes());
+    shape[0] = halves * size;
+    return gradient.unflatten(0, {halves, padded(size)}).narrow(1, 0, size).reshape(shape);
+}
+
+FeedForwardGradients gradients_by_maps(const at::Tensor& grad, const at::Tensor& input, const FeedForwardWeights& w,
+                                       const OptionalTensor& gate) {
+    const int64_t hidden = w.hidden(), halves = w.form.halves(), convolved = w.form.convolved_halves();
+    if (hidden == padded(hidden) || w.inner_weight.has_value()) {  // a norm counts its channels
+        return Maps(grad, input, w, gate).gradients;
+    }
+    FeedForwardGradients g = Maps(grad, input, padded_network(w), gate).gradients;
+    g.expand = unpadded(g.expand, hidden, halves);
+    g.expand_bias = unpadded(g.expand_bias, hidden, halves);
+    g.depthwise = unpadded(g.depthwise, hidden, convolved);
+    g.depthwise_bias = unpadded(g.depthwise_bias, hidden, convolved);
+    g.project = g.project.narrow(1, 0, hidden).contiguous();
+    return g;
+}
+
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                              at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -171,10 +210,10 @@ Gradients feed_forward_layer_backward(const at::Tensor& grad_, const at::Tensor&
     FeedForwardGradients g;
     if (w.form.tail == Tail::convolved) {
         const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
-        g = leffn_gradients(grad, x, w, wide(gate), norm.params);
+        g = (w.form.convolves ? leffn_gradients : mlp_gradients)(grad, x, w, wide(gate), norm.params);
     } else {
         const at::Tensor input = layer_norm_2d(x, norm_weight, norm_bias, eps, centered);
-        g = Maps(channels_last(grad), input, w, wide(gate)).gradients;
+        g = gradients_by_maps(channels_last(grad), input, w, wide(gate));
     }
     const auto [grad_x, grad_weight, grad_bias] = layer_norm_2d_backward(g.x, x, norm_weight, norm_bias, eps, centered);
     grad_x.add_(grad);

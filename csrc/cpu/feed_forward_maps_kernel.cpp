@@ -14,22 +14,22 @@ T* at(const Channels& map, int64_t pixel, int64_t channel) {
 
 // body(pixel, first channel, count) for every vector of the pixels begin <= k < end.
 template <typename Body>
-void for_values(int64_t channels, int64_t begin, int64_t end, const Body& body) {
+inline __attribute__((always_inline)) void for_values(int64_t channels, int64_t begin, int64_t end, const Body& body) {
     for (int64_t pixel = begin; pixel < end; ++pixel) {
-        for_vectors(channels, [&](int64_t c, int64_t n) { body(pixel, c, n); });
+        for_vectors(channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) { body(pixel, c, n); });
     }
 }
 
 template <typename T>
 void activate(const ActivationParams& p, int64_t begin, int64_t end) {
-    for_values(p.channels, begin, end, [&](int64_t i, int64_t c, int64_t n) {
+    for_values(p.channels, begin, end, [&](int64_t i, int64_t c, int64_t n) __attribute__((always_inline)) {
         store(at<T>(p.out, i, c), gelu(load(at<T>(p.hidden, i, c), n)), n);
     });
 }
 
 template <typename T>
 void slope(const ActivationParams& p, int64_t begin, int64_t end) {
-    for_values(p.channels, begin, end, [&](int64_t i, int64_t c, int64_t n) {
+    for_values(p.channels, begin, end, [&](int64_t i, int64_t c, int64_t n) __attribute__((always_inline)) {
         Vec grad = load(at<T>(p.grad, i, c), n), value, slope;
         if (p.other.data != nullptr) {
             grad += load(at<T>(p.other, i, c), n);
@@ -41,7 +41,7 @@ void slope(const ActivationParams& p, int64_t begin, int64_t end) {
 
 template <typename T>
 void tail(const TailParams& p, int64_t begin, int64_t end) {
-    for_values(p.channels, begin, end, [&](int64_t i, int64_t c, int64_t n) {
+    for_values(p.channels, begin, end, [&](int64_t i, int64_t c, int64_t n) __attribute__((always_inline)) {
         T *const first = at<T>(p.first, i, c), *const convolved = at<T>(p.convolved, i, c);
         T *const upstream = at<T>(p.upstream, i, c), *const projected = at<T>(p.projected, i, c);
         const Vec sum = load(convolved, n), grad = load(upstream, n);

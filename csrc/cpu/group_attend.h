@@ -60,6 +60,16 @@ struct ListedPixels {
     int64_t step;  // values between two pixels of the map
     const int64_t* list;
     int64_t count;
+
+    // body(yes) with yes.value: whether the kLanes pixels from i on are all there, and none is kNoPixel.
+    template <typename Body>
+    IPT_FAST_INLINE void with_all(int64_t i, const Body& body) const {
+        bool all = i + kLanes <= count;
+        for (int64_t j = i; j < i + kLanes && all; ++j) {
+            all = list[j] != kNoPixel;
+        }
+        return all ? body(Constant<1>{}) : body(Constant<0>{});
+    }
 };
 
 // body(first, count) for vectors that cover `size` channels; all have kLanes, a constant, if there are as many. The
@@ -78,45 +88,51 @@ inline __attribute__((always_inline)) void for_covering_vectors(int64_t size, co
 template <typename T>
 inline void load_columns(const ListedPixels<const T>& pixels, Matrix<float> out) {
     for (int64_t i = 0; i < out.columns; i += kLanes) {
-        const int64_t rest = pixels.count - i;
+        const int64_t rest = pixels.count - i, step = pixels.step;
         const int64_t* const list = pixels.list + i;
-        for_covering_vectors(out.rows, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-            Vec tile[kLanes];
+        pixels.with_all(i, [&](auto all) __attribute__((always_inline)) {
+            for_covering_vectors(out.rows, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                const T* const map = pixels.map + c;
+                Vec tile[kLanes];
 #pragma GCC unroll 16
-            for (int64_t j = 0; j < kLanes; ++j) {
-                tile[j] = j < rest && list[j] != kNoPixel ? load(pixels.map + list[j] * pixels.step + c, n) : Vec{};
-            }
-            transpose(tile);
-#pragma GCC unroll 16
-            for (int64_t j = 0; j < kLanes; ++j) {
-                if (j < n) {
-                    store(out.row(c + j) + i, tile[j]);
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    const bool there = decltype(all)::value || (j < rest && list[j] != kNoPixel);
+                    tile[j] = there ? load(map + list[j] * step, n) : Vec{};
                 }
-            }
+                transpose(tile);
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    if (j < n) {
+                        store(out.row(c + j) + i, tile[j]);
+                    }
+                }
+            });
         });
     }
 }
 
-// Columns become pixels; finish(value, c, pixel, n) is what is stored for `n` channels from c on.
+// Columns become pixels; finish(value, c, at, n) is what is stored for `n` channels from c on, at this place of a map.
 template <typename T, typename Finish>
 inline void store_columns(Matrix<const float> in, const ListedPixels<T>& pixels, const Finish& finish) {
     for (int64_t i = 0; i < pixels.count; i += kLanes) {
-        const int64_t rest = pixels.count - i;
+        const int64_t rest = pixels.count - i, step = pixels.step;
         const int64_t* const list = pixels.list + i;
-        for_covering_vectors(in.rows, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-            Vec tile[kLanes];
+        pixels.with_all(i, [&](auto all) __attribute__((always_inline)) {
+            for_covering_vectors(in.rows, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                Vec tile[kLanes];
 #pragma GCC unroll 16
-            for (int64_t j = 0; j < kLanes; ++j) {
-                tile[j] = j < n ? load(in.row(c + j) + i) : Vec{};
-            }
-            transpose(tile);
-#pragma GCC unroll 16
-            for (int64_t j = 0; j < kLanes; ++j) {
-                if (j < rest) {
-                    const int64_t at = list[j] * pixels.step + c;
-                    store(pixels.map + at, finish(tile[j], c, at, n), n);
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    tile[j] = j < n ? load(in.row(c + j) + i) : Vec{};
                 }
-            }
+                transpose(tile);
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    if (decltype(all)::value || j < rest) {
+                        const int64_t at = list[j] * step + c;
+                        store(pixels.map + at, finish(tile[j], c, at, n), n);
+                    }
+                }
+            });
         });
     }
 }
@@ -227,7 +243,7 @@ inline void attend(const GroupAttention& p, const Unit& unit, const GroupPair& g
         float factors[kChunk];
         const Accumulate add = start_scores(p, g, head, first, count, scores);
         unit.product(left_keys, unit.right(chunk, queries_room), scores, add);
-        powers(scores, factors);
+        powers<sizeof(typename Unit::Value) < sizeof(float) ? Powers::rough : Powers::exact>(scores, factors);
         unit.product(left_values, unit.right(scores, scores_rooms), attended, Accumulate::no);
         for (int64_t i = 0; i < p.depth; ++i) {
             for (int64_t c = 0; c < row; c += kLanes) {

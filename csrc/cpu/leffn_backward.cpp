@@ -46,24 +46,6 @@ int64_t groups(int64_t shares, int64_t chunks, int64_t threads) {
     return chunks;
 }
 
-// Adds what follows from `sums` (B, N), grad summed over each image's pixels: gradients of the biases behind the GELU,
-// and what these biases give to others.
-void add_output_biases(FeedForwardGradients& gradients, const at::Tensor& sums, const FeedForwardWeights& w,
-                       const OptionalTensor& gate) {
-    const at::Tensor grad_bias = (gate.has_value() ? sums.mul(*gate) : sums).sum(0).to(at::kFloat);
-    if (w.project_bias.has_value()) {
-        gradients.project_bias = grad_bias;
-    }
-    if (w.depthwise_bias.has_value()) {
-        gradients.depthwise_bias = at::mv(wide(w.project).flatten(1).t(), grad_bias);
-        gradients.project.flatten(1).add_(grad_bias.outer(wide(*w.depthwise_bias)));
-    }
-    if (gate.has_value()) {
-        const at::Tensor of_images = sums.mul(*w.output_bias());
-        gradients.gate.add_(gate->dim() == 1 ? of_images.sum(0) : of_images);
-    }
-}
-
 }  // namespace
 
 FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& x_, const FeedForwardWeights& w,

@@ -119,7 +119,7 @@ def _swap_verified(model: nn.Module, example: Tensor, whole: Row, found: list[Fo
     calls = exact.calls([row.path for row, _, _ in found])
     if time:
         whole.before = _seconds(_as_plain(model), exact.call)
-    for row, module, rule in found:
+    for row, module, rule in reversed(found):  # what is inside of another comes first, which then runs with it
         if row.path not in calls:
             row.rule, row.reason = None, "the example does not reach it"
             continue

@@ -74,7 +74,7 @@ MODELS = {
     "SRFormer": (
         _maker(EXTRA, "SRFormer", **SWIN, embed_dim=180, window_size=24, **SR), ["SRFormer block"], (21, 24),
     ),
-    "RGT-S": (_maker(SPANDREL, "RGT", **RGT_S), ["RGT block", "RGT windows"], (11, 20)),
+    "RGT-S": (_maker(SPANDREL, "RGT", **RGT_S), ["RGT block", "RGT windows"], (17, 20)),
     "ATD-light": (
         _maker(SPANDREL, "ATD", **ATD_LIGHT, upscale=2, upsampler="pixelshuffledirect"), ["ATD layer"], (15, 19),
     ),

@@ -31,7 +31,7 @@ def in_dtype(model, dtype):
     model = copy.deepcopy(model).to(dtype)
     for module in model.modules():
         if hasattr(module, "calculate_mask"):
-            module.calculate_mask = functools.partial(_masked_in, dtype, module.calculate_mask)
+            module.calculate_mask = functools.partial(_cast, module.calculate_mask, dtype)
     return model
 
 

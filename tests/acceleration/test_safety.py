@@ -15,7 +15,7 @@ import ipt_fast
 from ipt_fast.acceleration import core
 from ipt_fast.acceleration.accelerated import Accelerated, reason_against
 from ipt_fast.acceleration.rules import RULES, rule_named
-from tests.acceleration.architectures import LIGHT, SPANDREL, build
+from tests.acceleration.architectures import HAT_S, LIGHT, SPANDREL, build
 from tests.modules.changed import Adapter, assert_close, replace
 
 BLOCK = "layers.0.residual_group.blocks.1"
@@ -104,10 +104,10 @@ def test_a_wrong_rule_is_refused_and_the_model_is_as_it_was(models, factor, monk
     modes = [module.training for module in accelerated.modules()]
     states = [{**module.__dict__} for module in accelerated.modules()]
     good = dataclasses.replace(
-        rule_named("SwinIR block"), misfit=lambda block: None if block.shift_size == 0 else "shifted"
+        rule_named("SwinIR block"), misfit=lambda block: None if block.shift_size else "not shifted"
     )
-    monkeypatch.setattr(core, "RULES", (good, wrong(factor)))  # the first block fits, the second is refused
-    message = rf"{BLOCK} \(SwinTransformerBlock\) by the rule 'wrong' has an error of .* allows 9\.5e-07"
+    monkeypatch.setattr(core, "RULES", (good, wrong(factor)))  # the second block, which comes first, is well
+    message = rf"{BLOCK[:-1]}0 \(SwinTransformerBlock\) by the rule 'wrong' has an error of .* allows 9\.5e-07"
     with pytest.raises(ValueError, match=message):
         ipt_fast.accelerate(accelerated, example=x)
     assert [type(module) for module in accelerated.modules()] == [type(module) for module in plain.modules()]
@@ -396,6 +396,19 @@ def test_a_frozen_form(models):
     with torch.no_grad():
         assert_close(frozen(x), plain(x))
     assert set(ipt_fast.explain(frozen).values()) == {None}
+
+
+def test_a_frozen_form_with_convolutions_inside():
+    """The packed form leaves alone what a rule reads, and packs what it calls."""
+    model = build(SPANDREL, "HAT", **HAT_S, upscale=2, upsampler="pixelshuffle")
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        ipt_fast.accelerate(model, verify=False)
+        frozen = ipt_fast.freeze(model)
+        assert_close(frozen(x), expected)
+    for module in (frozen._plain, *(packed for _, packed in [frozen._packed or (None, frozen._plain)])):
+        assert [reason_against(block) for block in module.modules() if isinstance(block, Accelerated)] == [None] * 3
 
 
 @pytest.mark.filterwarnings("ignore")

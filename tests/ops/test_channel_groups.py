@@ -21,10 +21,12 @@ OVERLAP_OF_NEARLY_ALL = {"window_size": (6, 8), "overlapping": True}  # of 7 and
 OVERLAP_OF_SOME = {"window_size": (3, 2), "overlapping": True}  # three and five windows
 OVERLAP_ACROSS = {"window_size": (20, 4), "overlapping": True}  # columns only
 GRID = {"dilation": 2}
-LARGE_GRID = {"dilation": 8}  # larger than the map's rows: some groups are empty, others one pixel
+LARGE_GRID = {"dilation": 8}  # more than the map's rows: some groups are empty, most are one pixel
+PIXELS = {"dilation": 50}
 GROUPS = [
-    IMAGE, WINDOWS, ROWS, OVERLAP_OF_ONE, OVERLAP_OF_NEARLY_ALL, OVERLAP_OF_SOME, OVERLAP_ACROSS, GRID, LARGE_GRID,
-]  # fmt: skip
+    *(IMAGE, WINDOWS, ROWS, OVERLAP_OF_ONE, OVERLAP_OF_NEARLY_ALL, OVERLAP_OF_SOME, OVERLAP_ACROSS),
+    *(GRID, LARGE_GRID, PIXELS),
+]
 _, channel_attention, _ = CALLS["channel_attention"]
 _, channel_attention_layer, _ = CALLS["channel_attention_layer"]
 SMALL = [(1, 1, 1), (1, 1, 6), (2, 3, 2)]

@@ -66,6 +66,9 @@ LARGE = {
     "leffn_layer/bias_free": ({"channels": 33, "hidden": 130, "kernel": 7}, (2, 19, 35)),
     "leffn_layer/modulated": ({"channels": 33, "hidden": 130}, (3, 37, 70)),
     "leffn_layer/layer_scale": ({"channels": 64, "hidden": 256, "kernel": 3}, (2, 11, 40)),
+    "feed_forward_layer": ({"channels": 60, "hidden": 120}, (2, 13, 35)),
+    "feed_forward_layer/gdfn": ({"channels": 48, "hidden": 254}, (1, 11, 75)),
+    "feed_forward_layer/sgfn": ({"channels": 33, "hidden": 140}, (2, 9, 40)),
 }
 
 
@@ -119,7 +122,9 @@ def test_range_at_every_level(call, dtype, level, scale):
 
 
 @pytest.mark.parametrize("level", LEVELS, indirect=True)
-@pytest.mark.parametrize("call", [call for call in CALLS if "attention" in call or "leffn" in call])
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS if any(kind in call for kind in ("attention", "leffn", "feed_forward_layer"))]
+)
 def test_flat_images_at_every_level(call, level):
     """Where all tokens are equal, parts of a gradient cancel, however products round their factors."""
     operator, tensors, options = build(call, (1, 8, 9), torch.bfloat16)

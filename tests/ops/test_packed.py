@@ -13,7 +13,10 @@ pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.err
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYERS = ["leffn_layer", "focal_attention_layer", "grid_attention_layer", "window_attention_layer"]
-CHANNEL_LAYERS = [f"channel_attention_layer{form}" for form in ("", "/bias_free", "/windows")]
+OF_RELATIVES = [
+    *(f"channel_attention_layer{form}" for form in ("", "/bias_free", "/windows")),
+    *(f"feed_forward_layer{form}" for form in ("", "/gdfn", "/sgfn")),
+]
 
 
 def variants(name):
@@ -31,7 +34,7 @@ def prepared(call, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", ["leffn", "leffn/biases", *LAYERS, *CHANNEL_LAYERS, *variants("layer_scale")])
+@pytest.mark.parametrize("call", ["leffn", "leffn/biases", *LAYERS, *OF_RELATIVES, *variants("layer_scale")])
 def test_packed_once(call, dtype):
     x, _, arguments, expected = prepared(call, dtype)
     run, block, inner = _cpu.pack(OPERATORS[call.split("/")[0]], arguments, dtype)
@@ -39,7 +42,7 @@ def test_packed_once(call, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", [*LAYERS, *CHANNEL_LAYERS, *variants("modulated")])
+@pytest.mark.parametrize("call", [*LAYERS, *OF_RELATIVES, *variants("modulated")])
 def test_each_call_brings_its_norm_and_gate(call, dtype):
     x, given, arguments, expected = prepared(call, dtype)
     of_call = {name: arguments.pop(name) for name in _cpu.OF_IMAGES if name in given}
@@ -51,7 +54,7 @@ def test_each_call_brings_its_norm_and_gate(call, dtype):
     assert torch.equal(run(x.to(inner), block, **of_call).to(dtype), expected)
 
 
-@pytest.mark.parametrize("call", [*LAYERS, "channel_attention_layer"])
+@pytest.mark.parametrize("call", [*LAYERS, "channel_attention_layer", "feed_forward_layer"])
 def test_what_does_not_fit_is_named(call):
     x, _, arguments, _ = prepared(call, torch.float32)
     weight, bias = arguments.pop("norm_weight"), arguments.pop("norm_bias")
