@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "acceleration": MODELS,
     "tiling": MODELS,
     "diffusion": MODELS,
-    "freezing": MODELS,
+    "freezing": {"acceleration"} | MODELS,
     "models": {"modules"} | OPERATORS,
     "modules": OPERATORS,
     "ops": {"reference", "kernels", "_extension"},

@@ -13,7 +13,7 @@ from ..acceleration import Report, accelerate
 from ..integrations import spandrel
 from ..models import Described, create_model, list_models, load_checkpoint, open_checkpoint, open_model
 
-MODEL_HELP = "a model that ships, a folder of a saved one, or a file of weights of any model that spandrel knows"
+MODEL_HELP = "a model that ships, a folder of a saved one, or a file of weights that we or spandrel know"
 
 
 def open_named(args: argparse.Namespace) -> nn.Module:

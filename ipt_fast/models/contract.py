@@ -140,7 +140,8 @@ def describe(model: Any) -> Contract:
 
 def is_descriptor(model: Any) -> bool:
     """Whether this is no module but a descriptor of spandrel, which has one."""
-    return not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module)
+    holds_module = not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module)
+    return holds_module and hasattr(model, "size_requirements")
 
 
 def describe_restoring(model: nn.Module) -> Contract:
