@@ -45,19 +45,18 @@ def _forward(block: Any, x: Tensor, height: int, width: int) -> Tensor:
 
 def _attend_in_windows(block: Any, x: Tensor) -> Tensor:
     """x + attention, whose channels are gated by the convolution, + the convolution."""
-    y = ops.layer_norm_2d(x, block.n1.weight, block.n1.bias, eps=block.n1.eps)
-    convolved = _convolve(block, y)
+    convolved = _convolve(block, x)
     _, reduce, _, restore, _ = block.inter.cg
     gate = project(F.gelu(project(mean_of_pixels(convolved), reduce)), restore).sigmoid()
     attention, size = block.attn, block.attn.ws
     heads = dict(num_heads=attention.nh, window_size=size, scale=attention.scale)
     below, right = -x.shape[2] % size, -x.shape[3] % size
     if below or right:  # normalised pixels of zeros take part
-        qkv = project(F.pad(y, (0, right, 0, below)), attention.qkv)
-        q, k, v = qkv.chunk(3, dim=1)
+        y = F.pad(_normalise(block, x), (0, right, 0, below))
+        q, k, v = project(y, attention.qkv).chunk(3, dim=1)
         y = ops.window_attention(q, k, v, attention.bias, **heads)[..., : x.shape[2], : x.shape[3]]
         return x + torch.addcmul(convolved, project(y, attention.proj), gate)
-    x = ops.window_attention_layer(
+    y = ops.window_attention_layer(
         x,
         block.n1.weight,
         block.n1.bias,
@@ -70,7 +69,7 @@ def _attend_in_windows(block: Any, x: Tensor) -> Tensor:
         eps=block.n1.eps,
         **heads,
     )
-    return x + convolved
+    return convolved.add_(y)  # nothing else reads it
 
 
 def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
@@ -90,12 +89,15 @@ def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
         eps=block.n1.eps,
         residual=False,
     )
-    convolved = _convolve(block, ops.layer_norm_2d(x, block.n1.weight, block.n1.bias, eps=block.n1.eps))
-    return torch.addcmul(x + y, convolved, project(y, block.inter.sg[0]).sigmoid())
+    return torch.addcmul(x + y, _convolve(block, x), project(y, block.inter.sg[0]).sigmoid())
 
 
-def _convolve(block: Any, y: Tensor) -> Tensor:
-    return F.gelu(convolve(y, block.conv[0]))
+def _convolve(block: Any, x: Tensor) -> Tensor:
+    return F.gelu(convolve(_normalise(block, x), block.conv[0]))
+
+
+def _normalise(block: Any, x: Tensor) -> Tensor:
+    return ops.layer_norm_2d(x, block.n1.weight, block.n1.bias, eps=block.n1.eps)
 
 
 def _feed_forward(x: Tensor, norm: nn.LayerNorm, network: Any) -> Tensor:
