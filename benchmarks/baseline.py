@@ -174,3 +174,36 @@ def native_leffn_layer(
     """The feed-forward layer with PyTorch's own norm."""
     y = native_layer_norm(x, norm_weight, norm_bias, eps=eps, centered=centered)
     return gated_residual(x, formula("leffn")(y, expand_weight, depthwise_weight, project_weight, **biases), gate)
+
+
+def sdpa_window_layer(
+    x, norm_weight, norm_bias, qkv_weight, project_weight, bias_table, *, num_heads, window_size, shift
+):
+    """A layer of a Swin transformer with the core by scaled_dot_product_attention and PyTorch's own norm, shifted by
+    rolling the map, with a mask; whole windows only.
+    """
+    batch, channels, height, width = x.shape
+    y = native_layer_norm(x, norm_weight, norm_bias)
+    qkv = F.conv2d(y, qkv_weight).permute(0, 2, 3, 1).roll((-shift, -shift), (1, 2))
+    down, across = height // window_size, width // window_size
+    qkv = qkv.reshape(batch, down, window_size, across, window_size, 3, num_heads, -1)
+    q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3)
+    index = relative_position_index(window_size, x.device)
+    mask = bias_table[index].permute(2, 0, 1) + _shift_mask(height, width, window_size, shift, x.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(batch, 1, 1, 1))
+    out = out.unflatten(0, (batch, down, across)).unflatten(4, (window_size, window_size))
+    out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, channels).roll((shift, shift), (1, 2))
+    return x + F.conv2d(out.permute(0, 3, 1, 2), project_weight)
+
+
+@functools.cache
+def _shift_mask(height, width, window_size, shift, dtype):
+    """(windows, 1, tokens, tokens): minus infinity between pixels that only the roll has brought together."""
+
+    def parts(size):
+        return (torch.arange(size) >= size - window_size).int() + (torch.arange(size) >= size - shift).int()
+
+    regions = 3 * parts(height)[:, None] + parts(width)
+    regions = regions.reshape(height // window_size, window_size, width // window_size, window_size)
+    regions = regions.permute(0, 2, 1, 3).reshape(-1, 1, window_size**2)
+    return torch.where(regions[..., None] == regions[:, :, None], 0.0, float("-inf")).to(dtype)

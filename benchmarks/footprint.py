@@ -14,8 +14,9 @@ import time
 import torch
 
 import ipt_fast
-from benchmarks import measure, results
+from benchmarks import measure, relatives, results
 from benchmarks.baseline import plain_eager
+from benchmarks.relatives import INFERENCE, TRAINING
 from ipt_fast.diffusion import sample
 
 PATH = results.FOLDER / "cpu_footprint.csv"
@@ -76,6 +77,25 @@ def training_peak(name, dtype, contender):
     return (memory("VmHWM") - before) / GIB
 
 
+def relative_peak(name, dtype, contender, direction, size):
+    """GiB that a call of somebody else's model takes above what the process held before, accelerated or as it is."""
+    model = relatives.plain(name).to(memory_format=torch.channels_last)
+    training = direction == "training"
+    model = model.train() if training else model.to(DTYPES[dtype])
+    x = torch.rand(1, 3, int(size), int(size), dtype=torch.float32 if training else DTYPES[dtype])
+    if contender == "ipt_fast":
+        ipt_fast.accelerate(model, verify=False)
+    before = memory("VmRSS")
+    if training:
+        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
+            loss = model(x).square().mean()
+        loss.backward()
+    else:
+        with torch.inference_mode():
+            model(x)
+    return (memory("VmHWM") - before) / GIB
+
+
 def time_per_pixel(name, dtype, size):
     """Nanoseconds a pixel, median of three (one for more than a million pixels)."""
     model, x = _model_and_image(name, DTYPES[dtype], 1, int(size), int(size), merged=True)
@@ -125,6 +145,7 @@ def sampler_share(name, dtype, sampler, batch):
 QUANTITIES = {
     "inference_peak": "GiB",
     "training_peak": "GiB",
+    "relative_peak": "GiB",
     "time_per_pixel": "ns",
     "first_result": "s",
     "sampler_share": "%",
@@ -136,6 +157,13 @@ RUNS = [
     *(("sampler_share", "latent_ipt_v2_s", dtype, sampler, "8") for dtype in DTYPES for sampler in ("ddpm", "ddim")),
     *(("time_per_pixel", "ipt_v2_small", dtype, size) for dtype in DTYPES for size in ("256", "512", "1024", "2048")),
     *(("inference_peak", "ipt_v2_small", dtype, "2160", "3840") for dtype in DTYPES),
+    *(
+        ("relative_peak", name, dtype, who, direction, str(size))
+        for direction, cases in (("forward", INFERENCE), ("training", TRAINING))
+        for name, *_, size in cases
+        for dtype in DTYPES
+        for who in ("ipt_fast", "eager")
+    ),
 ]
 
 

@@ -125,6 +125,45 @@ def _leffn_layer(channels, size):
     return _layer(f"leffn_layer 1x{channels}x{size}x{size}", "leffn_layer", makers, {})
 
 
+def _window_layer(channels, heads, size, window, shift):
+    """A layer of SwinIR or HAT, which has a norm with a bias."""
+    makers = [image(channels, size), parameter(channels), parameter(channels), parameter(3 * channels, channels, 1, 1)]
+    makers += [parameter(channels, channels, 1, 1), parameter((2 * window - 1) ** 2, heads)]
+    label = f"window_attention_layer 1x{channels}x{size}x{size} w{window}"
+    keywords = {"num_heads": heads, "window_size": window, "shift": shift}
+    return _operator(label, "window_attention_layer", makers, keywords, sdpa=baseline.sdpa_window_layer)
+
+
+def _restormer_layers(channels, heads, size):
+    """Both layers of a block of Restormer without biases."""
+    hidden = int(2.66 * channels)
+    attention = [image(channels, size), parameter(channels), parameter(3 * channels, channels, 1, 1)]
+    attention += [parameter(3 * channels, 1, 3, 3), parameter(channels, channels, 1, 1), parameter(heads)]
+    network = [image(channels, size), parameter(channels), parameter(2 * hidden, channels, 1, 1)]
+    network += [parameter(2 * hidden, 1, 3, 3), parameter(channels, hidden, 1, 1)]
+    shape = f"1x{channels}x{size}x{size}"
+    return [
+        _layer(f"channel_attention_layer {shape}", "channel_attention_layer", attention, {"num_heads": heads}),
+        _layer(f"feed_forward_layer {shape} gdfn", "feed_forward_layer", network, {"form": "gdfn"}),
+    ]
+
+
+def _mlp(channels, hidden, size):
+    """Linear, GELU, linear, as layers of SwinIR and HAT have it."""
+
+    def without_depthwise(function):
+        return lambda x, weight, bias, expand, project, **keywords: function(
+            x, weight, bias, expand, None, project, **keywords
+        )
+
+    makers = [image(channels, size), parameter(channels), parameter(channels), parameter(hidden, channels, 1, 1)]
+    makers += [parameter(channels, hidden, 1, 1)]
+    plain = without_depthwise(baseline.formula("feed_forward_layer"))
+    ours = without_depthwise(ipt_fast.ops.feed_forward_layer)
+    label = f"feed_forward_layer 1x{channels}x{size}x{size} mlp"
+    return Case(label, _inputs(*makers), ours, {"eager": plain}, {"form": "mlp"})
+
+
 def _on_tokens(batch=16, dim=576, count=256):
     """The three operators of a layer of IPT, self-attention's projection to q, k and v with offsets of q and k."""
     stream, norm = tokens(batch, dim, count), [parameter(dim), parameter(dim)]
@@ -151,6 +190,26 @@ LAYERS = [
     *(_grid_layer(*sizes) for sizes in SMALL),
     *(_grid_layer(*sizes, grid=16) for sizes in BASE),
     *(_leffn_layer(channels, size) for channels, _, size in (*SMALL, *BASE)),
+]
+
+# Of SwinIR-light, SwinIR-M and HAT, and of the levels of Restormer on a 256 x 256 image.
+RELATIVES = [
+    _window_layer(60, 6, 128, 8, 4),
+    _window_layer(180, 6, 128, 8, 4),
+    _window_layer(180, 6, 64, 16, 8),
+    _mlp(60, 120, 128),
+    _mlp(180, 360, 128),
+    *(
+        layer
+        for sizes in ((48, 1, 256), (96, 2, 256), (192, 4, 64), (384, 8, 32))
+        for layer in _restormer_layers(*sizes)
+    ),
+    _operator(
+        "window_attention 1x180x64x64 w16 k24",
+        "window_attention",
+        [image(180, 64), image(180, 64), image(180, 64), parameter(6, 256, 576)],
+        {"num_heads": 6, "window_size": 16, "key_size": 24},
+    ),
 ]
 
 CASES = [
@@ -191,6 +250,7 @@ CASES = [
         [image(32), parameter(128, 32, 1, 1), parameter(128, 1, 5, 5), parameter(32, 128, 1, 1)],
     ),
     *LAYERS,
+    *RELATIVES,
     _operator(
         "merge_pointwise 256-512-1024",
         "merge_pointwise",

@@ -111,6 +111,7 @@ QUANTITIES = {
     "layer_peak": "peak memory of a training step of an encoder and a decoder layer",
     "first_result": "time from the start of a process to its first image",
     "time_per_pixel": "time a pixel",
+    "relative_peak": "memory that a call takes",
     "sampler_share": "what a sampler takes beyond its model",
 }
 

@@ -329,8 +329,9 @@ def _with_packed_parts(module: nn.Module, dtype: torch.dtype, known: dict[nn.Mod
             form = _packed_form(child, dtype, known)
             if form is not child:
                 replaced[name] = form
-    if not replaced or isinstance(module, Branch) or "forward" in module.__dict__:
-        return module  # a branch asks what its parts are; a forward of its own may be bound to this very module
+    asks = isinstance(module, Branch) or hasattr(module, "plain_class")  # what is accelerated asks as branches do
+    if not replaced or asks or "forward" in module.__dict__:
+        return module  # it asks what its parts are; a forward of its own may be bound to this very module
     form = copy.copy(module)
     form._modules = {**module._modules, **replaced}
     return form

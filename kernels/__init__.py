@@ -6,20 +6,27 @@ ipt_fast imports this package before a kernel is asked for.
 """
 
 from .channel_attention import channel_attention, channel_attention_backward
+from .channel_attention_layer import channel_attention_layer, channel_attention_layer_backward
+from .feed_forward_layer import feed_forward_layer, feed_forward_layer_backward
 from .focal_attention_layer import focal_attention_layer, focal_attention_layer_backward
 from .focal_channel_attention import focal_channel_attention, focal_channel_attention_backward
-from .grid_attention import grid_attention
-from .grid_attention_backward import grid_attention_backward
+from .grid_attention import grid_attention, grid_attention_backward
 from .grid_attention_layer import grid_attention_layer, grid_attention_layer_backward
 from .layer_norm_2d import add_layer_norm, add_layer_norm_backward, layer_norm_2d, layer_norm_2d_backward
 from .leffn import leffn, leffn_backward, leffn_layer, leffn_layer_backward
 from .merge import merge_depthwise, merge_depthwise_backward, merge_pointwise, merge_pointwise_backward
+from .window_attention import window_attention, window_attention_backward
+from .window_attention_layer import window_attention_layer, window_attention_layer_backward
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_backward",
     "channel_attention",
     "channel_attention_backward",
+    "channel_attention_layer",
+    "channel_attention_layer_backward",
+    "feed_forward_layer",
+    "feed_forward_layer_backward",
     "focal_attention_layer",
     "focal_attention_layer_backward",
     "focal_channel_attention",
@@ -38,4 +45,8 @@ __all__ = [
     "merge_depthwise_backward",
     "merge_pointwise",
     "merge_pointwise_backward",
+    "window_attention",
+    "window_attention_backward",
+    "window_attention_layer",
+    "window_attention_layer_backward",
 ]

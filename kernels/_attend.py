@@ -166,7 +166,7 @@ def apply(groups, v, attention, weights, out, depthwise=None):
     else:
         shapes = [(64, 4), (64, 8), (128, 8), (32, 4), (128, 4), (64, 4, 1)]
         candidates = [groups.tiles(*shape) for shape in shapes]
-    key = key_of(v.of, groups.depth, groups.window, groups.branches, *(["depthwise"] if depthwise is not None else []))
+    key = key_of(v.of, groups.depth, groups.label, groups.branches, *(["depthwise"] if depthwise is not None else []))
     tiles = config("apply", key, candidates, v.of.device)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
     splits = groups.splits_for(tiles, groups.blocks * groups.heads)

@@ -294,7 +294,7 @@ def gram(groups, q, k, weights=(None, None), norms=True, depthwise=None):
         first = groups.tiles(64, 8 if q.of.dtype == torch.float16 and groups.depth > 32 else 4)
         shapes = [(64, 8), (32, 4, 1), (128, 8, 1), (32, 4), (16, 4)]
         candidates = [first, *(groups.tiles(*shape) for shape in shapes)]
-    key = key_of(q.of, groups.depth, groups.window, groups.branches, *(["depthwise"] if depthwise is not None else []))
+    key = key_of(q.of, groups.depth, groups.label, groups.branches, *(["depthwise"] if depthwise is not None else []))
     tiles = config("gram", key, candidates, q.of.device)
     map_values = groups.pixels * groups.channels
     launch(

@@ -63,8 +63,8 @@ def attend_bwd_kernel(
         p_f = slots + i_slot * SLOT + DEPTH * BRANCHES * (DEPTH + 2)
         b_u = 1.0 / tl.load(p_f + DEPTH + o_d, mask=o_d < depth, other=1.0).to(tl.float64)
         b_k += tl.load(p_n + DEPTH + o_d, mask=o_d < depth, other=0.0).to(tl.float64) * b_u * b_u
-        rows = block_end(i_y, height, P, SHIFT) - block_begin(i_y, P, SHIFT)
-        columns = block_end(i_x, width, P, SHIFT) - block_begin(i_x, P, SHIFT)
+        rows = block_end(i_y, height, P[0], SHIFT) - block_begin(i_y, P[0], SHIFT)
+        columns = block_end(i_x, width, P[1], SHIFT) - block_begin(i_x, P[1], SHIFT)
         tokens += tl.where(depth > 0, rows * columns, 0)
     m_k = tl.sqrt(b_k) < 1e-12  # no gradient comes of such a norm
     b_k = 1.0 / tl.maximum(tl.sqrt(b_k), 1e-12)
@@ -216,7 +216,7 @@ def gradients_kernel(
     K_FIRST: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # tiles of maps: (tile, BLOCK_D); token_weight: (TOKEN_WEIGHTS, HEADS, P, P), of both branches or of each; sums: (4,
+    # tiles of maps: (tile, BLOCK_D); token_weight: (TOKEN_WEIGHTS, HEADS, *P), of both branches or of each; sums: (4,
     # HEADS, pixels), of both branches' token weights, then merge weights; those of a branch that a block does not have
     # stay unwritten, and those of its only merge weight, which is 1, mean nothing
     CHANNELS: tl.constexpr = HEADS * DEPTH
@@ -267,7 +267,7 @@ def gradients_kernel(
                 store_sums(sums, b_sum, 2 + i_branch, i_head, p_t, m_t, pixels, HEADS)
                 o_by = position_of_branch(i_y, i_branch, P, SHIFT) + i_ty - y0 + o_y
                 o_bx = position_of_branch(i_x, i_branch, P, SHIFT) + i_tx - x0 + o_x
-                p_w = token_weight + i_branch % TOKEN_WEIGHTS * (HEADS * P * P)
+                p_w = token_weight + i_branch % TOKEN_WEIGHTS * (HEADS * P[0] * P[1])
                 b_w = load_weights(p_w, i_head, o_by, o_bx, m_t, P)
                 b_gq, b_of_q = add_gradient(b_gq, b_q, b_k, b_w, p_m, p_v, o_d, False, DEPTH, PRECISION)
                 b_gk, b_of_k = add_gradient(b_gk, b_k, b_q, b_w, p_m, p_v, o_d, True, DEPTH, PRECISION)
@@ -303,7 +303,7 @@ def weights_kernel(
 
 def weight_gradients(groups, sums, token_weight):
     """Of token_weight, in its form, top_weight and bottom_weight, (heads, p, p), in fp32."""
-    p, (windows_y, windows_x, _, _) = groups.window, groups.windows_and_blocks
+    p, (windows_y, windows_x, _, _) = groups.window[0], groups.windows_and_blocks
     parts = max(1, min(PARTS, groups.images * windows_y * windows_x))
     found = sums.new_empty(parts, 4, groups.heads, p, p)
     tiles = dict(BLOCK=min(256, block_of(p * p)), num_warps=4)
@@ -340,7 +340,7 @@ def gradients(groups, grad, q, k, v, grads, temperature, divides, weights=(None,
     else:
         shapes = [(32, 8, 2), (16, 4, 1), (16, 8, 1)]
     candidates = [groups.tiles(*shape) for shape in shapes]
-    tiles = config("gradients", key_of(q.of, groups.depth, groups.window, groups.branches), candidates, q.of.device)
+    tiles = config("gradients", key_of(q.of, groups.depth, groups.label, groups.branches), candidates, q.of.device)
     windows_y, windows_x, blocks_y, blocks_x = groups.windows_and_blocks
     splits = groups.splits
     map_values = groups.pixels * groups.channels

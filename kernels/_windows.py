@@ -25,21 +25,21 @@ PROGRAMS = 1024  # of a kernel, where a block has enough tiles for them
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """How a map is cut; ``window`` 0 is the whole image. See `block_end` for the blocks."""
+    """How a map is cut; ``window``: rows and columns, 0 of the whole image. See `block_end` for the blocks."""
 
     images: int
     height: int
     width: int
     heads: int
     depth: int
-    window: int
+    window: tuple
     branches: int
     cyclic: bool = True
 
     @classmethod
     def whole(cls, images, height, width, heads, depth):
         """The order of the pixels of a whole image does not matter: one row."""
-        return cls(images, 1, height * width, heads, depth, 0, 1)
+        return cls(images, 1, height * width, heads, depth, (0, 0), 1)
 
     @property
     def pixels(self):
@@ -51,20 +51,25 @@ class Groups:
 
     @property
     def shift(self):
-        return self.window // 2 if self.branches == 2 else 0
+        return self.window[0] // 2 if self.branches == 2 else 0
 
-    def _axis(self, size):
+    @property
+    def label(self):
+        """The windows' size in keys of configurations."""
+        return self.window[0] if self.window[0] == self.window[1] else "x".join(map(str, self.window))
+
+    def _axis(self, size, window):
         """Windows and blocks along an axis."""
-        if self.window == 0:
+        if window == 0:
             return 1, 1
-        windows = cdiv(size, self.window)
-        rest = size - (windows - 1) * self.window
+        windows = cdiv(size, window)
+        rest = size - (windows - 1) * window
         return windows, windows if self.shift == 0 else 2 * windows - (rest <= self.shift)
 
     @property
     def windows_and_blocks(self):
         """Windows down and across an image, and blocks down and across."""
-        (windows_y, blocks_y), (windows_x, blocks_x) = self._axis(self.height), self._axis(self.width)
+        (windows_y, blocks_y), (windows_x, blocks_x) = map(self._axis, (self.height, self.width), self.window)
         return windows_y, windows_x, blocks_y, blocks_x
 
     @property
@@ -78,31 +83,34 @@ class Groups:
         return self.images * windows_y * windows_x * self.heads * self.branches
 
     @property
-    def side(self):
-        """The longest side of a block in windows."""
-        return self.window - self.shift
+    def sides(self):
+        """The most rows and columns of a block in windows."""
+        return [size - self.shift for size in self.window]
+
+    @property
+    def tokens(self):
+        """The most tokens of a block."""
+        return self.width if self.window[0] == 0 else self.sides[0] * self.sides[1]
 
     @property
     def splits(self):
         """Programs that share the tokens of one block."""
-        tokens = self.width if self.window == 0 else self.side**2
-        return max(1, min(SPLITS, cdiv(tokens, SPLIT_TOKENS)))
+        return max(1, min(SPLITS, cdiv(self.tokens, SPLIT_TOKENS)))
 
     def splits_for(self, tiles, programs):
         """`splits` or more, that fill a GPU: of kernels with ``programs`` a split whose results do not depend on it."""
-        tokens = self.width if self.window == 0 else self.side**2
-        most = cdiv(tokens, tiles["TILE_Y"] * tiles["TILE_X"])
+        most = cdiv(self.tokens, tiles["TILE_Y"] * tiles["TILE_X"])
         return max(1, min(most, max(self.splits, PROGRAMS // max(1, programs))))
 
     def tile(self, tokens, rows=None):
         """Rows and columns of a tile of at most so many tokens, at least 16."""
-        if self.window == 0:
+        if self.window[0] == 0:
             return dict(TILE_Y=1, TILE_X=tokens)
-        side = power_of_2(self.side)
+        down, across = map(power_of_2, self.sides)
         if rows is not None:
-            return dict(TILE_Y=rows, TILE_X=max(16 // rows, min(tokens // rows, side)))
-        columns = min(16, side)
-        return dict(TILE_Y=max(16 // columns, min(tokens // columns, side)), TILE_X=columns)
+            return dict(TILE_Y=rows, TILE_X=max(16 // rows, min(tokens // rows, across)))
+        columns = min(16, across)
+        return dict(TILE_Y=max(16 // columns, min(tokens // columns, down)), TILE_X=columns)
 
     def tiles(self, tokens, warps, stages=2, rows=None):
         """A configuration; ``rows``: of its tiles, where they must be so many."""
@@ -123,6 +131,12 @@ class Channels:
     @property
     def pixel(self):
         return self.of.shape[1]
+
+
+def parts_of(qkv):
+    """q, k and v in a map of all three."""
+    channels = qkv.shape[1] // 3
+    return [Channels(qkv, i * channels) for i in range(3)]
 
 
 # ---- where blocks and tokens are ------------------------------------------------------------------------------------
@@ -159,14 +173,14 @@ def block_position(i_block, BRANCH: tl.constexpr, P: tl.constexpr, SHIFT: tl.con
     elif BRANCH == 0:
         position = i_block % 2 * SHIFT
     else:
-        position = (1 - i_block % 2) * (P - SHIFT)
+        position = (1 - i_block % 2) * (P[0] - SHIFT)
     return position
 
 
 @triton.jit
 def is_inside(i_y, i_x, height, width, P: tl.constexpr):
     # whether the block lies in a shifted window that reaches over no edge of the padded map
-    last_y, last_x = 2 * tl.cdiv(height, P) - 1, 2 * tl.cdiv(width, P) - 1
+    last_y, last_x = 2 * tl.cdiv(height, P[0]) - 1, 2 * tl.cdiv(width, P[1]) - 1
     return (i_y > 0) & (i_y < last_y) & (i_x > 0) & (i_x < last_x)
 
 
@@ -185,8 +199,8 @@ def block_of_program(i_program, height, width, blocks_y, blocks_x, splits, HEADS
     i_block = i_program // HEADS // splits
     i_x = i_block % blocks_x
     i_y = i_block // blocks_x % blocks_y
-    y0, y1 = block_begin(i_y, P, SHIFT), block_end(i_y, height, P, SHIFT)
-    x0, x1 = block_begin(i_x, P, SHIFT), block_end(i_x, width, P, SHIFT)
+    y0, y1 = block_begin(i_y, P[0], SHIFT), block_end(i_y, height, P[0], SHIFT)
+    x0, x1 = block_begin(i_x, P[1], SHIFT), block_end(i_x, width, P[1], SHIFT)
     return i_program % HEADS, i_program // HEADS % splits, i_block // blocks_x // blocks_y, i_y, i_x, y0, y1, x0, x1
 
 
@@ -239,7 +253,7 @@ def load_tokens(
 @triton.jit
 def load_weights(weight, i_head, o_y, o_x, m_t, P: tl.constexpr):
     # of tokens at positions in the window; zeros outside of the map
-    return tl.load(weight + (i_head * P + o_y) * P + o_x, mask=m_t, other=0.0).to(tl.float32)
+    return tl.load(weight + (i_head * P[0] + o_y) * P[1] + o_x, mask=m_t, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -26,12 +26,13 @@ from ._windows import (
     load_tokens,
     load_weights,
     matrix_of,
+    parts_of,
     tile_of,
     tile_range,
     token_offsets,
 )
 from .depthwise import depthwise, depthwise_weight_gradient, rows_of, taps_of
-from .focal_channel_attention import attention_and_slots, focal_channel_attention_backward, groups_of, parts_of
+from .focal_channel_attention import attention_and_slots, focal_channel_attention_backward, groups_of
 from .layer_norm_2d import layer_norm_2d
 from .pointwise import gated_residual, map_of, pixels_of, plus_bias, pointwise
 from .pointwise_backward import pointwise_norm_backward
@@ -102,7 +103,7 @@ def _apply_and_project(groups, qkv, taps, attention, weights, project_weight, pr
         shapes = [(64, 8, 1), (64, 4, 1), (32, 8, 1), (32, 4, 1)]
     rows = None if taps is None else 4
     candidates = [groups.tiles(*shape, rows) | dict(BLOCK_C=block_of(groups.channels)) for shape in shapes]
-    key = key_of(x, groups.channels, groups.depth, groups.window, *(["depthwise"] if taps is not None else []))
+    key = key_of(x, groups.channels, groups.depth, groups.label, *(["depthwise"] if taps is not None else []))
     tiles = config("focal_attention_layer_fwd", key, candidates, x.device)
     splits = groups.splits_for(tiles, groups.blocks)
     launch(
@@ -125,7 +126,7 @@ def focal_attention_layer(
 ):  # fmt: skip
     qkv = pointwise(x, qkv_weight, norm_weight, norm_bias, eps, centered, bias=qkv_bias)
     groups = groups_of(qkv, num_heads, window_size, cyclic)
-    key = key_of(x, groups.channels, groups.depth, groups.window)
+    key = key_of(x, groups.channels, groups.depth, groups.label)
     schedule = config("focal_attention_layer", key, [dict(FUSED=False), dict(FUSED=True)], x.device)
     taps = None
     if schedule["FUSED"]:

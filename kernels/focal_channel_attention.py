@@ -5,19 +5,13 @@ import torch
 from ._attend import apply, attend
 from ._gram import gram, of_branches
 from ._gram_backward import gradients
-from ._windows import Channels, Groups
+from ._windows import Channels, Groups, parts_of
 from .pointwise import empty_map
-
-
-def parts_of(qkv):
-    """q, k and v in a map of all three."""
-    channels = qkv.shape[1] // 3
-    return [Channels(qkv, i * channels) for i in range(3)]
 
 
 def groups_of(qkv, num_heads, window_size, cyclic):
     batch, packed, height, width = qkv.shape
-    return Groups(batch, height, width, num_heads, packed // 3 // num_heads, window_size, 2, cyclic)
+    return Groups(batch, height, width, num_heads, packed // 3 // num_heads, (window_size,) * 2, 2, cyclic)
 
 
 def focal_channel_attention(qkv, *arguments):

@@ -11,12 +11,15 @@ SHARED = {"_device", "_files", "_precision", "_version"}
 OPERATORS = {"ops", "reference", "kernels", "_extension"}
 MODELS = {"models", "modules"} | OPERATORS
 MAY_IMPORT = {
-    "cli": {"", "diffusion", "training", "evaluation", "inference", "attribution", "tiling", "data"} | MODELS,
+    "cli": {"", "diffusion", "training", "evaluation", "inference", "attribution", "tiling", "data"}
+    | {"acceleration", "integrations"}
+    | MODELS,
     "training": {"data", "diffusion"} | MODELS,
     "evaluation": {"data", "diffusion"} | MODELS,
     "attribution": {"freezing"} | MODELS,
     "inference": {"tiling", "data", "freezing"} | MODELS,
     "integrations": MODELS,
+    "acceleration": MODELS,
     "tiling": MODELS,
     "diffusion": MODELS,
     "freezing": MODELS,
@@ -28,7 +31,7 @@ MAY_IMPORT = {
     "_extension": set(),
     "data": set(),
     **dict.fromkeys(SHARED, set()),
-    "": {"models", "modules", "ops", "reference", "inference", "freezing"},  # ipt_fast/__init__.py
+    "": {"acceleration", "models", "modules", "ops", "reference", "inference", "freezing"},  # ipt_fast/__init__.py
 }
 
 

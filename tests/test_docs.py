@@ -17,6 +17,7 @@ import torch
 
 import ipt_fast
 from ipt_fast import _extension, cli
+from tests.oracles.foreign import write_foreign
 from tests.oracles.public import public_module
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,6 +114,8 @@ def test_python_blocks_run(page, slow, here):
             pytest.importorskip("onnxscript")
         if "from diffusers" in code:
             public_module("diffusers")
+        if "integrations.spandrel" in code:
+            write_foreign(pathlib.Path("model_x2.safetensors"), "SwinIR")  # skips where spandrel is not installed
         if "import ray" in code:
             pytest.importorskip("ray.data")
         if code.startswith(">>>"):

@@ -85,6 +85,12 @@ at::Tensor channels_last(const at::Tensor& x) {
     return copy;
 }
 
+at::Tensor with_pixels(const at::Tensor& x) {
+    const int64_t pixel = x.stride(3), row = x.size(3) * pixel;
+    const bool dense = pixel >= x.size(1) && x.strides() == at::IntArrayRef({x.size(2) * row, 1, row, pixel});
+    return dense ? x : channels_last(x);
+}
+
 at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size) {
     if (!parameter.has_value()) {
         return at::zeros({size}, at::kFloat);

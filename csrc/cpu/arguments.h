@@ -42,7 +42,12 @@ at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x);
 // x itself where its strides are exactly those of a channels-last map, else a copy that has them.
 at::Tensor channels_last(const at::Tensor& x);
 
-// The same in fp32.
+// x itself where its channels are contiguous and its pixels equally far apart, as they are in a part of a wider
+// channels-last map; else a channels-last copy.
+at::Tensor with_pixels(const at::Tensor& x);
+inline Pixels pixels_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(3)}; }
+
+// The same map in fp32.
 inline at::Tensor wide(const at::Tensor& x) { return x.to(at::kFloat); }
 inline OptionalTensor wide(const OptionalTensor& x) { return x.has_value() ? OptionalTensor(wide(*x)) : std::nullopt; }
 

@@ -128,15 +128,15 @@ struct WindowBackward {
         memset(scores, 0, matrix * sizeof(double));
         memset(grads, 0, matrix * sizeof(double));
         memset(inverses, 0, 2 * depth * sizeof(double));
-        for_window_blocks(g, window, [&](int64_t index) {
-            const WindowBlock block(g.vertical, g.horizontal, index);
-            tokens += block.rows * block.columns;
+        for_window_blocks(g, window, [&](int64_t index, const WindowBlock& block) {
+            tokens += block.tokens();
+            const float share = share_of_window(g, block);
             float* const slot = p.slot(index, head);
             const float* const squares = slot + 2 * (g.branches * matrix + branch * depth);
             add_slot(slot + branch * matrix, squares, p.factors(slot), depth, scores, inverses, norms);
             const float* const of_values = slot + (g.branches + branch) * matrix;
             for (int64_t n = 0; n < matrix; ++n) {
-                grads[n] += of_values[n];
+                grads[n] += share * of_values[n];
             }
         });
     }

@@ -1,11 +1,8 @@
-// channel_attention, focal_channel_attention and their backwards: checks, work partition, registration. The arithmetic
-// is in channel_attention_kernel.cpp and channel_attention_backward_kernel.cpp.
+// channel_attention and its backward: checks, groups, work partition, registration. The arithmetic is in
+// channel_attention_kernel.cpp and channel_attention_backward_kernel.cpp.
 #include "channel_attention.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/reciprocal.h>
-#include <ATen/ops/square.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -18,7 +15,6 @@
 #include "work_space.h"
 
 namespace ipt_fast::cpu {
-namespace {
 
 void check_per_head(const at::Tensor& parameter, const char* name, int64_t num_heads, const at::Tensor& like) {
     TORCH_CHECK_VALUE(parameter.numel() == num_heads, name, " must have one value for each of ", num_heads,
@@ -26,122 +22,76 @@ void check_per_head(const at::Tensor& parameter, const char* name, int64_t num_h
     check_tensor(parameter, name, parameter.sizes(), like, true);
 }
 
-// A parameter of this shape, or one for each of two branches. Returns the step between them, 0 where there is one.
-int64_t check_branches(const at::Tensor& parameter, const char* name, at::IntArrayRef shape, const at::Tensor& like) {
-    at::DimVector two{2};
-    two.append(shape.begin(), shape.end());
-    const bool each = parameter.sizes() == at::IntArrayRef(two);
-    TORCH_CHECK_VALUE(each || parameter.sizes() == shape, name, " must have shape ", shape, " or ",
-                      at::IntArrayRef(two), "; got ", parameter.sizes());
-    check_tensor(parameter, name, parameter.sizes(), like, true);
-    return each ? parameter.numel() / 2 : 0;
-}
-
-at::Tensor as_float(const at::Tensor& parameter) { return parameter.to(at::kFloat).contiguous(); }
-
-// Groups of a map; the parameters and the slots are still missing.
-Groups groups_of(int64_t images, int64_t channels, int64_t num_heads, const Axis& vertical, const Axis& horizontal,
-                 int branches) {
-    Groups g{};
-    g.images = images;
-    g.heads = num_heads;
-    g.head_channels = channels / num_heads;
-    g.depth = padded(g.head_channels);
-    g.branches = branches;
-    g.vertical = vertical;
-    g.horizontal = horizontal;
-    return g;
-}
-
-// The groups of channel attention of a map `x` of all heads' channels: its windows, or without a size the whole image,
-// in at most kMostBlocks blocks of at least kLeastBlockPixels pixels.
-struct WindowGroups {
-    static constexpr int64_t kMostBlocks = 256;
-    static constexpr int64_t kLeastBlockPixels = 512;
-
-    WindowGroups(const at::Tensor& x, const at::Tensor& temperature, int64_t num_heads,
-                 at::OptionalIntArrayRef window_size) {
-        check_per_head(temperature, "temperature", num_heads, x);
-        scale = as_float(temperature);
-        const int64_t height = x.size(2), width = x.size(3), pixels = height * width;
-        // the order of the pixels of a whole image does not matter: take it as one row
-        const bool whole = !window_size.has_value() || ((*window_size)[0] >= height && (*window_size)[1] >= width);
-        const Axis vertical = whole ? Axis::whole(1, 1) : Axis::windows_of(height, (*window_size)[0], 1);
-        const Axis horizontal = whole ? Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks))
-                                      : Axis::windows_of(width, (*window_size)[1], 1);
-        groups = groups_of(x.size(0), x.size(1), num_heads, vertical, horizontal, 1);
-        groups.scale[0] = scale.const_data_ptr<float>();
-    }
-
-    at::Tensor scale;
-    Groups groups;
-};
-
-// x itself where its channels are contiguous and its pixels equally far apart, as they are in a part of a wider
-// channels-last map; else a channels-last copy.
-at::Tensor with_pixels(const at::Tensor& x) {
-    const int64_t pixel = x.stride(3), row = x.size(3) * pixel;
-    const bool dense = pixel >= x.size(1) && x.strides() == at::IntArrayRef({x.size(2) * row, 1, row, pixel});
-    return dense ? x : channels_last(x);
-}
-
-Pixels pixels_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(3)}; }
-
-}  // namespace
-
 void check_heads(int64_t channels, int64_t num_heads, const char* name) {
     TORCH_CHECK_VALUE(num_heads > 0 && channels % num_heads == 0, "num_heads must divide the ", channels,
                       " channels of ", name, "; got ", num_heads);
 }
 
-FocalParameters::FocalParameters(const at::Tensor& like, const at::Tensor& temperature, const at::Tensor& token_weight,
-                                 const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
-                                 int64_t window_size, bool cyclic) {
-    TORCH_CHECK_VALUE(window_size > 0, "window_size must be at least 1; got ", window_size);
-    TORCH_CHECK_VALUE(cyclic || window_size % 2 == 0, "window_size must be even where cyclic is False; got ",
-                      window_size);
-    const int64_t map[] = {num_heads, window_size, window_size};
-    scale_step = check_branches(temperature, "temperature", {num_heads}, like);
-    token_step = check_branches(token_weight, "token_weight", map, like);
-    check_tensor(top_weight, "top_weight", map, like, true);
-    check_tensor(bottom_weight, "bottom_weight", map, like, true);
-    scale = at::reciprocal(as_float(temperature));
-    token_squares = at::square(as_float(token_weight));
-    top = as_float(top_weight);
-    bottom = as_float(bottom_weight);
-}
-
-Groups focal_groups(const at::Tensor& x, int64_t num_heads, int64_t window_size, bool cyclic) {
-    Groups g = groups_of(x.size(0), x.size(1), num_heads, Axis::windows_of(x.size(2), window_size, 2),
-                         Axis::windows_of(x.size(3), window_size, 2), 2);
-    g.inner = !cyclic;
+Groups groups_of(const at::Tensor& x, int64_t num_heads, const Axis& vertical, const Axis& horizontal, int branches) {
+    Groups g{};
+    g.images = x.size(0);
+    g.heads = num_heads;
+    g.head_channels = x.size(1) / num_heads;
+    g.depth = padded(g.head_channels);
+    g.branches = branches;
+    g.vertical = vertical;
+    g.horizontal = horizontal;
+    g.dilation = 1;
+    g.height = x.size(2);
+    g.width = x.size(3);
     return g;
 }
 
-FocalGroups::FocalGroups(const at::Tensor& x, const at::Tensor& temperature, const at::Tensor& token_weight,
-                         const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
-                         int64_t window_size, bool cyclic)
-    : FocalParameters(x, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, cyclic),
-      groups(focal_groups(x, num_heads, window_size, cyclic)) {
-    set_branches(groups.scale, scale.const_data_ptr<float>(), scale_step);
-    set_branches(groups.token_squares, token_squares.const_data_ptr<float>(), token_step);
-    groups.merge[0] = top.const_data_ptr<float>();
-    groups.merge[1] = bottom.const_data_ptr<float>();
+GroupKind::GroupKind(at::OptionalIntArrayRef window_size, std::optional<int64_t> dilation_, bool overlapping_)
+    : windows(window_size.has_value()),
+      rows(windows ? (*window_size)[0] : 0),
+      columns(windows ? (*window_size)[1] : 0),
+      dilation(dilation_.value_or(1)),
+      overlapping(overlapping_) {
+    TORCH_CHECK_VALUE(!windows || (rows > 0 && columns > 0), "window_size must be at least 1; got ", rows, " and ",
+                      columns);
+    TORCH_CHECK_VALUE(dilation > 0, "dilation must be at least 1; got ", dilation);
+    TORCH_CHECK_VALUE(!windows || !dilation_.has_value(), "dilation must be None beside window_size; got ", dilation);
+    TORCH_CHECK_VALUE(windows || !overlapping, "overlapping must be False where there is no window_size");
 }
 
 namespace {
 
-// The three passes over a map; p lacks only the slots.
-void forward(ChannelAttentionParams& p) {
+// An axis in at most this many parts, of at least `part` pixels.
+Axis in_parts(int64_t size, int64_t part) {
+    constexpr int64_t kMostParts = 16;
+    return Axis::whole(size, std::max(part, round_up((size + kMostParts - 1) / kMostParts, kTileRows)));
+}
+
+}  // namespace
+
+Groups channel_groups(const at::Tensor& x, int64_t num_heads, const GroupKind& kind) {
+    const int64_t height = x.size(2), width = x.size(3);
+    if (kind.whole(x) || kind.dilation > 1) {
+        const int64_t step = std::min(kind.dilation, std::max(height, width));  // more would leave more groups empty
+        const Axis vertical = in_parts((height + step - 1) / step, kBlockRows);
+        const Axis horizontal = in_parts((width + step - 1) / step, kBlockColumns);
+        Groups g = groups_of(x, num_heads, vertical, horizontal, 1);
+        g.images *= step * step;
+        g.dilation = step;
+        return g;
+    }
+    const auto cut =
+        kind.overlapping ? Axis::overlapping : +[](int64_t size, int64_t p) { return Axis::windows_of(size, p, 1); };
+    return groups_of(x, num_heads, cut(height, kind.rows), cut(width, kind.columns), 1);
+}
+
+void run(ChannelAttentionParams& p) {
     Groups& g = p.groups;
     const ChannelAttentionKernels& kernel = kernels_in_use<ChannelAttentionKernels>();
     const int64_t most = std::max({gram_scratch(g), attend_scratch(g), apply_scratch(g) + kTileTokens * g.depth});
     const int64_t each = round_up(most, kChannelPad);
     WorkSpace space;
-    const int64_t slots = space.add(g.slots_bytes());
+    const int64_t slots = space.add(g.slots_bytes()), attention = space.add(g.attention_bytes());
     const int64_t scratch = space.add(at::get_num_threads() * each * sizeof(float));
     space.allocate();
     g.slots = space.at<float>(slots);
+    g.attention = space.at<float>(attention);
     const auto for_all = [&](int64_t count, const auto& pass) {
         at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
             const ProductScope scope{p.brgemm};
@@ -150,37 +100,65 @@ void forward(ChannelAttentionParams& p) {
     };
     for_all(g.blocks() * g.heads, [&](auto... share) { kernel.gram(p, share...); });
     for_all(g.windows() * g.heads * g.branches, [&](auto... share) { kernel.attend(g, share...); });
+    if (g.overlapping()) {
+        for_all(g.blocks() * g.heads, [&](int64_t begin, int64_t end, float*) { kernel.average(g, begin, end); });
+    }
     for_all(g.blocks() * g.heads, [&](auto... share) { kernel.apply(p, share...); });
 }
 
+namespace {
+
+// The groups of channel attention, and what its kernels read of the parameters.
+struct ChannelGroups {
+    static constexpr int64_t kMostBlocks = 256;
+    static constexpr int64_t kLeastBlockPixels = 512;
+
+    ChannelGroups(const at::Tensor& x, const at::Tensor& temperature, int64_t num_heads, const GroupKind& kind) {
+        check_per_head(temperature, "temperature", num_heads, x);
+        scale = temperature.to(at::kFloat).contiguous();
+        groups = channel_groups(x, num_heads, kind);
+        if (kind.whole(x)) {  // the order of the pixels does not matter: take them as one row
+            const int64_t pixels = groups.height * groups.width;
+            groups.vertical = Axis::whole(1, 1);
+            groups.horizontal = Axis::whole(pixels, std::max(kLeastBlockPixels, pixels / kMostBlocks));
+            groups.height = 1;
+            groups.width = pixels;
+        }
+        groups.scale[0] = scale.const_data_ptr<float>();
+    }
+
+    at::Tensor scale;
+    Groups groups;
+};
+
+void check_maps(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t num_heads) {
+    check_image(q, "q");
+    check_tensor(k, "k", q.sizes(), q);
+    check_tensor(v, "v", q.sizes(), q);
+    check_heads(q.size(1), num_heads, "q");
+}
+
+}  // namespace
+
 at::Tensor channel_attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-                             const at::Tensor& temperature, int64_t num_heads, at::OptionalIntArrayRef window_size,
-                             std::optional<int64_t> dilation, bool overlapping) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!dilation.has_value() && !overlapping, "dilated and overlapping groups");
-    check_image(q_, "q");
-    check_tensor(k_, "k", q_.sizes(), q_);
-    check_tensor(v_, "v", q_.sizes(), q_);
-    check_heads(q_.size(1), num_heads, "q");
+                             const at::Tensor& temperature, int64_t num_heads, const GroupKind& kind) {
+    check_maps(q_, k_, v_, num_heads);
     const at::Tensor q = with_pixels(q_), k = with_pixels(k_), v = with_pixels(v_);
     const at::Tensor out = empty_channels_last(q.sizes(), q);
-    const WindowGroups windows(q, temperature, num_heads, window_size);
+    const ChannelGroups channel(q, temperature, num_heads, kind);
     ChannelAttentionParams params{};
     params.dtype = dtype_of(q);
     params.brgemm = brgemm_of(params.dtype);
-    params.groups = windows.groups;
+    params.groups = channel.groups;
     params.q = pixels_of(q);
     params.k = pixels_of(k);
     params.v = pixels_of(v);
     params.out = out.mutable_data_ptr();
-    forward(params);
+    run(params);
     return out;
 }
 
-// The gradients of the parameters, as far as they are sums over the map.
-struct Sums {
-    at::Tensor scale;  // (branches, heads), fp64
-    at::Tensor maps;   // (4, heads, p, p), fp64; two branches only
-};
+namespace {
 
 // out (p, p) = the sums of (images, rows, columns) values over the windows of a branch, or what of them is `inner`.
 void sum_windows(const Groups& g, int branch, bool inner, const float* values, double* out) {
@@ -203,8 +181,9 @@ void sum_windows(const Groups& g, int branch, bool inner, const float* values, d
     }
 }
 
-// The three passes over a map; p lacks only the work space.
-Sums backward(ChannelAttentionBackwardParams& p) {
+}  // namespace
+
+Sums run(ChannelAttentionBackwardParams& p) {
     const Groups& g = p.groups;
     const ChannelAttentionBackwardKernels& kernel = kernels_in_use<ChannelAttentionBackwardKernels>();
     const int64_t blocks = g.blocks() * g.heads, windows = g.windows() * g.heads * g.branches;
@@ -249,28 +228,18 @@ Sums backward(ChannelAttentionBackwardParams& p) {
     return sums;
 }
 
-at::Tensor like(const at::Tensor& gradient, const at::Tensor& parameter) {
-    return gradient.to(parameter.scalar_type()).view(parameter.sizes());
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_backward(
-    const at::Tensor& grad_, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-    const at::Tensor& temperature, int64_t num_heads, at::OptionalIntArrayRef window_size,
-    std::optional<int64_t> dilation, bool overlapping) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!dilation.has_value() && !overlapping, "dilated and overlapping groups");
-    check_image(q_, "q");
-    check_tensor(k_, "k", q_.sizes(), q_);
-    check_tensor(v_, "v", q_.sizes(), q_);
+at::Tensor channel_attention_backward(const at::Tensor& grad_, const at::Tensor& q_, const at::Tensor& k_,
+                                      const at::Tensor& v_, const at::Tensor& temperature, int64_t num_heads,
+                                      const GroupKind& kind, const at::Tensor& grad_q, const at::Tensor& grad_k,
+                                      const at::Tensor& grad_v) {
+    check_maps(q_, k_, v_, num_heads);
     check_tensor(grad_, "grad", q_.sizes(), q_);
-    check_heads(q_.size(1), num_heads, "q");
     const at::Tensor q = with_pixels(q_), k = with_pixels(k_), v = with_pixels(v_), grad = channels_last(grad_);
-    const at::Tensor grad_q = empty_channels_last(q.sizes(), q), grad_k = empty_channels_last(q.sizes(), q);
-    const at::Tensor grad_v = empty_channels_last(q.sizes(), q);
-    const WindowGroups windows(q, temperature, num_heads, window_size);
+    const ChannelGroups channel(q, temperature, num_heads, kind);
     ChannelAttentionBackwardParams p{};
     p.dtype = dtype_of(q);
     p.brgemm = brgemm_of(p.dtype);
-    p.groups = windows.groups;
+    p.groups = channel.groups;
     p.q = pixels_of(q);
     p.k = pixels_of(k);
     p.v = pixels_of(v);
@@ -278,73 +247,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_attention_bac
     p.grad_q = grad_q.mutable_data_ptr();
     p.grad_k = grad_k.mutable_data_ptr();
     p.grad_v = grad_v.mutable_data_ptr();
-    p.grad_pixel = q.size(1);
-    const Sums sums = backward(p);
-    return {grad_q, grad_k, grad_v, like(sums.scale, temperature)};
-}
-
-}  // namespace
-
-at::Tensor focal_channel_attention(const at::Tensor& qkv_, const at::Tensor& temperature,
-                                   const at::Tensor& token_weight, const at::Tensor& top_weight,
-                                   const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
-                                   bool cyclic) {
-    check_image(qkv_, "qkv");
-    const int64_t channels = attention_channels(qkv_);
-    check_heads(channels, num_heads, "a third of qkv");
-    const at::Tensor qkv = with_pixels(qkv_);
-    const at::Tensor out = empty_channels_last({qkv.size(0), channels, qkv.size(2), qkv.size(3)}, qkv);
-    const FocalGroups focal(out, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, cyclic);
-    ChannelAttentionParams params{};
-    params.dtype = dtype_of(qkv);
-    params.brgemm = brgemm_of(params.dtype);
-    params.groups = focal.groups;
-    const auto part = [&](int64_t index) { return pixels_of(qkv.narrow(1, index * channels, channels)); };
-    params.q = part(0);
-    params.k = part(1);
-    params.v = part(2);
-    params.out = out.mutable_data_ptr();
-    forward(params);
-    return out;
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
-    const at::Tensor& grad_, const at::Tensor& qkv_, const at::Tensor& temperature, const at::Tensor& token_weight,
-    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
-    bool cyclic) {
-    check_image(qkv_, "qkv");
-    const int64_t channels = attention_channels(qkv_);
-    check_heads(channels, num_heads, "a third of qkv");
-    check_tensor(grad_, "grad", {qkv_.size(0), channels, qkv_.size(2), qkv_.size(3)}, qkv_);
-    const at::Tensor qkv = with_pixels(qkv_), grad = channels_last(grad_);
-    const at::Tensor grad_qkv = empty_channels_last(qkv.sizes(), qkv);
-    const FocalGroups focal(grad, temperature, token_weight, top_weight, bottom_weight, num_heads, window_size, cyclic);
-    ChannelAttentionBackwardParams p{};
-    p.dtype = dtype_of(qkv);
-    p.brgemm = brgemm_of(p.dtype);
-    p.groups = focal.groups;
-    const auto part = [&](const at::Tensor& map, int64_t index) { return map.narrow(1, index * channels, channels); };
-    p.q = pixels_of(part(qkv, 0));
-    p.k = pixels_of(part(qkv, 1));
-    p.v = pixels_of(part(qkv, 2));
-    p.grad = pixels_of(grad);
-    p.grad_q = part(grad_qkv, 0).mutable_data_ptr();
-    p.grad_k = part(grad_qkv, 1).mutable_data_ptr();
-    p.grad_v = part(grad_qkv, 2).mutable_data_ptr();
-    p.grad_pixel = 3 * channels;
-    const Sums sums = backward(p);
-    // a parameter of both branches gets the sum of their gradients
-    const at::Tensor alpha = temperature.to(at::kDouble), of_scale = focal.scale_step ? sums.scale : sums.scale.sum(0);
-    const at::Tensor of_tokens = sums.maps.narrow(0, 0, 2), of_token = focal.token_step ? of_tokens : of_tokens.sum(0);
-    return {grad_qkv, like(-of_scale / (alpha * alpha), temperature), like(of_token * token_weight, token_weight),
-            like(sums.maps[2], top_weight), like(sums.maps[3], bottom_weight)};
+    p.grad_pixel = grad_q.stride(3);
+    return like(run(p).scale, temperature);
 }
 
 TORCH_LIBRARY_IMPL(ipt_fast_cpu, CPU, m) {
-    m.impl("channel_attention", channel_attention);
-    m.impl("channel_attention_backward", channel_attention_backward);
-    m.impl("focal_channel_attention", focal_channel_attention);
-    m.impl("focal_channel_attention_backward", focal_channel_attention_backward);
+    m.impl(
+        "channel_attention",
+        [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& temperature,
+           int64_t num_heads, at::OptionalIntArrayRef window_size, std::optional<int64_t> dilation, bool overlapping) {
+            return channel_attention(q, k, v, temperature, num_heads, {window_size, dilation, overlapping});
+        });
+    m.impl("channel_attention_backward",
+           [](const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+              const at::Tensor& temperature, int64_t num_heads, at::OptionalIntArrayRef window_size,
+              std::optional<int64_t> dilation, bool overlapping) {
+               check_image(q, "q");
+               const auto like_q = [&] { return empty_channels_last(q.sizes(), q); };
+               const at::Tensor grad_q = like_q(), grad_k = like_q(), grad_v = like_q();
+               const at::Tensor grad_temperature = channel_attention_backward(
+                   grad, q, k, v, temperature, num_heads, {window_size, dilation, overlapping}, grad_q, grad_k, grad_v);
+               return std::tuple(grad_q, grad_k, grad_v, grad_temperature);
+           });
 }
 
 }  // namespace ipt_fast::cpu

@@ -1,13 +1,53 @@
-// Focal channel attention and its gradient, which the backward of the focal attention layer is made of, and what the
-// layer shares with them.
+// Channel attention, focal channel attention and their gradients, which the layers' backwards are made of, and what the
+// layers share with them.
 #pragma once
 
+#include <optional>
 #include <tuple>
 
 #include "arguments.h"
 #include "channel_attention_kernel.h"
 
 namespace ipt_fast::cpu {
+
+// `name` is what has the channels.
+void check_heads(int64_t channels, int64_t num_heads, const char* name);
+void check_per_head(const at::Tensor& parameter, const char* name, int64_t num_heads, const at::Tensor& like);
+
+// Groups of a map `x` of all heads' channels. Parameters and slots are missing.
+Groups groups_of(const at::Tensor& x, int64_t num_heads, const Axis& vertical, const Axis& horizontal, int branches);
+
+// Which pixels are a group of channel attention.
+struct GroupKind {
+    GroupKind() = default;
+    // Checks the arguments of an operator.
+    GroupKind(at::OptionalIntArrayRef window_size, std::optional<int64_t> dilation, bool overlapping);
+
+    bool windows;           // or the whole image, or the pixels of a dilation
+    int64_t rows, columns;  // of a window
+    int64_t dilation;       // 1: none
+    bool overlapping;
+
+    // Whether all of an image of x is one group.
+    bool whole(const at::Tensor& x) const {
+        return dilation == 1 && (!windows || (rows >= x.size(2) && columns >= x.size(3)));
+    }
+};
+
+// Blocks of an image that is one group, in pixels; in large ones more.
+constexpr int64_t kBlockRows = 16, kBlockColumns = 32;
+
+// The groups of a map `x` of all heads' channels. Parameters and slots are missing.
+Groups channel_groups(const at::Tensor& x, int64_t num_heads, const GroupKind& kind);
+
+at::Tensor channel_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& temperature, int64_t num_heads, const GroupKind& kind);
+
+// Writes the gradients of q, k and v, parts of one map or maps of the same size. -> the gradient of the temperature.
+at::Tensor channel_attention_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k,
+                                      const at::Tensor& v, const at::Tensor& temperature, int64_t num_heads,
+                                      const GroupKind& kind, const at::Tensor& grad_q, const at::Tensor& grad_k,
+                                      const at::Tensor& grad_v);
 
 at::Tensor focal_channel_attention(const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
                                    const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads,
@@ -17,9 +57,6 @@ at::Tensor focal_channel_attention(const at::Tensor& qkv, const at::Tensor& temp
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> focal_channel_attention_backward(
     const at::Tensor& grad, const at::Tensor& qkv, const at::Tensor& temperature, const at::Tensor& token_weight,
     const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size, bool cyclic);
-
-// `name` is what has the channels.
-void check_heads(int64_t channels, int64_t num_heads, const char* name);
 
 // The parameters of focal channel attention as its kernels read them, checked; `like` has the dtype of the images.
 struct FocalParameters {
@@ -40,13 +77,21 @@ inline void set_branches(const float* (&branches)[2], const float* first, int64_
     branches[1] = first + step;
 }
 
-// The same with the parameters. The slots are still missing.
-struct FocalGroups : FocalParameters {
-    FocalGroups(const at::Tensor& x, const at::Tensor& temperature, const at::Tensor& token_weight,
-                const at::Tensor& top_weight, const at::Tensor& bottom_weight, int64_t num_heads, int64_t window_size,
-                bool cyclic);
+// The passes over a map, forward; p lacks only the work space.
+void run(ChannelAttentionParams& p);
 
-    Groups groups;
+// The gradients of the parameters, as far as they are sums over the map.
+struct Sums {
+    at::Tensor scale;  // (branches, heads), fp64
+    at::Tensor maps;   // (4, heads, p, p), fp64; two branches only
 };
+
+// The passes over a map, backward; p lacks only the work space.
+Sums run(ChannelAttentionBackwardParams& p);
+
+// A parameter's gradient in its shape and dtype.
+inline at::Tensor like(const at::Tensor& gradient, const at::Tensor& parameter) {
+    return gradient.to(parameter.scalar_type()).view(parameter.sizes());
+}
 
 }  // namespace ipt_fast::cpu

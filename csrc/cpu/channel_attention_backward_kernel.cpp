@@ -20,9 +20,9 @@ struct Tokens {
     int64_t pixel, row;
 
     Tokens(const Groups& g, const Pixels& map, const WindowBlock& block, const Tile& tile, int64_t head)
-        : pixel(map.stride), row(map.stride * g.horizontal.size) {
-        const int64_t index = (block.image * g.vertical.size + tile.y) * g.horizontal.size + tile.x;
-        first = static_cast<const T*>(map.data) + index * pixel + head * g.head_channels;
+        : pixel(map.stride * g.dilation), row(map.stride * g.row()) {
+        const int64_t index = g.pixel(block.image, tile.y, tile.x);
+        first = static_cast<const T*>(map.data) + index * map.stride + head * g.head_channels;
     }
     const T* at(int64_t y, int64_t x) const { return first + y * row + x * pixel; }
 };
@@ -171,6 +171,18 @@ struct TermOfV {
     }
 };
 
+// What the gradients of a block's values are computed with: `matrices` of ChannelAttentionBackwardParams of the windows
+// that it lies in, one of each branch, or where windows overlap up to four of the only branch.
+template <int branches>
+struct BlockMatrices {
+    static constexpr int kMost = branches == 1 ? 4 : 2;
+
+    int windows;  // of a branch
+    const float* of[kMost];
+    const float* units;             // of q, then of k, in which they and their gradients are; nullptr: 1
+    const float* slopes[branches];  // of q, then of k, sums over the branch's windows
+};
+
 // One tile of one head. Rows of scratch have `depth` floats for each token, products one row for each branch.
 template <typename T, typename B, typename Unit>
 struct ApplyTile {
@@ -182,20 +194,19 @@ struct ApplyTile {
     const WindowBlock& block;
     const Tile& tile;
     int64_t head;
-    const float* const* matrices;  // of the branches
-    const float* units;            // of q, then of k, in which they and their gradients are; nullptr: 1
+    const BlockMatrices<branches>& matrices;
     float *q, *k, *products, *room;
 
     void run() const {
         const auto squares = token_squares<B>(g, head, tile);
         const auto merge = merge_weights<B>(g, head, tile);
-        const float *const q_units = units, *const k_units = units ? units + g.depth : nullptr;
+        const float* const q_units = matrices.units;
+        const float* const k_units = q_units ? q_units + g.depth : nullptr;
         TermOfQ<branches> of_q{q, k, {}, {}};
         TermOfK<branches> of_k{k, {}};
         for (int branch = 0; branch < branches; ++branch) {
-            const float* const slopes = matrices[branch] + 3 * g.depth * g.depth;
-            of_q.q_slopes[branch] = slopes;
-            of_q.k_slopes[branch] = of_k.k_slopes[branch] = slopes + g.depth;
+            of_q.q_slopes[branch] = matrices.slopes[branch];
+            of_q.k_slopes[branch] = of_k.k_slopes[branch] = matrices.slopes[branch] + g.depth;
         }
         stage(p.q, q, q_units);
         stage(p.k, k, k_units);
@@ -217,14 +228,16 @@ struct ApplyTile {
         }
     }
 
-    // products = rows times matrix `which` of every branch
+    // products = rows times matrix `which` of every branch, summed over its windows. Sums of the matrices would serve,
+    // too, but products that round their factors would round them again.
     void multiply(const float* rows, int64_t which) const {
-        for (int branch = 0; branch < branches; ++branch) {
+        for (int i = 0; i < branches * matrices.windows; ++i) {
+            const int branch = i / matrices.windows;
             const Matrix left{rows, tile.tokens(), g.head_channels, g.depth};
-            const Matrix right{matrices[branch] + which * g.depth * g.depth, g.head_channels, g.depth, g.depth};
+            const Matrix right{matrices.of[i] + which * g.depth * g.depth, g.head_channels, g.depth, g.depth};
             const Matrix target{products + branch * g.depth, tile.tokens(), g.depth, branches * g.depth};
             unit.product(unit.left(unit.rows(left, room)), unit.right(right, room + kTileTokens * g.depth), target,
-                         Accumulate::no);
+                         i % matrices.windows == 0 ? Accumulate::no : Accumulate::yes);
         }
     }
 
@@ -236,12 +249,12 @@ struct ApplyTile {
         const float* const all_products = products;
         const int64_t depth = g.depth, channels = g.head_channels;
         for (int64_t y = 0, token = 0; y < tile.rows; ++y) {
-            const int64_t pixel = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
+            const int64_t pixel = g.pixel(block.image, tile.y + y, tile.x), step = g.dilation * p.grad_pixel;
             T* target = static_cast<T*>(out) + pixel * p.grad_pixel + head * g.head_channels;
             for (int64_t first = 0, columns = tile.columns; first < columns; first += kLanes) {
                 const int64_t count = columns - first < kLanes ? columns - first : kLanes;
                 Vec sums[branches][kLanes];
-                for (int64_t i = 0; i < count; ++i, ++token, target += p.grad_pixel) {
+                for (int64_t i = 0; i < count; ++i, ++token, target += step) {
                     Vec weight[branches], sum[branches]{};
                     for (int branch = 0; branch < branches; ++branch) {
                         weight[branch] = weights.at(branch, y, first + i);
@@ -275,25 +288,29 @@ struct ApplyTile {
     }
 };
 
-// The matrices of a block's windows in common units, the larger ones: no value of the block is then above 1. Returns
-// the units of q and of k, or nullptr where all are 1 and `matrices` stay as they are.
+// Fills in `matrices` what `of` and `windows` tell. Where windows have units, or share the block, it holds copies: in
+// common units, the larger ones, so that no value of the block is above 1; of the attention, the share.
 template <int branches>
-const float* common_units(const ChannelAttentionBackwardParams& p, const float* (&matrices)[branches], float* scratch) {
+void prepare(const ChannelAttentionBackwardParams& p, float share, BlockMatrices<branches>& matrices, float* scratch) {
     const int64_t depth = p.groups.depth, matrix = depth * depth, size = p.matrices_size();
-    float *const units = scratch, *const factors = units + 2 * depth;
+    const int count = branches * matrices.windows;
+    float *const units = scratch, *const factors = units + 2 * depth, *const slopes = factors + 2 * depth;
+    float* const copies = slopes + 2 * depth;
     bool ones = true;
-    for (int branch = 0; branch < branches; ++branch) {
-        ones = ones && all_ones(p.units(matrices[branch]), 2 * depth);
+    for (int i = 0; i < count; ++i) {
+        ones = ones && all_ones(p.units(matrices.of[i]), 2 * depth);
     }
-    if (ones) {
-        return nullptr;
-    }
+    matrices.units = ones ? nullptr : units;
     for (int64_t i = 0; i < 2 * depth; i += kLanes) {
-        store(units + i, max(load(p.units(matrices[0]) + i), load(p.units(matrices[branches - 1]) + i)));
+        Vec most = load(p.units(matrices.of[0]) + i);
+        for (int n = 1; n < count; ++n) {
+            most = max(most, load(p.units(matrices.of[n]) + i));
+        }
+        store(units + i, most);
     }
-    for (int branch = 0; branch < branches; ++branch) {
-        const float* const in = matrices[branch];
-        float* const out = factors + 2 * depth + branch * size;
+    for (int n = 0; n < count && (!ones || share != 1); ++n) {
+        const float* const in = matrices.of[n];
+        float* const out = copies + n * size;
         for (int64_t i = 0; i < 2 * depth; i += kLanes) {
             const Vec factor = load(p.units(in) + i) / load(units + i);
             store(factors + i, factor);
@@ -304,11 +321,23 @@ const float* common_units(const ChannelAttentionBackwardParams& p, const float* 
             const int64_t row = i / depth, column = i % depth;
             store(out + i, load(in + i) * of_k[row] * load(of_q + column));
             store(out + matrix + i, load(in + matrix + i) * of_q[row] * load(of_k + column));
+            store(out + 2 * matrix + i, load(in + 2 * matrix + i) * share);
         }
-        memcpy(out + 2 * matrix, in + 2 * matrix, matrix * sizeof(float));
-        matrices[branch] = out;
+        matrices.of[n] = out;
     }
-    return units;
+    for (int branch = 0; branch < branches; ++branch) {
+        matrices.slopes[branch] = matrices.of[branch * matrices.windows] + 3 * matrix;
+    }
+    if (matrices.windows > 1) {
+        for (int64_t i = 0; i < 2 * depth; i += kLanes) {
+            Vec sum{};
+            for (int n = 0; n < count; ++n) {
+                sum += load(matrices.of[n] + 3 * matrix + i);
+            }
+            store(slopes + i, sum);
+        }
+        matrices.slopes[0] = slopes;
+    }
 }
 
 // Of one head of a block; index counts blocks and heads.
@@ -320,16 +349,24 @@ void apply_block(const ChannelAttentionBackwardParams& p, const Unit& unit, cons
     float* const room = products + B::count * kTileTokens * g.depth;
     float* const moved = room + kTileTokens * g.depth + g.depth * g.depth;
     const int64_t head = index % g.heads;
-    const float* matrices[B::count];
-    for (int branch = 0; branch < B::count; ++branch) {
-        const int64_t y = window_of(g.vertical, branch, block.y), x = window_of(g.horizontal, branch, block.x);
-        matrices[branch] =
-            p.matrices_of((block.image * g.vertical.windows() + y) * g.horizontal.windows() + x, head, branch);
+    BlockMatrices<B::count> matrices{};
+    float share = 1;
+    if constexpr (B::count == 1) {
+        for_windows_over(g, block,
+                         [&](int64_t window) { matrices.of[matrices.windows++] = p.matrices_of(window, head, 0); });
+        share = share_of_window(g, block);
+    } else {
+        matrices.windows = 1;
+        for (int branch = 0; branch < B::count; ++branch) {
+            const int64_t y = window_of(g.vertical, branch, block.y), x = window_of(g.horizontal, branch, block.x);
+            matrices.of[branch] =
+                p.matrices_of((block.image * g.vertical.windows() + y) * g.horizontal.windows() + x, head, branch);
+        }
     }
-    const float* const units = common_units(p, matrices, moved);
+    prepare(p, share, matrices, moved);
     for (int64_t t = 0; t < block.tiles(); ++t) {
         const Tile tile = block.tile(t);
-        ApplyTile<T, B, Unit>{p, unit, g, block, tile, head, matrices, units, q, k, products, room}.run();
+        ApplyTile<T, B, Unit>{p, unit, g, block, tile, head, matrices, q, k, products, room}.run();
     }
 }
 

@@ -10,8 +10,7 @@ namespace {
 
 template <typename T>
 inline const T* pixel_of(const Groups& g, const Pixels& map, int64_t image, int64_t y, int64_t x) {
-    const int64_t pixel = (image * g.vertical.size + y) * g.horizontal.size + x;
-    return static_cast<const T*>(map.data) + pixel * map.stride;
+    return static_cast<const T*>(map.data) + g.pixel(image, y, x) * map.stride;
 }
 
 // Asks for the head's channels of a tile, if the block has it.
@@ -22,7 +21,7 @@ inline void prefetch(const Groups& g, const Pixels& map, const WindowBlock& bloc
         for (int64_t y = 0; y < tile.rows; ++y) {
             const T* row = pixel_of<T>(g, map, block.image, tile.y + y, tile.x) + head * g.head_channels;
             for (int64_t x = 0; x < tile.columns; ++x) {
-                prefetch_values(row + x * map.stride, g.head_channels);
+                prefetch_values(row + x * g.dilation * map.stride, g.head_channels);
             }
         }
     }
@@ -46,11 +45,12 @@ void gram_block(const ChannelAttentionParams& p, const Unit& unit, const WindowB
         };
         const auto stage = [&](const Pixels& map, int64_t of_k, const auto& put) {
             const T* first = first_of(map);
+            const int64_t row = g.row() * map.stride, column = g.dilation * map.stride;
             for (int64_t c = 0; c < g.depth; c += kLanes) {
                 Vec squares[B::count]{};
                 for (int64_t y = 0; y < tile.rows; ++y) {
                     for (int64_t x = 0; x < tile.columns; ++x) {
-                        const T* pixel = first + (y * g.horizontal.size + x) * map.stride;
+                        const T* pixel = first + y * row + x * column;
                         put(tile, y, x, c, load_channels(pixel, c, g.head_channels), weights, squares);
                     }
                 }
@@ -61,8 +61,8 @@ void gram_block(const ChannelAttentionParams& p, const Unit& unit, const WindowB
         stage(p.k, 1, [&](auto&&... token) __attribute__((always_inline)) { staged.put_k(token...); });
         staged.add(tile, weights, {slot, g.norms(slot, 0), g.factors(slot)}, t == 0, [&](float* rows) {
             for (int64_t y = 0; y < tile.rows; ++y) {
-                const T* const pixels = first_of(p.k) + y * g.horizontal.size * p.k.stride;
-                load_rows(Matrix{pixels, tile.columns, g.head_channels, p.k.stride},
+                const T* const pixels = first_of(p.k) + y * g.row() * p.k.stride;
+                load_rows(Matrix{pixels, tile.columns, g.head_channels, g.dilation * p.k.stride},
                           Matrix{rows + y * tile.columns * g.depth, tile.columns, g.depth, g.depth});
             }
         });
@@ -78,6 +78,12 @@ void attend(const Groups& g, int64_t begin, int64_t end, float* scratch) {
     }
 }
 
+void average(const Groups& g, int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+        average_windows(g, index / g.heads, index % g.heads);
+    }
+}
+
 // The output of one head of a block.
 template <typename T, typename B, typename Unit>
 void apply_block(const ChannelAttentionParams& p, const Unit& unit, const WindowBlock& block, int64_t index,
@@ -89,16 +95,16 @@ void apply_block(const ChannelAttentionParams& p, const Unit& unit, const Window
         const Tile tile = block.tile(t);
         prefetch<T>(g, p.v, block, t + 1, head);
         const T* first_v = pixel_of<T>(g, p.v, block.image, tile.y, tile.x) + head * g.head_channels;
-        const Matrix v{first_v, tile.rows * g.horizontal.size, g.head_channels, p.v.stride};
+        const Matrix v{first_v, tile.rows * g.width, g.head_channels, g.dilation * p.v.stride};
         const Matrix rows{attended, tile.tokens(), g.depth, g.depth};
         apply_tile<B>(g, unit, head, tile, g.slot(index / g.heads, head), v, rows, scratch);
         for (int64_t y = 0; y < tile.rows; ++y) {
-            const int64_t first = (block.image * g.vertical.size + tile.y + y) * g.horizontal.size + tile.x;
+            const int64_t first = g.pixel(block.image, tile.y + y, tile.x), pixel = g.dilation * channels;
             T* out = static_cast<T*>(p.out) + first * channels + head * g.head_channels;
             for (int64_t x = 0; x < tile.columns; ++x) {
                 const float* row = rows.row(y * tile.columns + x);
                 for_vectors(g.head_channels,
-                            [&](int64_t c, int64_t n) { store(out + x * channels + c, load(row + c), n); });
+                            [&](int64_t c, int64_t n) { store(out + x * pixel + c, load(row + c), n); });
             }
         }
     }
@@ -119,6 +125,6 @@ void apply_any(const ChannelAttentionParams& p, int64_t begin, int64_t end, floa
 }  // namespace
 
 constinit const ChannelAttentionKernels ChannelAttentionKernels::IPT_FAST_LEVEL = {cpu::gram_any, cpu::attend,
-                                                                                   cpu::apply_any};
+                                                                                   cpu::average, cpu::apply_any};
 
 }  // namespace ipt_fast::cpu

@@ -19,6 +19,10 @@ inline int64_t slot_size(int64_t branches, int64_t depth) { return depth * (bran
 }  // namespace
 
 // The groups of an attention: what does not depend on where q, k and v come from.
+//
+// With a dilation, the pixels whose rows, and whose columns, leave the same remainder are an image of their own, here
+// and in blocks: dilation^2 images for each one of the map. The first ones are the largest; `vertical` and `horizontal`
+// are the axes of these.
 struct Groups {
     int64_t images, heads;
     int64_t head_channels;  // d
@@ -26,13 +30,38 @@ struct Groups {
     int branches;           // 1 or 2
     bool inner;             // the second branch has a say only where none of its windows goes around the map's edges
     Axis vertical, horizontal;
+    int64_t dilation;       // 1 without
+    int64_t height, width;  // of the map
     // Of the branches, which may share them:
     const float* scale[2];          // (heads), multiplies the normalised products
     const float* token_squares[2];  // (heads, p, p), squares of the token weights; two branches only
     const float* merge[2];          // (heads, p, p); two branches only
     float* slots;                   // (images, blocks down, blocks across, heads) slots
+    float* attention;               // (windows, heads) matrices where windows overlap
 
+    IPT_FAST_INLINE bool overlapping() const { return vertical.step > 0 || horizontal.step > 0; }
     IPT_FAST_INLINE int64_t blocks() const { return images * vertical.blocks() * horizontal.blocks(); }
+    IPT_FAST_INLINE WindowBlock block(int64_t index) const {
+        WindowBlock block(vertical, horizontal, index);
+        if (dilation > 1) {
+            const int64_t top = block.image / dilation % dilation, left = block.image % dilation;
+            block.rows = clipped(block.y, block.rows, (height - top + dilation - 1) / dilation);
+            block.columns = clipped(block.x, block.columns, (width - left + dilation - 1) / dilation);
+        }
+        return block;
+    }
+    // The pixel of the map where an image begins. Rows are row() pixels apart, columns `dilation`.
+    IPT_FAST_INLINE int64_t first_pixel(int64_t image) const {
+        if (dilation == 1) {
+            return image * height * width;
+        }
+        const int64_t top = image / dilation % dilation, left = image % dilation;
+        return (image / dilation / dilation * height + top) * width + left;
+    }
+    IPT_FAST_INLINE int64_t row() const { return dilation * width; }
+    IPT_FAST_INLINE int64_t pixel(int64_t image, int64_t y, int64_t x) const {
+        return first_pixel(image) + y * row() + x * dilation;
+    }
     IPT_FAST_INLINE int64_t windows() const { return images * vertical.windows() * horizontal.windows(); }
     IPT_FAST_INLINE int64_t slots_bytes() const {
         return blocks() * heads * slot_size(branches, depth) * static_cast<int64_t>(sizeof(float));
@@ -57,17 +86,23 @@ struct Groups {
     IPT_FAST_INLINE bool unused(int branch, int64_t y, int64_t x) const {
         return inner && branch == 1 && (y + 1 == vertical.windows() || x + 1 == horizontal.windows());
     }
+    IPT_FAST_INLINE int64_t attention_bytes() const {
+        return overlapping() ? windows() * heads * depth * depth * static_cast<int64_t>(sizeof(float)) : 0;
+    }
+    IPT_FAST_INLINE float* attention_of(int64_t window, int64_t head) const {
+        return attention + (window * heads + head) * depth * depth;
+    }
     // Where the weights of a tile begin in a (heads, p, p) map.
     IPT_FAST_INLINE const float* weights(const float* map, int branch, int64_t head, const Tile& tile) const {
         const int64_t p = vertical.window;
         return map + (head * p + vertical.position(branch, tile.y)) * p + horizontal.position(branch, tile.x);
     }
-};
 
-// A dense map whose pixels are `stride` values apart.
-struct Pixels {
-    const void* data;
-    int64_t stride;
+  private:
+    // How many of `count` from `begin` on are below `end`.
+    IPT_FAST_INLINE static int64_t clipped(int64_t begin, int64_t count, int64_t end) {
+        return begin + count <= end ? count : begin < end ? end - begin : 0;
+    }
 };
 
 struct ChannelAttentionParams {
@@ -95,6 +130,9 @@ struct ChannelAttentionKernels {
     void (*gram)(const ChannelAttentionParams& params, int64_t begin, int64_t end, float* scratch);
     // Gram matrices to attention, for begin <= (window * heads + head) * branches + branch < end.
     void (*attend)(const Groups& groups, int64_t begin, int64_t end, float* scratch);
+    // Where windows overlap: the mean attention of a block's windows into its slots, for
+    // begin <= block * heads + head < end.
+    void (*average)(const Groups& groups, int64_t begin, int64_t end);
     // The output, for begin <= block * heads + head < end.
     void (*apply)(const ChannelAttentionParams& params, int64_t begin, int64_t end, float* scratch);
 
@@ -149,8 +187,9 @@ struct ChannelAttentionBackwardParams {
     IPT_FAST_INLINE int64_t scratch() const {
         const int64_t d = groups.depth, branches = groups.branches;
         const int64_t room = kTileTokens * d * (1 + branches) + d * d;
+        const int64_t windows = groups.overlapping() ? 4 : branches;  // that a block lies in, at most
         const int64_t tiles =
-            (branches + 2) * kTileTokens * d + branches * matrices_size() + 2 * d * (branches + 2) + room;
+            (branches + 2) * kTileTokens * d + windows * matrices_size() + 2 * d * (branches + 2) + room;
         const int64_t sums = 2 * d * (3 * d + 12);
         return round_up(tiles > sums ? tiles : sums, kChannelPad);
     }

@@ -139,7 +139,7 @@ at::Tensor taps_of(const at::Tensor& weight, bool flipped) {
 at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight, const OptionalTensor& bias_, bool flipped) {
     check_image(map, "x");
     const int64_t kernel = weight.dim() == 4 ? weight.size(3) : 0;
-    TORCH_CHECK_VALUE(kernel == 3 || kernel == 5, "weight must have 3x3 or 5x5 taps; got shape ", weight.sizes());
+    TORCH_CHECK_VALUE(kernel % 2 == 1, "weight must be (C, 1, K, K) with odd K; got shape ", weight.sizes());
     check_tensor(weight, "weight", {map.size(1), 1, kernel, kernel}, map);
     const at::Tensor x = channels_last(map), out = empty_channels_last(x.sizes(), x), taps = taps_of(weight, flipped);
     const Parameter bias(bias_, map.size(1));

@@ -20,7 +20,7 @@ struct ParameterGradients {
 ParameterGradients pointwise_gradients(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
                                        const OptionalTensor& bias = {}, const OptionalTensor& gate = {});
 
-// (B, C, H, W), weight (C, 1, k, k) with k = 3 or 5, bias (C,), zero padding -> (B, C, H, W).
+// (B, C, H, W), weight (C, 1, k, k) with odd k, bias (C,), zero padding -> (B, C, H, W).
 at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {});
 at::Tensor depthwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight);
 ParameterGradients depthwise_gradients(const at::Tensor& grad, const at::Tensor& x, int64_t kernel,

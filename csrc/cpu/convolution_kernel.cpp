@@ -152,16 +152,16 @@ void gate_sums(Matrix<const float> sums, const float* weight, const float* gate,
 // ---- depthwise ------------------------------------------------------------------------------------------------------
 
 // One strip of an image and its last `kernel` rows in fp32: [vector of channels][row % kernel][pixel][lane], with
-// kernel / 2 pixels of the neighbours, or zeros, at both ends.
-template <typename T, int kernel>
+// kernel / 2 pixels of the neighbours, or zeros, at both ends. `fixed` is the kernel's size, or 0: any.
+template <typename T, int fixed>
 struct DepthwiseStrip {
-    static constexpr int64_t kHalf = kernel / 2;
-
     const DepthwiseParams& p;
+    const int64_t kernel, half;
     int64_t image, first, count, ring_row;
     float* ring;
 
-    DepthwiseStrip(const DepthwiseParams& params, int64_t index, float* scratch) : p(params), ring(scratch) {
+    DepthwiseStrip(const DepthwiseParams& params, int64_t index, float* scratch)
+        : p(params), kernel(fixed ? fixed : p.kernel), half(kernel / 2), ring(scratch) {
         image = index / p.strips;
         first = index % p.strips * p.width / p.strips;
         count = (index % p.strips + 1) * p.width / p.strips - first;
@@ -177,7 +177,7 @@ struct DepthwiseStrip {
             const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
             const T* const source = static_cast<const T*>(map) + (inside ? offset(y, x) : 0);
             float* target = out;
-            for_vectors(p.channels, [&](int64_t c, int64_t n) {
+            for_vectors(p.channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
                 store(target, inside ? load(source + c, n) : Vec{});
                 target += vector_row;
             });
@@ -186,49 +186,48 @@ struct DepthwiseStrip {
 
     // Row y of the image into the ring.
     void load_row(int64_t y) const {
-        stage(p.x, y, first - kHalf, count + kernel - 1, ring + (y + kernel) % kernel * ring_row, kernel * ring_row);
+        stage(p.x, y, first - half, count + kernel - 1, ring + (y + kernel) % kernel * ring_row, kernel * ring_row);
     }
 
     // The rows under the kernel at row y, from pixel x of the strip on, for the vector of channel c.
     void rows(int64_t y, int64_t x, int64_t c, const float** out) const {
         for (int64_t i = 0; i < kernel; ++i) {
-            out[i] = ring + (c / kLanes * kernel + (y + i - kHalf + kernel) % kernel) * ring_row + x * kLanes;
+            out[i] = ring + (c / kLanes * kernel + (y + i - half + kernel) % kernel) * ring_row + x * kLanes;
         }
     }
 };
 
 // body(strip, y) for rows begin <= k < end, the rows under the kernel being in the strip's ring.
-template <typename T, int kernel, typename Body>
+template <typename T, int fixed, typename Body>
 inline void for_rows(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, const Body& body) {
-    constexpr int64_t kHalf = kernel / 2;
     while (begin < end) {
-        const DepthwiseStrip<T, kernel> strip(p, begin / p.height, scratch);
+        const DepthwiseStrip<T, fixed> strip(p, begin / p.height, scratch);
         const int64_t first = begin % p.height;
         const int64_t last = first + end - begin < p.height ? first + end - begin : p.height;
-        for (int64_t y = first - kHalf; y < first + kHalf; ++y) {
+        for (int64_t y = first - strip.half; y < first + strip.half; ++y) {
             strip.load_row(y);
         }
         for (int64_t y = first; y < last; ++y) {
-            strip.load_row(y + kHalf);
+            strip.load_row(y + strip.half);
             body(strip, y);
         }
         begin += last - first;
     }
 }
 
-template <typename T, int kernel>
+template <typename T, int fixed>
 void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch) {
-    for_rows<T, kernel>(p, begin, end, scratch, [&](const DepthwiseStrip<T, kernel>& strip, int64_t y) {
+    const float** const rows = p.rows(scratch);
+    for_rows<T, fixed>(p, begin, end, scratch, [&](const DepthwiseStrip<T, fixed>& strip, int64_t y) {
         T* const out = static_cast<T*>(p.out) + strip.offset(y, strip.first);
         // a few pixels at a time, so that memory is written in order
         for (int64_t first = 0; first < strip.count; first += kDepthwisePixels) {
             const int64_t count = strip.count - first < kDepthwisePixels ? strip.count - first : kDepthwisePixels;
             for_vectors(p.channels, [&](int64_t c, int64_t n) {
-                const float* rows[kernel];
                 strip.rows(y, first, c, rows);
                 const Taps taps{p.weight + c, padded(p.channels)};
                 with_bias(p.bias, c, [&](const auto& add) __attribute__((always_inline)) {
-                    depthwise_row<kernel>({rows, kLanes}, count, taps, [&](int64_t i, Vec sum) {
+                    convolve_row<fixed>({rows, kLanes}, count, p.kernel, taps, [&](int64_t i, Vec sum) {
                         T* const target = out + (first + i) * p.channels + c;
                         n == kLanes ? store(target, add(sum)) : store(target, add(sum), n);
                     });
@@ -238,54 +237,81 @@ void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scra
     });
 }
 
-template <typename T, int kernel>
+// sums[tap * stride] += the sums of the kernel's taps over one row of grad, and at last that of grad where it is
+// wanted.
+template <int fixed>
+void add_row_sums(const DepthwiseParams& p, const float* grad, const float* const* rows, int64_t count, float* room,
+                  double* sums) {
+    const auto add = [&](int64_t tap, Vec sum) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+            sums[tap * padded(p.channels) + lane] += sum[lane];
+        }
+    };
+    if constexpr (fixed != 0) {
+        Vec totals[fixed][fixed]{};
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+#pragma GCC unroll 5
+            for (int k = 0; k < fixed; ++k) {
+                add_tap_sums<fixed, 4, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals + k);
+            }
+        }
+        for (; i < count; ++i) {
+#pragma GCC unroll 5
+            for (int k = 0; k < fixed; ++k) {
+                add_tap_sums<fixed, 1, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals + k);
+            }
+        }
+        for (int tap = 0; tap < fixed * fixed; ++tap) {
+            add(tap, totals[tap / fixed][tap % fixed]);
+        }
+    } else {
+        const int64_t taps = p.kernel * p.kernel;
+        memset(room, 0, taps * kLanes * sizeof(float));
+        add_tap_gradients<0>(grad, rows, count, p.kernel, room);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            add(tap, load(room + tap * kLanes));
+        }
+    }
+    Vec total{};
+    for (int64_t i = 0; i < count && p.bias_gradient; ++i) {
+        total += load(grad + i * kLanes);
+    }
+    add(p.kernel * p.kernel, total);
+}
+
+template <typename T, int fixed>
 void depthwise_weight(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums) {
-    float* const staged = scratch + padded(p.channels) * kernel * (p.widest() + kernel - 1);
-    for_rows<T, kernel>(p, begin, end, scratch, [&](const DepthwiseStrip<T, kernel>& strip, int64_t y) {
+    const float** const rows = p.rows(scratch);
+    float *const staged = p.staged(scratch), *const room = p.tap_sums(scratch);
+    for_rows<T, fixed>(p, begin, end, scratch, [&](const DepthwiseStrip<T, fixed>& strip, int64_t y) {
         const int64_t staged_row = p.widest() * kLanes;
         strip.stage(p.grad, y, strip.first, strip.count, staged, staged_row);
         for (int64_t c = 0; c < p.channels; c += kLanes) {
-            const float* const grad = staged + c / kLanes * staged_row;
-            const float* rows[kernel];
             strip.rows(y, 0, c, rows);
-            Vec totals[kernel][kernel]{}, total{};
-            int64_t i = 0;
-            for (; i + 4 <= strip.count; i += 4) {
-#pragma GCC unroll 5
-                for (int k = 0; k < kernel; ++k) {
-                    add_tap_sums<kernel, 4, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals + k);
-                }
-            }
-            for (; i < strip.count; ++i) {
-#pragma GCC unroll 5
-                for (int k = 0; k < kernel; ++k) {
-                    add_tap_sums<kernel, 1, 1>(rows[k] + i * kLanes, grad + i * kLanes, totals + k);
-                }
-            }
-            for (i = 0; i < strip.count && p.bias_gradient; ++i) {
-                total += load(grad + i * kLanes);
-            }
-            for (int tap = 0; tap <= kernel * kernel; ++tap) {
-                const Vec sum = tap == kernel * kernel ? total : totals[tap / kernel][tap % kernel];
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    sums[tap * padded(p.channels) + c + lane] += sum[lane];
-                }
-            }
+            add_row_sums<fixed>(p, staged + c / kLanes * staged_row, rows, strip.count, room, sums + c);
         }
     });
 }
 
+// body(Constant<size>) for the kernels whose size is known beforehand, with 0 for others.
+template <typename Body>
+void with_kernel(int64_t kernel, const Body& body) {
+    kernel == 3 ? body(Constant<3>{}) : kernel == 5 ? body(Constant<5>{}) : body(Constant<0>{});
+}
+
 void depthwise_any(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch) {
-    with_type(p.dtype, [&](auto type) {
-        using T = decltype(type);
-        (p.kernel == 3 ? depthwise<T, 3> : depthwise<T, 5>)(p, begin, end, scratch);
+    with_kernel(p.kernel, [&](auto kernel) {
+        with_type(p.dtype,
+                  [&](auto type) { depthwise<decltype(type), decltype(kernel)::value>(p, begin, end, scratch); });
     });
 }
 
 void depthwise_weight_any(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch, double* sums) {
-    with_type(p.dtype, [&](auto type) {
-        using T = decltype(type);
-        (p.kernel == 3 ? depthwise_weight<T, 3> : depthwise_weight<T, 5>)(p, begin, end, scratch, sums);
+    with_kernel(p.kernel, [&](auto kernel) {
+        with_type(p.dtype, [&](auto type) {
+            depthwise_weight<decltype(type), decltype(kernel)::value>(p, begin, end, scratch, sums);
+        });
     });
 }
 

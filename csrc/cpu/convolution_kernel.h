@@ -47,7 +47,7 @@ struct PointwiseWeightParams {
 // Work is cut into rows of strips: row k is row k % height of strip k / height % strips of image k / height / strips.
 struct DepthwiseParams {
     DType dtype;
-    int64_t kernel;  // 3 or 5
+    int64_t kernel;  // odd
     const void* x;
     int64_t channels, height, width, strips;
     const float* weight;  // taps, padded channels; not for the weight's gradient
@@ -57,7 +57,20 @@ struct DepthwiseParams {
     void* out;            // not for the weight's gradient
 
     IPT_FAST_INLINE int64_t widest() const { return (width + strips - 1) / strips; }
-    IPT_FAST_INLINE int64_t scratch() const { return padded(channels) * (kernel * (widest() + kernel - 1) + widest()); }
+    // Floats of scratch memory: the ring of rows, a row of grad, the sums of all taps, pointers to the kernel's rows.
+    IPT_FAST_INLINE int64_t scratch() const { return room() + 2 * kernel; }
+    IPT_FAST_INLINE float* staged(float* scratch) const {
+        return scratch + padded(channels) * kernel * (widest() + kernel - 1);
+    }
+    IPT_FAST_INLINE float* tap_sums(float* scratch) const { return staged(scratch) + padded(channels) * widest(); }
+    IPT_FAST_INLINE const float** rows(float* scratch) const {
+        return reinterpret_cast<const float**>(scratch + room());
+    }
+
+  private:
+    IPT_FAST_INLINE int64_t room() const {
+        return padded(channels) * (kernel * (widest() + kernel - 1) + widest()) + kernel * kernel * kChannelPad;
+    }
 };
 
 struct ConvolutionKernels {

@@ -290,7 +290,7 @@ inline void for_blocks(const Params& p, int64_t begin, int64_t end, const Body& 
     const Groups& g = p.groups;
     with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) {
         for (int64_t index = begin; index < end; ++index) {
-            const WindowBlock block(g.vertical, g.horizontal, index / g.heads);
+            const WindowBlock block = g.block(index / g.heads);
             with_branches(g, block, [&](auto branches) { body(type, unit, branches, block, index); });
         }
     });

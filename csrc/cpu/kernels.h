@@ -53,6 +53,12 @@ struct Epilogue {
     IPT_FAST_INLINE Epilogue of_image(int64_t image) const { return {bias, gate + image * gate_stride, 0}; }
 };
 
+// A dense map whose pixels are `stride` values apart.
+struct Pixels {
+    const void* data;
+    int64_t stride;
+};
+
 // Two values in bf16, neighbours along the inner dimension of a product: the first in the low bits.
 struct Pair {
     uint32_t bits;

@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "feed_forward.h"
 #include "layer_norm_2d.h"
-#include "leffn.h"
-#include "leffn_kernel.h"
+#include "leffn_backward_kernel.h"
 #include "level.h"
 #include "matrix_unit.h"
 #include "work_space.h"
@@ -46,35 +46,10 @@ int64_t groups(int64_t shares, int64_t chunks, int64_t threads) {
     return chunks;
 }
 
-// Of x and, in fp32, of the network's arguments; empty where there is none.
-struct LeffnGradients {
-    at::Tensor x, expand, depthwise, project;
-    at::Tensor expand_bias = empty(), depthwise_bias = empty(), project_bias = empty(), gate = empty();
+}  // namespace
 
-    static at::Tensor empty() { return at::empty({0}, at::kFloat); }
-};
-
-// Adds what follows from `sums` (B, N), grad summed over each image's pixels: gradients of the biases behind the GELU,
-// and what these biases give to others.
-void add_output_biases(LeffnGradients& gradients, const at::Tensor& sums, const LeffnWeights& w,
-                       const OptionalTensor& gate) {
-    const at::Tensor grad_bias = (gate.has_value() ? sums.mul(*gate) : sums).sum(0).to(at::kFloat);
-    if (w.project_bias.has_value()) {
-        gradients.project_bias = grad_bias;
-    }
-    if (w.depthwise_bias.has_value()) {
-        gradients.depthwise_bias = at::mv(wide(w.project).flatten(1).t(), grad_bias);
-        gradients.project.flatten(1).add_(grad_bias.outer(wide(*w.depthwise_bias)));
-    }
-    if (gate.has_value()) {
-        const at::Tensor of_images = sums.mul(*w.output_bias());
-        gradients.gate.add_(gate->dim() == 1 ? of_images.sum(0) : of_images);
-    }
-}
-
-// The gradients of norm(x) and of the arguments of gate * network(norm(x)).
-LeffnGradients backward(const at::Tensor& grad_, const at::Tensor& x_, const LeffnWeights& w,
-                        const OptionalTensor& gate_, const Norm& norm) {
+FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& x_, const FeedForwardWeights& w,
+                                     const OptionalTensor& gate_, const Norm& norm) {
     const at::Tensor x = channels_last(x_), grad = channels_last(grad_), grad_x = empty_channels_last(x.sizes(), x);
     LeffnBackwardParams p{};
     p.dtype = dtype_of(x);
@@ -179,7 +154,7 @@ LeffnGradients backward(const at::Tensor& grad_, const at::Tensor& x_, const Lef
         const at::Tensor matrix = (transposed ? sum.t() : sum).narrow(0, 0, weight.size(0));
         return matrix.narrow(1, 0, weight.numel() / weight.size(0)).contiguous().view(weight.sizes());
     };
-    LeffnGradients gradients;
+    FeedForwardGradients gradients;
     gradients.x = grad_x;
     gradients.expand = gradient(grad_expand, w.expand, false);
     gradients.depthwise = gradient(grad_depthwise, w.depthwise, true);
@@ -204,7 +179,9 @@ LeffnGradients backward(const at::Tensor& grad_, const at::Tensor& x_, const Lef
     return gradients;
 }
 
-void check_gradient(const at::Tensor& grad, const at::Tensor& x, const LeffnWeights& w) {
+namespace {
+
+void check_gradient(const at::Tensor& grad, const at::Tensor& x, const FeedForwardWeights& w) {
     w.check(x);
     check_tensor(grad, "grad", {x.size(0), w.project.size(0), x.size(2), x.size(3)}, x);
 }
@@ -215,9 +192,10 @@ NetworkGradients leffn_backward(const at::Tensor& grad, const at::Tensor& x, con
                                 const at::Tensor& depthwise_weight, const at::Tensor& project_weight,
                                 const OptionalTensor& expand_bias, const OptionalTensor& depthwise_bias,
                                 const OptionalTensor& project_bias) {
-    const LeffnWeights w{expand_weight, depthwise_weight, project_weight, expand_bias, depthwise_bias, project_bias};
+    const FeedForwardWeights w{expand_weight, depthwise_weight, project_weight,
+                               expand_bias,   depthwise_bias,   project_bias};
     check_gradient(grad, x, w);
-    const LeffnGradients g = backward(grad, x, w, {}, {});
+    const FeedForwardGradients g = leffn_gradients(grad, x, w, {}, {});
     return {g.x, g.expand, g.depthwise, g.project, g.expand_bias, g.depthwise_bias, g.project_bias};
 }
 
@@ -236,9 +214,9 @@ LayerGradients leffn_layer_backward(const at::Tensor& grad_, const at::Tensor& x
     check_tensor(grad_, "grad", x_.sizes(), x_);
     const at::Tensor grad = with_range(grad_), x = with_range(x_);
     const LayerNorm norm(x, wide(norm_weight), wide(norm_bias), eps, centered);
-    const LeffnWeights w{with_range(expand_weight), with_range(depthwise_weight), with_range(project_weight),
-                         wide(expand_bias),         wide(depthwise_bias),         wide(project_bias)};
-    const LeffnGradients g = backward(grad, x, w, wide(gate), norm.params);
+    const FeedForwardWeights w{with_range(expand_weight), with_range(depthwise_weight), with_range(project_weight),
+                               wide(expand_bias),         wide(depthwise_bias),         wide(project_bias)};
+    const FeedForwardGradients g = leffn_gradients(grad, x, w, wide(gate), norm.params);
     const auto [grad_x, grad_weight, grad_bias] =
         layer_norm_2d_backward(g.x, x, wide(norm_weight), wide(norm_bias), eps, centered);
     grad_x.add_(grad);

@@ -14,9 +14,10 @@
 // FLOPs of a pixel: 2 * hidden * (3 * channels + 2 * out_channels + 3 * kernel^2), and the first `channels` and
 // `out_channels` again for the halo, 20 % of a tile of 32 by 64 inside an image (kernel 5). Bytes: x and g once and
 // the halo, grad_x once.
+#include "leffn_backward_kernel.h"
+
 #include "depthwise.h"
 #include "gelu.h"
-#include "leffn_kernel.h"
 #include "rows.h"
 #include "units.h"
 

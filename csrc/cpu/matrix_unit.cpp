@@ -7,6 +7,13 @@
 
 #include "level.h"
 
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "tiles.h"
+#endif
+
 namespace ipt_fast::cpu {
 namespace {
 
@@ -29,16 +36,27 @@ void emulated_brgemm(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c
     }
 }
 
-void torch_brgemm(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate) {
-    at::native::cpublas::brgemm(c.rows, c.columns, 2 * a.columns, 2 * a.stride, b.stride, c.stride,
-                                accumulate == Accumulate::yes, reinterpret_cast<const at::BFloat16*>(a.data),
-                                reinterpret_cast<const at::BFloat16*>(b.data), c.data);
+#if defined(__x86_64__)
+
+// The system gives a process the tiles' registers on request.
+bool has_tiles() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return at::native::cpublas::could_pack(at::kBFloat16) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
+
+#else
+
+bool has_tiles() { return false; }
+void multiply_on_tiles(Matrix<const Pair>, Matrix<const Pair>, Matrix<float>, Accumulate) {}
+void release_tiles() {}
+
+#endif
 
 }  // namespace
 
 bool has_matrix_unit() {
-    static const bool found = at::native::cpublas::could_pack(at::kBFloat16);
+    static const bool found = has_tiles();
     return found || emulated;
 }
 
@@ -48,12 +66,12 @@ Brgemm brgemm_of(DType dtype) {
     if (dtype != DType::bf16 || !kLevels[level()].matrix_unit) {
         return nullptr;
     }
-    return emulated ? emulated_brgemm : torch_brgemm;
+    return emulated ? emulated_brgemm : multiply_on_tiles;
 }
 
 ProductScope::~ProductScope() {
-    if (used == torch_brgemm) {
-        at::native::cpublas::brgemm_release();
+    if (used == multiply_on_tiles) {
+        release_tiles();
     }
 }
 

@@ -1,4 +1,4 @@
-// The processor's matrix unit, which multiplies matrices of bf16. oneDNN's products, by way of PyTorch, make use of it.
+// The processor's matrix unit, which multiplies matrices of bf16.
 #pragma once
 
 #include "kernels.h"

@@ -17,10 +17,16 @@ const char* name_of(Layer layer) {
             return "leffn";
         case Layer::leffn_layer:
             return "leffn_layer";
+        case Layer::feed_forward_layer:
+            return "feed_forward_layer";
+        case Layer::channel_attention_layer:
+            return "channel_attention_layer";
         case Layer::focal_attention_layer:
             return "focal_attention_layer";
-        default:
+        case Layer::grid_attention_layer:
             return "grid_attention_layer";
+        default:
+            return "window_attention_layer";
     }
 }
 

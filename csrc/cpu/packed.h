@@ -11,7 +11,15 @@
 
 namespace ipt_fast::cpu {
 
-enum class Layer : int64_t { leffn, leffn_layer, focal_attention_layer, grid_attention_layer };
+enum class Layer : int64_t {
+    leffn,
+    leffn_layer,
+    feed_forward_layer,
+    channel_attention_layer,
+    focal_attention_layer,
+    grid_attention_layer,
+    window_attention_layer,
+};
 
 // What a block begins with. A layer's own header derives from it and adds what a call needs to know: numbers, and where
 // in the block its pieces begin, in bytes.

@@ -100,16 +100,17 @@ inline HalfBits from_float(Vec v, BFloat16) { return to_bf16(v); }
 inline HalfBits from_float(Vec v, Half) { return to_half(v); }
 inline HalfBits from_float(Vec v, Factor) { return to_factor(v); }
 
-// The first `count` (1 to kLanes) values from p as fp32; the other lanes are 0.
+// The first `count` (1 to kLanes) values from p as fp32; the other lanes are 0. Always inlined, as is `store`: in large
+// files the compiler would rather call them, and a call keeps nothing in registers.
 template <typename T>
-inline Vec load(const T* p, int64_t count = kLanes) {
+inline __attribute__((always_inline)) Vec load(const T* p, int64_t count = kLanes) {
     decltype(from_float(Vec{}, T{})) raw{};
     memcpy(&raw, p, count * sizeof(T));
     return to_float(raw, T{});
 }
 
 template <typename T>
-inline void store(T* p, Vec v, int64_t count = kLanes) {
+inline __attribute__((always_inline)) void store(T* p, Vec v, int64_t count = kLanes) {
     const auto raw = from_float(v, T{});
     memcpy(p, &raw, count * sizeof(T));
 }

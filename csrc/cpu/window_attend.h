@@ -47,15 +47,20 @@ struct HeadWindow {
     }
 };
 
-// body(index) for the blocks that a window is made of.
+// body(index, block) for the blocks that a window is made of, but empty ones.
 template <typename Body>
 inline void for_window_blocks(const Groups& g, const HeadWindow& window, const Body& body) {
     for (int64_t i = 0; i < g.vertical.parts; ++i) {
         for (int64_t j = 0; j < g.horizontal.parts; ++j) {
             const int64_t y = g.vertical.block_of(window.branch, window.y, i);
             const int64_t x = g.horizontal.block_of(window.branch, window.x, j);
-            if (y < g.vertical.blocks() && x < g.horizontal.blocks()) {
-                body((window.image * g.vertical.blocks() + y) * g.horizontal.blocks() + x);
+            if (y < 0 || y >= g.vertical.blocks() || x < 0 || x >= g.horizontal.blocks()) {
+                continue;
+            }
+            const int64_t index = (window.image * g.vertical.blocks() + y) * g.horizontal.blocks() + x;
+            const WindowBlock block = g.block(index);
+            if (block.tokens() > 0) {
+                body(index, block);
             }
         }
     }
@@ -82,7 +87,8 @@ inline void softmax_of_columns(float* scores, int64_t channels, int64_t depth) {
 }
 
 // The matrix of one window, summed over its blocks, becomes the transposed attention [k][q], a copy in each of the
-// blocks' slots; zeros in the padding. `scratch` holds attend_scratch(g) floats.
+// blocks' slots, or where windows overlap one in g.attention; zeros in the padding. `scratch` holds attend_scratch(g)
+// floats.
 inline void attend_window(const Groups& g, const HeadWindow& window, float* scratch) {
     const int branch = window.branch;
     const int64_t depth = g.depth, matrix = depth * depth;
@@ -91,7 +97,7 @@ inline void attend_window(const Groups& g, const HeadWindow& window, float* scra
     double* const units = k + depth;
     float* scores = scratch + 2 * (matrix + 4 * depth);
     const auto for_slots = [&](const auto& body) {
-        for_window_blocks(g, window, [&](int64_t index) { body(g.slot(index, window.head)); });
+        for_window_blocks(g, window, [&](int64_t index, const WindowBlock&) { body(g.slot(index, window.head)); });
     };
     memset(totals, 0, (matrix + 2 * depth) * sizeof(double));
     for_slots([&](float* slot) {
@@ -108,12 +114,47 @@ inline void attend_window(const Groups& g, const HeadWindow& window, float* scra
         }
     }
     softmax_of_columns(scores, g.head_channels, depth);
-    for_slots([&](float* slot) { memcpy(slot + branch * matrix, scores, matrix * sizeof(float)); });
+    if (g.overlapping()) {
+        memcpy(g.attention_of(window.index, window.head), scores, matrix * sizeof(float));
+    } else {
+        for_slots([&](float* slot) { memcpy(slot + branch * matrix, scores, matrix * sizeof(float)); });
+    }
+}
+
+// body(window) for the windows that a block lies in, where windows overlap.
+template <typename Body>
+inline void for_windows_over(const Groups& g, const WindowBlock& block, const Body& body) {
+    for (int64_t i = 0; i < g.vertical.windows_over(block.block_y); ++i) {
+        for (int64_t j = 0; j < g.horizontal.windows_over(block.block_x); ++j) {
+            const int64_t y = block.image * g.vertical.windows() + g.vertical.first_window(block.block_y) + i;
+            body(y * g.horizontal.windows() + g.horizontal.first_window(block.block_x) + j);
+        }
+    }
+}
+
+// What each of them contributes to the mean.
+inline float share_of_window(const Groups& g, const WindowBlock& block) {
+    const int64_t windows = g.vertical.windows_over(block.block_y) * g.horizontal.windows_over(block.block_x);
+    return 1.0f / static_cast<float>(windows);
+}
+
+// The mean attention of a block's windows into its slot: results are linear in v, so it gives the mean of theirs.
+inline void average_windows(const Groups& g, int64_t index, int64_t head) {
+    const WindowBlock block = g.block(index);
+    const Vec share = broadcast(share_of_window(g, block));
+    float* const slot = g.slot(index, head);
+    memset(slot, 0, g.depth * g.depth * sizeof(float));
+    for_windows_over(g, block, [&](int64_t window) {
+        const float* const attention = g.attention_of(window, head);
+        for (int64_t i = 0; i < g.depth * g.depth; i += kLanes) {
+            store(slot + i, fma(share, load(attention + i), load(slot + i)));
+        }
+    });
 }
 
 // out[tokens][depth] = sum over the branches of w * attention v, for one tile; v is the head's channels of the map from
-// the tile's first pixel on. Each branch is a sum of its own, which rounds less than one sum over both. `scratch` holds
-// apply_scratch(g) floats.
+// the tile's first pixel on, rows g.width apart. Each branch is a sum of its own, which rounds less than one sum over
+// both. `scratch` holds apply_scratch(g) floats.
 template <typename B, typename T, typename Unit>
 inline void apply_tile(const Groups& g, const Unit& unit, int64_t head, const Tile& tile, const float* slot,
                        Matrix<T> v, Matrix<float> out, float* scratch) {
@@ -123,7 +164,7 @@ inline void apply_tile(const Groups& g, const Unit& unit, int64_t head, const Ti
     float *const top = scratch + kTileTokens * depth, *const bottom = top + kTileTokens * depth,
                  *const room = bottom + kTileTokens * depth;
     for (int64_t y = 0; y < tile.rows; ++y) {
-        load_rows(v.slice(y * g.horizontal.size, tile.columns), values.slice(y * tile.columns, tile.columns));
+        load_rows(v.slice(y * g.width, tile.columns), values.slice(y * tile.columns, tile.columns));
     }
     const Matrix attention{slot, depth, depth, depth};
     if constexpr (B::count == 1) {

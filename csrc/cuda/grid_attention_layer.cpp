@@ -25,9 +25,8 @@ Tensor run_grid_attention_layer(Tensor x, Tensor norm_weight, OptionalTensor nor
         const int64_t side = 2 * grid_size - 1;
         check_small(*bias_table, "bias_table", {side * side, num_heads}, x, norm_weight);
     }
-    const Lattice lattice = {height, width, grid_size};
-    const int64_t groups = x.size(0) * group_count(lattice);
-    const Lattices lattices = lattices_of(lattice);
+    const Lattices lattices = lattices_of(height, width, grid_size);
+    const int64_t groups = x.size(0) * lattices.cubby_rows * lattices.cubby_columns;
     STD_TORCH_CHECK(lattices.rows <= kMostLatticePoints && lattices.columns <= kMostLatticePoints,
                     "grid_size must be at most ", kMostLatticePoints, "; got ", grid_size);
     STD_TORCH_CHECK(height <= INT32_MAX / 2 && width <= INT32_MAX / 2 && groups <= INT32_MAX / 4,

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "common/lattice.h"
+#include "common/token_groups.h"
 
 namespace ipt_fast::cuda {
 
@@ -14,10 +14,10 @@ struct Lattices {
     int height, width, cubby_rows, cubby_columns, rows, columns;
 };
 
-inline Lattices lattices_of(const Lattice& l) {
-    const Group first = group_of(l, 0);
-    return {l.height * l.width,     (int)l.height,   (int)l.width,      (int)cubby(l.height, l),
-            (int)cubby(l.width, l), (int)first.rows, (int)first.columns};
+inline Lattices lattices_of(int64_t height, int64_t width, int64_t grid) {
+    const TokenAxis down = TokenAxis::lattices(height, grid), across = TokenAxis::lattices(width, grid);
+    return {height * width,    (int)height,    (int)width,      (int)down.groups,
+            (int)across.groups, (int)down.most, (int)across.most};
 }
 
 struct GridAttentionLayerArguments {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .accelerated import Accelerated, plain_class, swap, unswap
 from .example import example_of
+from .half import raise_flags, restoring
 from .report import Report, Row
 from .rules import RULES, Rule
 from .verify import Call, Exact, Verification, copied
@@ -33,7 +34,8 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
     of -100 means as long as no score exceeds another by as much; where it does, the check refuses the module.
 
     Args:
-        model: a module, or a descriptor of spandrel.
+        model: a module, or a descriptor of spandrel, whose flags for 16 bit are raised where that is safe now
+            (:mod:`ipt_fast.acceleration.half`).
         verify: run the example through the plain model in float64, and then, module by module and whole, the
             accelerated one on what was recorded: its error may be twice that of the plain module in the same dtype.
             Where that fails in 16 bits, the error counts that it makes in float32 with the results of its modules
@@ -57,18 +59,20 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
     rows, found = _find(module)
     whole = Row("", plain_class(module).__name__)
     undo = functools.partial(_undo, [part for _, part, _ in found])
+    flags: dict[str, bool] = {}
     try:
         if verify and found:
             example = example_of(module, descriptor) if example is None else example
             with _evaluating(module), torch.no_grad():
                 _swap_verified(module, example, whole, found, time)
+                flags = raise_flags(descriptor, module, example, rows)
         else:
             for _, part, rule in found:
                 swap(part, rule)
     except BaseException:
         undo()
         raise
-    return Report(rows, whole, undo)
+    return Report(rows, whole, restoring(flags, descriptor, undo))
 
 
 Found = tuple[Row, nn.Module, Rule]

@@ -14,7 +14,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "convert",
         help="make a file of weights a folder for --model",
         description="Read a PyTorch or safetensors file strictly and save config.json and model.safetensors into OUT. "
-        "Of a published IPT the shape is read from the tensors, but the heads of its attention are those of --model. "
+        "Of a published IPT or Restormer the shape is read from the tensors, but the heads of an IPT's attention are "
+        "those of --model. "
         "With --dtype, FILE may also be the folder of a saved model, or the name of one that ships.",
     )
     option = parser.add_argument

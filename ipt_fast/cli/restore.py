@@ -12,13 +12,13 @@ from .._files import check_name
 from .._precision import DTYPES
 from ..evaluation.page import DEFAULT_SIZE
 from ..inference import Restorer
-from ..models import create_model, load_checkpoint, open_model
 from ..models.contract import describe
 from ..ops._select import POLICIES, policy
 from ..tiling import BLENDS
 from ._arguments import MODELS_HELP, RAW_HELP, TILE_HELP, Subparsers, tile_size
 from ._jobs import Job, make_writable, plan
 from ._journal import Journal, digest_of_model
+from ._models import MODEL_HELP, open_named
 from ._page import check_page, write_restorations
 from ._ray import check_ray, restore_on_ray
 from ._results import Results
@@ -40,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
     option = parser.add_argument
     option("input", nargs="+", metavar="IN", help="image file, folder, or quoted glob such as 'photos/*.jpg'")
     option("output", metavar="OUT", help="image file (for one image), whose suffix says the format, or folder")
-    option("--model", default="ipt_v2_tiny", help="a model that ships, or a folder of a saved one (%(default)s)")
+    option("--model", default="ipt_v2_tiny", help=f"{MODEL_HELP} (%(default)s)")
     option("--checkpoint", type=Path, metavar="FILE", help="weights for the architecture that --model names")
     option("--raw-weights", action="store_true", help=RAW_HELP)
     option("--task", help="what to restore, for models of several tasks")
@@ -53,6 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     option("--dtype", choices=("auto", *DTYPES), default="auto", help="precision of the model (%(default)s)")
     option("--device", help="cpu, cuda ... (a GPU where there is one)")
     option("--backend", choices=POLICIES, help="kernels to use (IPT_FAST_BACKEND, or auto)")
+    option("--verbose", action="store_true", help="tell what a model of other people is, and how it is accelerated")
     option("--max-pixels", type=int, metavar="N", help="read images of up to N pixels (178956970)")
     option("--overwrite", action="store_true", help="restore again what is in OUT already, and replace it")
     option(
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     jobs = plan(args)
     check_page(args, jobs)
-    model = _open_model(args)
+    model = open_named(args)
     if args.noise is not None and describe(model).scale(args.task) > 1:
         raise ValueError(
             "--noise must be left out for a task that magnifies, as its target is the input itself; got "
@@ -164,21 +165,6 @@ def _restore(jobs: list[Job], work: Work) -> dict[Job, str]:
                 failed[job] = outcome.error
             _advance(bar, index + 1)
     return failed
-
-
-def _open_model(args: argparse.Namespace) -> torch.nn.Module:
-    if args.checkpoint is None:
-        if args.raw_weights:
-            raise ValueError("--raw-weights must be left out without --checkpoint, which it is about; got it alone")
-        return open_model(args.model)
-    model = create_model(args.model)
-    if model.shape_is_in_weights:
-        raise ValueError(
-            f"--checkpoint must be for a model whose name tells its shape; got {args.model}: make {args.checkpoint} a "
-            "folder for --model first, with ipt-fast convert"
-        )
-    model.reparameterize()  # the merged form takes checkpoints of both forms
-    return load_checkpoint(model, args.checkpoint, average=False if args.raw_weights else None)
 
 
 def _advance(bar: tqdm, images: float) -> None:

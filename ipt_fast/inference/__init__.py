@@ -18,6 +18,7 @@ from ..data import io as io
 from ..data.resize import imresize as imresize
 from ..freezing import Frozen, prepared
 from ..models.contract import Contract, attached_config, describe, describe_restoring
+from ..models.described import as_module
 from ..modules.feed_forward import reason_against_merging as reason_against_merging
 from ..modules.padding import crop, pad_to_size
 from ..ops._explain import explain
@@ -39,7 +40,7 @@ TILES_AT_ONCE = 32  # of a model with one size of input
 
 def restore(
     image: ImageT,
-    model: nn.Module,
+    model: Any,
     *,
     task: str | int | None = None,
     tile: int | str | None = "auto",
@@ -86,24 +87,25 @@ class Restorer:
     """A model made ready for inference: a frozen copy, called on images as :func:`restore` takes them.
 
     Args:
-        model: a module (B, C, H, W) -> (B, C', H, W), frozen or not. Its :class:`ipt_fast.models.Contract` says what it
-            takes: of one that carries none :func:`ipt_fast.models.describe` finds out, and where nothing is said it
-            gets the image's channels as they are, with values in [0, 1].
+        model: a module (B, C, H, W) -> (B, C', H, W), frozen or not, or a descriptor of spandrel. Its
+            :class:`ipt_fast.models.Contract` says what it takes: of one that carries none
+            :func:`ipt_fast.models.describe` finds out, and where nothing is said it gets the image's channels as they
+            are, with values in [0, 1].
         task: name or number of one of the model's tasks, which may magnify; None where there is one or none.
         tile: None runs the image whole. A number of pixels, at least 16 and not necessarily a multiple of anything,
-            cuts it into square tiles of exactly this size, moved together so that all lie inside. "auto" takes the
-            whole image or as few equal tiles as half of the available memory allows (limit 512 for a model whose memory
-            is not known). Attention that spans the whole image sees only its tile, so tiles change the result a little,
-            and not only at the seams. A model with one size of input (``image_size``) gets tiles of that size,
-            joined as ``tile`` says: "blend" (the same as "auto"), "paper" or "official", see
-            :func:`ipt_fast.tiling.procedure_tiles`; smaller images are padded.
+            cuts it into square tiles of exactly this size, or of the next larger one that the model takes, moved
+            together so that all lie inside. "auto" takes the whole image, or as few equal tiles as half of the
+            available memory allows (limit 512 for a model whose memory is not known). Attention that spans the whole
+            image sees only its tile, so tiles change the result a little, and not only at the seams. A model with one
+            size of input (``image_size``) gets tiles of that size, joined as ``tile`` says: "blend" (the same as
+            "auto"), "paper" or "official", see :func:`ipt_fast.tiling.procedure_tiles`; smaller images are padded.
         overlap: pixels that neighbouring tiles share at least; at most half of ``tile``, 32 where that fits.
         blend: "cosine" fades tiles into each other, "average" weighs all that cover a pixel equally.
         self_ensemble: the mean over the 8 flips and transposes of each tile; 8 times the work.
         dtype: torch.float32, bfloat16 or float16, or their names. Half precision runs under autocast, so the input and
             everything autocast deems delicate stay in float32. "auto" takes half precision on a GPU, and bfloat16 on a
-            CPU with instructions for it; a frozen model keeps its own. A tile that comes out non-finite is run again in
-            float32, with a warning.
+            CPU with instructions for it, where the model's contract allows that; a frozen model keeps its own. A tile
+            that comes out non-finite is run again in float32, with a warning.
         device: where to run; the model's own by default.
         progress: called as ``progress(done, total)`` after each tile.
 
@@ -120,7 +122,7 @@ class Restorer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         task: str | int | None = None,
         tile: int | str | None = "auto",
@@ -131,8 +133,7 @@ class Restorer:
         device: torch.device | str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, as create_model makes; got {type(model).__name__}")
+        model = as_module(model)
         if not isinstance(self_ensemble, bool):
             raise TypeError(f"self_ensemble must be True or False; got {self_ensemble!r}")
         contract, name = describe_restoring(model), type(model).__name__
@@ -146,7 +147,7 @@ class Restorer:
             dtype = model.dtype
         if dtype == "auto" and any(".quantized" in type(module).__module__ for module in model.modules()):
             dtype = torch.float32  # PyTorch's quantised layers take no other
-        self.dtype = usable_dtype(dtype, self.device)
+        self.dtype = _usable_dtype(dtype, self.device, contract)
         self.model: nn.Module = Frozen(prepared(model, self.device), self.dtype)
         self.contract = describe(self.model)
         self.progress = progress
@@ -245,7 +246,7 @@ class Restorer:
     def _tile_size(self, image: Tensor) -> TileSize:
         """The tiles for an image: none is larger than it."""
         batch, _, height, width = image.shape
-        if self.tile is None:
+        if self.tile is None or self.tile == "auto" and self.contract.whole:
             limit = max(height, width)
         elif self.tile == "auto":
             available, fused = int(self.memory_share * available_memory(self.device)), self._layers_are_fused()
@@ -260,8 +261,11 @@ class Restorer:
             limit = int(self.tile)
         overlap = min(DEFAULT_OVERLAP, limit // 4) if self.overlap is None else self.overlap
         if self.tile == "auto":
-            return TileSize(balanced_tile(height, limit, overlap), balanced_tile(width, limit, overlap), overlap)
-        return TileSize(min(height, limit), min(width, limit), overlap)
+            tile = balanced_tile(height, limit, overlap), balanced_tile(width, limit, overlap)
+        else:
+            tile = min(height, limit), min(width, limit)
+        tile = self.contract.sizes.containing(*tile)
+        return TileSize(min(height, tile[0]), min(width, tile[1]), overlap)
 
     def _layers_are_fused(self) -> bool:
         fused = self.device.type == "cpu" and policy() in ("auto", "cpu") and _extension.load()
@@ -295,6 +299,14 @@ def _check_procedure(tile: object, overlap: object, name: str, size: int) -> Non
         )
     if overlap is not None:
         raise ValueError(f"overlap must be None for {name}, whose tiles lie where `tile` says; got {overlap!r}")
+
+
+def _usable_dtype(dtype: torch.dtype | str, device: torch.device, contract: Contract) -> torch.dtype:
+    found = usable_dtype(dtype, device)
+    if found in contract.dtypes or not (isinstance(dtype, str) and dtype == "auto"):
+        return found
+    half_instead = device.type == "cuda" and torch.float16 in contract.dtypes
+    return torch.float16 if half_instead else torch.float32
 
 
 def _usable_device(device: torch.device | str | None, model: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..freezing import Frozen
 from ..models.contract import Contract
+from ..modules.padding import crop, pad_to_size
 from ._plan import Plan, Span
 
 T = TypeVar("T")
@@ -106,13 +107,17 @@ class Runner:
             ) / len(_VIEWS)
 
     def _forward(self, model: nn.Module, tiles: Tensor) -> Tensor:
-        white = self.contract.value_range
+        white, size = self.contract.value_range, tuple(tiles.shape[2:])
+        if (larger := self.contract.sizes.containing(*size)) != size:
+            tiles = pad_to_size(tiles, *larger)
         output = model(tiles * white, **self.arguments).float() / white
-        if output.dim() != 4 or output.shape[2:] != tuple(self.scale * length for length in tiles.shape[2:]):
+        if output.dim() != 4 or output.shape[2:] != tuple(self.scale * length for length in larger):
             raise ValueError(
                 f"model must return (B, C, H, W) of {'the' if self.scale == 1 else f'{self.scale} times the'} input's "
                 f"size; got {tuple(output.shape)} for {tuple(tiles.shape)}"
             )
+        if larger != size:
+            output = crop(output, *(self.scale * length for length in size))
         if self.contract.out_channels not in (None, output.shape[1]):
             raise ValueError(
                 f"model must return the {self.contract.out_channels} channels of its contract; got {output.shape[1]}"

@@ -4,11 +4,13 @@ from ._pretrained import Preset, PretrainedModel
 from ._registry import ASSETS as ASSETS
 from ._registry import create_model, list_models, open_checkpoint, open_model, register, saved_folder, shipped_models
 from .checkpoint import load_checkpoint, load_state, read_state_dict
-from .contract import Contract, describe
+from .contract import Contract, Sizes, describe
+from .described import Described, as_module
 from .dit import DiT, DiTConfig
 from .ipt import IPT, IPTConfig, config_of
 from .ipt_v2 import IPTV2, IPTV2Config
 from .latent_ipt_v2 import LatentIPTV2, LatentIPTV2Config
+from .restormer import Restormer, RestormerConfig
 
 __all__ = [
     "IPT",
@@ -16,12 +18,17 @@ __all__ = [
     "IPTV2",
     "IPTV2Config",
     "Contract",
+    "Described",
     "DiT",
     "DiTConfig",
     "LatentIPTV2",
     "LatentIPTV2Config",
     "Preset",
     "PretrainedModel",
+    "Restormer",
+    "RestormerConfig",
+    "Sizes",
+    "as_module",
     "config_of",
     "create_model",
     "describe",

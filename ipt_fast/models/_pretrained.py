@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._files import atomic_write, make_folder, naming
 from ..modules._fusion import Fusable
+from . import record
 from .checkpoint import load_state, read_state_dict
 from .contract import Contract
 
@@ -45,6 +46,8 @@ class PretrainedModel(Fusable):
     free_fields: ClassVar[frozenset[str]] = frozenset()
     # Whether a file of weights is opened by its own shape, and a preset only tells what it does not: `open_weights`.
     shape_is_in_weights: ClassVar[bool] = False
+    # Whether files of weights also hold the config, as a tensor (:mod:`ipt_fast.models.record`).
+    records_config: ClassVar[bool] = False
 
     @property
     def contract(self) -> Contract:
@@ -104,9 +107,8 @@ class PretrainedModel(Fusable):
                 ``dtype``.
             OSError: a file cannot be written, such as for want of space; the previous one is left.
         """
-        config = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
-        directory = pathlib.Path(directory)
-        state = {name: _stored(name, value, dtype) for name, value in self.state_dict().items()}
+        config, directory = self._fields(), pathlib.Path(directory)
+        state = {name: _stored(name, value, dtype) for name, value in self.recorded_state_dict().items()}
         make_folder("directory", directory)
         with naming(directory / "model.safetensors"), atomic_write(directory / "model.safetensors") as path:
             path.touch()
@@ -115,6 +117,18 @@ class PretrainedModel(Fusable):
             path.chmod(mode)  # the library's own is for the owner alone
         with naming(directory / "config.json"), atomic_write(directory / "config.json") as path:
             path.write_text(json.dumps(config, indent=2) + "\n")
+
+    def recorded_state_dict(self) -> dict[str, Tensor]:
+        """The state dict, and in it the config as a tensor where models of this class have that in files."""
+        state = dict(self.state_dict())
+        return state | {record.NAME: record.to_record(self._fields())} if self.records_config else state
+
+    def _fields(self) -> dict[str, Any]:
+        return {"model": type(self).__name__, **dataclasses.asdict(self.config)}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + record.NAME, None)  # of a copy
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **overrides: Any) -> Self:
@@ -142,6 +156,11 @@ class PretrainedModel(Fusable):
     def from_fields(cls, fields: dict[str, Any]) -> Self:
         """A new model by the fields of its config."""
         return cls(build_config(cls.config_class, fields))
+
+    @classmethod
+    def fields_told_by(cls, state: dict[str, Tensor]) -> dict[str, Any] | None:
+        """The fields of the config where tensors alone tell that they are of this class, and all of its shape."""
+        return None
 
     @classmethod
     def with_implied_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:

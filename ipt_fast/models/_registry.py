@@ -5,7 +5,11 @@ import os
 import pathlib
 from typing import Any, TypeVar
 
+from torch import Tensor
+
+from . import record
 from ._pretrained import PretrainedModel, build_config, read_config
+from .checkpoint import load_state, read_state_dict
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 CLASSES: dict[str, type[PretrainedModel]] = {}  # by the name of the class, which a saved model holds
@@ -77,8 +81,8 @@ def open_checkpoint(
 
     Args:
         path: see :func:`load_checkpoint`.
-        name: its architecture, one of :func:`list_models`. Of an IPT the shape is read from the tensors, and the name
-            tells the number of heads, which they do not have.
+        name: its architecture, one of :func:`list_models`. Of an IPT and a Restormer the shape is read from the
+            tensors; of an IPT the name tells the number of heads, which they do not have.
         average: which weights of a file that holds an average, too, see :func:`read_state_dict`.
         config: fields of the model's config that differ from the name's; of an IPT those of
             :meth:`IPT.from_checkpoint`.
@@ -90,16 +94,50 @@ def open_checkpoint(
 
 
 def open_model(source: str | os.PathLike[str]) -> PretrainedModel:
-    """A trained model in eval mode: a name with shipped weights, or a folder written by ``save_pretrained``.
+    """A trained model in eval mode: a name with shipped weights, or what ``save_pretrained`` wrote.
+
+    That is a folder, or a file of weights that tells what it is: one of IPT-V2 by the config that it holds, too, one of
+    Restormer, also as it was published, by its tensors.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: none of these.
     """
+    if str(source) not in PRESETS and pathlib.Path(source).is_file():
+        return _open_file(source)
     folder = saved_folder(source)
     name = read_config(folder / "config.json").get("model")
+    return _class_in(name, f"{folder}/config.json").from_pretrained(folder)
+
+
+def open_state(state: dict[str, Tensor], source: str | os.PathLike[str]) -> PretrainedModel:
+    """The model, in eval mode, of a state dict that tells what it is; ``source`` is for messages.
+
+    Raises:
+        ValueError: it does not, or it is damaged.
+    """
+    told = [(model, fields) for model in CLASSES.values() if (fields := model.fields_told_by(state)) is not None]
+    if record.NAME in state:
+        fields = record.from_record(state[record.NAME])
+        told = [(_class_in(fields.pop("model", None), source), fields)]
+    if not told:
+        raise ValueError(
+            f"model must be a file that tells what it is, as those of Restormer do, and those of IPT-V2 that "
+            f"save_pretrained writes; got {source}, which does not: its architecture has to be named (open_checkpoint, "
+            "--checkpoint)"
+        )
+    model = told[0][0].from_fields(told[0][1])
+    load_state(model, state, source)
+    return model.eval()
+
+
+def _open_file(path: str | os.PathLike[str]) -> PretrainedModel:
+    return open_state(read_state_dict(path), path)
+
+
+def _class_in(name: object, source: str | os.PathLike[str]) -> type[PretrainedModel]:
     if not isinstance(name, str) or name not in CLASSES:
-        raise ValueError(f"model in {folder}/config.json must be one of {', '.join(CLASSES)}; got {name!r}")
-    return CLASSES[name].from_pretrained(folder)
+        raise ValueError(f"model in {source} must be one of {', '.join(CLASSES)}; got {name!r}")
+    return CLASSES[name]
 
 
 def saved_folder(source: str | os.PathLike[str]) -> pathlib.Path:

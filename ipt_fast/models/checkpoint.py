@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..modules.feed_forward import Reparameterized
+from . import record
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # Names under which files have weights: averages over training (EMA), and the weights of the last iteration.
@@ -142,7 +143,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
     """Load tensors by name strictly, checking everything before the first is copied; ``source`` is for messages."""
-    model, state = _unwrapped(model), dict(state)
+    model, state = _unwrapped(model), {name: value for name, value in state.items() if name != record.NAME}
     for name, module in model.named_modules():
         if isinstance(module, Reparameterized):
             module.merge_state(state, _strip(f"{name}.") if name else "")

@@ -9,7 +9,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+
+from .._precision import DTYPES
 
 # Of a U-shaped model, for each pixel of its input and each channel of its ``width``. Measured as peak resident memory
 # (VmHWM) less that after an image of 64 x 64 (VmRSS) of merged IPT-V2, fp32, CPU: tiny 243 at 256 x 256 and 246 at
@@ -30,6 +33,32 @@ class Memory:
     def of_width(cls, width: int) -> "Memory":
         """Of a U-shaped model with ``width`` channels at its first level."""
         return cls(BYTES_PER_PIXEL_AND_CHANNEL * width, BYTES_WITH_FUSED_LAYERS * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Which heights and widths a model takes, in pixels.
+
+    Args:
+        minimum: of both.
+        multiple_of: a divisor of both.
+        square: they are equal.
+    """
+
+    minimum: int = 1
+    multiple_of: int = 1
+    square: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("minimum", "multiple_of"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive int; got {value!r}")
+
+    def containing(self, height: int, width: int) -> tuple[int, int]:
+        """The smallest size that the model takes and that is nowhere less."""
+        height, width = (-(-max(side, self.minimum) // self.multiple_of) * self.multiple_of for side in (height, width))
+        return (max(height, width),) * 2 if self.square else (height, width)
 
 
 def _same_size(task: str | int | None) -> int:
@@ -59,6 +88,9 @@ class Contract:
         in_channels: of the images it takes; None takes any number.
         out_channels: of the images it returns; None returns any number.
         image_size: side of its square input in pixels; None takes any size.
+        sizes: which sizes it takes where it takes more than one; images of others are padded.
+        whole: it sees images as wholes, so that where nothing else is asked for they are not cut into tiles.
+        dtypes: in which it may run; where one is chosen for it, it is none but these.
         value_range: the value of white, 0 is black.
         tasks: names of what it can do, in the order of their numbers; empty where it does one thing.
         takes_task: whether its forward has an argument ``task``, a name or a number.
@@ -81,21 +113,34 @@ class Contract:
     reparameterize: Callable[[], None] = _nothing_to_merge
     objective: str = "denoising"
     generates: bool = False
+    sizes: Sizes = Sizes()
+    whole: bool = False
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
 
 
-def describe(model: nn.Module) -> Contract:
-    """The contract of any module.
+def describe(model: Any) -> Contract:
+    """The contract of any module, or of a descriptor of spandrel.
 
     A wrapper that hands on attributes, as that of ``torch.compile`` does, has the contract of what it wraps.
 
     Returns:
         The module's attribute ``contract``. Of a module without one, what its ``config`` (``in_channels``,
         ``image_size``, ``value_range``, ``width``), its methods ``scale`` and ``reparameterize`` and the signature of
-        its forward say.
+        its forward say; of a descriptor what it says.
+
+    Raises:
+        ValueError: a descriptor's model takes more than an image.
     """
+    if is_descriptor(model):
+        return _contract_of_descriptor(model)
     # An error inside a class's own contract must not pass for a module without one.
     contract = model.contract if hasattr(type(model), "contract") else getattr(model, "contract", None)
     return contract if isinstance(contract, Contract) else _contract_of_foreign(model)
+
+
+def is_descriptor(model: Any) -> bool:
+    """Whether this is no module but a descriptor of spandrel, which has one."""
+    return not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module)
 
 
 def describe_restoring(model: nn.Module) -> Contract:
@@ -113,6 +158,23 @@ def describe_restoring(model: nn.Module) -> Contract:
 def attached_config(model: nn.Module) -> Any:
     """The attribute ``config`` of any module; None of one without."""
     return getattr(model, "config", None)
+
+
+def _contract_of_descriptor(descriptor: Any) -> Contract:
+    """Its contract, without the numbers that spandrel does not have, such as memory."""
+    if descriptor.purpose == "Inpainting":
+        raise ValueError(
+            f"model must restore an image by itself; got one of {descriptor.architecture.name}, which needs a mask"
+        )
+    needs, half = descriptor.size_requirements, (descriptor.supports_bfloat16, descriptor.supports_half)
+    return Contract(
+        in_channels=descriptor.input_channels,
+        out_channels=descriptor.output_channels,
+        scale=magnifies(descriptor.scale),
+        sizes=Sizes(max(1, needs.minimum), needs.multiple_of, needs.square),
+        whole=descriptor.tiling.name == "INTERNAL",
+        dtypes=(torch.float32, *(d for d, safe in zip((torch.bfloat16, torch.float16), half, strict=True) if safe)),
+    )
 
 
 def _contract_of_foreign(model: nn.Module) -> Contract:

@@ -204,6 +204,7 @@ class IPTV2(PretrainedModel):
 
     config_class = IPTV2Config
     free_fields = frozenset({"merged"})
+    records_config = True
     presets = {
         "ipt_v2_tiny": Preset(
             _TINY,

@@ -40,6 +40,10 @@ class Norm(OperatorModule):
     eps: float
     centered: bool
 
+    def changed_inside(self) -> str | None:
+        """Why what is in it has to be called, or None."""
+        return None
+
 
 class Branch(OperatorModule):
     """An attention or a feed-forward network, which a layer puts between a norm and a residual connection.
@@ -79,7 +83,7 @@ def reason_against_fusing(norm: nn.Module, branch: nn.Module) -> str | None:
         return f"there is no operator for {type(norm).__name__} and {type(branch).__name__}"
     if branch.plain:
         return "it is a plain twin"
-    return branch.changed_inside()
+    return _fusion.first(norm=norm.changed_inside()) or branch.changed_inside()
 
 
 def residual(x: Tensor, norm: nn.Module, branch: nn.Module, modulation: Modulation | None = None) -> Tensor:

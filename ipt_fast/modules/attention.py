@@ -12,7 +12,8 @@ from .convolution import Conv2d
 READINGS = ("paper", "released")
 
 
-def _check_heads(channels: int, num_heads: int) -> None:
+def check_heads(channels: int, num_heads: int) -> None:
+    """Check that heads have equally many channels."""
     if channels % num_heads:
         raise ValueError(f"num_heads must divide the {channels} channels; got {num_heads}")
 
@@ -55,7 +56,7 @@ class FocalContextSelfAttention(Branch):
         super().__init__()
         _check.positive_ints(channels=channels, num_heads=num_heads, window_size=window_size)
         _check.flags(bias=bias)
-        _check_heads(channels, num_heads)
+        check_heads(channels, num_heads)
         check_reading(attention, window_size)
         self.channels = channels
         self.num_heads = num_heads
@@ -137,7 +138,7 @@ class GlobalGridSelfAttention(Branch):
         super().__init__()
         _check.positive_ints(channels=channels, num_heads=num_heads, grid_size=grid_size)
         _check.flags(bias=bias)
-        _check_heads(channels, num_heads)
+        check_heads(channels, num_heads)
         self.channels = channels
         self.num_heads = num_heads
         self.grid_size = grid_size

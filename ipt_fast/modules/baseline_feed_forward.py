@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from . import _check, _fusion
 from ._layer import Branch, Modulation, Norm
-from .convolution import Conv2d
-
-GATED_RATIO = 2.66  # hidden channels of the gated network over C (Restormer, section 4)
+from .gated_feed_forward import GATED_RATIO as GATED_RATIO
+from .gated_feed_forward import GatedFeedForward as GatedFeedForward
 
 
 @_fusion.stock
@@ -54,30 +53,3 @@ class FeedForward(Branch):
     def layer(self, x: Tensor, norm: Norm, modulation: Modulation | None = None) -> Tensor:
         _check.image(x, self.channels, self.expand)
         return super().layer(x, norm, modulation)
-
-
-@_fusion.stock
-class GatedFeedForward(_fusion.Fusable):
-    """Gated-Dconv feed-forward network, GDFN (Zamir et al., Restormer, CVPR 2022, section 3.2), no bias.
-
-    a and b, the halves of DW3x3(PW(x)), become PW(GELU(a) * b). Submodules are named as Restormer's.
-
-    Args:
-        channels: C.
-
-    Shape: (B, C, H, W) -> (B, C, H, W).
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        _check.positive_ints(channels=channels)
-        self.channels = channels
-        hidden = int(GATED_RATIO * channels)
-        self.project_in = Conv2d(channels, 2 * hidden, 1, bias=False)
-        self.dwconv = Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
-        self.project_out = Conv2d(hidden, channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check.image(x, self.channels, self.project_in)
-        a, b = self.dwconv(self.project_in(x)).chunk(2, dim=1)
-        return self.project_out(F.gelu(a) * b)

@@ -113,7 +113,9 @@ def pack(operator: Operator, arguments: Mapping[str, Any], dtype: torch.dtype) -
     parameters = inspect.signature(operator.function).parameters.values()
     given = {**dict.fromkeys(OF_IMAGES), **{p.name: p.default for p in parameters if p.default is not p.empty}}
     given.update(arguments)
-    values = [given[name].to(dtype) if name in operator.weights else given[name] for name in names]
+    values = [
+        given[name].to(dtype) if name in operator.weights and given[name] is not None else given[name] for name in names
+    ]
     if dtype == torch.float16 and wide:
         values, dtype = _wide(tuple(values)), torch.float32
     with torch.no_grad():

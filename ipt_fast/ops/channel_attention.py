@@ -81,16 +81,4 @@ _operator = Operator(
     flops=_flops,
 )
 _cpu.register(_operator)
-
-
-def _triton_limit(q: Tensor, num_heads: int, window_size: Any, dilation: Any, overlapping: Any) -> str | None:
-    if (
-        dilation is not None
-        or overlapping
-        or (window_size is not None and len(set(_check.pair("channel_attention", "window_size", window_size))) > 1)
-    ):
-        return "Triton's kernels take the whole image and square windows only"
-    return _triton.head_limit(q.shape[1], num_heads)
-
-
-_triton.register(_operator, _triton_limit)
+_triton.register(_operator, lambda q, num_heads: _triton.head_limit(q.shape[1], num_heads))

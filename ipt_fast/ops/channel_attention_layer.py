@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from . import _check, _flops, _norm
+from . import _check, _cpu, _flops, _norm, _triton
 from ._operator import Operator, Shape
 from .channel_attention import check_groups
 
@@ -107,3 +107,5 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_operations,
 )
+_cpu.register(_operator, keeps_a_map=True, packs=True)
+_triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.feed_forward_layer import FORMS
-from . import _check, _flops, _norm
+from . import _check, _cpu, _flops, _norm, _triton
 from ._operator import Operator, Shape
 
 _HALVES = ("gdfn", "sgfn")  # forms that project half of the hidden channels
@@ -120,3 +120,11 @@ _operator = Operator(
     output_shape=lambda x, *_: x.shape,
     flops=_operations,
 )
+
+
+def _triton_limit(depthwise_weight: Tensor | None) -> str | None:
+    return None if depthwise_weight is None else _triton.depthwise_limit(depthwise_weight)
+
+
+_cpu.register(_operator, packs=True)
+_triton.register(_operator, _triton_limit)

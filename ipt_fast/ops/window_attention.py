@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import reference
-from . import _check
+from . import _check, _cpu, _triton
 from ._operator import Operator, Shape
 
 
@@ -137,3 +137,5 @@ _operator = Operator(
     output_shape=lambda q, *_: q.shape,
     flops=_flops,
 )
+_cpu.register(_operator)
+_triton.register(_operator, lambda q, num_heads: _triton.head_limit(q.shape[1], num_heads))

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from . import _check, _flops, _norm
+from . import _check, _cpu, _flops, _norm, _triton
 from ._operator import Operator, Shape
 from .window_attention import check_bias, check_shift, default_scale, squared_tokens
 
@@ -93,10 +93,12 @@ _operator = Operator(
     window_attention_layer,
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor project_weight, Tensor? bias, "
     "Tensor? qkv_bias, Tensor? project_bias, Tensor? gate, int num_heads, int[2] window_size, int[2] shift, "
-    "float scale, float eps, bool centered, bool residual",
+    "float? scale, float eps, bool centered, bool residual",
     reference.window_attention_layer,
     images=("x",),
     weights=("qkv_weight", "project_weight"),
     output_shape=lambda x, *_: x.shape,
     flops=_operations,
 )
+_cpu.register(_operator, packs=True)
+_triton.register(_operator, lambda x, num_heads: _triton.head_limit(x.shape[1], num_heads))

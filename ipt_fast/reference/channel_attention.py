@@ -46,7 +46,7 @@ def channel_attention(
     heads = (num_heads, channels // num_heads)
 
     def whole(*maps: Tensor) -> Tensor:
-        q, k, v = (t.reshape(t.shape[0], *heads, -1) for t in maps)
+        q, k, v = (t.flatten(2).unflatten(1, heads) for t in maps)
         return attend(q, k, v, temperature).reshape(maps[0].shape)
 
     if dilation is not None:

@@ -11,7 +11,7 @@ from tests.ops.cases import Baseline, assert_within_rule, forward_and_gradients
 
 
 def randomised(model):
-    """The model with random parameters, none of them zero, of sizes as after training."""
+    """The model with random parameters and statistics, none of them zero, of sizes as after training."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -19,6 +19,10 @@ def randomised(model):
                 torch.nn.init.normal_(parameter, std=fan_in**-0.5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 1.5)
     return model.eval()
 
 
@@ -27,30 +31,44 @@ def in_dtype(model, dtype):
     model = copy.deepcopy(model).to(dtype)
     for module in model.modules():
         if hasattr(module, "calculate_mask"):
-            module.calculate_mask = functools.partial(_masked_in, dtype, module.calculate_mask)
+            module.calculate_mask = functools.partial(_cast, module.calculate_mask, dtype)
     return model
 
 
-def _masked_in(wanted, calculate_mask, *args, **kwargs):
-    return _pytree.tree_map(lambda mask: mask.to(wanted), calculate_mask(*args, **kwargs))
+def _cast(function, to, /, *args, **kwargs):
+    return _pytree.tree_map_only(torch.Tensor, lambda mask: mask.to(to), function(*args, **kwargs))
 
 
 def run_of(models):
-    """The function that `Baseline` takes: output and gradients of the image and of all parameters, in a dtype."""
+    """The function that `Baseline` takes: output and gradients of the image and of all parameters, in a dtype.
+
+    With them come the running statistics of batch norms, which a forward in training moves on.
+    """
 
     def run(dtype, grad, tensors):
+        model = models(dtype)
         values = {name: value.to(dtype) for name, value in tensors.items()}
+        statistics = {name: value.clone() for name, value in model.named_buffers() if "running_" in name}
 
         def call(x, **parameters):
             named = {name.replace("/", "."): value for name, value in parameters.items()}
-            return torch.func.functional_call(models(dtype), named, (x,))
+            return torch.func.functional_call(model, named | statistics, (x,))
 
-        return forward_and_gradients(call, values, {}, grad.to(dtype))
+        return by_layer(forward_and_gradients(call, values, {}, grad.to(dtype))) | statistics
 
     return run
 
 
-def assert_same(plain, shape, dtype, rules):
+def by_layer(results):
+    """The gradients of weight and bias of one layer as one: that of a bias alone may be one number, or zero."""
+    for name in [name for name in results if name.endswith("/bias")]:
+        weight = f"{name.removesuffix('bias')}weight"
+        if weight in results:
+            results[weight] = torch.cat([results[weight].flatten(), results.pop(name).flatten()])
+    return results
+
+
+def assert_same(plain, shape, dtype, rules, training=False):
     """Accelerate a copy of a model and compare it with the plain one on an image of that shape.
 
     Args:
@@ -58,6 +76,7 @@ def assert_same(plain, shape, dtype, rules):
         shape: (B, C, H, W), of any size that the model takes.
         dtype: of the accelerated model.
         rules: names of the rules by which its modules must run.
+        training: compare them in training mode.
     """
     example = torch.rand(shape, dtype=torch.float64).to(dtype)
     accelerated = copy.deepcopy(plain).to(dtype)
@@ -65,6 +84,7 @@ def assert_same(plain, shape, dtype, rules):
     assert {row.rule for row in report.rows} == set(rules), str(report)
     assert set(ipt_fast.explain(accelerated).values()) == {None}
 
+    plain, accelerated = copy.deepcopy(plain).train(training), accelerated.train(training)
     plain_in = functools.cache(functools.partial(in_dtype, plain))
     parameters = {name.replace(".", "/"): value.detach().to(dtype) for name, value in plain.named_parameters()}
     tensors = {"x": example, **parameters}

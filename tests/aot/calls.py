@@ -10,6 +10,15 @@ from ipt_fast.kernels import _launch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (32, 48, 64, 96, 192, 384)  # of IPT-V2 small and base, from the first level to the latent one
 TOKEN_WIDTHS = (144, 576)  # of ipt_tiny and ipt
+RESTORMER = ((48, 1, 127), (96, 2, 255), (192, 4, 510), (384, 8, 1021))  # widths, heads, hidden channels of a gate
+# Of SwinIR and its kin: channels, heads, window, window of keys, how much smaller the map of keys is.
+WINDOWS = (
+    (60, 6, (8, 8), (8, 8), 1),
+    (180, 6, (8, 8), (8, 8), 1),
+    (180, 6, (8, 32), (8, 32), 1),
+    (180, 6, (16, 16), (24, 24), 1),
+    (180, 6, (24, 24), (12, 12), 2),
+)
 MODULATED = (32, 384)  # widths at which layers have a norm and a gate of each image, and biases, too
 
 
@@ -52,7 +61,65 @@ def calls():
         for head in (32, 48):
             for heads in (1, 2, 4, 8):
                 found |= _channel_attention(head * heads, heads, dtype, f"{head * heads} {label}")
+        for channels, heads, window, keys, reduction in WINDOWS:
+            found |= _window_attention(channels, heads, window, keys, reduction, dtype, label)
+        for width, heads, hidden in RESTORMER:
+            found |= _channel_attention_layer(width, heads, dtype, f"{width} {label}")
+            found |= _feed_forward_layer("gdfn", width, 2 * hidden, 3, dtype, label)
+        for form, width, hidden, kernel in (
+            ("mlp", 60, 120, 1), ("mlp", 180, 360, 1), ("sgfn", 180, 720, 3), ("leff", 32, 128, 3), ("mix", 64, 256, 3),
+            ("conv_ffn", 60, 120, 5),
+        ):  # fmt: skip
+            found |= _feed_forward_layer(form, width, hidden, kernel, dtype, label)
     return {name: call for name, call in found.items() if "modulated" not in name or int(name.split()[2]) in MODULATED}
+
+
+def _window_attention(width, heads, window, keys, reduction, dtype, label):
+    q, k = _image(width, dtype, 96), _image(width, dtype, 96 // reduction)
+    table = _tensor((window[0] + keys[0] - 1) * (window[1] + keys[1] - 1), heads)
+    dense = _tensor(heads, window[0] * window[1], keys[0] * keys[1])
+    shift = [size // 2 if window == keys else 0 for size in window]
+    name = f"{width} {window[0]}x{window[1]} {keys[0]}x{keys[1]} {label}"
+    rest = heads, window, keys, shift
+    found = {f"window_attention {name}": ("window_attention", (q, k, k, table, None, *rest, 0.2))}
+    if window == keys == (8, 8):
+        weights = [_tensor(out * width, width, 1, 1, dtype=dtype) for out in (3, 1)]
+        layer = heads, window, shift, 0.2, 1e-5
+        norm, others = _modulation(3 * width, width)
+        others[-1] = _tensor(width)
+        found[f"window_attention cosine {name}"] = "window_attention", (q, k, k, table, _tensor(heads), *rest, 1.0)
+        found[f"window_attention dense {name}"] = "window_attention", (q, k, k, dense, None, *rest, 0.2)
+        found[f"window_attention_layer {name}"] = (
+            "window_attention_layer",
+            (q, _tensor(width), _tensor(width), *weights, table, *others, *layer, True, True),
+        )
+    return found
+
+
+def _channel_attention_layer(width, heads, dtype, name):
+    weights = [_tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(3 * width, 1, 3, 3, dtype=dtype)]
+    weights.append(_tensor(width, width, 1, 1, dtype=dtype))
+    norm, rest = (_tensor(width), None), (None, False, 1e-5, False, True)
+    arguments = (_image(width, dtype), *norm, *weights, _tensor(heads), *[None] * 4, heads)
+    found = {f"channel_attention_layer {name}": ("channel_attention_layer", (*arguments, None, *rest))}
+    if width == 48:
+        windows = (*arguments, (8, 16), *rest)
+        found[f"channel_attention_layer windows {name}"] = "channel_attention_layer", windows
+    return found
+
+
+def _feed_forward_layer(form, width, hidden, kernel, dtype, label):
+    projected = hidden // 2 if form in ("gdfn", "sgfn") else hidden
+    convolved = projected if form == "sgfn" else hidden
+    weights = [_tensor(*shape, dtype=dtype) for shape in ((hidden, width, 1, 1), (convolved, 1, kernel, kernel))]
+    weights.append(_tensor(width, projected, 1, 1, dtype=dtype))
+    biases = [None] * 3 if form == "gdfn" else [_tensor(hidden), _tensor(convolved), _tensor(width)]
+    inner = [_tensor(projected)] * 2 if form == "sgfn" else [None] * 2
+    if form == "mlp":
+        weights[1] = biases[1] = None
+    norm = _tensor(width), None if form == "gdfn" else _tensor(width)
+    arguments = (_image(width, dtype), *norm, *weights, form, *biases, *inner, None, 1e-5, form != "gdfn", 1e-5)
+    return {f"feed_forward_layer {form} {width} {label}": ("feed_forward_layer", arguments)}
 
 
 def _grid_attention(width, heads, grid, dtype, name):

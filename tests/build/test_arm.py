@@ -171,13 +171,16 @@ def focal_channel_attention(
 def grid_attention(send, qkv, bias_table=None, *, num_heads, grid_size, grad):
     batch, channels, height, width = grad.shape
     rows = 2 * grid_size - 1
-    bias = torch.zeros(num_heads, rows, rows + 17)
+    used = rows * (rows + 16)
+    bias = torch.zeros(num_heads, used + -used % 16)
     if bias_table is not None:
-        bias[..., :rows] = bias_table.float().view(rows, rows, num_heads).permute(2, 0, 1) * math.log2(math.e)
+        table = bias_table.float().view(rows, rows, num_heads).permute(2, 0, 1) * math.log2(math.e)
+        bias[:, :used].view(num_heads, rows, -1)[..., :rows] = table
     numbers = [DTYPES.index(qkv.dtype), batch, height, width, num_heads, channels // num_heads, grid_size]
     results = send("grid_attention", numbers, [pixels(qkv), pixels(grad), bias])
     found = {"out": results.take_map(qkv.dtype, *grad.shape), "qkv": results.take_map(qkv.dtype, *qkv.shape)}
-    of_table = results.take(torch.float64, *bias.shape)[..., :rows].permute(1, 2, 0).reshape(-1, num_heads)
+    sums = results.take(torch.float64, *bias.shape)[:, :used].view(num_heads, rows, -1)[..., :rows]
+    of_table = sums.permute(1, 2, 0).reshape(-1, num_heads)
     return found if bias_table is None else found | {"bias_table": of_table.to(bias_table.dtype)}
 
 

@@ -9,6 +9,7 @@ import ipt_fast
 from ipt_fast import _extension
 from ipt_fast.ops._operator import OPERATORS as registry
 from tests.models.micro import micro_model
+from tests.models.small_restormer import small_restormer
 from tests.ops.cases import IMAGES, OPERATORS, build, public
 
 # Batches and sizes above 1; below, equal to and above a window, divisible by 8 or not, odd and prime.
@@ -25,8 +26,12 @@ def relative(value, truth):
     return ((value - truth).abs().max() / truth.abs().max()).item()
 
 
-def test_model_recompiles_once_for_all_sizes():
-    model = micro_model(merged=True, **SHALLOW)
+@pytest.mark.parametrize("name", ["ipt_v2", "restormer in windows"])
+def test_model_recompiles_once_for_all_sizes(name):
+    if name == "ipt_v2":
+        model = micro_model(merged=True, **SHALLOW)
+    else:
+        model = small_restormer(depths=(1, 1, 1, 1), refinement=0, training_patch=8)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for count, size in enumerate(SIZES, 1):

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipt_fast
 from tests.models.micro import micro_model
+from tests.models.small_restormer import small_restormer
 from tests.modules.changed import ipt
 
 SHALLOW = {"depths": (2, 0, 0, 0)}
@@ -17,6 +18,8 @@ BUILD = {
     "training": lambda: micro_model(**SHALLOW),
     "merged": lambda: micro_model(merged=True),
     "with bias": lambda: micro_model(merged=True, norm="with_bias", in_channels=6),
+    "restormer": lambda: small_restormer(depths=(1, 1, 1, 1), refinement=0),
+    "restormer in windows": lambda: small_restormer(depths=(1, 1, 1, 1), refinement=0, training_patch=8),
     "ipt": ipt,
     "ipt sr": lambda: ipt_fast.create_model(
         "ipt_tiny", tasks=("sr_x2",), features=4, layers=1, heads=3, image_size=12, pos_every=True
@@ -87,7 +90,7 @@ def test_one_task_of_a_twin_is_a_twin():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("form", ["training", "ipt"])
+@pytest.mark.parametrize("form", ["training", "ipt", pytest.param("restormer", marks=pytest.mark.slow)])
 def test_exported_graphs_hold_pytorch_operations_only(form, strict):
     model = BUILD[form]()
     x = image(model)
@@ -120,8 +123,9 @@ def check_runtimes(model, traced, sizes, folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_of_any_size(tmp_path):
-    model = micro_model(merged=True, **SHALLOW)
+@pytest.mark.parametrize("form", ["ipt_v2", pytest.param("restormer", marks=pytest.mark.slow)])
+def test_onnx_of_any_size(form, tmp_path):
+    model = micro_model(merged=True, **SHALLOW) if form == "ipt_v2" else BUILD[form]()
     check_runtimes(model, torch.rand(TRACED), [(batch, 3, *size) for batch, *size in OTHERS], tmp_path)
 
 

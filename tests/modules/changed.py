@@ -7,6 +7,7 @@ from torch import nn
 
 import ipt_fast
 from tests.models.micro import micro_model
+from tests.models.small_restormer import small_restormer
 
 IPT_CONFIG = {"tasks": ("denoise50",), "features": 4, "layers": 2, "heads": 3, "image_size": 12}
 SMALL, LARGE = 8, 16  # the latent map of the small image is one pixel, where branches run one by one
@@ -22,6 +23,7 @@ MODELS = {
     "ipt_v2 small": (functools.partial(micro_model, depths=(1, 0, 0, 1)), (1, 3, SMALL, SMALL)),
     "ipt_v2 merged": (functools.partial(micro_model, depths=(2, 0, 0, 0), merged=True), (1, 3, LARGE, LARGE)),
     "ipt_v2 ffn": (functools.partial(micro_model, depths=(1, 0, 0, 0), ffn="ffn"), (1, 3, LARGE, LARGE)),
+    "restormer": (functools.partial(small_restormer, depths=(1, 1, 1, 1), refinement=0), (1, 3, LARGE, LARGE)),
     "ipt": (ipt, (2, 3, 12, 12)),
 }
 # One of each kind that a fused operator could stand in for.
@@ -48,6 +50,20 @@ PARTS = {
     ],
     "ipt_v2 merged": ["encoder.0.0.ffn.expand", "encoder.0.0.ffn.depthwise", "encoder.0.0.ffn.project"],
     "ipt_v2 ffn": ["encoder.0.0.ffn", "encoder.0.0.ffn.expand", "encoder.0.0.ffn.project"],
+    "restormer": [
+        f"decoder_level2.0.{part}"
+        for part in (
+            "norm1",
+            "norm1.body",
+            "attn",
+            "attn.qkv",
+            "attn.qkv_dwconv",
+            "attn.project_out",
+            "norm2.body",
+            "ffn",
+        )
+        + ("ffn.project_in", "ffn.dwconv", "ffn.project_out")
+    ],
     "ipt": [
         f"body.{layer}.{part}"
         for layer, parts in {
@@ -60,7 +76,7 @@ PARTS = {
     + ["tail.0"],
 }
 CASES = [(model, part) for model, parts in PARTS.items() for part in parts]
-NAMES = {"qkv", "depthwise", "project", "first", "second", "k3"}
+NAMES = {"qkv", "depthwise", "project", "first", "second", "k3", "project_in"}
 CONVOLUTIONS = [
     case for case in CASES if case[1].split(".")[-1] in NAMES and case != ("ipt_v2", "encoder.0.0.ffn.depthwise")
 ]

@@ -108,7 +108,7 @@ def test_macs_are_counted_as_of_the_fused_operators():
         assert operator in {str(packet) for packet in counter.get_flop_counts()["Global"]}
 
 
-@pytest.mark.parametrize(("name", "path"), [c for c in CONVOLUTIONS if c[0] == "ipt_v2"] + LINEARS)
+@pytest.mark.parametrize(("name", "path"), [c for c in CONVOLUTIONS if c[0] in ("ipt_v2", "restormer")] + LINEARS)
 def test_an_adapter_has_an_effect_and_gradients(name, path):
     model, x = build(name)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_wrapped_branches_leave_the_config_as_it_is(everywhere, tmp_path):
         assert_close(merged(x), model(x))
 
 
-@pytest.mark.parametrize(("name", "path"), [c for c in CONVOLUTIONS if c[0] == "ipt_v2"] + LINEARS)
+@pytest.mark.parametrize(("name", "path"), [c for c in CONVOLUTIONS if c[0] in ("ipt_v2", "restormer")] + LINEARS)
 def test_a_layer_of_another_bias_or_kernel_is_called(name, path):
     model, x = build(name)
     module = model.get_submodule(path)

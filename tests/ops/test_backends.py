@@ -291,9 +291,11 @@ def test_public_names():
         assert callable(getattr(ipt_fast, name)), name
     assert set(ipt_fast.modules.__all__) == {
         "FocalContextSelfAttention",
+        "GatedFeedForward",
         "GlobalGridSelfAttention",
         "LayerNorm2d",
         "RepLeFFN",
+        "TransposedAttention",
     }
     with pytest.raises(AttributeError, match="nonsense"):
         ipt_fast.nonsense  # noqa: B018

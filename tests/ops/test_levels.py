@@ -35,6 +35,11 @@ LARGE = {
     "layer_norm_2d/each_image": ({"channels": 100}, (3, 13, 29)),
     "channel_attention": ({"heads": 2, "depth": 33}, (2, 29, 41)),
     "channel_attention/windows": ({"heads": 2, "depth": 24, "window": 8}, (1, 37, 30)),
+    "channel_attention/dilated": ({"heads": 2, "depth": 24}, (1, 50, 71)),
+    "channel_attention/overlapping": ({"heads": 2, "depth": 20, "window": (16, 22)}, (1, 37, 30)),
+    "channel_attention_layer": ({"heads": 2, "depth": 33}, (2, 37, 75)),
+    "channel_attention_layer/bias_free": ({"heads": 1, "depth": 48}, (1, 50, 43)),
+    "channel_attention_layer/windows": ({"heads": 3, "depth": 20, "window_size": (8, 16)}, (2, 34, 43)),
     "focal_channel_attention": ({"heads": 2, "depth": 32, "window": 8}, (2, 37, 45)),
     "focal_channel_attention/odd_window": ({"heads": 1, "depth": 48, "window": 7}, (1, 33, 71)),
     "focal_channel_attention/two": ({"heads": 2, "depth": 20, "window": 7}, (1, 37, 45)),
@@ -49,6 +54,11 @@ LARGE = {
     "grid_attention_layer/bias_free": ({"heads": 1, "depth": 48, "grid": 16}, (1, 35, 18)),
     "grid_attention_layer/modulated": ({"heads": 3, "depth": 28, "grid": 8}, (2, 35, 43)),
     "grid_attention_layer/layer_scale": ({"heads": 2, "depth": 32, "grid": 8}, (3, 16, 27)),
+    "window_attention": ({"depth": 10, "window": (8, 8), "shift": (4, 4)}, (2, 21, 18)),
+    "window_attention/overlapping": ({"depth": 30, "window": (8, 8), "keys": (12, 12)}, (1, 17, 20)),
+    "window_attention/cosine": ({"depth": 16, "window": (12, 8), "shift": (6, 4)}, (1, 25, 19)),
+    "window_attention_layer": ({"heads": 3, "depth": 10, "window": (8, 8), "shift": (4, 4)}, (2, 21, 18)),
+    "window_attention_layer/bias_free": ({"heads": 2, "depth": 30, "window": (16, 16)}, (1, 35, 18)),
     "leffn": ({"channels": 48, "hidden": 100, "out": 40}, (2, 23, 75)),
     "leffn/3x3": ({"channels": 20, "hidden": 70, "out": 33}, (1, 9, 150)),
     "leffn/biases": ({"channels": 48, "hidden": 100, "out": 40}, (2, 35, 75)),
@@ -56,6 +66,9 @@ LARGE = {
     "leffn_layer/bias_free": ({"channels": 33, "hidden": 130, "kernel": 7}, (2, 19, 35)),
     "leffn_layer/modulated": ({"channels": 33, "hidden": 130}, (3, 37, 70)),
     "leffn_layer/layer_scale": ({"channels": 64, "hidden": 256, "kernel": 3}, (2, 11, 40)),
+    "feed_forward_layer": ({"channels": 60, "hidden": 120}, (2, 13, 35)),
+    "feed_forward_layer/gdfn": ({"channels": 48, "hidden": 254}, (1, 11, 75)),
+    "feed_forward_layer/sgfn": ({"channels": 33, "hidden": 140}, (2, 9, 40)),
 }
 
 
@@ -109,7 +122,9 @@ def test_range_at_every_level(call, dtype, level, scale):
 
 
 @pytest.mark.parametrize("level", LEVELS, indirect=True)
-@pytest.mark.parametrize("call", [call for call in CALLS if "attention" in call or "leffn" in call])
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS if any(kind in call for kind in ("attention", "leffn", "feed_forward_layer"))]
+)
 def test_flat_images_at_every_level(call, level):
     """Where all tokens are equal, parts of a gradient cancel, however products round their factors."""
     operator, tensors, options = build(call, (1, 8, 9), torch.bfloat16)

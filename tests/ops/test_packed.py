@@ -7,12 +7,21 @@ import ipt_fast
 from ipt_fast import _extension
 from ipt_fast.ops import _cpu
 from ipt_fast.ops._operator import OPERATORS
-from tests.ops.cases import build, cast_by_autocast, public
+from tests.ops.cases import CALLS, build, cast_by_autocast, public
 
 pytestmark = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LAYERS = ["leffn_layer", "focal_attention_layer", "grid_attention_layer"]
+LAYERS = ["leffn_layer", "focal_attention_layer", "grid_attention_layer", "window_attention_layer"]
+OF_RELATIVES = [
+    *(f"channel_attention_layer{form}" for form in ("", "/bias_free", "/windows")),
+    *(f"feed_forward_layer{form}" for form in ("", "/gdfn", "/sgfn")),
+]
+
+
+def variants(name):
+    """The calls of layers that have this variant."""
+    return [call for call in (f"{layer}/{name}" for layer in LAYERS) if call in CALLS]
 
 
 def prepared(call, dtype):
@@ -25,7 +34,7 @@ def prepared(call, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", ["leffn", "leffn/biases", *LAYERS, *(f"{layer}/layer_scale" for layer in LAYERS)])
+@pytest.mark.parametrize("call", ["leffn", "leffn/biases", *LAYERS, *OF_RELATIVES, *variants("layer_scale")])
 def test_packed_once(call, dtype):
     x, _, arguments, expected = prepared(call, dtype)
     run, block, inner = _cpu.pack(OPERATORS[call.split("/")[0]], arguments, dtype)
@@ -33,7 +42,7 @@ def test_packed_once(call, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", [*LAYERS, *(f"{layer}/modulated" for layer in LAYERS)])
+@pytest.mark.parametrize("call", [*LAYERS, *OF_RELATIVES, *variants("modulated")])
 def test_each_call_brings_its_norm_and_gate(call, dtype):
     x, given, arguments, expected = prepared(call, dtype)
     of_call = {name: arguments.pop(name) for name in _cpu.OF_IMAGES if name in given}
@@ -45,7 +54,7 @@ def test_each_call_brings_its_norm_and_gate(call, dtype):
     assert torch.equal(run(x.to(inner), block, **of_call).to(dtype), expected)
 
 
-@pytest.mark.parametrize("call", LAYERS)
+@pytest.mark.parametrize("call", [*LAYERS, "channel_attention_layer", "feed_forward_layer"])
 def test_what_does_not_fit_is_named(call):
     x, _, arguments, _ = prepared(call, torch.float32)
     weight, bias = arguments.pop("norm_weight"), arguments.pop("norm_bias")

@@ -74,6 +74,8 @@ UNUSUAL = {
     "focal_attention_layer": [{"window": 1}, {"depth": 1}],
     "grid_attention": [{"grid": 1}, {"grid": 20}],
     "grid_attention_layer": [{"grid": 1}, {"depth": 1}],
+    "window_attention": [{"window": (1, 1), "shift": (0, 0)}, {"window": (20, 15)}],
+    "window_attention_layer": [{"window": (1, 1), "shift": (0, 0)}, {"depth": 1}],
 }
 
 

@@ -17,7 +17,11 @@ import sys, torch, ipt_fast
 from tests.ops.cases import CALLS, build
 torch.set_num_threads(int(sys.argv[1]))
 found = {}
-for call in ("leffn_layer", "focal_attention_layer", "grid_attention_layer", "channel_attention"):
+for call in (
+    "leffn_layer", "feed_forward_layer", "feed_forward_layer/gdfn", "focal_attention_layer", "grid_attention_layer",
+    "channel_attention", "channel_attention/overlapping", "channel_attention_layer", "channel_attention_layer/windows",
+    "window_attention", "window_attention_layer",
+):
     torch.manual_seed(0)
     operator, tensors, options = build(call, (2, 37, 53))
     for dtype in (torch.float32, torch.bfloat16):

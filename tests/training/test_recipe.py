@@ -26,7 +26,8 @@ MICRO_GENERATORS = {
     "latent_ipt_v2_s": {"width": 4, "depths": [1, 1, 1], "heads": [1, 1, 1], "window_size": 4, "grid_size": 4},
 }
 GENERATORS = [name for name in RECIPES if name in MICRO_GENERATORS]
-PAPERS = [name for name in RECIPES if name not in TINY + GENERATORS]
+RESTORMERS = [name for name in RECIPES if name.startswith("restormer_")]
+PAPERS = [name for name in RECIPES if name not in TINY + GENERATORS + RESTORMERS]
 TASKS = {
     *("gaussian_color_denoising", "gaussian_gray_denoising", "real_denoising", "deraining", "motion_deblurring"),
     *("defocus_deblurring_single", "defocus_deblurring_dual_pixel", "super_resolution_x4", "jpeg_artifact_removal"),
@@ -60,6 +61,7 @@ def photos(tmp_path, monkeypatch):
 
 def test_a_recipe_of_every_task_ships():
     assert set(RECIPES) >= TASKS
+    assert len(RESTORMERS) == 7 and {name.removeprefix("restormer_") for name in RESTORMERS} < TASKS
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -77,6 +79,25 @@ def test_the_recipe_of_the_paper(name, monkeypatch):
     assert (config.loss, config.ema, config.amp) == ("l1", 0.999, "none")
     assert config.model == "ipt_v2_base" and config.out.name == name
     assert all(str(path).startswith("/photos/") for folders, _, _ in config.sources for path in folders)
+
+
+@pytest.mark.parametrize("name", RESTORMERS)
+def test_the_recipe_of_restormer(name, monkeypatch):
+    """Its section 4: stages from iterations 0, 92k, 156k, 204k, 240k and 276k of 300k; the data of IPT-V2's recipe."""
+    monkeypatch.setenv("IPT_FAST_DATA", "/photos")
+    config = TrainingConfig(**read_recipe(name))
+    starts = np.cumsum((0, *config.iterations))
+    assert starts.tolist() == [0, 92_000, 156_000, 204_000, 240_000, 276_000, 300_000]
+    assert config.patch_size == (128, 160, 192, 256, 320, 384) and config.batch_size == (64, 40, 32, 16, 8, 8)
+    assert (config.lr, config.lr_min, config.schedule, config.warmup) == (3e-4, 1e-6, "cosine", 0)
+    assert (config.betas, config.weight_decay, config.grad_clip) == ((0.9, 0.999), 1e-4, 0.01)
+    assert (config.loss, config.ema, config.amp, config.out.name) == ("l1", 0, "none", name)
+    model = "denoising" if "denoising" in name else "dual_pixel" if "dual_pixel" in name else None
+    assert config.model == (f"restormer_{model}" if model else "restormer")
+    assert config.model_config == ({"in_channels": 1, "out_channels": 1} if "gray" in name else {})
+    same = TrainingConfig(**read_recipe(name.removeprefix("restormer_")))
+    assert (config.sources, config.task, config.sigma) == (same.sources, same.task, same.sigma)
+    assert (config.val, config.val_target, config.val_sigma) == (same.val, same.val_target, same.val_sigma)
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -113,7 +134,10 @@ def test_every_recipe_trains(name, photos, tmp_path):
     settings = read_recipe(name)
     shape = settings.get("model_config", {})
     small = {"iterations": (1, 1), "patch_size": (8, 8), "batch_size": (2, 1), "workers": 0, "save_every": 2}
-    shape = {**MICRO, "width": 4, **shape}
+    if name in RESTORMERS:
+        shape = {"width": 4, "depths": (1, 1, 1, 1), "refinement": 0, **shape}
+    else:
+        shape = {**MICRO, "width": 4, **shape}
     if name in GENERATORS:
         del small["patch_size"]
         shape = {**MICRO_GENERATORS[name], "in_channels": 3, "sample_size": 16}

@@ -1,16 +1,39 @@
 """The rules, one small file for each family of models. A class name belongs to the rules of one or more files."""
 
-from . import atd, hat, rgt, srformer, swin, swin2sr, uformer
+from . import (
+    atd,
+    cross,
+    dat,
+    fdat,
+    hat,
+    omnisr,
+    restormer,
+    rgt,
+    span,
+    srformer,
+    swin,
+    swin2sr,
+    uformer,
+    xcit,
+)
 from ._rule import Rule
 
+# In the order of how much the models are used.
 RULES: tuple[Rule, ...] = (
+    *dat.RULES,
+    *fdat.RULES,
     *swin.RULES,
     *hat.RULES,
-    *swin2sr.RULES,
+    *omnisr.RULES,
+    *restormer.RULES,
     *srformer.RULES,
-    *uformer.RULES,
     *rgt.RULES,
     *atd.RULES,
+    *swin2sr.RULES,
+    *uformer.RULES,
+    *cross.RULES,
+    *span.RULES,
+    *xcit.RULES,
 )
 
 

@@ -7,9 +7,10 @@
 #include <vector>
 
 #include "cpu/channel_attention_kernel.h"
-#include "cpu/grid_attention_kernel.h"
+#include "cpu/group_attention_kernel.h"
 #include "cpu/layer_norm_2d_kernel.h"
-#include "cpu/leffn_kernel.h"
+#include "cpu/feed_forward_kernel.h"
+#include "cpu/leffn_backward_kernel.h"
 
 using namespace ipt_fast;
 using namespace ipt_fast::cpu;
@@ -91,7 +92,8 @@ void layer_norm_2d() {
 
 // The forward of leffn, and of leffn_layer where a norm is given.
 void leffn() {
-    LeffnParams p{};
+    FeedForwardParams p{};
+    p.form = kLeffn;
     p.dtype = static_cast<DType>(number());
     const int64_t batch = number();
     p.height = number();
@@ -113,7 +115,7 @@ void leffn() {
     p.out = new_map(p.dtype, values);
     p.packed_expand = memory<float>(packed_floats(p, p.channels));
     p.packed_project = memory<float>(packed_floats(p, p.out_channels));
-    const LeffnKernels& kernel = kernels<LeffnKernels>();
+    const FeedForwardKernels& kernel = kernels<FeedForwardKernels>();
     kernel.pack(p, 0, p.blocks());
     kernel.forward(p, 0, batch * p.bands * p.strips, memory<char>(kernel.scratch_size(p)));
     write_map(p.out, p.dtype, values);
@@ -173,6 +175,9 @@ void channel_attention() {
     const int64_t window = number();
     g.vertical = Axis::windows_of(height, window, g.branches);
     g.horizontal = Axis::windows_of(width, window, g.branches);
+    g.dilation = 1;
+    g.height = height;
+    g.width = width;
     const int64_t channels = g.heads * g.head_channels, values = g.images * height * width * channels;
     char *qkv = array<char>(), *grad = array<char>();
     g.scale[0] = g.scale[1] = array<float>();
@@ -217,30 +222,35 @@ void channel_attention() {
 }
 
 void grid_attention() {
-    GridAttention p{};
+    GroupAttention p{};
     p.dtype = static_cast<DType>(number());
     p.batch = number();
-    p.lattice.height = number();
-    p.lattice.width = number();
+    const int64_t height = number(), width = number();
     p.heads = number();
     p.depth = number();
-    p.lattice.grid = number();
+    const int64_t grid = number(), last = grid - 1, row = 2 * grid - 1 + kChannelPad;
+    p.queries = p.keys = {TokenAxis::lattices(height, grid), TokenAxis::lattices(width, grid), false};
     p.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(p.depth)));
-    const void *qkv = array(), *grad = array();
-    p.bias = array<float>();
-    const int64_t values = p.batch * p.lattice.height * p.lattice.width * channels_of(p);
-    const int64_t groups = p.batch * group_count(p.lattice);
-    const GridAttentionKernels& kernel = kernels<GridAttentionKernels>();
-    const GridAttentionParams forward{p, qkv, new_map(p.dtype, values)};
-    kernel.forward(forward, 0, groups * p.heads, memory<float>(scratch_size(forward)));
+    char *qkv = array<char>(), *grad = array<char>();
+    p.bias = {array<float>(), round_up((2 * grid - 1) * row, kChannelPad), last * row + last, row, -row, -1};
+    const int64_t channels = channels_of(p), values = p.batch * height * width * channels;
+    const int64_t groups = p.batch * p.queries.count();
+    const auto part = [&](char* map, int64_t index) { return map + index * channels * size_of(p.dtype); };
+    const Pixels q{part(qkv, 0), 3 * channels}, k{part(qkv, 1), 3 * channels}, v{part(qkv, 2), 3 * channels};
+    const GroupAttentionParams forward{p, q, k, v, new_map(p.dtype, values)};
+    kernels<GroupAttentionKernels>().forward(forward, 0, groups * p.heads, memory<float>(scratch_size(forward)));
     write_map(forward.out, p.dtype, values);
-    const GridAttentionGradients backward{p, qkv, grad, new_map(p.dtype, 3 * values)};
-    double* bias = memory<double>(p.heads * bias_size(p));
+    char* grads = static_cast<char*>(new_map(p.dtype, 3 * values));
+    const GroupAttentionGradients backward{
+        p, q, k, v, {grad, channels}, false, part(grads, 0), part(grads, 1), part(grads, 2), 3 * channels};
+    double* bias = memory<double>(p.heads * p.bias.size);
     for (int64_t head = 0; head < p.heads; ++head) {
-        kernel.backward(backward, head, 0, groups, memory<float>(scratch_size(backward)), bias + head * bias_size(p));
+        kernels<GroupAttentionBackwardKernels>().backward(backward, head, 0, groups,
+                                                          memory<float>(scratch_size(backward)),
+                                                          {bias + head * p.bias.size, nullptr});
     }
-    write_map(backward.grad_qkv, p.dtype, 3 * values);
-    write(bias, p.heads * bias_size(p));
+    write_map(grads, p.dtype, 3 * values);
+    write(bias, p.heads * p.bias.size);
 }
 
 struct Operator {

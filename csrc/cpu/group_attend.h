@@ -1,0 +1,258 @@
+// Attention of one head over the pixels of one group, in scratch memory.
+//
+// Tokens lie side by side there, a row for each channel: vectors run along the tokens, so that heads of any width are
+// computed without padding, a norm or a softmax needs no sum over the lanes of a vector, and every product takes its
+// operands as they lie. A row ends in whole vectors; what is behind its tokens is never mixed with them.
+#pragma once
+
+#include "group_attention_kernel.h"
+#include "rows.h"
+#include "softmax.h"
+#include "units.h"
+
+namespace ipt_fast::cpu {
+namespace {
+
+// Hands out pieces of a thread's memory, one after the other. All sizes are multiples of kChannelPad.
+struct ScratchStack {
+    float* next;
+
+    float* take(int64_t size) {
+        float* piece = next;
+        next += size;
+        return piece;
+    }
+};
+
+// The tokens of a group, row by row.
+struct Group {
+    TokenSpan rows, columns;
+
+    Group(const TokenGroups& groups, int64_t index) {
+        const int64_t i = index / groups.horizontal.groups, j = index % groups.horizontal.groups;
+        const auto span = groups.whole ? whole_span_of : span_of;
+        rows = span(groups.vertical, i);
+        columns = span(groups.horizontal, j);
+    }
+
+    int64_t tokens() const { return rows.count * columns.count; }
+};
+
+// The pixels of a group's tokens; kNoPixel for those beyond the border.
+constexpr int64_t kNoPixel = -1;
+
+inline void list_pixels(const TokenGroups& groups, const Group& g, int64_t* list) {
+    const int64_t height = groups.vertical.size, width = groups.horizontal.size;
+    for (int64_t a = 0; a < g.rows.count; ++a) {
+        const int64_t y = g.rows.first + a * g.rows.step;
+        for (int64_t b = 0; b < g.columns.count; ++b) {
+            const int64_t x = g.columns.first + b * g.columns.step;
+            const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+            *list++ = inside ? y * width + x : kNoPixel;
+        }
+    }
+}
+
+// The pixels of a list, in a map of T.
+template <typename T>
+struct ListedPixels {
+    T* map;
+    int64_t step;  // values between two pixels of the map
+    const int64_t* list;
+    int64_t count;
+
+    // body(yes) with yes.value: whether the kLanes pixels from i on are all there, and none is kNoPixel.
+    template <typename Body>
+    IPT_FAST_INLINE void with_all(int64_t i, const Body& body) const {
+        bool all = i + kLanes <= count;
+        for (int64_t j = i; j < i + kLanes && all; ++j) {
+            all = list[j] != kNoPixel;
+        }
+        return all ? body(Constant<1>{}) : body(Constant<0>{});
+    }
+};
+
+// body(first, count) for vectors that cover `size` channels; all have kLanes, a constant, if there are as many. The
+// last one begins as early as it must.
+template <typename Body>
+inline __attribute__((always_inline)) void for_covering_vectors(int64_t size, const Body& body) {
+    if (size < kLanes) {
+        return body(0, size);
+    }
+    for (int64_t c = 0; c < size; c += kLanes) {
+        body(c + kLanes <= size ? c : size - kLanes, kLanes);
+    }
+}
+
+// Pixels become columns; zeros behind them.
+template <typename T>
+inline void load_columns(const ListedPixels<const T>& pixels, Matrix<float> out) {
+    for (int64_t i = 0; i < out.columns; i += kLanes) {
+        const int64_t rest = pixels.count - i, step = pixels.step;
+        const int64_t* const list = pixels.list + i;
+        pixels.with_all(i, [&](auto all) __attribute__((always_inline)) {
+            for_covering_vectors(out.rows, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                const T* const map = pixels.map + c;
+                Vec tile[kLanes];
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    const bool there = decltype(all)::value || (j < rest && list[j] != kNoPixel);
+                    tile[j] = there ? load(map + list[j] * step, n) : Vec{};
+                }
+                transpose(tile);
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    if (j < n) {
+                        store(out.row(c + j) + i, tile[j]);
+                    }
+                }
+            });
+        });
+    }
+}
+
+// Columns become pixels; finish(value, c, at, n) is what is stored for `n` channels from c on, at this place of a map.
+template <typename T, typename Finish>
+inline void store_columns(Matrix<const float> in, const ListedPixels<T>& pixels, const Finish& finish) {
+    for (int64_t i = 0; i < pixels.count; i += kLanes) {
+        const int64_t rest = pixels.count - i, step = pixels.step;
+        const int64_t* const list = pixels.list + i;
+        pixels.with_all(i, [&](auto all) __attribute__((always_inline)) {
+            for_covering_vectors(in.rows, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                Vec tile[kLanes];
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    tile[j] = j < n ? load(in.row(c + j) + i) : Vec{};
+                }
+                transpose(tile);
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    if (decltype(all)::value || j < rest) {
+                        const int64_t at = list[j] * step + c;
+                        store(pixels.map + at, finish(tile[j], c, at, n), n);
+                    }
+                }
+            });
+        });
+    }
+}
+
+// Every row is (row + its bias) * factor; bias == nullptr: zeros.
+inline void scale_rows(Matrix<float> rows, const float* bias, float factor) {
+    for (int64_t i = 0; i < rows.rows; ++i) {
+        const float of_row = bias == nullptr ? 0.0f : bias[i];
+        for (int64_t c = 0; c < rows.columns; c += kLanes) {
+            float* const value = rows.row(i) + c;
+            store(value, (load(value) + of_row) * factor);
+        }
+    }
+}
+
+// body(a, b, start, count) for the pieces of a group's rows that `count` tokens from `first` on are made of.
+template <typename Body>
+inline void for_pieces(int64_t columns, int64_t first, int64_t count, const Body& body) {
+    int64_t a = first / columns, b = first % columns;
+    for (int64_t start = 0; start < count; b = 0, ++a) {
+        const int64_t rest = count - start, piece = columns - b < rest ? columns - b : rest;
+        body(a, b, start, piece);
+        start += piece;
+    }
+}
+
+// A query's and a key's group, and where the biases of the first query and key are.
+struct GroupPair {
+    Group queries, keys;
+    int64_t index;       // counted through the batch
+    int64_t first_bias;  // of a head's
+
+    GroupPair(const GroupAttention& p, int64_t index_)
+        : queries(p.queries, index_ % p.queries.count()), keys(p.keys, index_ % p.keys.count()), index(index_) {
+        const ScoreBiases& bias = p.bias;
+        first_bias = bias.first + queries.rows.before * bias.query_row + queries.columns.before +
+                     keys.rows.before * bias.key_row + keys.columns.before * bias.key_column;
+    }
+
+    int64_t image(const GroupAttention& p) const { return index / p.queries.count(); }
+};
+
+// The biases of `piece` queries, next to each other in a row, for all keys. They are copied in runs, which may go too
+// far, up to the last column of the scores.
+template <int64_t run>
+inline void copy_biases(const ScoreBiases& biases, const Group& keys, const float* bias, int64_t piece,
+                        Matrix<float> scores) {
+    const int64_t rows = keys.rows.count, columns = keys.columns.count, room = scores.columns, row = scores.stride;
+    for (int64_t c = 0; c < piece; c += run) {
+        const int64_t size = (room - c < run ? room - c : run) * static_cast<int64_t>(sizeof(float));
+        float* target = scores.data + c;
+        for (int64_t a = 0; a < rows; ++a) {
+            const float* source = bias + c + a * biases.key_row;
+            for (int64_t b = 0; b < columns; ++b, target += row, source += biases.key_column) {
+                if (size == run * sizeof(float)) {
+                    memcpy(target, source, run * sizeof(float));
+                } else {
+                    memcpy(target, source, size);
+                }
+            }
+        }
+    }
+}
+
+// The biases of `count` queries (columns) from `first` on, what their scores are added to; zeros in the padding.
+// Returns whether there are any.
+inline Accumulate start_scores(const GroupAttention& p, const GroupPair& g, int64_t head, int64_t first, int64_t count,
+                               Matrix<float> scores) {
+    const ScoreBiases& biases = p.bias;
+    if (biases.values == nullptr) {
+        return Accumulate::no;
+    }
+    const float* const bias = biases.values + head * biases.size + g.first_bias;
+    // Rows of queries whose biases follow each other are one piece.
+    const int64_t columns = g.queries.columns.count;
+    const bool dense = columns == biases.query_row;
+    for_pieces(dense ? g.queries.tokens() : columns, first, count, [&](int64_t a, int64_t b, int64_t start, int64_t n) {
+        const float* const source = bias + a * biases.query_row + b;
+        // What goes too far is written later.
+        if (n < 16) {
+            copy_biases<8>(biases, g.keys, source, n, scores.from(0, start));
+        } else {
+            copy_biases<16>(biases, g.keys, source, n, scores.from(0, start));
+        }
+    });
+    for (int64_t k = 0; k < g.keys.tokens() && count < scores.columns; ++k) {
+        memset(scores.row(k) + count, 0, (scores.columns - count) * sizeof(float));
+    }
+    return Accumulate::yes;
+}
+
+// out (depth, queries) = v softmax(k q + biases): q (depth, queries), times the scale and kLog2E; k and v (depth,
+// keys). `out` may be q.
+template <typename Unit>
+inline void attend(const GroupAttention& p, const Unit& unit, const GroupPair& g, int64_t head, Matrix<const float> q,
+                   Matrix<const float> k, Matrix<const float> v, Matrix<float> out, ScratchStack scratch) {
+    const int64_t queries = q.columns, keys = k.columns;
+    float* const for_scores = scratch.take(scores_size(p));
+    float* const queries_room = scratch.take(chunk_size(p));
+    float* const scores_rooms = scratch.take(scores_room(p));
+    const auto left_keys = unit.left_transposed(k, scratch.take(keys_size(p)));
+    const auto left_values = unit.left(unit.rows(v, scratch.take(keys_size(p))));
+    for (int64_t first = 0; first < queries; first += kChunk) {
+        const int64_t count = queries - first < kChunk ? queries - first : kChunk, row = padded(count);
+        const Matrix scores{for_scores, keys, row, row};
+        const Matrix<const float> chunk{q.row(0) + first, p.depth, row, q.stride};
+        const Matrix<float> attended{out.row(0) + first, p.depth, row, out.stride};
+        float factors[kChunk];
+        const Accumulate add = start_scores(p, g, head, first, count, scores);
+        unit.product(left_keys, unit.right(chunk, queries_room), scores, add);
+        powers<sizeof(typename Unit::Value) < sizeof(float) ? Powers::rough : Powers::exact>(scores, factors);
+        unit.product(left_values, unit.right(scores, scores_rooms), attended, Accumulate::no);
+        for (int64_t i = 0; i < p.depth; ++i) {
+            for (int64_t c = 0; c < row; c += kLanes) {
+                float* const value = attended.row(i) + c;
+                store(value, load(value) * load(factors + c));
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ipt_fast::cpu

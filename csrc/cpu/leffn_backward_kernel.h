@@ -1,0 +1,110 @@
+// The backward of leffn and leffn_layer, framework-free: raw pointers and sizes.
+#pragma once
+
+#include "kernels.h"
+
+namespace ipt_fast::cpu {
+
+// 0 <= i < total in `count` pieces, as even as can be.
+struct Cut {
+    int64_t total, count;
+
+    IPT_FAST_INLINE static Cut at_most(int64_t total, int64_t size) { return {total, (total + size - 1) / size}; }
+    IPT_FAST_INLINE int64_t first(int64_t piece) const { return piece * total / count; }
+    IPT_FAST_INLINE int64_t largest() const { return (total + count - 1) / count; }
+};
+
+struct LeffnBackwardParams {
+    DType dtype;  // of x, grad and grad_x
+    Brgemm brgemm;
+    const void* x;     // channels-last, as grad and grad_x
+    const void* grad;  // of the output
+    void* grad_x;
+    int64_t batch, height, width, channels, hidden, out_channels, kernel;
+    Norm norm;                                  // of x's pixels, in front of the network
+    const float* expand_bias;                   // padded hidden; nullptr: there is none
+    const float* gate;                          // padded out_channels, what the output is multiplied by; nullptr: 1
+    int64_t gate_stride;                        // as in Norm
+    const float *expand, *project, *depthwise;  // [padded hidden][padded channels], [out][padded hidden], [taps][same]
+    const float* flipped;                       // the taps of `depthwise` in reverse order
+    // Written by `pack`, of every chunk: the right operands of the products with x, with grad and with the gradient of
+    // h.
+    float *packed_expand, *packed_project, *packed_transposed;
+
+    Cut tile_rows, tile_columns;  // image rows and columns -> tiles
+    int64_t band_rows;            // rows of a tile that go through the convolution together
+    Cut shares;                   // tiles of all images -> shares, each with its own sums of the weights' gradients
+    Cut chunks;                   // hidden channels in units of kChannelPad -> chunks
+    Cut groups;                   // chunks -> groups, each with its own sum of grad_x
+    float *grad_expand, *grad_project, *grad_depthwise;  // zeroed: [shares][shape of expand, project, depthwise]
+    float* partial_grad_x;                               // [groups][batch, height, width, channels] if groups.count > 1
+    float* grad_expand_bias;                             // zeroed, [shares][padded hidden]; nullptr: not wanted
+    float* grad_gate;  // if there is a gate, [groups][tiles][padded out]: without the biases behind the GELU
+    float* grad_sums;  // [tiles][padded out], the sum of grad over a tile's pixels; nullptr: not wanted
+
+    IPT_FAST_INLINE int64_t tiles() const { return batch * tile_rows.count * tile_columns.count; }
+};
+
+// Internal linkage: code of two levels must never be merged.
+namespace {
+
+// Where the pieces of one thread's scratch begin, in floats.
+struct LeffnBackwardScratch {
+    int64_t chunk;  // most channels of a chunk
+    // Floats between the pixels of a band: an odd number of cache lines, so that all sets of a cache are in use.
+    int64_t band_pitch;
+    int64_t ring_rows, ring_columns;
+    int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, part, taps, around, rows,
+        run, gated, gate_sums, size = 0;
+
+    explicit LeffnBackwardScratch(const LeffnBackwardParams& p) {
+        chunk = p.chunks.largest() * kChannelPad;
+        band_pitch = chunk / kChannelPad % 2 ? chunk : chunk + kChannelPad;
+        ring_rows = p.band_rows + p.kernel - 1;
+        ring_columns = p.tile_columns.largest() + p.kernel - 1;
+        const int64_t channels = padded(p.channels), out = padded(p.out_channels);
+        const int64_t tile = p.tile_rows.largest() * p.tile_columns.largest();
+        const int64_t staged = (p.tile_rows.largest() + p.kernel - 1) * ring_columns;
+        const int64_t ring = ring_rows * ring_columns * chunk;
+        const int64_t band = p.band_rows * p.tile_columns.largest() * band_pitch;
+        x = add(staged * channels);
+        grad = add(staged * out);
+        grad_x = add(tile * channels);
+        row = add(ring_columns * chunk);
+        activation = add(ring);
+        slope = add(ring);
+        upstream = add(ring);
+        convolved = add(band);
+        grad_hidden = add(band);
+        sums = add(chunk * (channels > out ? channels : out));
+        part = add(p.band_rows * p.tile_columns.largest() * channels);
+        taps = add(p.kernel * p.kernel * kChannelPad);
+        around = add(4 * p.kernel);  // two pointers for each row of the convolution
+        // What operands are made in: of a row or a band of the maps, and of the hidden channels.
+        const int64_t most = padded(p.band_rows * p.tile_columns.largest());
+        rows = add((most > padded(ring_columns) ? most : padded(ring_columns)) * (channels > out ? channels : out));
+        run = add(most * chunk);
+        gated = add(p.gate == nullptr ? 0 : ring_columns * out);
+        gate_sums = add(p.gate == nullptr ? 0 : out * kChannelPad);  // a vector for each channel
+    }
+
+  private:
+    int64_t add(int64_t floats) {
+        const int64_t offset = size;
+        size += floats;
+        return offset;
+    }
+};
+
+}  // namespace
+
+struct LeffnBackwardKernels {
+    // Packs the weights of one chunk.
+    void (*pack)(const LeffnBackwardParams& params, int64_t chunk);
+    // The tiles of a share, the chunks of a group.
+    void (*run)(const LeffnBackwardParams& params, int64_t share, int64_t group, float* scratch);
+
+    static const LeffnBackwardKernels IPT_FAST_COMPILED_LEVELS;
+};
+
+}  // namespace ipt_fast::cpu

@@ -1,0 +1,126 @@
+"""Layers that blocks of several families are made of: what is expected of them, and how they are computed."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import ops
+from ...modules import _fusion
+from ._rule import expect
+
+# -- what is expected -------------------------------------------------------------------------------------------
+
+
+def expect_pointwise(**convolutions: Any) -> None:
+    """1 x 1 convolutions, by name."""
+    for name, conv in convolutions.items():
+        expect_no(name, _fusion.pointwise(conv))
+
+
+def expect_depthwise(size: int, **convolutions: Any) -> None:
+    """Depthwise convolutions of size x size that keep the size of maps, by name."""
+    for name, conv in convolutions.items():
+        expect_no(name, _fusion.depthwise(conv, size))
+
+
+def expect_no(name: str, reason: str | None) -> None:
+    """The part ``name`` of a module must give no reason against it."""
+    expect(reason is None, f"its {name}: {reason}")
+
+
+def expect_gelu(name: str, module: Any) -> None:
+    expect(type(module) is nn.GELU and module.approximate == "none", f"its {name} is no exact GELU")
+
+
+def expect_sequence(name: str, sequence: Any, *types: type) -> None:
+    """A sequence of modules of exactly these classes; GELUs are exact, batch norms keep statistics, pools pool all."""
+    found = [type(module) for module in sequence]
+    expect(found == list(types), f"its {name} is {', '.join(cls.__name__ for cls in found)}")
+    for module in sequence:
+        if isinstance(module, nn.GELU):
+            expect_gelu(name, module)
+        if isinstance(module, nn.BatchNorm2d):
+            expect(module.affine and module.track_running_stats, f"its {name} has a batch norm without statistics")
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            expect(module.output_size in (1, (1, 1)), f"its {name} pools to {module.output_size}")
+
+
+def check_channel_norm(module: Any, name: str) -> None:
+    """A layer norm over the channels of a map, as models define it for themselves; centred, or Restormer's other one.
+
+    Those without an attribute ``eps`` have that of Restormer.
+    """
+    norm = getattr(module, name)
+    body = getattr(norm, "body", norm)
+    kind = type(body).__name__
+    known = ("BiasFree_LayerNorm", "WithBias_LayerNorm", "LayerNorm2d", "LayerNorm")
+    expect(kind in known and not isinstance(body, nn.LayerNorm), f"its {name} is a {kind}")
+    expect(getattr(body, "data_format", "channels_first") == "channels_first", f"its {name} is of the last axis")
+    expect(body.weight.dim() == 1, f"its {name} has a weight of {tuple(body.weight.shape)}")
+    expect((kind == "BiasFree_LayerNorm") == (getattr(body, "bias", None) is None), f"its {name} has an unknown form")
+
+
+def parts_below(module: nn.Module) -> list[nn.Module]:
+    """Everything in a module, of a rule that calls nothing or little of it."""
+    return list(module.modules())[1:]
+
+
+# -- how they are computed --------------------------------------------------------------------------------------
+
+
+def norm_of(norm: Any) -> dict[str, Any]:
+    """The arguments by which operators take a norm that :func:`check_channel_norm` found well."""
+    body = getattr(norm, "body", norm)
+    bias = getattr(body, "bias", None)
+    eps = getattr(body, "eps", 1e-5)
+    return {"norm_weight": body.weight, "norm_bias": bias, "eps": eps, "centered": bias is not None}
+
+
+def normalised(x: Tensor, norm: Any) -> Tensor:
+    """The norm of a map, channels-last."""
+    arguments = norm_of(norm)
+    weight, bias = arguments.pop("norm_weight"), arguments.pop("norm_bias")
+    return ops.layer_norm_2d(x, weight, bias, **arguments)
+
+
+def project(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """A linear layer, or a 1 x 1 convolution, of the channels of a map; channels-last."""
+    return _project(x, layer.weight, layer.bias)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution that keeps the size of a map, without a call of the module."""
+    return F.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
+
+
+def mean_of_pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 1, 1)."""
+    return x.mean((2, 3), keepdim=True)
+
+
+def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """norm(conv(x)): of a batch norm in evaluation mode one convolution, its weights computed anew in every call."""
+    if norm.training:
+        return norm(conv(x))
+    weight, bias = folded(conv, norm)
+    if conv.kernel_size == (1, 1):
+        return _project(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
+
+
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that computes norm(conv(x)) with the norm's running statistics."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    dtype = conv.weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = norm.weight.to(wide) * torch.rsqrt(variance.to(wide) + norm.eps)
+    shift = -mean.to(wide) if conv.bias is None else conv.bias.to(wide) - mean.to(wide)
+    bias = torch.addcmul(norm.bias.to(wide), shift, scale)
+    return (conv.weight.to(wide) * scale[:, None, None, None]).to(dtype), bias.to(dtype)
