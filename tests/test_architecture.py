@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "attribution": {"freezing"} | MODELS,
     "inference": {"tiling", "data", "freezing"} | MODELS,
     "integrations": MODELS,
-    "acceleration": MODELS,
+    "acceleration": {"modules"} | OPERATORS,
     "tiling": MODELS,
     "diffusion": MODELS,
     "freezing": {"acceleration"} | MODELS,

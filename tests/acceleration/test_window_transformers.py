@@ -7,7 +7,7 @@ from tests.acceleration.architectures import MODELS
 from tests.acceleration.comparison import assert_same
 
 # Those whose rules other models prove in bfloat16.
-LONG = {"SwinIR-L, photos", "SwinIR-M, JPEG", "SwinIR-M", "DRCT", "Uformer-T, both modulators"}
+LONG = {"SwinIR-L, photos", "SwinIR-M, JPEG", "SwinIR-M", "DRCT", "Uformer-T, both modulators", "RGT-S"}
 CASES = [(name, torch.float32) for name in MODELS]
 CASES += [pytest.param(name, torch.bfloat16, marks=[pytest.mark.slow] if name in LONG else []) for name in MODELS]
 
