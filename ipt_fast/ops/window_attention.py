@@ -137,4 +137,4 @@ _operator = Operator(
     output_shape=lambda q, *_: q.shape,
     flops=_flops,
 )
-_triton.register(_operator, lambda q, num_heads: _triton.head_limit(q.shape[1], num_heads))
+_triton.register(_operator, lambda q, num_heads: _triton.head_limit(q.shape[1], num_heads), views=True)
