@@ -18,9 +18,10 @@ from ._lattice import (
     finite_shift,
     group_pixels,
     is_wide,
-    key_places,
+    key_rows,
     masked_scores,
-    query_places,
+    places_of_keys,
+    query_rows,
     rows_of_scores,
 )
 from ._launch import Work, block_of, cdiv, config, launch
@@ -45,11 +46,11 @@ def attention_fwd_kernel(
     m_d = o_d < D
     o_c = i_head * D + o_d
     o_q = i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_query = query_places(o_q, i_head, HEADS, QUERIES, KEYS, TABLE)
+    o_query = query_rows(o_q, QUERIES, KEYS, TABLE)
     factor = factor_of_scores(temperature, i_head, scale)
     if TOKENS <= BLOCK_K:
-        o_key = key_places(tl.arange(0, BLOCK_K), HEADS, KEYS, TABLE)
-        b_bias = biases(bias, o_query[:, None] - o_key[None, :])
+        o_key = key_rows(tl.arange(0, BLOCK_K), KEYS, TABLE)
+        b_bias = biases(bias, o_query[:, None] - o_key[None, :], i_head, HEADS, QUERIES, KEYS, TABLE)
     for i_group in range(i_first, tl.minimum(i_first + count, groups)):
         o_row, m_q = group_pixels(i_group, o_q, height, width, down, across, QUERIES)
         m_rows = m_q[:, None] & m_d[None, :]
@@ -62,12 +63,12 @@ def attention_fwd_kernel(
             o_k = i_k + tl.arange(0, BLOCK_K)
             o_pixel, m_k = group_pixels(i_group, o_k, key_height, key_width, down, across, KEYS)
             m_x = m_k[:, None] & m_d[None, :]
-            b_k = tl.load(k + FIRSTS[1] + o_pixel[:, None] * PIXELS[1] + o_c[None, :], mask=m_x, other=0.0)
-            b_v = tl.load(v + FIRSTS[2] + o_pixel[:, None] * PIXELS[2] + o_c[None, :], mask=m_x, other=0.0)
-            b_k = rows_of_scores(b_k, temperature)
+            p_k, p_v = places_of_keys(k, v, o_pixel, o_c, PIXELS, FIRSTS)
+            b_k = rows_of_scores(tl.load(p_k, mask=m_x, other=0.0), temperature)
+            b_v = tl.load(p_v, mask=m_x, other=0.0)
             if TOKENS > BLOCK_K:
-                o_key = key_places(o_k, HEADS, KEYS, TABLE)
-                b_bias = biases(bias, o_query[:, None] - o_key[None, :])
+                o_key = key_rows(o_k, KEYS, TABLE)
+                b_bias = biases(bias, o_query[:, None] - o_key[None, :], i_head, HEADS, QUERIES, KEYS, TABLE)
             m_s = are_keys(o_k, m_k, KEYS, OVERLAPPING)[None, :]
             b_s = masked_scores(b_q, b_k, b_bias, m_s, factor, PRECISION)
             b_largest = tl.maximum(b_max, tl.max(b_s, axis=1))
@@ -98,8 +99,13 @@ def _tiles(x, lattice):
     ]
 
 
+def maps_of(q, k, v):
+    """The maps that the `Channels` of queries, keys and values are in, None for that of keys once more."""
+    return q.of, k.of, None if v.of is k.of else v.of
+
+
 def places_of(q, k, v):
-    """The constants that tell where in their maps the `Channels` of queries, keys and values are."""
+    """The constants that tell where in their maps they are."""
     return dict(PIXELS=(q.pixel, k.pixel, v.pixel), FIRSTS=(q.first, k.first, v.first))
 
 
@@ -116,7 +122,7 @@ def attention(lattice, q, k, v, bias=None, temperature=None, scale=1.0):
     keys = 2 * batch * k.of.shape[2] * k.of.shape[3] * lattice.channels
     launch(
         attention_fwd_kernel, (cdiv(lattice.groups, count) * lattice.heads * blocks,),
-        q.of, k.of, v.of, bias, temperature, out, lattice.groups, count, *lattice.steps, scale,
+        *maps_of(q, k, v), bias, temperature, out, lattice.groups, count, *lattice.steps, scale,
         **lattice.constants(q.of), **places_of(q, k, v), **tiles,
         work=Work(
             (2 * out.numel() + keys) * out.element_size(), matrix=4 * lattice.scores * block_of(lattice.depth),

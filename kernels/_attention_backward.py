@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import places_of
-from ._attention_sums import bias_gradient
+from ._attention import maps_of, places_of
+from ._attention_sums import bias_gradient, sums_of_scores
 from ._dot import dot
 from ._lattice import (
     SIZES,
@@ -29,9 +29,10 @@ from ._lattice import (
     gradient_of_rows,
     group_pixels,
     is_wide,
-    key_places,
+    key_rows,
     masked_scores,
-    query_places,
+    places_of_keys,
+    query_rows,
     rows_of_scores,
 )
 from ._launch import Work, block_of, cdiv, config, launch
@@ -47,11 +48,11 @@ def attention_bwd_kernel(
     grad, q, k, v, bias, temperature, grad_q, grad_k, grad_v, sums, grad_factors,
     groups, height, width, key_height, key_width, down, across, scale,
     HEADS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr,
-    OVERLAPPING: tl.constexpr, PIXELS: tl.constexpr, FIRSTS: tl.constexpr, PRECISION: tl.constexpr,
-    SHARES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAPPING: tl.constexpr, PIXELS: tl.constexpr, FIRSTS: tl.constexpr, GRADS: tl.constexpr,
+    PRECISION: tl.constexpr, SHARES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_q, b_g: (BLOCK_Q, BLOCK_D); b_k, b_v: (BLOCK_K, BLOCK_D), and their gradients; b_s, b_p, b_dp, b_ds: (queries,
-    # keys); grad_factors: of the temperature, (SHARES, HEADS)
+    # keys); grad_factors: of the temperature, (SHARES, HEADS); GRADS: as PIXELS, of the maps of gradients
     C: tl.constexpr = HEADS * D
     i_head = tl.program_id(0) % HEADS
     i_share = tl.program_id(0) // HEADS
@@ -59,8 +60,9 @@ def attention_bwd_kernel(
     m_d = o_d < D
     o_c = i_head * D + o_d
     o_q, o_k = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    o_query = query_places(o_q, i_head, HEADS, QUERIES, KEYS, TABLE)
-    b_bias = biases(bias, o_query[:, None] - key_places(o_k, HEADS, KEYS, TABLE)[None, :])
+    o_query = query_rows(o_q, QUERIES, KEYS, TABLE)
+    o_rows = o_query[:, None] - key_rows(o_k, KEYS, TABLE)[None, :]
+    b_bias = biases(bias, o_rows, i_head, HEADS, QUERIES, KEYS, TABLE)
     factor = factor_of_scores(temperature, i_head, scale)
     b_sums = tl.zeros((BLOCK_Q, BLOCK_K), dtype=tl.float32)
     b_factors = tl.zeros((BLOCK_Q,), dtype=tl.float32)
@@ -68,12 +70,9 @@ def attention_bwd_kernel(
         o_row, m_q = group_pixels(i_group, o_q, height, width, down, across, QUERIES)
         o_pixel, m_k = group_pixels(i_group, o_k, key_height, key_width, down, across, KEYS)
         m_rows, m_x = m_q[:, None] & m_d[None, :], m_k[:, None] & m_d[None, :]
-        p_q = FIRSTS[0] + o_row[:, None] * PIXELS[0] + o_c[None, :]
-        p_k = FIRSTS[1] + o_pixel[:, None] * PIXELS[1] + o_c[None, :]
-        p_v = FIRSTS[2] + o_pixel[:, None] * PIXELS[2] + o_c[None, :]
-        b_q = tl.load(q + p_q, mask=m_rows, other=0.0)
-        b_k = tl.load(k + p_k, mask=m_x, other=0.0)
-        b_v = tl.load(v + p_v, mask=m_x, other=0.0)
+        b_q = tl.load(q + FIRSTS[0] + o_row[:, None] * PIXELS[0] + o_c[None, :], mask=m_rows, other=0.0)
+        p_k, p_v = places_of_keys(k, v, o_pixel, o_c, PIXELS, FIRSTS)
+        b_k, b_v = tl.load(p_k, mask=m_x, other=0.0), tl.load(p_v, mask=m_x, other=0.0)
         b_g = tl.load(grad + o_row[:, None] * C + o_c[None, :], mask=m_rows, other=0.0)
         b_sq, b_sk = rows_of_scores(b_q, temperature), rows_of_scores(b_k, temperature)
         m_s = are_keys(o_k, m_k, KEYS, OVERLAPPING)[None, :]
@@ -82,18 +81,19 @@ def attention_bwd_kernel(
         b_p *= (1.0 / tl.sum(b_p, axis=1))[:, None]
         b_dp = dot(b_g, tl.trans(b_v), None, PRECISION)
         b_dv = dot(tl.trans(b_p.to(b_g.dtype)), b_g, None, PRECISION)
-        store_keys(grad_v, b_dv, p_v, i_group, o_k, o_c, m_x, m_d, C, KEYS, OVERLAPPING)
+        store_keys(grad_v, b_dv, FIRSTS[2], GRADS[2], o_pixel, i_group, o_k, o_c, m_x, m_d, C, KEYS, OVERLAPPING)
         b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, axis=1)[:, None])
         if bias is not None:
             b_sums += b_ds
         b_ds, b_factor = as_operand(b_ds, b_q.dtype)
         b_dq, b_share = gradient_of_rows(dot(b_ds, b_sk, None, PRECISION) * b_factor, b_q, temperature, factor)
+        p_q = FIRSTS[0] + o_row[:, None] * GRADS[0] + o_c[None, :]
         tl.store(grad_q + p_q, b_dq.to(grad_q.dtype.element_ty), mask=m_rows)
         if temperature is not None:
             b_factors += b_share
         b_dk = dot(tl.trans(b_ds), b_sq, None, PRECISION) * b_factor
         b_dk, _ = gradient_of_rows(b_dk, b_k, temperature, factor)
-        store_keys(grad_k, b_dk, p_k, i_group, o_k, o_c, m_x, m_d, C, KEYS, OVERLAPPING)
+        store_keys(grad_k, b_dk, FIRSTS[1], GRADS[1], o_pixel, i_group, o_k, o_c, m_x, m_d, C, KEYS, OVERLAPPING)
     if bias is not None:
         TOKENS: tl.constexpr = QUERIES[0] * QUERIES[1]
         OF_KEYS: tl.constexpr = KEYS[0] * KEYS[1]
@@ -105,21 +105,25 @@ def attention_bwd_kernel(
 
 @triton.jit
 def store_keys(
-    grad_x, b_x, p_x, i_group, o_k, o_c, m_x, m_d, C: tl.constexpr, KEYS: tl.constexpr, OVERLAPPING: tl.constexpr
-):
+    grad_x, b_x, FIRST: tl.constexpr, PIXEL: tl.constexpr, o_pixel, i_group, o_k, o_c, m_x, m_d, C: tl.constexpr,
+    KEYS: tl.constexpr, OVERLAPPING: tl.constexpr,
+):  # fmt: skip
     # gradients of keys or values (BLOCK_K, BLOCK_D): in their map, or in the group's part of (groups, KEYS, C)
     if OVERLAPPING:
         TOKENS: tl.constexpr = KEYS[0] * KEYS[1]
         p_x = (i_group * TOKENS + o_k).to(tl.int64)[:, None] * C + o_c[None, :]
         m_x = (o_k < TOKENS)[:, None] & m_d[None, :]
+    else:
+        p_x = FIRST + o_pixel[:, None] * PIXEL + o_c[None, :]
     tl.store(grad_x + p_x, b_x.to(grad_x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
 def _keys_of_queries(
     k, v, bias, temperature, b_q, b_g, o_query, i_k, i_group, i_head, key_height, key_width, down, across, factor,
-    HEADS: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr, OVERLAPPING: tl.constexpr,
-    PIXELS: tl.constexpr, FIRSTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr,
+    OVERLAPPING: tl.constexpr, PIXELS: tl.constexpr, FIRSTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # a block of keys (BLOCK_K, BLOCK_D), its scores and the gradients of its weights (BLOCK_Q, BLOCK_K)
     o_d = tl.arange(0, BLOCK_D)
@@ -127,10 +131,11 @@ def _keys_of_queries(
     o_k = i_k + tl.arange(0, BLOCK_K)
     o_pixel, m_k = group_pixels(i_group, o_k, key_height, key_width, down, across, KEYS)
     m_x = m_k[:, None] & (o_d < D)[None, :]
-    b_k = tl.load(k + FIRSTS[1] + o_pixel[:, None] * PIXELS[1] + o_c[None, :], mask=m_x, other=0.0)
-    b_v = tl.load(v + FIRSTS[2] + o_pixel[:, None] * PIXELS[2] + o_c[None, :], mask=m_x, other=0.0)
-    b_k = rows_of_scores(b_k, temperature)
-    b_bias = biases(bias, o_query[:, None] - key_places(o_k, HEADS, KEYS, TABLE)[None, :])
+    p_k, p_v = places_of_keys(k, v, o_pixel, o_c, PIXELS, FIRSTS)
+    b_k = rows_of_scores(tl.load(p_k, mask=m_x, other=0.0), temperature)
+    b_v = tl.load(p_v, mask=m_x, other=0.0)
+    o_rows = o_query[:, None] - key_rows(o_k, KEYS, TABLE)[None, :]
+    b_bias = biases(bias, o_rows, i_head, HEADS, QUERIES, KEYS, TABLE)
     m_s = are_keys(o_k, m_k, KEYS, OVERLAPPING)[None, :]
     b_s = masked_scores(b_q, b_k, b_bias, m_s, factor, PRECISION)
     return b_k, b_s, dot(b_g, tl.trans(b_v), None, PRECISION)
@@ -141,8 +146,8 @@ def attention_bwd_queries_kernel(
     grad, q, k, v, bias, temperature, grad_q, statistics, grad_factors,
     height, width, key_height, key_width, down, across, scale,
     HEADS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr,
-    OVERLAPPING: tl.constexpr, PIXELS: tl.constexpr, FIRSTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAPPING: tl.constexpr, PIXELS: tl.constexpr, FIRSTS: tl.constexpr, GRADS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_q, b_g, b_dq: (BLOCK_Q, BLOCK_D); b_k: (BLOCK_K, BLOCK_D); b_s, b_p, b_dp, b_ds: (BLOCK_Q, BLOCK_K);
     # statistics: (groups, HEADS, 3, TOKENS), of a query: its largest score, 1 / the sum of powers, the mean of b_dp;
@@ -159,16 +164,15 @@ def attention_bwd_queries_kernel(
     o_q = i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_row, m_q = group_pixels(i_group, o_q, height, width, down, across, QUERIES)
     m_rows = m_q[:, None] & (o_d < D)[None, :]
-    p_q = FIRSTS[0] + o_row[:, None] * PIXELS[0] + o_c[None, :]
-    b_raw = tl.load(q + p_q, mask=m_rows, other=0.0)
+    b_raw = tl.load(q + FIRSTS[0] + o_row[:, None] * PIXELS[0] + o_c[None, :], mask=m_rows, other=0.0)
     b_q = rows_of_scores(b_raw, temperature)
     b_g = tl.load(grad + o_row[:, None] * C + o_c[None, :], mask=m_rows, other=0.0)
-    o_query = query_places(o_q, i_head, HEADS, QUERIES, KEYS, TABLE)
+    o_query = query_rows(o_q, QUERIES, KEYS, TABLE)
     factor = factor_of_scores(temperature, i_head, scale)
     if OF_KEYS <= BLOCK_K:
         b_k, b_s, b_dp = _keys_of_queries(
             k, v, bias, temperature, b_q, b_g, o_query, 0, i_group, i_head, key_height, key_width, down, across,
-            factor, HEADS, D, KEYS, TABLE, OVERLAPPING, PIXELS, FIRSTS, PRECISION, BLOCK_K, BLOCK_D,
+            factor, HEADS, D, QUERIES, KEYS, TABLE, OVERLAPPING, PIXELS, FIRSTS, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         b_shift = finite_shift(tl.max(b_s, axis=1))
         b_p = tl.exp2(b_s - b_shift[:, None])
@@ -184,7 +188,7 @@ def attention_bwd_queries_kernel(
         for i_k in range(0, OF_KEYS, BLOCK_K):
             b_k, b_s, b_dp = _keys_of_queries(
                 k, v, bias, temperature, b_q, b_g, o_query, i_k, i_group, i_head, key_height, key_width, down, across,
-                factor, HEADS, D, KEYS, TABLE, OVERLAPPING, PIXELS, FIRSTS, PRECISION, BLOCK_K, BLOCK_D,
+                factor, HEADS, D, QUERIES, KEYS, TABLE, OVERLAPPING, PIXELS, FIRSTS, PRECISION, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             b_largest = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_shift = finite_shift(b_largest)
@@ -200,7 +204,7 @@ def attention_bwd_queries_kernel(
         for i_k in range(0, OF_KEYS, BLOCK_K):
             b_k, b_s, b_dp = _keys_of_queries(
                 k, v, bias, temperature, b_q, b_g, o_query, i_k, i_group, i_head, key_height, key_width, down, across,
-                factor, HEADS, D, KEYS, TABLE, OVERLAPPING, PIXELS, FIRSTS, PRECISION, BLOCK_K, BLOCK_D,
+                factor, HEADS, D, QUERIES, KEYS, TABLE, OVERLAPPING, PIXELS, FIRSTS, PRECISION, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             b_p = tl.exp2(b_s - b_shift[:, None]) * b_inverse[:, None]
             b_ds, b_factor = as_operand(b_p * (b_dp - b_mean[:, None]), b_q.dtype)
@@ -212,6 +216,7 @@ def attention_bwd_queries_kernel(
     b_dq, b_share = gradient_of_rows(b_dq, b_raw, temperature, factor)
     if temperature is not None:
         tl.store(grad_factors + tl.program_id(0), tl.sum(b_share, axis=0))
+    p_q = FIRSTS[0] + o_row[:, None] * GRADS[0] + o_c[None, :]
     tl.store(grad_q + p_q, b_dq.to(grad_q.dtype.element_ty), mask=m_rows)
 
 
@@ -220,8 +225,8 @@ def attention_bwd_keys_kernel(
     grad, q, k, v, bias, temperature, statistics, grad_k, grad_v, sums,
     groups, height, width, key_height, key_width, down, across, scale,
     HEADS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr,
-    OVERLAPPING: tl.constexpr, PIXELS: tl.constexpr, FIRSTS: tl.constexpr, PRECISION: tl.constexpr,
-    SHARES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAPPING: tl.constexpr, PIXELS: tl.constexpr, FIRSTS: tl.constexpr, GRADS: tl.constexpr,
+    PRECISION: tl.constexpr, SHARES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # b_k, b_v, b_dk, b_dv: (BLOCK_K, BLOCK_D); b_q, b_g: (BLOCK_Q, BLOCK_D); b_s, b_p, b_ds: (BLOCK_K, BLOCK_Q)
     TOKENS: tl.constexpr = QUERIES[0] * QUERIES[1]
@@ -235,24 +240,23 @@ def attention_bwd_keys_kernel(
     m_d = o_d < D
     o_c = i_head * D + o_d
     o_k = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_key = key_places(o_k, HEADS, KEYS, TABLE)
+    o_key = key_rows(o_k, KEYS, TABLE)
     factor = factor_of_scores(temperature, i_head, scale)
     p_sums = sums
     if bias is not None:
         p_sums += (i_share * HEADS + i_head).to(tl.int64) * (TOKENS * OF_KEYS)
     b_sums = tl.zeros((BLOCK_K, BLOCK_Q), dtype=tl.float32)
     if TOKENS <= BLOCK_Q:
-        o_query = query_places(tl.arange(0, BLOCK_Q), i_head, HEADS, QUERIES, KEYS, TABLE)
-        b_bias = biases(bias, o_query[None, :] - o_key[:, None])
+        o_query = query_rows(tl.arange(0, BLOCK_Q), QUERIES, KEYS, TABLE)
+        b_bias = biases(bias, o_query[None, :] - o_key[:, None], i_head, HEADS, QUERIES, KEYS, TABLE)
     for i_group in range(i_share, groups, SHARES):
         o_pixel, m_k = group_pixels(i_group, o_k, key_height, key_width, down, across, KEYS)
         m_keys = are_keys(o_k, m_k, KEYS, OVERLAPPING)
         m_x = m_k[:, None] & m_d[None, :]
-        p_k = FIRSTS[1] + o_pixel[:, None] * PIXELS[1] + o_c[None, :]
-        p_v = FIRSTS[2] + o_pixel[:, None] * PIXELS[2] + o_c[None, :]
-        b_raw = tl.load(k + p_k, mask=m_x, other=0.0)
+        p_k, p_v = places_of_keys(k, v, o_pixel, o_c, PIXELS, FIRSTS)
+        b_raw = tl.load(p_k, mask=m_x, other=0.0)
         b_k = rows_of_scores(b_raw, temperature)
-        b_v = tl.load(v + p_v, mask=m_x, other=0.0)
+        b_v = tl.load(p_v, mask=m_x, other=0.0)
         b_dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
         b_dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
         p_statistics = statistics + (tl.zeros((1,), dtype=tl.int64) + i_group * HEADS + i_head) * (3 * TOKENS)
@@ -267,8 +271,8 @@ def attention_bwd_keys_kernel(
             b_inverse = tl.load(p_statistics + TOKENS + o_q, mask=m_q, other=0.0)
             b_mean = tl.load(p_statistics + 2 * TOKENS + o_q, mask=m_q, other=0.0)
             if TOKENS > BLOCK_Q:
-                o_query = query_places(o_q, i_head, HEADS, QUERIES, KEYS, TABLE)
-                b_bias = biases(bias, o_query[None, :] - o_key[:, None])
+                o_query = query_rows(o_q, QUERIES, KEYS, TABLE)
+                b_bias = biases(bias, o_query[None, :] - o_key[:, None], i_head, HEADS, QUERIES, KEYS, TABLE)
             b_s = masked_scores(b_k, b_q, b_bias, m_keys[:, None] & m_q[None, :], factor, PRECISION)
             b_p = tl.exp2(b_s - b_shift[None, :]) * b_inverse[None, :]
             b_dv = dot(b_p.to(b_g.dtype), b_g, b_dv, PRECISION)
@@ -285,8 +289,8 @@ def attention_bwd_keys_kernel(
             b_ds, b_factor = as_operand(b_ds, b_q.dtype)
             b_dk += dot(b_ds, b_q, None, PRECISION) * b_factor
         b_dk, _ = gradient_of_rows(b_dk, b_raw, temperature, factor)
-        store_keys(grad_k, b_dk, p_k, i_group, o_k, o_c, m_x, m_d, C, KEYS, OVERLAPPING)
-        store_keys(grad_v, b_dv, p_v, i_group, o_k, o_c, m_x, m_d, C, KEYS, OVERLAPPING)
+        store_keys(grad_k, b_dk, FIRSTS[1], GRADS[1], o_pixel, i_group, o_k, o_c, m_x, m_d, C, KEYS, OVERLAPPING)
+        store_keys(grad_v, b_dv, FIRSTS[2], GRADS[2], o_pixel, i_group, o_k, o_c, m_x, m_d, C, KEYS, OVERLAPPING)
         if bias is not None and TOKENS > BLOCK_Q:
             tl.debug_barrier()  # the next group adds to what other threads may have stored
     if bias is not None and TOKENS <= BLOCK_Q:
@@ -295,21 +299,12 @@ def attention_bwd_keys_kernel(
         tl.store(p_sums + o_k[:, None] * TOKENS + o_q[None, :], b_sums, mask=m_sums)
 
 
-def _sums(lattice, shares, bias, block):
-    """Where programs leave the gradients of scores, or None; zeros where they add to it, block by block of queries."""
-    if bias is None:
-        return None
-    shape = (min(shares, lattice.groups), lattice.heads, lattice.key_tokens, lattice.tokens)
-    make = torch.empty if block >= lattice.tokens else torch.zeros
-    return make(shape, dtype=torch.float32, device=bias.device)
-
-
-def _one_block(x, lattice):
+def _one_block(x, lattice, temperature):
     """Configurations where all tokens are one block."""
     if is_wide(x, lattice):  # with a limit, as in the forward; a lower one spills
         limits = dict(num_warps=8, maxnreg=255), dict(num_warps=16)
     else:
-        limits = dict(num_warps=4), dict(num_warps=8)
+        limits = [dict(num_warps=warps) for warps in ((4, 8) if temperature is None else (8, 4))]
     blocks = dict(BLOCK_Q=block_of(lattice.tokens), BLOCK_K=block_of(lattice.key_tokens))
     return [dict(**blocks, num_stages=1, **limit) for limit in limits]
 
@@ -346,18 +341,19 @@ def attention_backward(lattice, grad, q, k, v, bias, temperature, scale, grads):
     """
     x, heads = q.of, lattice.heads
     key, constants = lattice.key(x, bias, temperature), lattice.constants(x) | places_of(q, k, v)
+    constants["GRADS"] = tuple(each.stride(3) if each.dim() == 4 else 0 for each in grads)
     product, element = 2 * lattice.scores * block_of(lattice.depth), x.element_size()
     of_keys = 2 * lattice.groups * lattice.key_tokens * lattice.channels  # values of keys and values
     grad_factors, grad_q, *grads_k = None, *grads
     if lattice.most <= 64:
         shares = max(1, PROGRAMS // heads)
-        tiles = config(f"{lattice.operator}_bwd", key, _one_block(x, lattice), x.device)
-        sums = _sums(lattice, shares, bias, tiles["BLOCK_Q"])
+        tiles = config(f"{lattice.operator}_bwd", key, _one_block(x, lattice, temperature), x.device)
+        sums = sums_of_scores(lattice, shares, bias, tiles["BLOCK_Q"])
         if temperature is not None:
             grad_factors = torch.empty(min(shares, lattice.groups), heads, dtype=torch.float32, device=x.device)
         launch(
             attention_bwd_kernel, (min(shares, lattice.groups) * heads,),
-            grad, q.of, k.of, v.of, bias, temperature, *grads, sums, grad_factors,
+            grad, *maps_of(q, k, v), bias, temperature, *grads, sums, grad_factors,
             lattice.groups, *lattice.steps, scale, SHARES=shares, **constants, **tiles,
             work=Work(
                 (3 * grad.numel() + 2 * of_keys) * element + (0 if sums is None else 4 * sums.numel()),
@@ -373,7 +369,7 @@ def attention_backward(lattice, grad, q, k, v, bias, temperature, scale, grads):
             grad_factors = torch.empty(lattice.groups, heads, blocks, dtype=torch.float32, device=x.device)
         launch(
             attention_bwd_queries_kernel, (lattice.groups * heads * blocks,),
-            grad, q.of, k.of, v.of, bias, temperature, grad_q, statistics, grad_factors, *lattice.steps, scale,
+            grad, *maps_of(q, k, v), bias, temperature, grad_q, statistics, grad_factors, *lattice.steps, scale,
             **constants, **tiles,
             work=Work(
                 (3 * grad.numel() + of_keys) * element + 4 * statistics.numel(),
@@ -384,11 +380,11 @@ def attention_backward(lattice, grad, q, k, v, bias, temperature, scale, grads):
         tiles = config(f"{lattice.operator}_bwd_keys", key, _key_tiles(x, lattice, bias), x.device)
         if tiles["BLOCK_Q"] * tiles["BLOCK_K"] < 32 * tiles["num_warps"]:  # then several threads would hold a value
             raise ValueError(f"attention_bwd_keys adds to its sums: a tile needs a value a thread; got {tiles}")
-        sums = _sums(lattice, shares, bias, tiles["BLOCK_Q"])
+        sums = sums_of_scores(lattice, shares, bias, tiles["BLOCK_Q"])
         launch(
             attention_bwd_keys_kernel,
             (min(shares, lattice.groups) * heads * cdiv(lattice.key_tokens, tiles["BLOCK_K"]),),
-            grad, q.of, k.of, v.of, bias, temperature, statistics, *grads_k, sums,
+            grad, *maps_of(q, k, v), bias, temperature, statistics, *grads_k, sums,
             lattice.groups, *lattice.steps, scale, SHARES=shares, **constants, **tiles,
             work=Work(
                 (2 * grad.numel() + 2 * of_keys) * element + 4 * statistics.numel()

@@ -15,7 +15,7 @@ from ._attention import attention
 from ._attention_backward import attention_backward
 from ._dot import dot
 from ._images import alike, is_each_image, of_image
-from ._lattice import SIZES, biases, finite_shift, group_pixels, head_place, key_places, masked_scores, query_places
+from ._lattice import SIZES, biases, finite_shift, group_pixels, key_rows, masked_scores, query_rows
 from ._launch import Work, block_of, config, launch, matmul
 from ._windows import parts_of
 from .layer_norm_2d import layer_norm_2d
@@ -60,21 +60,20 @@ def attention_layer_fwd_kernel(
     if norm_bias is not None:
         b_y += tl.load(norm_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     b_y = b_y.to(DTYPE)
-    o_query = query_places(o_t, 0, HEADS, LATTICE, LATTICE, TABLE)
-    o_bias = o_query[:, None] - key_places(o_t, HEADS, LATTICE, TABLE)[None, :]
+    o_bias = query_rows(o_t, LATTICE, LATTICE, TABLE)[:, None] - key_rows(o_t, LATTICE, TABLE)[None, :]
     b_out = tl.zeros((BLOCK_C, BLOCK_T), dtype=tl.float32)
     for i_head in tl.range(0, HEADS, disable_licm=True):
         p_w = qkv_weight + (i_head * D + o_d)[:, None] * C + o_c[None, :]
         o_h = i_head * D + o_d
         m_h = o_d < D
-        o_head = head_place(i_head, LATTICE, LATTICE, TABLE)
         b_v = dot(b_y, tl.trans(tl.load(p_w + 2 * C * C, mask=m_w, other=0.0)), None, PRECISION)
         b_v = plus_bias(b_v, qkv_bias, 2 * C + o_h, m_h).to(DTYPE)
         b_q = dot(b_y, tl.trans(tl.load(p_w, mask=m_w, other=0.0)), None, PRECISION)
         b_q = plus_bias(b_q, qkv_bias, o_h, m_h).to(DTYPE)
         b_k = dot(b_y, tl.trans(tl.load(p_w + C * C, mask=m_w, other=0.0)), None, PRECISION)
         b_k = plus_bias(b_k, qkv_bias, C + o_h, m_h).to(DTYPE)
-        b_s = masked_scores(b_q, b_k, biases(bias, o_bias + o_head), m_t[None, :], scale, PRECISION)
+        b_bias = biases(bias, o_bias, i_head, HEADS, LATTICE, LATTICE, TABLE)
+        b_s = masked_scores(b_q, b_k, b_bias, m_t[None, :], scale, PRECISION)
         b_p = tl.exp2(b_s - finite_shift(tl.max(b_s, axis=1))[:, None])
         b_sum = tl.sum(b_p, axis=1)
         b_a = dot(b_p.to(DTYPE), b_v, None, PRECISION) / b_sum[:, None]

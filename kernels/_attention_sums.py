@@ -28,6 +28,15 @@ def bias_table_bwd_kernel(
     tl.store(grad_table + tl.program_id(0), tl.sum(b_sum, axis=0).to(grad_table.dtype.element_ty))
 
 
+def sums_of_scores(lattice, shares, bias, block):
+    """Where programs leave the gradients of scores, or None; zeros where they add to it, block by block of queries."""
+    if bias is None:
+        return None
+    shape = (min(shares, lattice.groups), lattice.heads, lattice.key_tokens, lattice.tokens)
+    make = torch.empty if block >= lattice.tokens else torch.zeros
+    return make(shape, dtype=torch.float32, device=bias.device)
+
+
 def bias_gradient(sums, lattice, bias):
     """Of a table or of dense biases, from gradients of scores (programs, heads, keys, queries)."""
     sums = sums.sum(dim=0)

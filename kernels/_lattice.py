@@ -141,42 +141,49 @@ def group_pixels(i_group, o_t, height, width, down, across, LATTICE: tl.constexp
 
 
 @triton.jit
-def head_place(i_head, QUERIES: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr):
-    """What a head adds to the places of its biases."""
-    return i_head * (QUERIES[0] * QUERIES[1] * KEYS[0] * KEYS[1]) if TABLE[0] == 0 else i_head
+def query_rows(o_t, QUERIES: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr):
+    """A query's row less a key's is that of their bias in the table, or its place in dense ones of a head.
 
-
-@triton.jit
-def query_places(o_t, i_head, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr):
-    """A query's place less a key's is where their bias is; for tokens beyond the last one a valid place."""
+    For tokens beyond the last one it is a valid one.
+    """
     o_t = tl.minimum(o_t, QUERIES[0] * QUERIES[1] - 1)
-    if TABLE[0] == 0:
-        o_place = o_t * (KEYS[0] * KEYS[1])
-    else:
-        o_place = (o_t // QUERIES[1] * TABLE[0] + o_t % QUERIES[1] + TABLE[1]) * HEADS
-    return o_place + head_place(i_head, QUERIES, KEYS, TABLE)
+    return o_t * (KEYS[0] * KEYS[1]) if TABLE[0] == 0 else o_t // QUERIES[1] * TABLE[0] + o_t % QUERIES[1] + TABLE[1]
 
 
 @triton.jit
-def key_places(o_t, HEADS: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr):
-    """See `query_places`."""
+def key_rows(o_t, KEYS: tl.constexpr, TABLE: tl.constexpr):
+    """See `query_rows`."""
     o_t = tl.minimum(o_t, KEYS[0] * KEYS[1] - 1)
-    return -o_t if TABLE[0] == 0 else (o_t // KEYS[1] * TABLE[0] + o_t % KEYS[1]) * HEADS
+    return -o_t if TABLE[0] == 0 else o_t // KEYS[1] * TABLE[0] + o_t % KEYS[1]
+
+
+@triton.jit
+def biases(bias, o_rows, i_head, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TABLE: tl.constexpr):
+    """Biases of scores of a head, from a table (rows, heads) or dense, or none."""
+    if bias is None:
+        b_bias = 0.0
+    elif TABLE[0] == 0:
+        p_bias = bias + i_head * (QUERIES[0] * QUERIES[1] * KEYS[0] * KEYS[1]) + o_rows
+        b_bias = tl.load(p_bias).to(tl.float32) * LOG2E
+    else:
+        b_bias = tl.load(bias + (o_rows * HEADS + i_head)).to(tl.float32) * LOG2E
+    return b_bias
+
+
+@triton.jit
+def places_of_keys(k, v, o_pixel, o_c, PIXELS: tl.constexpr, FIRSTS: tl.constexpr):
+    """Where the keys and the values of pixels are; ``v`` is None where both are in one map."""
+    p_k = k + FIRSTS[1] + o_pixel[:, None] * PIXELS[1] + o_c[None, :]
+    if v is None:
+        return p_k, p_k + (FIRSTS[2] - FIRSTS[1])
+    else:
+        return p_k, v + FIRSTS[2] + o_pixel[:, None] * PIXELS[2] + o_c[None, :]
 
 
 @triton.jit
 def are_keys(o_t, m_t, KEYS: tl.constexpr, OVERLAPPING: tl.constexpr):
     """Which tokens are keys: those in the map, or all of them."""
     return o_t < KEYS[0] * KEYS[1] if OVERLAPPING else m_t
-
-
-@triton.jit
-def biases(bias, o_bias):
-    """Biases of scores at places of the table, or none."""
-    if bias is None:
-        return 0.0
-    else:
-        return tl.load(bias + o_bias).to(tl.float32) * LOG2E
 
 
 @triton.jit
@@ -215,7 +222,7 @@ def gradient_of_rows(b_g, b_x, temperature, factor):
     else:
         b_unit, b_inverse = unit_rows(b_x)
         b_share = tl.sum(b_g * b_unit, axis=1)
-        b_along = tl.where(b_inverse < 1e12, b_share, 0.0)  # a shorter row was not divided by its length
+        b_along = tl.where(b_inverse < 0.999e12, b_share, 0.0)  # a shorter row was not divided by its length
         b_y = (b_g - b_unit * b_along[:, None]) * (b_inverse * factor)[:, None]
     return b_y, b_share
 

@@ -123,14 +123,15 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Channels:
-    """Channels of a map from ``first`` on; ``of`` is a channels-last tensor."""
+    """Channels of a map from ``first`` on; ``of`` is a channels-last tensor, or a view of channels of one."""
 
     of: torch.Tensor
     first: int = 0
 
     @property
     def pixel(self):
-        return self.of.shape[1]
+        """Values from one pixel to the next."""
+        return self.of.stride(3)
 
 
 def parts_of(qkv):

@@ -59,5 +59,6 @@ def channel_attention(q, k, v, temperature, *groups):
 
 
 def channel_attention_backward(grad, q, k, v, temperature, *groups):
-    grads, grad_temperature = attend_channels_backward(grad, [q, k, v], temperature, *groups)
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in (q, k, v)]  # gradients have their layout
+    grads, grad_temperature = attend_channels_backward(grad, maps, temperature, *groups)
     return *grads, grad_temperature

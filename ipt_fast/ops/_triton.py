@@ -65,13 +65,21 @@ def check(args: Arguments | None) -> str | None:
     return _check_device(args[0].device) or _limits.dtype_error(args[0].dtype, "Triton's kernels")
 
 
-def register(operator: Operator, limits: _limits.Limits | None = None) -> None:
+def _is_view_of_channels(x: Tensor) -> bool:
+    """Whether ``x`` holds some of the channels of a channels-last map."""
+    _, channels, height, width = x.shape
+    pixel = x.stride(3)
+    return pixel >= channels and x.stride() == (height * width * pixel, 1, width * pixel, pixel)
+
+
+def register(operator: Operator, limits: _limits.Limits | None = None, *, views: bool = False) -> None:
     """Give ``operator`` the backend "triton": functions ``<name>`` and ``<name>_backward`` of ipt_fast.kernels.
 
     They get images channels-last and all other tensors contiguous.
 
     Args:
         operator: the `Operator`.
+        views: images may also be views of channels of a channels-last map.
         limits: function of some of the operator's arguments, which its parameters name. It answers None or why the
             kernels do not take them.
     """
@@ -82,12 +90,12 @@ def register(operator: Operator, limits: _limits.Limits | None = None) -> None:
 
     def prepare(args: Arguments) -> list[Any]:
         named = zip(operator.arguments, args, strict=True)
-        return [
-            value
-            if not isinstance(value, torch.Tensor)
-            else (as_channels_last(value) if name in operator.images else value.contiguous())
-            for name, value in named
-        ]
+        return [laid_out(name, value) if isinstance(value, torch.Tensor) else value for name, value in named]
+
+    def laid_out(name: str, value: Tensor) -> Tensor:
+        if name not in operator.images:
+            return value.contiguous()
+        return value if views and _is_view_of_channels(value) else as_channels_last(value)
 
     def forward(*args: Any) -> Tensor:
         return function(operator.name)(*prepare(args))

@@ -81,4 +81,4 @@ _operator = Operator(
     flops=_flops,
 )
 _cpu.register(_operator)
-_triton.register(_operator, lambda q, num_heads: _triton.head_limit(q.shape[1], num_heads))
+_triton.register(_operator, lambda q, num_heads: _triton.head_limit(q.shape[1], num_heads), views=True)

@@ -75,20 +75,20 @@ def calls():
 
 
 def _window_attention(width, heads, window, keys, reduction, dtype, label):
-    q, k = _image(width, dtype, 96), _image(width, dtype, 96 // reduction)
+    q, k, v = (_image(width, dtype, size) for size in (96, 96 // reduction, 96 // reduction))
     table = _tensor((window[0] + keys[0] - 1) * (window[1] + keys[1] - 1), heads)
     dense = _tensor(heads, window[0] * window[1], keys[0] * keys[1])
     shift = [size // 2 if window == keys else 0 for size in window]
     name = f"{width} {window[0]}x{window[1]} {keys[0]}x{keys[1]} {label}"
     rest = heads, window, keys, shift
-    found = {f"window_attention {name}": ("window_attention", (q, k, k, table, None, *rest, 0.2))}
+    found = {f"window_attention {name}": ("window_attention", (q, k, v, table, None, *rest, 0.2))}
     if window == keys == (8, 8):
         weights = [_tensor(out * width, width, 1, 1, dtype=dtype) for out in (3, 1)]
         layer = heads, window, shift, 0.2, 1e-5
         norm, others = _modulation(3 * width, width)
         others[-1] = _tensor(width)
-        found[f"window_attention cosine {name}"] = "window_attention", (q, k, k, table, _tensor(heads), *rest, 1.0)
-        found[f"window_attention dense {name}"] = "window_attention", (q, k, k, dense, None, *rest, 0.2)
+        found[f"window_attention cosine {name}"] = "window_attention", (q, k, v, table, _tensor(heads), *rest, 1.0)
+        found[f"window_attention dense {name}"] = "window_attention", (q, k, v, dense, None, *rest, 0.2)
         found[f"window_attention_layer {name}"] = (
             "window_attention_layer",
             (q, _tensor(width), _tensor(width), *weights, table, *others, *layer, True, True),

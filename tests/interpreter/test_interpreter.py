@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install ipt-fast[triton])")
 
-# One call of every operator; the rest is slow. Options are tested on smaller maps.
+# One call of every operator; the rest is slow. Options, and all windows, are tested on smaller maps.
 OPTIONS = "two or released or biases or each_image or modulated or layer_scale"
-VARIANTS = f"bias_free or windows or odd_window or no_bias or 3x3 or 33_channels or no_identity or {OPTIONS}"
+RELATIVES = "dilated or overlapping or window_attention or gdfn or sgfn"
+OF_LAYERS = "bias_free or windows or odd_window or no_bias or 3x3 or 33_channels or no_identity"
+VARIANTS = f"{OF_LAYERS} or {OPTIONS} or {RELATIVES}"
 SUBSET = f"fp32-small_same and not ({VARIANTS})"
 SUBSET_BF16 = "bf16-small_fp32 and (layer_norm or merge or channel_attention-)"
 
@@ -30,6 +32,10 @@ def run(*arguments, **variables):
 def test_parity_of_every_operator():
     selected = f"test_parity and ({SUBSET} or {SUBSET_BF16})"
     assert run("tests/ops/test_parity.py", "-k", selected, IPT_FAST_TEST_SIZES="1") > 10
+
+
+def test_options_of_the_relatives():
+    assert run("tests/ops/test_relatives.py", "-k", "fp32 or views") == 18
 
 
 def test_options_of_the_layers():
@@ -57,7 +63,7 @@ def test_layers_of_ipt():
 
 @pytest.mark.slow
 def test_everything():
-    files = [f"tests/ops/test_{name}.py" for name in ("parity", "options", "not_finite", "range")]
+    files = [f"tests/ops/test_{name}.py" for name in ("parity", "options", "not_finite", "range", "relatives")]
     assert run(*files, "-k", "not (two or layer_scale)") > 900
 
 
