@@ -83,7 +83,7 @@ class Maps {
         convolved_ = depthwise(source_, w_.depthwise, w_.depthwise_bias);
     }
 
-    // The gradient of what was convolved takes the place of `convolved_`.
+    // The gradient of the convolved map takes its place.
     ParameterGradients backward_of_tail(const at::Tensor& grad, const OptionalTensor& gate) {
         const at::Tensor projected = new_map(hidden_, w_.hidden());
         const bool halves = form_.convolved_halves() == 2;
@@ -95,7 +95,7 @@ class Maps {
         return pointwise_gradients(grad, projected, w_.project, w_.project_bias, gate);
     }
 
-    // The gradient of its input takes the place of `convolved_`.
+    // The gradient of what was convolved, before an inner norm, takes the place of `convolved_`.
     void backward_of_convolution() {
         const ParameterGradients of_taps =
             depthwise_gradients(convolved_, source_, w_.depthwise.size(3), w_.depthwise_bias);
@@ -111,7 +111,7 @@ class Maps {
         }
     }
 
-    // The gradient of the expanded map takes its place.
+    // The gradient of the expanded map takes its place, too.
     void backward_of_activation() {
         if (!form_.activates) {
             hidden_ = convolved_;
@@ -137,9 +137,9 @@ class Maps {
     const FeedForwardWeights& w_;
     const Form form_;
     const DType dtype_;
-    at::Tensor hidden_, upstream_;  // the expanded map, the gradient of what is projected
-    at::Tensor first_, second_;     // the activated map, or its halves
-    at::Tensor source_, convolved_;
+    at::Tensor hidden_, upstream_;   // the expanded map, the gradient of what is projected
+    at::Tensor first_, second_;      // the activated map, or its halves
+    at::Tensor source_, convolved_;  // what is convolved, and the outcome
 };
 
 // The same network with whole vectors of hidden channels, of which those beside its own stay zero.

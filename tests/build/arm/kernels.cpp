@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "cpu/channel_attention_kernel.h"
+#include "cpu/feed_forward_kernel.h"
 #include "cpu/group_attention_kernel.h"
 #include "cpu/layer_norm_2d_kernel.h"
-#include "cpu/feed_forward_kernel.h"
 #include "cpu/leffn_backward_kernel.h"
 
 using namespace ipt_fast;
