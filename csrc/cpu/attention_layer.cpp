@@ -39,7 +39,7 @@ void check_weights(const LayerArguments& a, const at::Tensor& like, int64_t chan
 int64_t groups_of_block(const AttentionLayerParams& p, int64_t threads) {
     constexpr int64_t kColumns = 64;
     const int64_t groups = p.queries.count(), most = std::max<int64_t>(kColumns / padded(p.queries.most()), 1);
-    return std::clamp<int64_t>(groups / std::max<int64_t>(threads / p.batch, 1), 1, most);
+    return std::clamp<int64_t>(groups * p.batch / threads, 1, most);
 }
 
 // The bias of the projection and, projected, that of v.

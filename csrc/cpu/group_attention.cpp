@@ -239,7 +239,7 @@ at::Tensor fold_windows(const at::Tensor& windows, const GroupAttention& p, cons
 int64_t shares_of(const GroupAttention& p, int64_t groups) {
     constexpr int64_t kTasks = 64, kMostSums = 1 << 22;
     const int64_t most = std::max<int64_t>(1, kMostSums / std::max<int64_t>(1, p.heads * p.bias.size));
-    return std::clamp<int64_t>(kTasks / p.heads, 1, std::min(groups, most));
+    return std::max<int64_t>(1, std::min({kTasks / p.heads, groups, most}));
 }
 
 }  // namespace
