@@ -16,7 +16,7 @@ struct Lattices {
 
 inline Lattices lattices_of(int64_t height, int64_t width, int64_t grid) {
     const TokenAxis down = TokenAxis::lattices(height, grid), across = TokenAxis::lattices(width, grid);
-    return {height * width,    (int)height,    (int)width,      (int)down.groups,
+    return {height * width,     (int)height,    (int)width,      (int)down.groups,
             (int)across.groups, (int)down.most, (int)across.most};
 }
 

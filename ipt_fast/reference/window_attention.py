@@ -48,7 +48,8 @@ def windows(x: Tensor, heads: int, size: tuple[int, int], shift: tuple[int, int]
     right, below = across * size[1] - left - width, down * size[0] - top - height
     x = F.pad(x, (left + margin[1], right + margin[1], top + margin[0], below + margin[0]))
     x = x.unfold(2, size[0] + 2 * margin[0], size[0]).unfold(3, size[1] + 2 * margin[1], size[1])
-    x = x.reshape(batch, heads, channels // heads, down, across, -1)
+    tokens = (size[0] + 2 * margin[0]) * (size[1] + 2 * margin[1])
+    x = x.reshape(batch, heads, channels // heads, down, across, tokens)
     return x.permute(0, 3, 4, 1, 5, 2)
 
 

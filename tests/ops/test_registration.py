@@ -1,6 +1,7 @@
 """What PyTorch is told about the operators: schema, fakes, autograd, FLOPs."""
 
-import inspect
+import math
+from unittest import mock
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ VARIANTS = [call for call in CALLS if "/" in call]
 
 
 def positional(operator, tensors, options):
-    """All arguments in the order of the schema, absent ones as the public function has them."""
-    parameters = inspect.signature(REGISTRY[operator].function).parameters
-    return [(tensors | options).get(name, parameter.default) for name, parameter in parameters.items()]
+    """All arguments in the order of the schema, as the public function gives them to the operator."""
+    with mock.patch.object(Operator, "__call__", lambda self, *arguments: arguments):
+        return list(REGISTRY[operator].function(**tensors, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,6 +83,14 @@ def test_meta_tensors(operator):
     assert all(value.grad.shape == value.shape for value in leaves.values())
 
 
+def pairs_of_windows(size, window, shift, keys):
+    """Of one axis: all keys of its window, or those of its window inside the map, for every query."""
+    if keys is not None and keys != window:
+        return size * keys
+    windows = [(i - shift) // window for i in range(size)]
+    return sum(windows.count(i) for i in windows)
+
+
 def macs(operator, tensors, options):
     """Multiply-accumulates of matrix products and convolutions, counted pixel by pixel from the formula."""
     if operator == "merge_pointwise":
@@ -100,6 +109,9 @@ def macs(operator, tensors, options):
         convolutions = pixels * sum(tensors[name].numel() for name in names if name in tensors)
         if operator == "leffn_layer":
             return convolutions
+        if operator == "window_attention_layer":
+            maps = {name: torch.empty(image.shape) for name in "qk"}
+            return convolutions + macs("window_attention", maps, options)
         attention = {"focal_attention_layer": "focal_channel_attention", "grid_attention_layer": "grid_attention"}
         qkv = torch.empty(batch, 3 * channels, height, width)
         return convolutions + macs(attention[operator], {"qkv": qkv}, options)
@@ -108,6 +120,9 @@ def macs(operator, tensors, options):
         return pixels * hidden * (channels + kernel**2 + tensors["project_weight"].shape[0])
     if operator == "channel_attention":
         return 2 * pixels * channels**2 // options["num_heads"]
+    if operator == "window_attention":
+        window, shift, keys = (options.get(name) or (None, None) for name in ("window_size", "shift", "key_size"))
+        return 2 * batch * channels * math.prod(map(pairs_of_windows, image.shape[2:], window, shift, keys))
     if operator == "focal_channel_attention":
         return 4 * pixels * (channels // 3) ** 2 // options["num_heads"]
     cubby = [-(-size // options["grid_size"]) for size in (height, width)]

@@ -245,9 +245,8 @@ void grid_attention() {
         p, q, k, v, {grad, channels}, false, part(grads, 0), part(grads, 1), part(grads, 2), 3 * channels};
     double* bias = memory<double>(p.heads * p.bias.size);
     for (int64_t head = 0; head < p.heads; ++head) {
-        kernels<GroupAttentionBackwardKernels>().backward(backward, head, 0, groups,
-                                                          memory<float>(scratch_size(backward)),
-                                                          {bias + head * p.bias.size, nullptr});
+        kernels<GroupAttentionBackwardKernels>().backward(
+            backward, head, 0, groups, memory<float>(scratch_size(backward)), {bias + head * p.bias.size, nullptr});
     }
     write_map(grads, p.dtype, 3 * values);
     write(bias, p.heads * p.bias.size);
