@@ -328,6 +328,8 @@ def _key_tiles(x, lattice, bias):
         shapes = [(32, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 128, 8, 1)]
     else:
         shapes = [(256, 32, 8, 1), (256, 16, 8, 1), (256, 32, 16, 1)]
+    if lattice.queries[2] > 0 and shapes[0] == (256, 32, 8, 1):  # windows take more registers to find pixels
+        shapes[:2] = reversed(shapes[:2])
     return [
         dict(BLOCK_Q=min(q, block), BLOCK_K=k, num_warps=warps, num_stages=stages) for q, k, warps, stages in shapes
     ]

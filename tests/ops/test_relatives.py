@@ -15,9 +15,9 @@ CASES = {
     "overlapping keys of cosine attention": ("window_attention/overlapping", (1, 5, 3), {"cosine": True}),
     "fewer keys": ("window_attention", (1, 6, 4), {"window": (4, 4), "shift": (2, 2), "reduction": 2}),
     "a layer of dense biases": ("window_attention_layer", (2, 3, 5), {"dense": True, "residual": False}),
-    "dilated": ("channel_attention/dilated", (2, 4, 5), {}),
-    "more dilated than large": ("channel_attention/dilated", (1, 2, 3), {"dilation": 4}),
-    "overlapping": ("channel_attention/overlapping", (2, 7, 3), {}),
+    "dilated": ("channel_attention/dilated", (2, 3, 5), {"dilation": 2, "heads": 1}),
+    "more dilated than large": ("channel_attention/dilated", (1, 1, 3), {"dilation": 4}),
+    "overlapping": ("channel_attention/overlapping", (2, 7, 3), {"heads": 1}),
     "rectangular windows": ("channel_attention", (1, 5, 7), {"window": (2, 4)}),
     "a layer of overlapping windows": (
         "channel_attention_layer", (1, 4, 7), {"window_size": (3, 4), "overlapping": True, "residual": False},
