@@ -2,8 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def normalize(x: Tensor) -> Tensor:
+    """``x`` with the last axis of length 1; zeros stay zeros in every dtype, in which 1e-12 itself may be zero."""
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._precision import in_full_precision
-from ._windows import pad_to_multiple, pair
+from ._windows import normalize, pad_to_multiple, pair
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     """softmax(scale * q̂ k̂ᵀ) v for (..., heads, d, tokens), each channel of q and k normalised over its tokens."""
-    attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    attention = normalize(q) @ normalize(k).transpose(-2, -1)
     return (attention * scale.reshape(-1, 1, 1)).softmax(-1) @ v
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._precision import in_full_precision
-from ._windows import pair
+from ._windows import normalize, pair
 
 # Swin's windows (Liu et al., ICCV 2021, section 3.2) and those of the restoration models that came after it: SwinIR,
 # HAT (overlapping keys), SRFormer (fewer keys), Swin2SR (cosine attention), DAT (rectangular windows).
@@ -86,7 +86,7 @@ def window_attention(
     if temperature is None:
         scores = queries @ keys.transpose(-2, -1) * (queries.shape[-1] ** -0.5 if scale is None else scale)
     else:
-        scores = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).transpose(-2, -1)
+        scores = normalize(queries) @ normalize(keys).transpose(-2, -1)
         scores = scores * temperature.reshape(-1, 1, 1)
     if bias is not None:
         scores = scores + dense_bias(bias, window, key_window)
