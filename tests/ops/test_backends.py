@@ -1,6 +1,7 @@
 """Which kernel runs: order, demands, reasons, and what `explain` says about it."""
 
 import dataclasses
+import inspect
 import os
 import re
 import subprocess
@@ -308,7 +309,10 @@ def test_references_take_the_same_arguments(operator):
     reference = getattr(ipt_fast.reference, operator)
     with ipt_fast.use_backend("reference"):
         expected = public(operator, tensors, options)
-    assert torch.equal(as_one(reference(*tensors.values(), **options)), expected)
+    values, parameters = tensors | options, inspect.signature(reference).parameters.values()
+    names = [each.name for each in parameters if each.kind is not each.KEYWORD_ONLY and each.name in values]
+    others = {name: value for name, value in values.items() if name not in names}
+    assert torch.equal(as_one(reference(*(values[name] for name in names), **others)), expected)
     assert torch.equal(as_one(reference(**tensors, **options)), expected)
 
 

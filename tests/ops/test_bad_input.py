@@ -1,5 +1,6 @@
 """A wrong argument raises before anything runs; the message names the argument and what came."""
 
+import inspect
 import re
 
 import pytest
@@ -119,7 +120,7 @@ def test_window_and_grid_size(operator, name):
     _, tensors, options = build(operator, (2, 5, 6), torch.float32)
     for size in (0, -4):
         rejected(operator, tensors, options | {name: size}, name, ValueError)
-    for size in (4.0, "4", False, (4, 4)):
+    for size in (4.0, "4", False, (4, 4, 4) if operator == "channel_attention" else (4, 4)):
         rejected(operator, tensors, options | {name: size}, name, TypeError)
 
 
@@ -160,7 +161,9 @@ def test_kernels_refuse_eps_too(operator, eps):
     _, tensors, options = build(operator, (2, 5, 6), torch.float32)
     kernels = torch.ops.ipt_fast_cpu
     names = [argument.name for argument in getattr(kernels, operator).default._schema.arguments]
-    arguments = {**dict.fromkeys(names), **tensors, **options, "eps": eps}
+    parameters = inspect.signature(getattr(ipt_fast.ops, operator)).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    arguments = {**dict.fromkeys(names), **defaults, **tensors, **options, "eps": eps}
     with pytest.raises(ValueError, match=r"\beps\b"):
         getattr(kernels, operator)(**arguments)
     with pytest.raises(ValueError, match=r"\beps\b"):

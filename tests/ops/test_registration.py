@@ -19,8 +19,10 @@ VARIANTS = [call for call in CALLS if "/" in call]
 
 def positional(operator, tensors, options):
     """All arguments in the order of the schema, as the public function gives them to the operator."""
-    with mock.patch.object(Operator, "__call__", lambda self, *arguments: arguments):
-        return list(REGISTRY[operator].function(**tensors, **options))
+    given = []
+    with mock.patch.object(Operator, "__call__", lambda self, *arguments: given.append(arguments) or arguments):
+        REGISTRY[operator].function(**tensors, **options)
+    return list(given[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,8 +109,10 @@ def macs(operator, tensors, options):
     if operator.endswith("_layer"):
         names = ("expand_weight", "qkv_weight", "depthwise_weight", "project_weight")
         convolutions = pixels * sum(tensors[name].numel() for name in names if name in tensors)
-        if operator == "leffn_layer":
+        if operator in ("leffn_layer", "feed_forward_layer"):
             return convolutions
+        if operator == "channel_attention_layer":
+            return convolutions + macs("channel_attention", {"q": torch.empty(image.shape)}, options)
         if operator == "window_attention_layer":
             maps = {name: torch.empty(image.shape) for name in "qk"}
             return convolutions + macs("window_attention", maps, options)

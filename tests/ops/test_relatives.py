@@ -37,7 +37,8 @@ def test_views_of_one_map():
         qkv = torch.cat([tensors[name] for name in "qkv"], dim=1).contiguous(memory_format=torch.channels_last)
         views = {**tensors, **dict(zip("qkv", qkv.chunk(3, dim=1), strict=True))}
         grad = torch.randn(tensors["q"].shape, device=qkv.device)
-        for backend in runnable(operator, tensors, options)[1:]:
+        # The references' own products differ in the last bit with the layout.
+        for backend in set(runnable(operator, tensors, options)) - {"reference"}:
             expected = on_backend(backend, operator, tensors, options, grad)
             for name, value in on_backend(backend, operator, views, options, grad).items():
                 torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=f"{backend} {call} {name}")
