@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .accelerated import Accelerated, plain_class, swap, unswap
-from .example import example_of
+from .example import checked, examples_of
 from .half import raise_flags, restoring
 from .report import Report, Row
 from .rules import RULES, Rule
-from .verify import Call, Exact, Verification, copied
+from .verify import FLOOR, FLOOR_OF_WHOLE, Call, Exact, Verification, copied
 
 
 def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None, time: bool = False) -> Report:
@@ -39,17 +39,20 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
         verify: run the example through the plain model in float64, and then, module by module and whole, the
             accelerated one on what was recorded: its error may be twice that of the plain module in the same dtype.
             Where that fails in 16 bits, the error counts that it makes in float32 with the results of its modules
-            rounded to 16. False: nothing is run, and classes change unseen.
-        example: what the model takes; by default a seeded image of the smallest size from 64 x 64 on that it allows.
+            rounded to 16. A few units in the last place are always allowed, of the whole model 80 in float32. False:
+            nothing is run, and classes change unseen.
+        example: what the model takes, in its dtype; by default a seeded image of the smallest size from 64 x 64 on
+            that it allows, of three channels, or of as many as it runs on.
         time: also measure seconds of a call of each module and of the whole, before and after; needs ``verify``.
 
     Returns:
         A :class:`Report`: printed, a table of the modules; ``undo()`` takes all back.
 
     Raises:
-        TypeError: ``model`` is no module and holds none. ValueError: a module's error is above the rule; the message
-            names it, and the model is as it was. Or the model cannot be verified (it cannot be copied, is on the meta
-            device or does not run in float64), which ``verify=False`` leaves out.
+        TypeError: ``model`` is no module and holds none, or ``example`` is no floating-point tensor.
+        ValueError: a module's error is above the rule; the message names it, and the model is as it was. Or the model
+            cannot be verified (it cannot be copied, is on the meta device or does not run in float64), which
+            ``verify=False`` leaves out.
     """
     descriptor, module = (None, model) if isinstance(model, nn.Module) else (model, getattr(model, "model", None))
     if not isinstance(module, nn.Module):
@@ -62,10 +65,10 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
     flags: dict[str, bool] = {}
     try:
         if verify and found:
-            example = example_of(module, descriptor) if example is None else example
+            examples = examples_of(module, descriptor) if example is None else [checked(example, module)]
             with _evaluating(module), torch.no_grad():
-                _swap_verified(module, example, whole, found, time)
-                flags = raise_flags(descriptor, module, example, rows)
+                taken = _swap_verified(module, examples, whole, found, time)
+                flags = raise_flags(descriptor, module, taken, rows)
         else:
             for _, part, rule in found:
                 swap(part, rule)
@@ -114,9 +117,9 @@ def _undo(modules: Iterable[nn.Module]) -> None:
         unswap(module)
 
 
-def _swap_verified(model: nn.Module, example: Tensor, whole: Row, found: list[Found], time: bool) -> None:
-    exact = Exact(model, example, unswap)
-    calls = exact.calls([row.path for row, _, _ in found])
+def _swap_verified(model: nn.Module, examples: Iterable[Tensor], whole: Row, found: list[Found], time: bool) -> Tensor:
+    """Returns the example that the model was verified on."""
+    exact, calls = _recorded(model, examples, [row.path for row, _, _ in found])
     if time:
         whole.before = _seconds(_as_plain(model), exact.call)
     for row, module, rule in reversed(found):  # what is inside of another comes first, which then runs with it
@@ -133,12 +136,25 @@ def _swap_verified(model: nn.Module, example: Tensor, whole: Row, found: list[Fo
     _verify(whole, model, exact.model, exact.call)
     if time:
         whole.after = _seconds(model, exact.call)
+    return exact.call[0][0]
+
+
+def _recorded(model: nn.Module, examples: Iterable[Tensor], paths: list[str]) -> tuple[Exact, dict[str, Call]]:
+    """The model in float64 and the calls of its modules, on the first of the examples that it runs on."""
+    errors = []
+    for example in examples:
+        exact = Exact(model, example, unswap)
+        try:
+            return exact, exact.calls(paths)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _verify(row: Row, module: nn.Module, exact: nn.Module, call: Call) -> None:
     what = f"{row.path or 'the model'} ({row.kind})" + (f" by the rule {row.rule!r}" if row.rule else "")
     try:
-        check = Verification(_as_plain(module), exact, call)
+        check = Verification(_as_plain(module), exact, call, FLOOR_OF_WHOLE if row.rule is None else FLOOR)
         row.error = check.error(module)
     except Exception as error:
         raise ValueError(
@@ -169,14 +185,22 @@ def _as_plain(module: nn.Module) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode that it was in."""
+    """Evaluation mode; afterwards every module is in the mode that it was in, with the values that it had.
+
+    A plain module may write to its own, as SPAN's merged convolutions do.
+    """
     modes = {module: module.training for module in model.modules()}
+    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def _seconds(run: Callable[..., Any], call: Call) -> float | None:

@@ -46,8 +46,12 @@ class Report:
         return [row for row in self.rows if row.rule is not None]
 
     def undo(self) -> None:
-        """Give every module its own class back: the model is what it was before, but for what was done to it since."""
-        self._undo()
+        """Give every module its own class back: the model is what it was before, but for what was done to it since.
+
+        Once: what is accelerated again afterwards belongs to another report.
+        """
+        undo, self._undo = self._undo, _nothing
+        undo()
 
     def __str__(self) -> str:
         lines = [("module", "class", "rule", "error", "allowed", "before", "after")]
@@ -65,6 +69,10 @@ class Report:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(self.accelerated)} of {len(self.rows)} known modules accelerated>"
+
+
+def _nothing() -> None:
+    pass
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,8 @@ from torch.utils import _pytree
 TIMES = 2
 DRAWS = 6
 FLOOR = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
+# Of a whole model, in which the errors of tens of modules add up: 1e-5 in float32.
+FLOOR_OF_WHOLE = {torch.float64: 80, torch.float32: 80, torch.bfloat16: 16, torch.float16: 16}
 Call = tuple[Any, Any]  # args and kwargs
 
 
@@ -77,12 +79,15 @@ class Verification:
         plain: function of the arguments, which calls the module as it was.
         exact: the plain module in float64.
         call: arguments, in the dtype that counts.
+        floor: units in the last place that are always allowed, by dtype.
 
     Raises:
         ValueError: the arguments are such that not even the exact result is finite.
     """
 
-    def __init__(self, plain: Callable[..., Any], exact: nn.Module, call: Call) -> None:
+    def __init__(
+        self, plain: Callable[..., Any], exact: nn.Module, call: Call, floor: dict[torch.dtype, int] = FLOOR
+    ) -> None:
         self._plain, self._exact, self._call = plain, exact, call
         self.dtype = next(t.dtype for t in _tensors(call) if t.is_floating_point())
         self._truth = self._run(exact, call, torch.float64)
@@ -90,7 +95,7 @@ class Verification:
             raise ValueError("the example leads to results that are not finite even in float64")
         self._instead: nn.Module | None = None
         self._draws = self._errors_of_plain()
-        self.allowed = FLOOR[self.dtype] * torch.finfo(self.dtype).eps
+        self.allowed = floor[self.dtype] * torch.finfo(self.dtype).eps
 
     def error(self, run: Callable[..., Any]) -> float:
         """The largest error of ``run(*args, **kwargs)``; as many draws are made as it needs to be allowed."""
