@@ -51,8 +51,17 @@ def dense_bias(table: Tensor, index: Tensor) -> Tensor:
     return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
 
 
-def attend(x: Tensor, norm: Any, attention: Any, shift: int, residual: bool = True) -> Tensor:
-    """x + attention(norm(x)) in windows that begin at ``shift``, of a map (B, C, H, W)."""
+def kept(x: Tensor, drop_path: nn.Module) -> Tensor | None:
+    """Stochastic depth of a branch as its gate (B, C), drawn by the module itself: 0, or 1 over the rate of keeping."""
+    if not drops(drop_path):
+        return None
+    return drop_path(x.new_ones(len(x), 1, 1)).flatten(1).expand(-1, x.shape[1])
+
+
+def attend(
+    x: Tensor, norm: Any, attention: Any, shift: int, residual: bool = True, gate: Tensor | None = None
+) -> Tensor:
+    """x + gate * attention(norm(x)) in windows that begin at ``shift``, of a map (B, C, H, W)."""
     return ops.window_attention_layer(
         x,
         norm.weight,
@@ -62,6 +71,7 @@ def attend(x: Tensor, norm: Any, attention: Any, shift: int, residual: bool = Tr
         attention.relative_position_bias_table,
         qkv_bias=attention.qkv.bias,
         project_bias=attention.proj.bias,
+        gate=gate,
         num_heads=attention.num_heads,
         window_size=attention.window_size,
         shift=shift,
@@ -71,8 +81,8 @@ def attend(x: Tensor, norm: Any, attention: Any, shift: int, residual: bool = Tr
     )
 
 
-def feed_forward(x: Tensor, norm: Any, mlp: Any) -> Tensor:
-    """x + mlp(norm(x)) of a map (B, C, H, W)."""
+def feed_forward(x: Tensor, norm: Any, mlp: Any, gate: Tensor | None = None) -> Tensor:
+    """x + gate * mlp(norm(x)) of a map (B, C, H, W)."""
     return ops.feed_forward_layer(
         x,
         norm.weight,
@@ -83,6 +93,7 @@ def feed_forward(x: Tensor, norm: Any, mlp: Any) -> Tensor:
         form="mlp",
         expand_bias=mlp.fc1.bias,
         project_bias=mlp.fc2.bias,
+        gate=gate,
         eps=norm.eps,
     )
 
@@ -99,12 +110,13 @@ def _check(block: Any) -> None:
 
 
 def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
-    y = attend(as_map(x, *x_size), block.norm1, block.attn, block.shift_size)
-    return as_tokens(feed_forward(y, block.norm2, block.mlp)).to(x.dtype)
+    y = as_map(x, *x_size)
+    y = attend(y, block.norm1, block.attn, block.shift_size, gate=kept(y, block.drop_path))
+    return as_tokens(feed_forward(y, block.norm2, block.mlp, kept(y, block.drop_path))).to(x.dtype)
 
 
 def _inactive(block: Any) -> str | None:
-    return drops(block.drop_path, block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop)
+    return drops(block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop)
 
 
 RULES = (
