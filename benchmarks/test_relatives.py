@@ -61,6 +61,15 @@ def contenders(make, plain, inputs, dtype):
     return calls, left_out
 
 
+def without_stochastic_depth(model):
+    """A copy in which no branch is dropped: what is dropped would be drawn anew in each call."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    return model
+
+
 def work_of(plain, inputs, dtype):
     """The :class:`roofline.Work` of a forward: weights and images are read once, the output written once."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -71,7 +80,7 @@ def work_of(plain, inputs, dtype):
 
 def compare(benchmark, make, name, inputs, dtype_name):
     dtype, direction = measure.DTYPES[dtype_name], "forward" if make is inference else "training"
-    plain = relatives.plain(name)
+    plain = relatives.plain(name) if make is inference else without_stochastic_depth(relatives.plain(name))
     calls, left_out = contenders(make, plain, inputs, dtype)
     check_parity(calls, dtype)
     right, wrong = measure.right_ones({name: lambda call=call: first(call()) for name, call in calls.items()}, dtype)

@@ -190,7 +190,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     A plain module may write to its own, as SPAN's merged convolutions do.
     """
     modes = {module: module.training for module in model.modules()}
-    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     model.eval()
     try:
         yield

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, inside, reason
-from .swin import attend, check_mlp, check_norm, check_window_attention, dense_bias, feed_forward, project
+from .swin import attend, check_mlp, check_norm, check_window_attention, dense_bias, feed_forward, kept, project
 
 
 def _check_hybrid(block: Any) -> None:
@@ -25,9 +25,9 @@ def _hybrid(block: Any, x: Tensor, x_size: tuple[int, int], rpi_sa: Tensor, attn
     """Beside the attention, convolutions with channel attention of the same normalised map; windows need no mask."""
     image, norm = as_map(x, *x_size), block.norm1
     convolved = block.conv_block(ops.layer_norm_2d(image, norm.weight, norm.bias, eps=norm.eps))
-    y = attend(image, norm, block.attn, block.shift_size)
+    y = attend(image, norm, block.attn, block.shift_size, gate=kept(image, block.drop_path))
     y = torch.add(y, convolved, alpha=block.conv_scale)
-    return as_tokens(feed_forward(y, block.norm2, block.mlp)).to(x.dtype)
+    return as_tokens(feed_forward(y, block.norm2, block.mlp, kept(y, block.drop_path))).to(x.dtype)
 
 
 def _parts_of_hybrid(block: Any) -> list[nn.Module]:
@@ -37,7 +37,7 @@ def _parts_of_hybrid(block: Any) -> list[nn.Module]:
 
 
 def _hybrid_inactive(block: Any) -> str | None:
-    return drops(block.drop_path, block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop)
+    return drops(block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop)
 
 
 def _check_overlapping(block: Any) -> None:
