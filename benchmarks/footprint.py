@@ -183,8 +183,12 @@ def main():
         if args.select not in run[0] or args.model not in run[1]:
             continue
         command = [sys.executable, "-m", "benchmarks.footprint", "--measure", *run]
-        value = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         quantity, model, dtype, *arguments = run
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:  # as SwinIR's own code in bfloat16
+            print(f"{' '.join(run)} does not run: {process.stderr.strip().splitlines()[-1]}", flush=True)
+            continue
+        value = float(process.stdout)
         print(
             f"{quantity:16} {model} {dtype:9} {' '.join(arguments):12} {value:.3f} {QUANTITIES[quantity]}", flush=True
         )
