@@ -14,15 +14,12 @@ QUALITY = results.FOLDER / "quality.csv"
 
 # The README's rows: file of the results, case, dtype, direction.
 HEADLINE = (
-    ("cpu", "ipt_v2_tiny 1x3x256x256", "float32", "forward"),
     ("cpu", "ipt_v2_small 1x3x256x256", "float32", "forward"),
-    ("cpu", "ipt_v2_base 1x3x256x256", "float32", "forward"),
     ("cpu", "ipt_v2_small 2x3x128x128", "float32", "training"),
     ("cpu", "latent_ipt_v2_s 8x4x32x32", "float32", "forward"),
     ("cpu", "restormer 1x3x256x256", "float32", "forward"),
     ("cpu", "swinir_light x2 1x3x128x128", "float32", "forward"),
     ("cpu", "hat x2 1x3x64x64", "float32", "forward"),
-    ("cpu", "dat_light x2 1x3x64x64", "float32", "forward"),
     ("ipt_cpu", "ipt 64x3x48x48", "float32", "forward"),
     ("gpu_models", "ipt_v2_base 1x3x512x512", "bfloat16", "forward"),
 )
