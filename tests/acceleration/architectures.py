@@ -12,7 +12,7 @@ SPANDREL, EXTRA = "spandrel.architectures", "spandrel_extra_arches.architectures
 
 
 def build(package, name, whole=lambda model: model, **options):
-    file = {"DRCT": "drct_arch", "RGT": "rgt", "ATD": "atd_arch", "GRL": "grl"}.get(name, name)
+    file = {"DRCT": "drct_arch", "RGT": "rgt", "ATD": "atd_arch", "GRL": "grl", "SPAN": "span"}.get(name, name)
     return randomised(whole(getattr(public_module(f"{package}.{name}.__arch.{file}"), name)(**options)))
 
 
