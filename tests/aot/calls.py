@@ -147,8 +147,8 @@ def _channel_attention(width, heads, dtype, name, window=32):
     weights = [_tensor(3 * width, width, 1, 1, dtype=dtype), _tensor(3 * width, 1, 3, 3, dtype=dtype)]
     weights.append(_tensor(width, width, 1, 1, dtype=dtype))
     return {
-        f"channel_attention {name}": ("channel_attention", (x, x, x, temperature, heads, None)),
-        f"channel_attention windows {name}": ("channel_attention", (x, x, x, temperature, heads, window)),
+        f"channel_attention {name}": ("channel_attention", (x, x, x, temperature, heads, None, None, False)),
+        f"channel_attention windows {name}": ("channel_attention", (x, x, x, temperature, heads, window, None, False)),
         f"focal_channel_attention {name}": ("focal_channel_attention", (qkv, *maps, heads, window, True)),
         f"focal_attention_layer {name}": (
             "focal_attention_layer",
