@@ -15,6 +15,9 @@ from tests.ops.cases import CALLS, ON_TOKENS, OPERATORS, build, outputs, public
 
 DTYPES = [torch.float32, torch.bfloat16]
 VARIANTS = [call for call in CALLS if "/" in call]
+# All that opcheck tries but compiling for any shape, which takes a second a call: once for each operator is enough.
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
+ALL = (*QUICK, "test_aot_dispatch_dynamic")
 
 
 def positional(operator, tensors, options):
@@ -37,10 +40,11 @@ def test_opcheck_forward(call, dtype):
 @pytest.mark.parametrize("call", VARIANTS)
 def test_opcheck_forward_of_other_options_and_a_pixel(call, shape):
     operator, tensors, options = build(call, shape, torch.float32)
-    torch.library.opcheck(getattr(torch.ops.ipt_fast, operator).default, positional(operator, tensors, options))
+    arguments = positional(operator, tensors, options)
+    torch.library.opcheck(getattr(torch.ops.ipt_fast, operator).default, arguments, test_utils=QUICK)
 
 
-def assert_backward_checks(operator, tensors, options, backend):
+def assert_backward_checks(operator, tensors, options, backend, tests=ALL):
     declared, arguments = REGISTRY[operator], positional(operator, tensors, options)
     found = getattr(torch.ops.ipt_fast, operator).default(*arguments)
     found = found if isinstance(found, tuple) else (found,)
@@ -51,9 +55,8 @@ def assert_backward_checks(operator, tensors, options, backend):
         arguments[declared.arguments.index(x)] = kept[total]
         declared.kept.get(total) and kept.pop(total)
     kept = [kept[name] for name in declared.kept if name in kept]
-    torch.library.opcheck(
-        getattr(torch.ops.ipt_fast, f"{operator}_backward").default, [*grads, *arguments, *kept, backend]
-    )
+    backward = getattr(torch.ops.ipt_fast, f"{operator}_backward").default
+    torch.library.opcheck(backward, [*grads, *arguments, *kept, backend], test_utils=tests)
 
 
 @pytest.mark.parametrize(("call", "dtype"), [(c, d) for c in CALLS for d in DTYPES if d == DTYPES[0] or c in OPERATORS])
@@ -61,7 +64,8 @@ def test_opcheck_backward(call, dtype):
     operator, tensors, options = build(call, (2, 5, 6), dtype, small_dtype=torch.float32)
     for backend, reason in ipt_fast.explain(operator, **tensors, **options)[operator].items():
         if reason is None:
-            assert_backward_checks(operator, tensors, options, backend)
+            compiled = call in OPERATORS and dtype == torch.float32 and backend == "reference"
+            assert_backward_checks(operator, tensors, options, backend, ALL if compiled else QUICK)
 
 
 @pytest.mark.parametrize("call", ["layer_norm_2d", "grid_attention", "leffn"])
