@@ -146,7 +146,10 @@ def stored_by(launch):
     return sorted(found)
 
 
-@pytest.mark.parametrize("kernel", ["pointwise_fwd", "leffn_project_fwd", "attention_layer_fwd"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["pointwise_fwd", *(pytest.param(k, marks=pytest.mark.slow) for k in ("leffn_project_fwd", "attention_layer_fwd"))],
+)
 def test_the_machine_code_stores_every_value_once(kernel):
     """Addresses are what the instructions compute: a wrong one, or a wrong way, would leave a gap in the output."""
     launches = predict.recorded(predict.forward_of("ipt_v2_small", 1, 24))

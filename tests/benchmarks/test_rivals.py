@@ -16,7 +16,9 @@ from tests.models.micro import micro_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONTENDERS = [
-    pytest.param(name, dtype, id=f"{name} {dtype}")
+    pytest.param(
+        name, dtype, id=f"{name} {dtype}", marks=[] if (name, dtype) == ("openvino", "float32") else pytest.mark.slow
+    )
     for name in rivals.PACKAGES
     for dtype in measure.DTYPES
     if name != "onnxruntime" or dtype == "float32"
@@ -128,6 +130,7 @@ def test_every_contender_is_a_row_and_ratios_close_the_run(tmp_path):
     assert len(re.findall(r"^openvino \(0001_first\) ", out, re.M)) == 2
 
 
+@pytest.mark.slow
 def test_histograms_and_runs_without_timing(tmp_path):
     assert "geometric mean" not in run(tmp_path, "--benchmark-disable")
     pytest.importorskip("pygal")
