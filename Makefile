@@ -1,7 +1,7 @@
 # Every target does its own set-up: from a bare clone, `make demo` is enough.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-# pytest's and the demo's tests run small kernels: more threads than this gain nothing.
+# So many tests run side by side, those of a file in one process, with a thread each: their kernels are small.
 THREADS ?= $(shell n=$$(nproc); [ $$n -lt 4 ] && echo $$n || echo 4)
 
 # The benchmark photos, where they are at hand; tests and demo make do without.
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo
 
 test: $(VENV)/.installed $(VENV)/.oracles
-	OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(THREADS) --dist loadfile
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks
