@@ -239,7 +239,7 @@ at::Tensor fold_windows(const at::Tensor& windows, const GroupAttention& p, cons
 int64_t shares_of(const GroupAttention& p, int64_t groups) {
     constexpr int64_t kTasks = 64, kMostSums = 1 << 22;
     const int64_t most = std::max<int64_t>(1, kMostSums / std::max<int64_t>(1, p.heads * p.bias.size));
-    return std::max<int64_t>(1, std::min({kTasks / p.heads, groups, most}));
+    return std::max<int64_t>(1, std::min({kTasks, groups, most}));
 }
 
 }  // namespace
@@ -283,8 +283,8 @@ AttentionGradients group_attention_backward(const at::Tensor& grad_, const at::T
 
     const int64_t shares = shares_of(p, groups), heads = p.heads;
     const bool has_bias = options.bias.has_value();
-    const at::Tensor of_bias = at::zeros({heads, has_bias ? shares : 0, p.bias.size}, at::kDouble);
-    const at::Tensor of_temperature = at::zeros({heads, shares}, at::kDouble);
+    const at::Tensor of_bias = at::zeros({has_bias ? shares : 0, heads, p.bias.size}, at::kDouble);
+    const at::Tensor of_temperature = at::zeros({shares, heads}, at::kDouble);
     const GroupAttentionSums sums{has_bias ? of_bias.mutable_data_ptr<double>() : nullptr,
                                   of_temperature.mutable_data_ptr<double>()};
 
@@ -293,13 +293,12 @@ AttentionGradients group_attention_backward(const at::Tensor& grad_, const at::T
     WorkSpace space;
     const int64_t scratch = space.add(at::get_num_threads() * floats * static_cast<int64_t>(sizeof(float)));
     space.allocate();
-    at::parallel_for(0, heads * shares, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
         const ProductScope scope{p.brgemm};
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t head = i / shares, share = i % shares;
-            kernel.backward(p, head, share * groups / shares, (share + 1) * groups / shares,
+            kernel.backward(p, i * groups / shares, (i + 1) * groups / shares,
                             space.at<float>(scratch) + at::get_thread_num() * floats,
-                            {has_bias ? sums.bias + i * p.bias.size : nullptr, sums.temperature + i});
+                            {has_bias ? sums.bias + i * heads * p.bias.size : nullptr, sums.temperature + i * heads});
         }
     });
     if (p.of_windows) {
@@ -308,10 +307,10 @@ AttentionGradients group_attention_backward(const at::Tensor& grad_, const at::T
     }
     found.bias = found.temperature = at::empty({0}, at::kFloat);
     if (options.temperature.has_value()) {
-        found.temperature = of_temperature.sum(1).view(options.temperature->sizes()).to(options.temperature->dtype());
+        found.temperature = of_temperature.sum(0).view(options.temperature->sizes()).to(options.temperature->dtype());
     }
     if (has_bias) {
-        at::Tensor sum = elements(of_bias.sum(1), options, is_table(*options.bias));
+        at::Tensor sum = elements(of_bias.sum(0), options, is_table(*options.bias));
         if (is_table(*options.bias)) {
             sum = sum.permute({1, 2, 0});
         }

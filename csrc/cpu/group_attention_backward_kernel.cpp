@@ -143,11 +143,10 @@ double normalize_backward(Matrix<const float> rows, const float* inverses, float
 }
 
 template <typename T, typename Unit>
-void backward(const GroupAttentionGradients& p, const Unit& unit, int64_t head, int64_t begin, int64_t end,
-              float* memory, GroupAttentionSums sums) {
+void backward(const GroupAttentionGradients& p, const Unit& unit, int64_t begin, int64_t end, float* memory,
+              GroupAttentionSums sums) {
     const int64_t channels = channels_of(p), depth = p.depth, row = padded(depth);
     const bool cosine = p.temperature != nullptr;
-    const float scale = cosine ? p.temperature[head] : p.scale;
     ScratchStack scratch{memory};
     const auto take_list = [&](const TokenGroups& groups) {
         return reinterpret_cast<int64_t*>(scratch.take(list_size(groups)));
@@ -167,8 +166,11 @@ void backward(const GroupAttentionGradients& p, const Unit& unit, int64_t head, 
     float* const chunk_rooms[] = {scratch.take(chunk_size(p)), scratch.take(chunk_size(p)),
                                   scratch.take(chunk_size(p))};
     float* const scores_rooms = scratch.take(scores_room(p));
-    double grad_temperature = 0;
-    for (int64_t index = begin; index < end; ++index) {
+    // The heads of a group follow each other, as their channels share cache lines.
+    for (int64_t item = begin * p.heads; item < end * p.heads; ++item) {
+        const int64_t index = item / p.heads, head = item % p.heads;
+        const float scale = cosine ? p.temperature[head] : p.scale;
+        double grad_temperature = 0;
         const GroupPair g(p, index);
         const int64_t image = g.image(p), queries = g.queries.tokens(), keys = g.keys.tokens();
         list_pixels(p.queries, g.queries, query_list);
@@ -177,14 +179,14 @@ void backward(const GroupAttentionGradients& p, const Unit& unit, int64_t head, 
         const Matrix k = all_k.slice(0, keys), v = all_v.slice(0, keys);
         const Matrix grad_k = all_grad_k.slice(0, keys), grad_v = all_grad_v.slice(0, keys);
         const int64_t query_pixels = image * p.queries.pixels(), key_pixels = image * p.keys.pixels();
-        const auto of_head = [&](const Pixels& map, int64_t origin, const int64_t* list, int64_t count) {
+        const auto pixels_of_head = [&](const Pixels& map, int64_t origin, const int64_t* list, int64_t count) {
             const T* const first = static_cast<const T*>(map.data) + origin * map.stride + head * depth;
             return ListedPixels<const T>{first, map.stride, list, count};
         };
-        gather(of_head(p.q, query_pixels, query_list, queries), q);
-        gather(of_head(p.grad, query_pixels, query_list, queries), grad);
-        gather(of_head(p.k, key_pixels, key_list, keys), k);
-        gather(of_head(p.v, key_pixels, key_list, keys), v);
+        gather(pixels_of_head(p.q, query_pixels, query_list, queries), q);
+        gather(pixels_of_head(p.grad, query_pixels, query_list, queries), grad);
+        gather(pixels_of_head(p.k, key_pixels, key_list, keys), k);
+        gather(pixels_of_head(p.v, key_pixels, key_list, keys), v);
         if (cosine) {
             normalize(q, q_inverses);
             normalize(k, k_inverses);
@@ -243,21 +245,19 @@ void backward(const GroupAttentionGradients& p, const Unit& unit, int64_t head, 
             scatter(grad_v, 1.0f, ListedPixels<T>{static_cast<T*>(p.grad_v) + origin, p.grad_step, key_list, keys});
         }
         if (sums.bias != nullptr) {
+            double* const of_head = sums.bias + head * p.bias.size;
             for (int64_t i = 0; i < p.bias.size; ++i) {
-                sums.bias[i] += biases[i];
+                of_head[i] += biases[i];
             }
         }
-    }
-    if (sums.temperature != nullptr) {
-        *sums.temperature = grad_temperature;
+        sums.temperature[head] += grad_temperature;
     }
 }
 
-void backward_any(const GroupAttentionGradients& p, int64_t head, int64_t begin, int64_t end, float* scratch,
+void backward_any(const GroupAttentionGradients& p, int64_t begin, int64_t end, float* scratch,
                   GroupAttentionSums sums) {
-    with_types(p.dtype, p.brgemm, [&](auto type, const auto& unit) {
-        backward<decltype(type)>(p, unit, head, begin, end, scratch, sums);
-    });
+    with_types(p.dtype, p.brgemm,
+               [&](auto type, const auto& unit) { backward<decltype(type)>(p, unit, begin, end, scratch, sums); });
 }
 
 }  // namespace

@@ -69,14 +69,15 @@ struct GroupAttentionKernels {
     static const GroupAttentionKernels IPT_FAST_COMPILED_LEVELS;
 };
 
-// Sums over groups, of one head: the gradients of its biases, where these lie, and of its temperature; nullptr: absent.
+// Sums over groups: the gradients of the biases, where these lie (nullptr: there are none), and of the temperatures, of
+// one head after the other.
 struct GroupAttentionSums {
     double *bias, *temperature;
 };
 
 struct GroupAttentionBackwardKernels {
-    // Groups begin <= k < end, counted through the batch, of one head.
-    void (*backward)(const GroupAttentionGradients& params, int64_t head, int64_t begin, int64_t end, float* scratch,
+    // Adds those of the groups begin <= k < end, counted through the batch, to the sums.
+    void (*backward)(const GroupAttentionGradients& params, int64_t begin, int64_t end, float* scratch,
                      GroupAttentionSums sums);
 
     static const GroupAttentionBackwardKernels IPT_FAST_COMPILED_LEVELS;
