@@ -233,6 +233,63 @@ inline Accumulate start_scores(const GroupAttention& p, const GroupPair& g, int6
     return Accumulate::yes;
 }
 
+static_assert(kChunk <= ColumnSoftmax::kMost);
+
+// The biases of a chunk of queries and a block of keys: vector i of the queries has those of key k at queries[i] +
+// keys[k].
+struct BlockBiases {
+    const float* queries[kChunk / kLanes];
+    int64_t keys[kKeyBlock];
+
+    template <int count>
+    struct Some {
+        const float* queries[count];
+        const int64_t* keys;
+
+        inline __attribute__((always_inline)) Vec add_to(Vec v, int64_t k, int i) const {
+            return v + load(queries[i] + keys[k]);
+        }
+    };
+
+    template <int count>
+    Some<count> of(int64_t c) const {
+        Some<count> some;
+        memcpy(some.queries, queries + c / kLanes, sizeof(some.queries));
+        some.keys = keys;
+        return some;
+    }
+};
+
+// Those of `count` queries from `first` on and of keys from `first_key` on: in place, if all queries of a vector lie in
+// one row of biases, else copied to `room`.
+inline BlockBiases find_biases(const GroupAttention& p, const GroupPair& g, int64_t head, int64_t first, int64_t count,
+                               int64_t first_key, Matrix<float> room) {
+    const ScoreBiases& biases = p.bias;
+    const int64_t columns = g.queries.columns.count;
+    BlockBiases found;
+    if (columns != biases.query_row && columns % kLanes != 0) {
+        start_scores(p, g, head, first, count, first_key, room);
+        for (int64_t c = 0; c < room.columns; c += kLanes) {
+            found.queries[c / kLanes] = room.data + c;
+        }
+        for (int64_t k = 0; k < room.rows; ++k) {
+            found.keys[k] = k * room.stride;
+        }
+        return found;
+    }
+    const float* const bias = biases.values + head * biases.size + g.first_bias;
+    for (int64_t c = 0; c < room.columns; c += kLanes) {
+        const int64_t query = first + (c < count ? c : 0);  // vectors of padding have any
+        found.queries[c / kLanes] = bias + query / columns * biases.query_row + query % columns;
+    }
+    for_pieces(g.keys.columns.count, first_key, room.rows, [&](int64_t a, int64_t b, int64_t start, int64_t n) {
+        for (int64_t k = 0; k < n; ++k) {
+            found.keys[start + k] = a * biases.key_row + (b + k) * biases.key_column;
+        }
+    });
+    return found;
+}
+
 // `count` keys of all, as a product's left operand.
 inline Matrix<const Pair> some_keys(Matrix<const Pair> keys, int64_t first, int64_t count) {
     return keys.slice(first, count);
@@ -242,14 +299,25 @@ inline Transposed<E> some_keys(Transposed<E> keys, int64_t first, int64_t count)
     return {{keys.of.data + first, keys.of.rows, count, keys.of.stride}};
 }
 
+// The powers of a block's scores, as a product's right operand.
+template <typename Unit, typename Biases>
+inline auto right_powers(const Unit&, ColumnSoftmax& softmax, Matrix<float> scores, const Biases& biases, float* room) {
+    if constexpr (sizeof(typename Unit::Value) < sizeof(float)) {
+        return softmax.take_power_pairs(scores, biases, room);
+    } else {
+        softmax.take_powers(scores, biases);
+        return Matrix<const float>(scores);
+    }
+}
+
 // out (depth, queries) = v softmax(k q + biases): q (depth, queries), times the scale and kLog2E; k and v (depth,
 // keys). `out` may be q. The scores of a chunk of queries and a block of keys stay in the first cache.
 template <typename Unit>
 inline void attend(const GroupAttention& p, const Unit& unit, const GroupPair& g, int64_t head, Matrix<const float> q,
                    Matrix<const float> k, Matrix<const float> v, Matrix<float> out, ScratchStack scratch) {
-    constexpr bool pairs = sizeof(typename Unit::Value) < sizeof(float);
     const int64_t queries = q.columns, keys = k.columns;
     float *const for_scores = scratch.take(kChunk * kKeyBlock), *const powers_room = scratch.take(kChunk * kKeyBlock);
+    float* const biases_room = scratch.take(kChunk * kKeyBlock);
     float *const queries_room = scratch.take(chunk_size(p)), *const for_sums = scratch.take(chunk_size(p));
     const auto left_keys = unit.left_transposed(k, scratch.take(keys_size(p)));
     const auto values = unit.rows(v, scratch.take(keys_size(p)));
@@ -261,16 +329,14 @@ inline void attend(const GroupAttention& p, const Unit& unit, const GroupPair& g
         for (int64_t key = 0; key < keys; key += kKeyBlock) {
             const int64_t block = keys - key < kKeyBlock ? keys - key : kKeyBlock;
             const Matrix scores{for_scores, block, row, row};
-            const Accumulate biased = start_scores(p, g, head, first, count, key, scores);
-            unit.product(some_keys(left_keys, key, block), chunk, scores, biased);
-            const auto powers = [&] {
-                if constexpr (pairs) {
-                    return softmax.take_power_pairs(scores, powers_room);
-                } else {
-                    softmax.take_powers(scores);
-                    return Matrix<const float>(scores);
-                }
-            }();
+            unit.product(some_keys(left_keys, key, block), chunk, scores, Accumulate::no);
+            const auto take = [&](const auto& biases) {
+                return right_powers(unit, softmax, scores, biases, powers_room);
+            };
+            const auto powers =
+                p.bias.values == nullptr
+                    ? take(NoBiases{})
+                    : take(find_biases(p, g, head, first, count, key, Matrix{biases_room, block, row, row}));
             if (key > 0) {
                 scale_columns(sums, softmax.factors, sums);
             }

@@ -205,7 +205,7 @@ void backward(const GroupAttentionGradients& p, const Unit& unit, int64_t head, 
             const Matrix right_grad = transpose_rows(chunk_grad, 1.0f, for_grad_queries);
             const Accumulate to_biases = start_scores(p, g, head, first, count, 0, weights);
             unit.product(left_keys, unit.right(right_queries, chunk_rooms[0]), weights, to_biases);
-            softmax.take_powers(weights);
+            softmax.take_powers(weights, NoBiases{});
             softmax.invert();
             unit.product(left_values, unit.right(right_grad, chunk_rooms[0]), slopes, Accumulate::no);
             score_gradients(weights, slopes, softmax.sums);

@@ -43,6 +43,24 @@ inline __attribute__((always_inline)) void powers_of(Vec (&x)[count]) {
     }
 }
 
+// Powers as pairs. Halves between two numbers go up, and NaN may get lost: sums of powers have it.
+inline Bits power_pairs(Vec low, Vec high) {
+    if constexpr (kDots) {
+        return to_pairs(low, high);
+    }
+    return ((Bits)low + 0x8000) >> 16 | (((Bits)high + 0x8000) & 0xffff0000);
+}
+
+// Where no biases are added to scores; others have the same functions. of<count>(c) are those of `count` vectors of
+// columns from c on, of which add_to(v, k, i) adds vector i of row k to v.
+struct NoBiases {
+    template <int count>
+    NoBiases of(int64_t) const {
+        return {};
+    }
+    Vec add_to(Vec v, int64_t, int) const { return v; }
+};
+
 // The softmax over columns of scores that come in blocks of rows, one below the other: what is known of each column.
 struct ColumnSoftmax {
     static constexpr int64_t kMost = 64;  // columns
@@ -59,11 +77,12 @@ struct ColumnSoftmax {
         }
     }
 
-    // 2^(score - the column's largest so far) in place of the scores of the next block.
-    void take_powers(Matrix<float> scores) {
+    // 2^(score - the column's largest so far) in place of the next block of scores, without their biases.
+    template <typename Biases>
+    void take_powers(Matrix<float> scores, const Biases& biases) {
         take<4>([&](auto count, int64_t c) __attribute__((always_inline)) {
             take_columns<Powers::exact, 1, decltype(count)::value>(
-                scores.from(0, c), c, [=](int64_t k, const auto& powers) __attribute__((always_inline)) {
+                scores.from(0, c), biases, c, [=](int64_t k, const auto& powers) __attribute__((always_inline)) {
 #pragma GCC unroll 4
                     for (int i = 0; i < decltype(count)::value; ++i) {
                         store(scores.row(k) + c + i * kLanes, powers[i]);
@@ -73,17 +92,18 @@ struct ColumnSoftmax {
     }
 
     // The same powers, rough, as pairs of rows, with zeros up to kChannelPad rows.
-    Matrix<const Pair> take_power_pairs(Matrix<const float> scores, float* room) {
+    template <typename Biases>
+    Matrix<const Pair> take_power_pairs(Matrix<const float> scores, const Biases& biases, float* room) {
         Pair* const out = reinterpret_cast<Pair*>(room);
         const int64_t row = columns, pairs = padded(scores.rows) / 2, used = (scores.rows + 1) / 2;
         memset(out + used * row, 0, (pairs - used) * row * sizeof(Pair));
         take<2>([&](auto count, int64_t c) __attribute__((always_inline)) {
             constexpr int kCount = decltype(count)::value;
             take_columns<Powers::rough, 2, kCount>(
-                scores.from(0, c), c, [=](int64_t k, const auto& powers) __attribute__((always_inline)) {
+                scores.from(0, c), biases, c, [=](int64_t k, const auto& powers) __attribute__((always_inline)) {
 #pragma GCC unroll 2
                     for (int i = 0; i < kCount; ++i) {
-                        store(out + k / 2 * row + c + i * kLanes, to_pairs(powers[i], powers[kCount + i]));
+                        store(out + k / 2 * row + c + i * kLanes, power_pairs(powers[i], powers[kCount + i]));
                     }
                 });
         });
@@ -112,8 +132,13 @@ struct ColumnSoftmax {
     }
 
     // put(k, powers) for rows k to k + rows - 1 of `count` vectors of columns from c on; zeros behind the last row.
-    template <Powers kind, int rows, int count, typename Put>
-    inline __attribute__((always_inline)) void take_columns(Matrix<const float> scores, int64_t c, const Put& put) {
+    template <Powers kind, int rows, int count, typename Biases, typename Put>
+    inline __attribute__((always_inline)) void take_columns(Matrix<const float> scores, const Biases& biases, int64_t c,
+                                                            const Put& put) {
+        const auto bias = biases.template of<count>(c);
+        const auto score = [=](int64_t k, int i) __attribute__((always_inline)) {
+            return bias.add_to(load(scores.row(k) + i * kLanes), k, i);
+        };
         Vec most[count], total[count], before[count];
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i) {
@@ -122,7 +147,7 @@ struct ColumnSoftmax {
         for (int64_t k = 0; k < scores.rows; ++k) {
 #pragma GCC unroll 4
             for (int i = 0; i < count; ++i) {
-                most[i] = max(most[i], load(scores.row(k) + i * kLanes));
+                most[i] = max(most[i], score(k, i));
             }
         }
 #pragma GCC unroll 4
@@ -142,7 +167,7 @@ struct ColumnSoftmax {
             Vec x[rows * count];
 #pragma GCC unroll 4
             for (int i = 0; i < kThere * count; ++i) {
-                x[i] = load(scores.row(k + i / count) + i % count * kLanes) - most[i % count];
+                x[i] = score(k + i / count, i % count) - most[i % count];
             }
             powers_of<kind>(reinterpret_cast<Vec(&)[kThere * count]>(x));
 #pragma GCC unroll 4
