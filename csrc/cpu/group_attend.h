@@ -148,6 +148,15 @@ inline void scale_rows(Matrix<float> rows, const float* bias, float factor) {
     }
 }
 
+// out = each column times its factor.
+inline void scale_columns(Matrix<const float> in, const float* factors, Matrix<float> out) {
+    for (int64_t i = 0; i < in.rows; ++i) {
+        for (int64_t c = 0; c < in.columns; c += kLanes) {
+            store(out.row(i) + c, load(in.row(i) + c) * load(factors + c));
+        }
+    }
+}
+
 // body(a, b, start, count) for the pieces of a group's rows that `count` tokens from `first` on are made of.
 template <typename Body>
 inline void for_pieces(int64_t columns, int64_t first, int64_t count, const Body& body) {
@@ -175,32 +184,32 @@ struct GroupPair {
     int64_t image(const GroupAttention& p) const { return index / p.queries.count(); }
 };
 
-// The biases of `piece` queries, next to each other in a row, for all keys. They are copied in runs, which may go too
-// far, up to the last column of the scores.
+// The biases of `piece` queries, next to each other in a row, for as many keys from `first_key` on as there are scores.
+// They are copied in runs, which may go too far, up to the last column of the scores.
 template <int64_t run>
-inline void copy_biases(const ScoreBiases& biases, const Group& keys, const float* bias, int64_t piece,
-                        Matrix<float> scores) {
-    const int64_t rows = keys.rows.count, columns = keys.columns.count, room = scores.columns, row = scores.stride;
+inline void copy_biases(const ScoreBiases& biases, const Group& keys, int64_t first_key, const float* bias,
+                        int64_t piece, Matrix<float> scores) {
+    const int64_t room = scores.columns, row = scores.stride;
     for (int64_t c = 0; c < piece; c += run) {
         const int64_t size = (room - c < run ? room - c : run) * static_cast<int64_t>(sizeof(float));
-        float* target = scores.data + c;
-        for (int64_t a = 0; a < rows; ++a) {
-            const float* source = bias + c + a * biases.key_row;
-            for (int64_t b = 0; b < columns; ++b, target += row, source += biases.key_column) {
+        for_pieces(keys.columns.count, first_key, scores.rows, [&](int64_t a, int64_t b, int64_t start, int64_t n) {
+            float* target = scores.row(start) + c;
+            const float* source = bias + c + a * biases.key_row + b * biases.key_column;
+            for (int64_t k = 0; k < n; ++k, target += row, source += biases.key_column) {
                 if (size == run * sizeof(float)) {
                     memcpy(target, source, run * sizeof(float));
                 } else {
                     memcpy(target, source, size);
                 }
             }
-        }
+        });
     }
 }
 
-// The biases of `count` queries (columns) from `first` on, what their scores are added to; zeros in the padding.
-// Returns whether there are any.
+// The biases of `count` queries (columns) from `first` on and of keys (rows) from `first_key` on, what their scores are
+// added to; zeros in the padding. Returns whether there are any.
 inline Accumulate start_scores(const GroupAttention& p, const GroupPair& g, int64_t head, int64_t first, int64_t count,
-                               Matrix<float> scores) {
+                               int64_t first_key, Matrix<float> scores) {
     const ScoreBiases& biases = p.bias;
     if (biases.values == nullptr) {
         return Accumulate::no;
@@ -213,44 +222,129 @@ inline Accumulate start_scores(const GroupAttention& p, const GroupPair& g, int6
         const float* const source = bias + a * biases.query_row + b;
         // What goes too far is written later.
         if (n < 16) {
-            copy_biases<8>(biases, g.keys, source, n, scores.from(0, start));
+            copy_biases<8>(biases, g.keys, first_key, source, n, scores.from(0, start));
         } else {
-            copy_biases<16>(biases, g.keys, source, n, scores.from(0, start));
+            copy_biases<16>(biases, g.keys, first_key, source, n, scores.from(0, start));
         }
     });
-    for (int64_t k = 0; k < g.keys.tokens() && count < scores.columns; ++k) {
+    for (int64_t k = 0; k < scores.rows && count < scores.columns; ++k) {
         memset(scores.row(k) + count, 0, (scores.columns - count) * sizeof(float));
     }
     return Accumulate::yes;
 }
 
+static_assert(kChunk <= ColumnSoftmax::kMost);
+
+// The biases of a chunk of queries and a block of keys: vector i of the queries has those of key k at queries[i] +
+// keys[k].
+struct BlockBiases {
+    const float* queries[kChunk / kLanes];
+    int64_t keys[kKeyBlock];
+
+    template <int count>
+    struct Some {
+        const float* queries[count];
+        const int64_t* keys;
+
+        inline __attribute__((always_inline)) Vec add_to(Vec v, int64_t k, int i) const {
+            return v + load(queries[i] + keys[k]);
+        }
+    };
+
+    template <int count>
+    Some<count> of(int64_t c) const {
+        Some<count> some;
+        memcpy(some.queries, queries + c / kLanes, sizeof(some.queries));
+        some.keys = keys;
+        return some;
+    }
+};
+
+// Those of `count` queries from `first` on and of keys from `first_key` on: in place, if all queries of a vector lie in
+// one row of biases, else copied to `room`.
+inline BlockBiases find_biases(const GroupAttention& p, const GroupPair& g, int64_t head, int64_t first, int64_t count,
+                               int64_t first_key, Matrix<float> room) {
+    const ScoreBiases& biases = p.bias;
+    const int64_t columns = g.queries.columns.count;
+    BlockBiases found;
+    if (columns != biases.query_row && columns % kLanes != 0) {
+        start_scores(p, g, head, first, count, first_key, room);
+        for (int64_t c = 0; c < room.columns; c += kLanes) {
+            found.queries[c / kLanes] = room.data + c;
+        }
+        for (int64_t k = 0; k < room.rows; ++k) {
+            found.keys[k] = k * room.stride;
+        }
+        return found;
+    }
+    const float* const bias = biases.values + head * biases.size + g.first_bias;
+    for (int64_t c = 0; c < room.columns; c += kLanes) {
+        const int64_t query = first + (c < count ? c : 0);  // vectors of padding have any
+        found.queries[c / kLanes] = bias + query / columns * biases.query_row + query % columns;
+    }
+    for_pieces(g.keys.columns.count, first_key, room.rows, [&](int64_t a, int64_t b, int64_t start, int64_t n) {
+        for (int64_t k = 0; k < n; ++k) {
+            found.keys[start + k] = a * biases.key_row + (b + k) * biases.key_column;
+        }
+    });
+    return found;
+}
+
+// `count` keys of all, as a product's left operand.
+inline Matrix<const Pair> some_keys(Matrix<const Pair> keys, int64_t first, int64_t count) {
+    return keys.slice(first, count);
+}
+template <typename E>
+inline Transposed<E> some_keys(Transposed<E> keys, int64_t first, int64_t count) {
+    return {{keys.of.data + first, keys.of.rows, count, keys.of.stride}};
+}
+
+// The powers of a block's scores, as a product's right operand.
+template <typename Unit, typename Biases>
+inline auto right_powers(const Unit&, ColumnSoftmax& softmax, Matrix<float> scores, const Biases& biases, float* room) {
+    if constexpr (sizeof(typename Unit::Value) < sizeof(float)) {
+        return softmax.take_power_pairs(scores, biases, room);
+    } else {
+        softmax.take_powers(scores, biases);
+        return Matrix<const float>(scores);
+    }
+}
+
 // out (depth, queries) = v softmax(k q + biases): q (depth, queries), times the scale and kLog2E; k and v (depth,
-// keys). `out` may be q.
+// keys). `out` may be q. The scores of a chunk of queries and a block of keys stay in the first cache.
 template <typename Unit>
 inline void attend(const GroupAttention& p, const Unit& unit, const GroupPair& g, int64_t head, Matrix<const float> q,
                    Matrix<const float> k, Matrix<const float> v, Matrix<float> out, ScratchStack scratch) {
     const int64_t queries = q.columns, keys = k.columns;
-    float* const for_scores = scratch.take(scores_size(p));
-    float* const queries_room = scratch.take(chunk_size(p));
-    float* const scores_rooms = scratch.take(scores_room(p));
+    float *const for_scores = scratch.take(kChunk * kKeyBlock), *const powers_room = scratch.take(kChunk * kKeyBlock);
+    float* const biases_room = scratch.take(kChunk * kKeyBlock);
+    float *const queries_room = scratch.take(chunk_size(p)), *const for_sums = scratch.take(chunk_size(p));
     const auto left_keys = unit.left_transposed(k, scratch.take(keys_size(p)));
-    const auto left_values = unit.left(unit.rows(v, scratch.take(keys_size(p))));
+    const auto values = unit.rows(v, scratch.take(keys_size(p)));
     for (int64_t first = 0; first < queries; first += kChunk) {
         const int64_t count = queries - first < kChunk ? queries - first : kChunk, row = padded(count);
-        const Matrix scores{for_scores, keys, row, row};
-        const Matrix<const float> chunk{q.row(0) + first, p.depth, row, q.stride};
-        const Matrix<float> attended{out.row(0) + first, p.depth, row, out.stride};
-        float factors[kChunk];
-        const Accumulate add = start_scores(p, g, head, first, count, scores);
-        unit.product(left_keys, unit.right(chunk, queries_room), scores, add);
-        powers<sizeof(typename Unit::Value) < sizeof(float) ? Powers::rough : Powers::exact>(scores, factors);
-        unit.product(left_values, unit.right(scores, scores_rooms), attended, Accumulate::no);
-        for (int64_t i = 0; i < p.depth; ++i) {
-            for (int64_t c = 0; c < row; c += kLanes) {
-                float* const value = attended.row(i) + c;
-                store(value, load(value) * load(factors + c));
+        const auto chunk = unit.right(Matrix{q.row(0) + first, p.depth, row, q.stride}, queries_room);
+        const Matrix sums{for_sums, p.depth, row, row};
+        ColumnSoftmax softmax(row);
+        for (int64_t key = 0; key < keys; key += kKeyBlock) {
+            const int64_t block = keys - key < kKeyBlock ? keys - key : kKeyBlock;
+            const Matrix scores{for_scores, block, row, row};
+            unit.product(some_keys(left_keys, key, block), chunk, scores, Accumulate::no);
+            const auto take = [&](const auto& biases) {
+                return right_powers(unit, softmax, scores, biases, powers_room);
+            };
+            const auto powers =
+                p.bias.values == nullptr
+                    ? take(NoBiases{})
+                    : take(find_biases(p, g, head, first, count, key, Matrix{biases_room, block, row, row}));
+            if (key > 0) {
+                scale_columns(sums, softmax.factors, sums);
             }
+            const Matrix some_values{values.row(0) + key, p.depth, block, values.stride};
+            unit.product(unit.left(some_values), powers, sums, key > 0 ? Accumulate::yes : Accumulate::no);
         }
+        softmax.invert();
+        scale_columns(sums, softmax.sums, Matrix{out.row(0) + first, p.depth, row, out.stride});
     }
 }
 

@@ -202,14 +202,15 @@ void backward(const GroupAttentionGradients& p, const Unit& unit, int64_t begin,
             const Matrix weights{for_weights, keys, columns, columns}, slopes{for_slopes, keys, columns, columns};
             // the same without the padding, as P and dS
             const Matrix p_of_chunk{for_weights, keys, count, columns}, ds_of_chunk{for_slopes, keys, count, columns};
-            float inverses[kChunk];
+            ColumnSoftmax softmax(columns);
             const Matrix right_queries = transpose_rows(chunk_q, scale * kLog2E, for_queries);
             const Matrix right_grad = transpose_rows(chunk_grad, 1.0f, for_grad_queries);
-            const Accumulate to_biases = start_scores(p, g, head, first, count, weights);
+            const Accumulate to_biases = start_scores(p, g, head, first, count, 0, weights);
             unit.product(left_keys, unit.right(right_queries, chunk_rooms[0]), weights, to_biases);
-            powers(weights, inverses);
+            softmax.take_powers(weights, NoBiases{});
+            softmax.invert();
             unit.product(left_values, unit.right(right_grad, chunk_rooms[0]), slopes, Accumulate::no);
-            score_gradients(weights, slopes, inverses);
+            score_gradients(weights, slopes, softmax.sums);
             unit.product(unit.left(unit.rows(p_of_chunk, scores_rooms)), unit.right(chunk_grad, chunk_rooms[1]), grad_v,
                          add);
             unit.product(unit.left(unit.rows(ds_of_chunk, scores_rooms)), unit.right(chunk_q, chunk_rooms[2]), grad_k,

@@ -8,8 +8,9 @@ namespace ipt_fast::cpu {
 
 constexpr float kLog2E = 0x1.715476p0f;  // scores are computed times this
 
-// Queries are taken in chunks, whose scores stay in the caches; a multiple of kChannelPad.
-constexpr int64_t kChunk = 64;
+// Queries are taken in chunks, and a chunk's keys in blocks, whose scores stay in the first cache; multiples of
+// kChannelPad.
+constexpr int64_t kChunk = 64, kKeyBlock = 128;
 
 // The groups of a map: those of its rows times those of its columns, in raster order, so that the pixels of consecutive
 // groups lie side by side.
@@ -100,7 +101,7 @@ inline int64_t keys_size(const GroupAttention& p) { return padded(p.keys.most())
 
 // What `attend` needs.
 inline int64_t attention_size(const GroupAttention& p) {
-    return scores_size(p) + chunk_size(p) + 2 * keys_size(p) + scores_room(p);
+    return 3 * kChunk * kKeyBlock + 2 * chunk_size(p) + 2 * keys_size(p);
 }
 
 inline int64_t scratch_size(const GroupAttentionParams& p) {

@@ -10,6 +10,8 @@
 //   max(a, b), min(a, b)          the second where one of them is NaN
 //   to_float(h, Half{}), to_half  fp16 to fp32 and back
 //   to_bf16                       fp32 to bf16, to the nearest, ties to even
+//   kMasks                        whether one instruction reads or writes the first lanes of a vector, and then
+//                                 read_first, write_first
 //   kDots                         whether one instruction multiplies pairs of bf16, and then to_factor(v), which is
 //                                 to_bf16 for products, to_pairs(low, high), and dot(a, b, c): c and the products of
 //                                 the pairs' halves; vec_no_dots.h has them of the other levels
@@ -105,6 +107,12 @@ inline HalfBits from_float(Vec v, Factor) { return to_factor(v); }
 template <typename T>
 inline __attribute__((always_inline)) Vec load(const T* p, int64_t count = kLanes) {
     decltype(from_float(Vec{}, T{})) raw{};
+    if constexpr (kMasks) {
+        if (!__builtin_constant_p(count)) {
+            read_first(p, count, raw);
+            return to_float(raw, T{});
+        }
+    }
     memcpy(&raw, p, count * sizeof(T));
     return to_float(raw, T{});
 }
@@ -112,6 +120,11 @@ inline __attribute__((always_inline)) Vec load(const T* p, int64_t count = kLane
 template <typename T>
 inline __attribute__((always_inline)) void store(T* p, Vec v, int64_t count = kLanes) {
     const auto raw = from_float(v, T{});
+    if constexpr (kMasks) {
+        if (!__builtin_constant_p(count)) {
+            return write_first(p, raw, count);
+        }
+    }
     memcpy(p, &raw, count * sizeof(T));
 }
 

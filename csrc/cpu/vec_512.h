@@ -11,6 +11,7 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
 constexpr bool kLooksUp = true;
+constexpr bool kMasks = true;
 
 using Vec = Lanes<float, kLanes>;
 using Bits = Lanes<uint32_t, kLanes>;
@@ -23,6 +24,18 @@ inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); 
 inline Vec to_float(HalfBits h, Half) { return (Vec)_mm512_cvtph_ps((__m256i)h); }
 inline HalfBits to_half(Vec v) { return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 inline HalfBits to_bf16(Vec v) { return round_to_bf16<kLanes>(v); }
+
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+// The first `count` values from p, zeros behind them; the first `count` values to p.
+inline void read_first(const void* p, int64_t count, Vec& v) { v = (Vec)_mm512_maskz_loadu_ps(first_lanes(count), p); }
+inline void read_first(const void* p, int64_t count, HalfBits& h) {
+    h = (HalfBits)_mm256_maskz_loadu_epi16(first_lanes(count), p);
+}
+inline void write_first(void* p, Vec v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)v); }
+inline void write_first(void* p, HalfBits h, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)h);
+}
 
 // Lane i of the result is table[index], index the low five bits of lane i of `bits`; the table lies on a cache line.
 inline Vec look_up(const float* table, Vec bits) {

@@ -12,6 +12,7 @@ constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
 constexpr bool kMatrixUnit = false;
 constexpr bool kLooksUp = false;
+constexpr bool kMasks = false;
 
 using Vec = Lanes<float, kLanes>;
 using Bits = Lanes<uint32_t, kLanes>;

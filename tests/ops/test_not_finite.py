@@ -70,6 +70,29 @@ def test_a_bias_of_minus_infinity_is_a_mask(level, monkeypatch):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", torch.ops.ipt_fast_cpu.isa_levels() if _extension.load() else [])
+def test_masks_of_many_keys(level, dtype, monkeypatch):
+    """The softmax is made of blocks of keys, of which any may be masked, or have far larger scores than the others."""
+    monkeypatch.setenv("IPT_FAST_CPU_ISA", level)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 8, 18, 20, generator=generator).to(dtype) for _ in range(3))
+    bias = torch.zeros(2, 360, 360)
+    bias[0, :90, :200] = -math.inf
+    bias[0, 90:180, 150:] = -math.inf
+    bias[0, 200:210] = -math.inf  # nothing to look at: NaN, as 0 / 0
+    bias[1, :90] = torch.arange(360.0) * 7
+    bias[1, 90:180] = torch.arange(360.0) * -7
+    bias[1, 180:270, 130:140] = 1e30
+    tensors = {"q": q, "k": k, "v": v, "bias": bias.to(dtype)}
+    options = {"num_heads": 2, "window_size": (18, 20)}
+    ours, plain = on("cpu", "window_attention", tensors, options), on("reference", "window_attention", tensors, options)
+    assert plain.isnan().any() and torch.equal(ours.isnan(), plain.isnan())
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@compiled
 def test_a_grid_finer_than_the_map_costs_nothing():
     qkv = torch.randn(1, 6, 5, 7)
     assert torch.equal(
