@@ -198,6 +198,12 @@ RELATIVES = [
     _window_layer(180, 6, 128, 8, 4),
     _window_layer(180, 6, 64, 16, 8),
     _mlp(60, 120, 128),
+    _operator("depthwise_layer 1x120x128x128", "depthwise_layer", [image(120, 128), parameter(120, 1, 3, 3)]),
+    _operator(
+        "gated_projection 1x60x64x64",
+        "gated_projection",
+        [image(60, 64), image(60, 64), parameter(60), image(1, 64), parameter(60, 60, 1, 1)],
+    ),
     _mlp(180, 360, 128),
     *(
         layer

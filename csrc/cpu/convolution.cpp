@@ -121,7 +121,7 @@ DepthwiseParams depthwise_params(const at::Tensor& x, int64_t kernel) {
     DepthwiseParams p{};
     p.dtype = dtype_of(x);
     p.kernel = kernel;
-    p.x = x.const_data_ptr();
+    p.x = pixels_of(x);
     p.channels = x.size(1);
     p.height = x.size(2);
     p.width = x.size(3);
@@ -136,16 +136,19 @@ at::Tensor taps_of(const at::Tensor& weight, bool flipped) {
     return padded_parameter(flipped ? taps.flip(0) : taps, padded(weight.size(0)));
 }
 
-at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight, const OptionalTensor& bias_, bool flipped) {
+at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight, const OptionalTensor& bias_, const Norm& norm,
+                    bool activated, bool flipped) {
     check_image(map, "x");
     const int64_t kernel = weight.dim() == 4 ? weight.size(3) : 0;
     TORCH_CHECK_VALUE(kernel % 2 == 1, "weight must be (C, 1, K, K) with odd K; got shape ", weight.sizes());
     check_tensor(weight, "weight", {map.size(1), 1, kernel, kernel}, map);
-    const at::Tensor x = channels_last(map), out = empty_channels_last(x.sizes(), x), taps = taps_of(weight, flipped);
+    const at::Tensor x = with_pixels(map), out = empty_channels_last(x.sizes(), x), taps = taps_of(weight, flipped);
     const Parameter bias(bias_, map.size(1));
     DepthwiseParams p = depthwise_params(x, kernel);
+    p.norm = norm;
     p.weight = taps.const_data_ptr<float>();
     p.bias = bias.data;
+    p.activated = activated;
     p.out = out.mutable_data_ptr();
     const ConvolutionKernels& kernels = kernels_in_use<ConvolutionKernels>();
     at::parallel_for(0, x.size(0) * p.strips * p.height, 4, [&](int64_t begin, int64_t end) {
@@ -224,12 +227,13 @@ ParameterGradients pointwise_gradients(const at::Tensor& grad, const at::Tensor&
             bias.has_value() ? sums.select(1, width).clone() : empty_gradient(), grad_gate};
 }
 
-at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-    return convolve(x, weight, bias, false);
+at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const Norm& norm,
+                     bool activated) {
+    return convolve(x, weight, bias, norm, activated, false);
 }
 
 at::Tensor depthwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight) {
-    return convolve(grad, weight, {}, true);
+    return convolve(grad, weight, {}, {}, false, true);
 }
 
 ParameterGradients depthwise_gradients(const at::Tensor& grad, const at::Tensor& x, int64_t kernel,
@@ -238,7 +242,7 @@ ParameterGradients depthwise_gradients(const at::Tensor& grad, const at::Tensor&
     check_tensor(grad, "grad", x.sizes(), x);
     const at::Tensor images = channels_last(x), grads = channels_last(grad);
     DepthwiseParams p = depthwise_params(images, kernel);
-    p.grad = grads.const_data_ptr();
+    p.grad = pixels_of(grads);
     p.bias_gradient = bias.has_value();
     const int64_t width = padded(p.channels), taps = kernel * kernel, size = (taps + 1) * width;
     const int64_t rows = x.size(0) * p.strips * p.height, shares = std::min(rows, kShares);

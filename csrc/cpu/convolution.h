@@ -20,8 +20,10 @@ struct ParameterGradients {
 ParameterGradients pointwise_gradients(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
                                        const OptionalTensor& bias = {}, const OptionalTensor& gate = {});
 
-// (B, C, H, W), weight (C, 1, k, k) with odd k, bias (C,), zero padding -> (B, C, H, W).
-at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {});
+// (B, C, H, W), weight (C, 1, k, k) with odd k, bias (C,), zero padding -> (B, C, H, W). With a norm in front of it
+// (norm.weight == nullptr: there is none), and a GELU behind it where it is `activated`.
+at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {},
+                     const Norm& norm = {}, bool activated = false);
 at::Tensor depthwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight);
 ParameterGradients depthwise_gradients(const at::Tensor& grad, const at::Tensor& x, int64_t kernel,
                                        const OptionalTensor& bias = {});

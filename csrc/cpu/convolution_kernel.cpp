@@ -4,11 +4,14 @@
 // written in place. 2 * channels * columns FLOPs a pixel; x is read once and out is written once. The weight's gradient
 // is x^T grad in runs of pixels, each summed in registers, then added: x is read once for every tile of 96 columns.
 //
-// Depthwise: a strip's last rows lie in a ring of fp32 rows in the second cache, every vector of channels by itself.
+// Depthwise: a strip's last rows lie in a ring of fp32 rows in the second cache, every vector of channels by itself. A
+// norm in front of it is taken there, a GELU behind it of the sums in registers.
 // 2 * kernel^2 FLOPs a value; bound by reading x once (the gradient: x and grad) and writing out once.
 #include "convolution_kernel.h"
 
 #include "depthwise.h"
+#include "gelu.h"
+#include "hidden.h"
 #include "rows.h"
 #include "units.h"
 
@@ -168,14 +171,14 @@ struct DepthwiseStrip {
         ring_row = (p.widest() + kernel - 1) * kLanes;
     }
 
-    int64_t offset(int64_t y, int64_t x) const { return ((image * p.height + y) * p.width + x) * p.channels; }
+    int64_t pixel(int64_t y, int64_t x) const { return (image * p.height + y) * p.width + x; }
 
     // `pixels` pixels of a map from (y, x) on, or zeros outside of it, as [vector of channels][pixel][lane] with
     // `vector_row` floats for each vector.
-    void stage(const void* map, int64_t y, int64_t x, int64_t pixels, float* out, int64_t vector_row) const {
+    void stage(const Pixels& map, int64_t y, int64_t x, int64_t pixels, float* out, int64_t vector_row) const {
         for (int64_t i = 0; i < pixels; ++i, ++x, out += kLanes) {
             const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
-            const T* const source = static_cast<const T*>(map) + (inside ? offset(y, x) : 0);
+            const T* const source = static_cast<const T*>(map.data) + (inside ? pixel(y, x) * map.stride : 0);
             float* target = out;
             for_vectors(p.channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
                 store(target, inside ? load(source + c, n) : Vec{});
@@ -186,7 +189,25 @@ struct DepthwiseStrip {
 
     // Row y of the image into the ring.
     void load_row(int64_t y) const {
-        stage(p.x, y, first - half, count + kernel - 1, ring + (y + kernel) % kernel * ring_row, kernel * ring_row);
+        float* const row = ring + (y + kernel) % kernel * ring_row;
+        stage(p.x, y, first - half, count + kernel - 1, row, kernel * ring_row);
+        if (p.norm.weight != nullptr && y >= 0 && y < p.height) {
+            normalize(row);
+        }
+    }
+
+    // A row of the ring, but for pixels outside of the image, which stay zero.
+    void normalize(float* row) const {
+        const Norm norm = p.norm.of_image(image);
+        const int64_t left = first < half ? half - first : 0;
+        const int64_t inside = p.width - first + half, staged = count + kernel - 1;
+        const int64_t end = inside < staged ? inside : staged;
+        for (int64_t x = left; x < end; x += kLanes) {
+            const auto values = [&](int64_t c) {
+                return Rows<float>{row + c / kLanes * kernel * ring_row + x * kLanes, kLanes};
+            };
+            normalize_pixels(values, p.channels, end - x < kLanes ? end - x : kLanes, norm);
+        }
     }
 
     // The rows under the kernel at row y, from pixel x of the strip on, for the vector of channel c.
@@ -218,19 +239,28 @@ inline void for_rows(const DepthwiseParams& p, int64_t begin, int64_t end, float
 template <typename T, int fixed>
 void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scratch) {
     const float** const rows = p.rows(scratch);
+    float sums[kDepthwisePixels * kLanes];
     for_rows<T, fixed>(p, begin, end, scratch, [&](const DepthwiseStrip<T, fixed>& strip, int64_t y) {
-        T* const out = static_cast<T*>(p.out) + strip.offset(y, strip.first);
+        T* const out = static_cast<T*>(p.out) + strip.pixel(y, strip.first) * p.channels;
         // a few pixels at a time, so that memory is written in order
         for (int64_t first = 0; first < strip.count; first += kDepthwisePixels) {
             const int64_t count = strip.count - first < kDepthwisePixels ? strip.count - first : kDepthwisePixels;
             for_vectors(p.channels, [&](int64_t c, int64_t n) {
                 strip.rows(y, first, c, rows);
                 const Taps taps{p.weight + c, padded(p.channels)};
-                with_bias(p.bias, c, [&](const auto& add) __attribute__((always_inline)) {
-                    convolve_row<fixed>({rows, kLanes}, count, p.kernel, taps, [&](int64_t i, Vec sum) {
+                // what follows is a loop of its own: behind every sum in registers it would be many copies
+                convolve_row<fixed>({rows, kLanes}, count, p.kernel, taps,
+                                    [&](int64_t i, Vec sum) { store(sums + i * kLanes, sum); });
+                const auto put = [&](const auto& finish) __attribute__((always_inline)) {
+                    for (int64_t i = 0; i < count; ++i) {
                         T* const target = out + (first + i) * p.channels + c;
-                        n == kLanes ? store(target, add(sum)) : store(target, add(sum), n);
-                    });
+                        const Vec value = finish(load(sums + i * kLanes));
+                        n == kLanes ? store(target, value) : store(target, value, n);
+                    }
+                };
+                with_bias(p.bias, c, [&](const auto& add) __attribute__((always_inline)) {
+                    p.activated ? put([&](Vec sum) __attribute__((always_inline)) { return gelu(add(sum)); })
+                                : put(add);
                 });
             });
         }

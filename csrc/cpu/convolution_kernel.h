@@ -48,11 +48,13 @@ struct PointwiseWeightParams {
 struct DepthwiseParams {
     DType dtype;
     int64_t kernel;  // odd
-    const void* x;
+    Pixels x;
     int64_t channels, height, width, strips;
-    const float* weight;  // taps, padded channels; not for the weight's gradient
-    const float* bias;    // padded channels; nullptr: there is none; not for the weight's gradient
-    const void* grad;     // only for the weight's gradient
+    Norm norm;            // of x, in front of the convolution; not for the weight's gradient, as the next three
+    const float* weight;  // taps, padded channels
+    const float* bias;    // padded channels; nullptr: there is none
+    bool activated;       // whether a GELU follows
+    Pixels grad;          // only for the weight's gradient
     bool bias_gradient;   // the same
     void* out;            // not for the weight's gradient
 

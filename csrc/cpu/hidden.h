@@ -8,7 +8,8 @@
 namespace ipt_fast::cpu {
 namespace {
 
-// The layer norm of `count` pixels, at most kLanes, in place: pixel i's channels from c on are row i of values(c).
+// The layer norm of `count` pixels, at most kLanes, in place: pixel i's channels from c on are row i of values(c), and
+// zeros beside their last one.
 template <typename Values>
 inline void normalize_pixels(const Values& values, int64_t channels, int64_t count, const Norm& norm) {
     const float scale = 1.0f / static_cast<float>(channels);
@@ -30,6 +31,9 @@ inline void normalize_pixels(const Values& values, int64_t channels, int64_t cou
         }
     }
     store(rstd, 1.0f / sqrt(sum_each(squares) * scale + norm.eps));
+    for (int64_t i = 0; i < count && !norm.centered; ++i) {
+        mean[i] = 0;
+    }
     for (int64_t c = 0; c < channels; c += kLanes) {
         const Rows<float> of_pixels = values(c);
         const Vec weight = load(norm.weight + c), bias = load(norm.bias + c);

@@ -10,8 +10,7 @@
 //   max(a, b), min(a, b)          the second where one of them is NaN
 //   to_float(h, Half{}), to_half  fp16 to fp32 and back
 //   to_bf16                       fp32 to bf16, to the nearest, ties to even
-//   kMasks                        whether one instruction reads or writes the first lanes of a vector, and then
-//                                 read_first, write_first
+//   load_part, store_part         the first lanes of a vector of 32 or 16 bits, where the level has masks for them
 //   kDots                         whether one instruction multiplies pairs of bf16, and then to_factor(v), which is
 //                                 to_bf16 for products, to_pairs(low, high), and dot(a, b, c): c and the products of
 //                                 the pairs' halves; vec_no_dots.h has them of the other levels
@@ -102,30 +101,38 @@ inline HalfBits from_float(Vec v, BFloat16) { return to_bf16(v); }
 inline HalfBits from_float(Vec v, Half) { return to_half(v); }
 inline HalfBits from_float(Vec v, Factor) { return to_factor(v); }
 
+// The first `count` lanes from and to memory, as the levels do it that have no masks.
+template <typename Raw>
+inline void load_part(Raw& raw, const void* p, int64_t count) {
+    raw = Raw{};
+    memcpy(&raw, p, count * sizeof(raw[0]));
+}
+template <typename Raw>
+inline void store_part(void* p, const Raw& raw, int64_t count) {
+    memcpy(p, &raw, count * sizeof(raw[0]));
+}
+
 // The first `count` (1 to kLanes) values from p as fp32; the other lanes are 0. Always inlined, as is `store`: in large
 // files the compiler would rather call them, and a call keeps nothing in registers.
 template <typename T>
 inline __attribute__((always_inline)) Vec load(const T* p, int64_t count = kLanes) {
     decltype(from_float(Vec{}, T{})) raw{};
-    if constexpr (kMasks) {
-        if (!__builtin_constant_p(count)) {
-            read_first(p, count, raw);
-            return to_float(raw, T{});
-        }
+    if (__builtin_constant_p(count)) {
+        memcpy(&raw, p, count * sizeof(T));
+    } else {
+        load_part(raw, p, count);
     }
-    memcpy(&raw, p, count * sizeof(T));
     return to_float(raw, T{});
 }
 
 template <typename T>
 inline __attribute__((always_inline)) void store(T* p, Vec v, int64_t count = kLanes) {
     const auto raw = from_float(v, T{});
-    if constexpr (kMasks) {
-        if (!__builtin_constant_p(count)) {
-            return write_first(p, raw, count);
-        }
+    if (__builtin_constant_p(count)) {
+        memcpy(p, &raw, count * sizeof(T));
+    } else {
+        store_part(p, raw, count);
     }
-    memcpy(p, &raw, count * sizeof(T));
 }
 
 inline Bits load(const Pair* p) {

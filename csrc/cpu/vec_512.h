@@ -11,7 +11,6 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
 constexpr bool kLooksUp = true;
-constexpr bool kMasks = true;
 
 using Vec = Lanes<float, kLanes>;
 using Bits = Lanes<uint32_t, kLanes>;
@@ -27,14 +26,15 @@ inline HalfBits to_bf16(Vec v) { return round_to_bf16<kLanes>(v); }
 
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 
-// The first `count` values from p, zeros behind them; the first `count` values to p.
-inline void read_first(const void* p, int64_t count, Vec& v) { v = (Vec)_mm512_maskz_loadu_ps(first_lanes(count), p); }
-inline void read_first(const void* p, int64_t count, HalfBits& h) {
-    h = (HalfBits)_mm256_maskz_loadu_epi16(first_lanes(count), p);
+inline void load_part(Vec& raw, const void* p, int64_t count) {
+    raw = (Vec)_mm512_maskz_loadu_ps(first_lanes(count), p);
 }
-inline void write_first(void* p, Vec v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)v); }
-inline void write_first(void* p, HalfBits h, int64_t count) {
-    _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)h);
+inline void load_part(HalfBits& raw, const void* p, int64_t count) {
+    raw = (HalfBits)_mm256_maskz_loadu_epi16(first_lanes(count), p);
+}
+inline void store_part(void* p, Vec raw, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)raw); }
+inline void store_part(void* p, HalfBits raw, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)raw);
 }
 
 // Lane i of the result is table[index], index the low five bits of lane i of `bits`; the table lies on a cache line.

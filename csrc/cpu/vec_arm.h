@@ -12,7 +12,6 @@ constexpr int kLanes = 4;
 constexpr int kRegisters = 32;
 constexpr bool kMatrixUnit = false;
 constexpr bool kLooksUp = false;
-constexpr bool kMasks = false;
 
 using Vec = Lanes<float, kLanes>;
 using Bits = Lanes<uint32_t, kLanes>;

@@ -10,7 +10,6 @@ constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
 constexpr bool kMatrixUnit = false;
 constexpr bool kLooksUp = false;
-constexpr bool kMasks = false;
 
 using Vec = Lanes<float, kLanes>;
 using Bits = Lanes<uint32_t, kLanes>;

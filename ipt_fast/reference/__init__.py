@@ -8,9 +8,11 @@ from .add_norm_feed_forward import add_norm_feed_forward
 from .add_norm_projection import add_norm_projection
 from .channel_attention import channel_attention
 from .channel_attention_layer import channel_attention_layer
+from .depthwise_layer import depthwise_layer
 from .feed_forward_layer import feed_forward_layer
 from .focal_attention_layer import focal_attention_layer
 from .focal_channel_attention import focal_channel_attention
+from .gated_projection import gated_projection
 from .grid_attention import grid_attention
 from .grid_attention_layer import grid_attention_layer
 from .layer_norm_2d import layer_norm_2d
@@ -32,9 +34,11 @@ __all__ = [
     "add_norm_projection",
     "channel_attention",
     "channel_attention_layer",
+    "depthwise_layer",
     "feed_forward_layer",
     "focal_attention_layer",
     "focal_channel_attention",
+    "gated_projection",
     "grid_attention",
     "grid_attention_layer",
     "layer_norm_2d",

@@ -19,7 +19,7 @@ from tests.ops.values import random as _random
 
 DEVICE = os.environ.get("IPT_FAST_TEST_DEVICE", "cpu")  # "cuda": the same tests on a GPU
 
-IMAGES = {"x", "q", "k", "v", "qkv"}
+IMAGES = {"x", "q", "k", "v", "qkv", "other", "pixel_gate", "residual"}
 WEIGHTS = {"expand_weight", "depthwise_weight", "project_weight", "qkv_weight", "first", "second", "k5", "k3", "k1"}
 OPERATORS = list(ops.__all__)
 MERGES = {"merge_pointwise", "merge_depthwise"}

@@ -67,6 +67,28 @@ def _channel_attention_layer(batch, height, width, *, heads=2, depth=3, bias=Tru
     return tensors, options
 
 
+def _depthwise_layer(
+    batch, height, width, *, channels=7, kernel=3, bias=True, normed=True, each_image=False, activation="gelu"
+):
+    tensors = {"x": random(batch, channels, height, width), "weight": random(channels, 1, kernel, kernel) / kernel}
+    of_norm = (batch, channels) if each_image else (channels,)
+    if normed:
+        tensors["norm_weight"] = 1 + 0.3 * random(*of_norm)
+    if bias:
+        tensors |= {"bias": random(channels)} | ({"norm_bias": random(*of_norm)} if normed else {})
+    return tensors, {"activation": activation, **norm_options(bias)}
+
+
+def _gated_projection(batch, height, width, *, channels=7, outputs=5, extras=True, each_image=False):
+    tensors = {name: random(batch, channels, height, width) for name in ("x", "other")}
+    tensors["channel_gate"] = random(*([batch] if each_image else []), channels)
+    tensors["pixel_gate"] = random(batch, 1, height, width)
+    tensors["weight"] = pointwise(outputs, channels)
+    if extras:
+        tensors |= {"bias": random(outputs), "residual": random(batch, outputs, height, width)}
+    return tensors, {}
+
+
 HALVES = ("gdfn", "sgfn")
 
 
@@ -106,6 +128,11 @@ CALLS = {
     "channel_attention_layer/windows": (
         "channel_attention_layer", _channel_attention_layer, {"window_size": (4, 3), "depthwise": False},
     ),
+    "depthwise_layer": ("depthwise_layer", _depthwise_layer, {}),
+    "depthwise_layer/bias_free": ("depthwise_layer", _depthwise_layer, {"bias": False}),
+    "depthwise_layer/no_norm": ("depthwise_layer", _depthwise_layer, {"normed": False, "bias": False, "channels": 33}),
+    "gated_projection": ("gated_projection", _gated_projection, {}),
+    "gated_projection/each_image": ("gated_projection", _gated_projection, {"extras": False, "each_image": True}),
     "feed_forward_layer": ("feed_forward_layer", _feed_forward_layer, {"form": "mlp"}),
     "feed_forward_layer/gdfn": ("feed_forward_layer", _feed_forward_layer, {"form": "gdfn", "bias": False}),
     "feed_forward_layer/sgfn": ("feed_forward_layer", _feed_forward_layer, {"form": "sgfn"}),

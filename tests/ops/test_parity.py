@@ -185,7 +185,7 @@ def test_all_zero_images(call, dtype):
         assert all(value.isfinite().all() for value in got.values())
         if {"norm_bias", "expand_bias"} & set(tensors):  # what follows is not zero
             continue
-        bias = tensors.get("bias") if operator == "layer_norm_2d" else None
+        bias = tensors.get("bias") if operator in ("layer_norm_2d", "gated_projection") else None
         expected = 0 * got["out"] if bias is None else bias[..., None, None].expand_as(got["out"])
         assert torch.equal(got["out"], expected)
 

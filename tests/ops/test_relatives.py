@@ -22,6 +22,9 @@ CASES = {
     "a layer of overlapping windows": (
         "channel_attention_layer", (1, 4, 7), {"window_size": (3, 4), "overlapping": True, "residual": False},
     ),
+    "a norm of each image": ("depthwise_layer", (2, 3, 5), {"each_image": True, "kernel": 5}),
+    "a depthwise convolution alone": ("depthwise_layer", (2, 3, 5), {"normed": False, "activation": "none"}),
+    "an even wider one": ("depthwise_layer", (1, 4, 9), {"kernel": 7, "bias": False, "activation": "none"}),
     **{form: ("feed_forward_layer", (2, 3, 5), {"form": form}) for form in ("mlp", "leffn", "leff", "mix", "gdfn")},
     "conv_ffn": ("feed_forward_layer", (2, 3, 5), {"form": "conv_ffn", "kernel": 5}),
     "sgfn": ("feed_forward_layer", (2, 3, 5), {"form": "sgfn", "bias": False}),
@@ -40,6 +43,19 @@ def test_views_of_one_map():
         truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
         for backend in runnable(operator, tensors, options)[1:]:
             assert_within_rule(on_backend(backend, operator, views, options, grad), truth, base)
+
+
+def test_a_view_of_channels():
+    """Some of the channels of a map are within the rule, as a map of their own is."""
+    operator, builder, fields = CALLS["depthwise_layer"]
+    tensors, options = builder(2, 5, 6, **fields)
+    tensors = cast(tensors, torch.float32)
+    wide = torch.cat([tensors["x"]] * 3, dim=1).contiguous(memory_format=torch.channels_last)
+    view = {**tensors, "x": wide.chunk(3, dim=1)[2]}
+    grad = torch.randn(tensors["x"].shape, device=wide.device)
+    truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
+    for backend in runnable(operator, tensors, options)[1:]:
+        assert_within_rule(on_backend(backend, operator, view, options, grad), truth, base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -181,6 +181,25 @@ def channel_attention_layer(
     return _residual(x, _plus(pointwise(branch, project_weight), project_bias), gate, residual)
 
 
+def depthwise_layer(
+    x, weight, bias=None, *, norm_weight=None, norm_bias=None, activation="gelu", eps=1e-5, centered=True
+):  # fmt: skip
+    """GELU(DW(norm(x))), the norm and the GELU where they are wanted."""
+    y = x if norm_weight is None else _norm(x, norm_weight, norm_bias, eps, centered)
+    y = _plus(depthwise(y, weight), bias)
+    return _gelu(y) if activation == "gelu" else y
+
+
+def gated_projection(x, other, channel_gate, pixel_gate, weight, bias=None, residual=None):
+    """residual + PW(channel gate * x + pixel gate * other); the channel gate is (C,), or (B, C) of each image."""
+    mixed = np.zeros(np.shape(x))
+    for n, c, i, j in np.ndindex(*mixed.shape):
+        gate = channel_gate[n][c] if np.ndim(channel_gate) == 2 else channel_gate[c]
+        mixed[n, c, i, j] = float(gate) * float(x[n, c, i, j]) + float(pixel_gate[n, 0, i, j]) * float(other[n, c, i, j])
+    y = _plus(pointwise(mixed, weight), bias)
+    return y if residual is None else _residual(residual, y, None)
+
+
 def _gelu(x):
     out = np.zeros_like(x)
     for index in np.ndindex(*x.shape):

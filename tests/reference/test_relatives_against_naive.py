@@ -169,3 +169,26 @@ def test_feed_forward_layer(form, extras, kernel):
     options = {"form": form, **(inner if form == "sgfn" else {}), **others}
     actual = reference.feed_forward_layer(x, *norm, *weights, **options)
     assert_equal(actual, naive_relatives.feed_forward_layer(x, *norm, *weights, **options))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "none"])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("extras", ["", "channels", "images"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_depthwise_layer(normed, extras, kernel, activation):
+    x, norm, others = layer((4, 3), 2, extras, {"depthwise": CHANNELS})
+    names = {"norm_weight": norm[0], "norm_bias": norm[1]} if normed else {}
+    options = {**names, "activation": activation, **{n: others[n] for n in ("eps", "centered") if n in others}}
+    arguments = x, random(CHANNELS, 1, kernel, kernel, seed=5), others.get("depthwise_bias")
+    actual = reference.depthwise_layer(*arguments, **options)
+    assert_equal(actual, naive_relatives.depthwise_layer(*arguments, **options))
+
+
+@pytest.mark.parametrize("extras", [True, False])
+@pytest.mark.parametrize("shape", [(CHANNELS,), (2, CHANNELS)])
+def test_gated_projection(shape, extras):
+    maps = [random(2, CHANNELS, 4, 3, seed=seed) for seed in (1, 2)]
+    gates = random(*shape, seed=3), random(2, 1, 4, 3, seed=4)
+    others = (random(5, seed=6), random(2, 5, 4, 3, seed=7)) if extras else ()
+    arguments = *maps, *gates, random(5, CHANNELS, 1, 1, seed=5), *others
+    assert_equal(reference.gated_projection(*arguments), naive_relatives.gated_projection(*arguments))

@@ -104,14 +104,17 @@ def mean_of_pixels(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True)
 
 
-def convolve_and_normalise(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """norm(conv(x)): of a batch norm in evaluation mode one convolution, its weights computed anew in every call."""
+def convolve_normalise_and_activate(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """GELU(norm(conv(x))) of a pointwise or depthwise convolution.
+
+    With a batch norm in evaluation mode it is one convolution, whose weights are computed anew in every call.
+    """
     if norm.training:
-        return norm(conv(x))
+        return F.gelu(norm(conv(x)))
     weight, bias = folded(conv, norm)
     if conv.kernel_size == (1, 1):
-        return _project(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
+        return F.gelu(_project(x, weight, bias))
+    return ops.depthwise_layer(x, weight, bias)
 
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -119,8 +122,8 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None
     dtype = conv.weight.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    scale = norm.weight.to(wide) * torch.rsqrt(variance.to(wide) + norm.eps)
-    shift = -mean.to(wide) if conv.bias is None else conv.bias.to(wide) - mean.to(wide)
-    bias = torch.addcmul(norm.bias.to(wide), shift, scale)
-    return (conv.weight.to(wide) * scale[:, None, None, None]).to(dtype), bias.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)  # so is all that is computed with what is wide
+    scale = norm.weight * torch.rsqrt(variance.to(wide) + norm.eps)
+    shift = -mean.to(wide) if conv.bias is None else conv.bias.to(wide) - mean
+    bias = torch.addcmul(norm.bias, shift, scale)
+    return (conv.weight * scale.view(-1, 1, 1, 1)).to(dtype), bias.to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ._layers import (
-    convolve_and_normalise,
+    convolve_normalise_and_activate,
     expect_depthwise,
     expect_pointwise,
     expect_sequence,
@@ -62,17 +62,18 @@ def _check_windows(attention: Any) -> None:
 
 def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
     attention, network = block.attn, block.ffn
-    y = F.layer_norm(x, x.shape[-1:], block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    qkv = project(as_map(y, *x_size), attention.qkv)
-    convolved = F.gelu(convolve_and_normalise(qkv.chunk(3, dim=1)[2], attention.dwconv[0], attention.dwconv[1]))
+    tokens, norm = x, block.norm1
+    x = as_map(tokens, *x_size)
+    qkv = project(ops.layer_norm_2d(x, norm.weight, norm.bias, eps=norm.eps), attention.qkv)
+    q, k, v = qkv.chunk(3, dim=1)
+    convolved = convolve_normalise_and_activate(v, attention.dwconv[0], attention.dwconv[1])
     if hasattr(attention, "attns"):
-        y = _interact(attention, _attend_in_windows(attention, qkv), convolved)
+        x = _interact(attention, _attend_in_windows(attention, qkv), convolved, x)
     else:
-        q, k, v = qkv.chunk(3, dim=1)
         attended = ops.channel_attention(q, k, v, attention.temperature, num_heads=attention.num_heads)
-        y = _interact(attention, convolved, attended)
+        x = _interact(attention, convolved, attended, x)
     y = ops.feed_forward_layer(
-        as_map(x, *x_size) + project(y, attention.proj),
+        x,
         block.norm2.weight,
         block.norm2.bias,
         pointwise(network.fc1),
@@ -87,7 +88,7 @@ def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
         eps=block.norm2.eps,
         inner_eps=network.sg.norm.eps,
     )
-    return as_tokens(y).to(x.dtype)
+    return as_tokens(y).to(tokens.dtype)
 
 
 def _attend_in_windows(attention: Any, qkv: Tensor) -> Tensor:
@@ -117,16 +118,17 @@ def _attend_in_windows(attention: Any, qkv: Tensor) -> Tensor:
     return torch.cat(halves, dim=1)
 
 
-def _interact(attention: Any, first: Tensor, second: Tensor) -> Tensor:
-    """``first`` with its channels gated by those of ``second``, plus ``second`` with its pixels gated by ``first``."""
+def _interact(attention: Any, first: Tensor, second: Tensor, x: Tensor) -> Tensor:
+    """x + the projection of ``first``, its channels gated by ``second``, plus ``second``, its pixels by ``first``."""
     _, *of_channels = attention.channel_interaction
     channels = _gate(mean_of_pixels(second), *of_channels)
     pixels = _gate(first, *attention.spatial_interaction)
-    return torch.addcmul(second * pixels, first, channels)
+    proj = attention.proj
+    return ops.gated_projection(first, second, channels.flatten(1), pixels, pointwise(proj), proj.bias, x)
 
 
 def _gate(x: Tensor, reduce: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.GELU, last: nn.Conv2d) -> Tensor:
-    return project(F.gelu(convolve_and_normalise(x, reduce, norm)), last).sigmoid()
+    return project(convolve_normalise_and_activate(x, reduce, norm), last).sigmoid()
 
 
 def _inactive(block: Any) -> str | None:

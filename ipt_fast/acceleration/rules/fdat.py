@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ... import ops
 from ._layers import (
-    convolve,
     expect_depthwise,
     expect_gelu,
     expect_pointwise,
@@ -93,7 +92,10 @@ def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
 
 
 def _convolve(block: Any, x: Tensor) -> Tensor:
-    return F.gelu(convolve(_normalise(block, x), block.conv[0]))
+    conv, norm = block.conv[0], block.n1
+    return ops.depthwise_layer(
+        x, conv.weight, conv.bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps
+    )
 
 
 def _normalise(block: Any, x: Tensor) -> Tensor:
