@@ -7,6 +7,7 @@ from . import (
     fdat,
     grl,
     hat,
+    maxvit,
     omnisr,
     restormer,
     rgt,
@@ -34,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     *uformer.RULES,
     *grl.RULES,
     *cross.RULES,
+    *maxvit.RULES,
     *span.RULES,
     *xcit.RULES,
 )
