@@ -4,6 +4,7 @@ from . import (
     atd,
     cross,
     dat,
+    ecbsr,
     fdat,
     grl,
     hat,
@@ -37,6 +38,7 @@ RULES: tuple[Rule, ...] = (
     *cross.RULES,
     *maxvit.RULES,
     *span.RULES,
+    *ecbsr.RULES,
     *xcit.RULES,
 )
 
