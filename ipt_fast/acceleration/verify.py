@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 # As for the operators themselves: at most twice the error that plain PyTorch makes in this dtype, which is the largest
@@ -60,7 +61,8 @@ class Exact:
             for path, module in modules.items()
         ]
         try:
-            self.model(self.call[0][0].double())
+            with _InFloat64():
+                self.model(self.call[0][0].double())
         except Exception as error:
             raise ValueError(
                 "the model does not run on the example in float64, with which all is compared: "
@@ -141,7 +143,17 @@ class Verification:
     @staticmethod
     def _run(module: nn.Module, call: Call, dtype: torch.dtype) -> Any:
         args, kwargs = _cast(call, dtype)
-        return module(*args, **kwargs)
+        with _InFloat64():
+            return module(*args, **kwargs)
+
+
+class _InFloat64(TorchFunctionMode):
+    """Masks, coordinates and kernels that a model makes in float32 from nothing are float64 for the exact one."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        made = isinstance(result, Tensor) and result.dtype == torch.float32 and not _tensors((args, kwargs))
+        return result.double() if made else result
 
 
 def _rounded(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:

@@ -4,8 +4,11 @@ from . import (
     atd,
     cross,
     dat,
+    ecbsr,
     fdat,
+    grl,
     hat,
+    maxvit,
     omnisr,
     restormer,
     rgt,
@@ -31,8 +34,11 @@ RULES: tuple[Rule, ...] = (
     *atd.RULES,
     *swin2sr.RULES,
     *uformer.RULES,
+    *grl.RULES,
     *cross.RULES,
+    *maxvit.RULES,
     *span.RULES,
+    *ecbsr.RULES,
     *xcit.RULES,
 )
 

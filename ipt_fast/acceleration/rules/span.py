@@ -14,12 +14,12 @@ def _check(module: Any) -> None:
     expand, middle, project = module.conv
     convolutions = {"first": expand, "second": middle, "third": project, "shortcut": module.sk}
     for name, size in (("first", 1), ("second", 3), ("third", 1), ("shortcut", 1)):
-        _expect_convolution(name, convolutions[name], size, 0)
-    _expect_convolution("merged", module.eval_conv, 3, 1)
+        expect_convolution(name, convolutions[name], size, 0)
+    expect_convolution("merged", module.eval_conv, 3, 1)
     expect_type(module, "sk", nn.Conv2d)
 
 
-def _expect_convolution(name: str, conv: Any, size: int, padding: int) -> None:
+def expect_convolution(name: str, conv: Any, size: int, padding: int) -> None:
     expect(type(conv) is nn.Conv2d and conv.bias is not None, f"its {name} convolution is another, or has no bias")
     found = conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode
     wanted = (size, size), (padding, padding), (1, 1), (1, 1), 1, "zeros"
