@@ -81,8 +81,8 @@ def _depthwise_layer(
 
 def _gated_projection(batch, height, width, *, channels=7, outputs=5, extras=True, each_image=False):
     tensors = {name: random(batch, channels, height, width) for name in ("x", "other")}
-    tensors["channel_gate"] = random(*([batch] if each_image else []), channels)
-    tensors["pixel_gate"] = random(batch, 1, height, width)
+    tensors["channel_gate"] = torch.rand(*([batch] if each_image else []), channels, dtype=torch.float64)
+    tensors["pixel_gate"] = torch.rand(batch, 1, height, width, dtype=torch.float64)
     tensors["weight"] = pointwise(outputs, channels)
     if extras:
         tensors |= {"bias": random(outputs), "residual": random(batch, outputs, height, width)}

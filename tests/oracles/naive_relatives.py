@@ -194,8 +194,9 @@ def gated_projection(x, other, channel_gate, pixel_gate, weight, bias=None, resi
     """residual + PW(channel gate * x + pixel gate * other); the channel gate is (C,), or (B, C) of each image."""
     mixed = np.zeros(np.shape(x))
     for n, c, i, j in np.ndindex(*mixed.shape):
-        gate = channel_gate[n][c] if np.ndim(channel_gate) == 2 else channel_gate[c]
-        mixed[n, c, i, j] = float(gate) * float(x[n, c, i, j]) + float(pixel_gate[n, 0, i, j]) * float(other[n, c, i, j])
+        of_channel = channel_gate[n][c] if np.ndim(channel_gate) == 2 else channel_gate[c]
+        mixed[n, c, i, j] = float(of_channel) * float(x[n, c, i, j])
+        mixed[n, c, i, j] += float(pixel_gate[n, 0, i, j]) * float(other[n, c, i, j])
     y = _plus(pointwise(mixed, weight), bias)
     return y if residual is None else _residual(residual, y, None)
 

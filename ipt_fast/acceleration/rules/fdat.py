@@ -93,9 +93,7 @@ def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
 
 def _convolve(block: Any, x: Tensor) -> Tensor:
     conv, norm = block.conv[0], block.n1
-    return ops.depthwise_layer(
-        x, conv.weight, conv.bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps
-    )
+    return ops.depthwise_layer(x, conv.weight, conv.bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
 
 
 def _normalise(block: Any, x: Tensor) -> Tensor:
