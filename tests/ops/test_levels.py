@@ -66,6 +66,8 @@ LARGE = {
     "leffn_layer/bias_free": ({"channels": 33, "hidden": 130, "kernel": 7}, (2, 19, 35)),
     "leffn_layer/modulated": ({"channels": 33, "hidden": 130}, (3, 37, 70)),
     "leffn_layer/layer_scale": ({"channels": 64, "hidden": 256, "kernel": 3}, (2, 11, 40)),
+    "dense_convolution": ({"channels": 60, "out": 90}, (2, 37, 43)),
+    "dense_convolution/plain": ({"channels": 33, "out": 45}, (1, 29, 150)),
     "feed_forward_layer": ({"channels": 60, "hidden": 120}, (2, 13, 35)),
     "feed_forward_layer/gdfn": ({"channels": 48, "hidden": 254}, (1, 11, 75)),
     "feed_forward_layer/sgfn": ({"channels": 33, "hidden": 140}, (2, 9, 40)),

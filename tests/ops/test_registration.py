@@ -106,6 +106,8 @@ def macs(operator, tensors, options):
     image = next(iter(tensors.values()))
     batch, channels, height, width = image.shape
     pixels = batch * height * width
+    if operator == "dense_convolution":
+        return pixels * tensors["weight"].numel()
     if operator.endswith("_layer"):
         names = ("expand_weight", "qkv_weight", "depthwise_weight", "project_weight")
         convolutions = pixels * sum(tensors[name].numel() for name in names if name in tensors)
