@@ -1,8 +1,10 @@
 // dense_convolution and its backward: checks, work partition, registration. The arithmetic is in
-// dense_convolution_kernel.cpp, that of the backward PyTorch's.
+// dense_convolution_kernel.cpp, that of the backward and of bf16, where a unit multiplies it, PyTorch's.
 #include <ATen/Parallel.h>
+#include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
@@ -34,14 +36,24 @@ void check(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& 
     }
 }
 
+at::Tensor convolve_by_pytorch(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, bool gelu) {
+    const OptionalTensor of_dtype = bias.has_value() ? OptionalTensor(bias->to(x.scalar_type())) : std::nullopt;
+    at::Tensor out = at::conv2d(x, weight, of_dtype, {1, 1}, {1, 1});
+    return gelu ? at::gelu_(out) : out;
+}
+
 at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight_, const OptionalTensor& bias_, bool gelu) {
     const KeptLevel level;
+    const DenseConvolutionKernels& kernel = kernels_in_use<DenseConvolutionKernels>();
     const at::Tensor x = channels_last(map), weight = weight_.contiguous();
-    const at::Tensor out = empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
-    const at::Tensor bias = padded_parameter(bias_, padded(weight.size(0)));
     DenseConvolutionParams p{};
     p.dtype = dtype_of(x);
     p.brgemm = brgemm_of(p.dtype);
+    if (!kernel.takes(p)) {
+        return convolve_by_pytorch(x, weight, bias_, gelu);
+    }
+    const at::Tensor out = empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
+    const at::Tensor bias = padded_parameter(bias_, padded(weight.size(0)));
     p.x = x.const_data_ptr();
     p.images = x.size(0);
     p.height = x.size(2);
@@ -53,7 +65,6 @@ at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight_, const Opti
     p.gelu = gelu;
     p.out = out.mutable_data_ptr();
     p.threads = at::get_num_threads();
-    const DenseConvolutionKernels& kernel = kernels_in_use<DenseConvolutionKernels>();
     const int64_t floats = kernel.scratch(p);
     WorkSpace work;
     const int64_t packed = work.add(kernel.packed_size(p));
@@ -63,7 +74,6 @@ at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight_, const Opti
     p.packed = work.at<void>(packed);
     kernel.pack(p, work.at<float>(packing));
     at::parallel_for(0, kernel.tasks(p), 1, [&](int64_t begin, int64_t end) {
-        const ProductScope scope{p.brgemm};
         kernel.forward(p, begin, end, work.at<float>(scratch) + at::get_thread_num() * floats);
     });
     return out;

@@ -19,6 +19,8 @@ struct DenseConvolutionParams {
 };
 
 struct DenseConvolutionKernels {
+    // Whether they are of use: not where a unit multiplies this dtype directly, in which PyTorch convolves well.
+    bool (*takes)(const DenseConvolutionParams& p);
     // Bytes of the packed weight, and floats that packing needs meanwhile.
     int64_t (*packed_size)(const DenseConvolutionParams& p);
     int64_t (*packing_scratch)(const DenseConvolutionParams& p);

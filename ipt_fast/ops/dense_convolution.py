@@ -11,9 +11,10 @@ from ._operator import Operator
 def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
     """A 3 x 3 convolution of all channels with stride 1 and zeros around the map, as most restoration models have them.
 
-    On the CPU, float32 and float16 are convolved by Winograd's minimal filtering (Lavin and Gray, CVPR 2016), bfloat16,
-    where the processor multiplies it, tap by tap. The backward is PyTorch's. GPUs have no kernel of their own: there,
-    "auto" takes the reference, which computes 16 bits in float32; PyTorch's convolution is the one to call.
+    On the CPU by Winograd's minimal filtering (Lavin and Gray, CVPR 2016), whose 16 products do the work of 36, in
+    float32; in bfloat16, where the processor multiplies it, and backward by PyTorch. With fewer than 32 channels on
+    either side PyTorch is as fast or faster. GPUs have no kernel of this operator: there, "auto" takes the reference,
+    which computes 16 bits in float32, so that F.conv2d is the function to call.
 
     Args:
         x: (B, C, H, W), any floating dtype and strides.
