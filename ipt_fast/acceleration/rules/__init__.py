@@ -2,6 +2,7 @@
 
 from . import (
     atd,
+    convolution,
     cross,
     dat,
     fdat,
@@ -34,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     *cross.RULES,
     *span.RULES,
     *xcit.RULES,
+    *convolution.RULES,
 )
 
 
