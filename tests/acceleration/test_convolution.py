@@ -38,6 +38,15 @@ def test_other_convolutions_are_no_news(changes):
     assert report.rows == []
 
 
+def test_bfloat16_is_left():
+    model = nn.Sequential(conv())
+    assert accelerated_paths(copy.deepcopy(model).bfloat16()) == []
+    plain, x = copy.deepcopy(model).bfloat16(), torch.randn(MAP).bfloat16()
+    assert accelerated_paths(model) == ["0"]
+    with torch.no_grad():
+        assert torch.equal(model.bfloat16()(x), plain(x))
+
+
 def test_subclasses_are_left():
     class Conv2d(nn.Conv2d):
         def forward(self, x):
@@ -50,9 +59,8 @@ def test_subclasses_are_left():
 @pytest.mark.parametrize(
     ("shape", "dtype", "operator"),
     [
-        (MAP, torch.float32, True), (MAP, torch.float16, True), (MAP, torch.bfloat16, False),
-        (MAP[1:], torch.float32, False), ((1, 32, 16, 16), torch.float32, False),
-        ((4, 32, 16, 16), torch.float32, True),
+        (MAP, torch.float32, True), (MAP, torch.float16, True), (MAP[1:], torch.float32, False),
+        ((1, 32, 16, 16), torch.float32, False), ((4, 32, 16, 16), torch.float32, True),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...modules import _fusion
-from ._layers import LEAST_CHANNELS, convolve
+from ._layers import LEAST_CHANNELS, WINOGRAD, convolve
 from ._rule import Rule
 
 
@@ -14,6 +14,8 @@ def _misfit(conv: Any) -> str | None:
         return "it is another class of this name"
     if min(conv.in_channels, conv.out_channels) < LEAST_CHANNELS:
         return "it has few channels"
+    if conv.weight.dtype not in WINOGRAD:
+        return f"PyTorch convolves {conv.weight.dtype} as fast"
     return _fusion.dense(conv)
 
 
