@@ -111,6 +111,11 @@ def _focal_layer(channels, heads, size, window=32):
     return _layer(label, "focal_attention_layer", makers, {"num_heads": heads, "window_size": window})
 
 
+def _convolution(channels, outputs, size):
+    makers = [image(channels, size), parameter(outputs, channels, 3, 3), parameter(outputs)]
+    return _operator(f"dense_convolution 1x{channels}x{size}x{size} to {outputs}", "dense_convolution", makers)
+
+
 def _grid_layer(channels, heads, size, grid=8):
     makers = [image(channels, size), parameter(channels), parameter(3 * channels, channels, 1, 1)]
     makers += [parameter(channels, channels, 1, 1), parameter((2 * grid - 1) ** 2, heads)]
@@ -192,7 +197,7 @@ LAYERS = [
     *(_leffn_layer(channels, size) for channels, _, size in (*SMALL, *BASE)),
 ]
 
-# Of SwinIR-light, SwinIR-M and HAT, and of the levels of Restormer on a 256 x 256 image.
+# Of SwinIR-light, SwinIR-M, HAT and ESRGAN, and of the levels of Restormer on a 256 x 256 image.
 RELATIVES = [
     _window_layer(60, 6, 128, 8, 4),
     _window_layer(180, 6, 128, 8, 4),
@@ -210,6 +215,9 @@ RELATIVES = [
         for sizes in ((48, 1, 256), (96, 2, 256), (192, 4, 64), (384, 8, 32))
         for layer in _restormer_layers(*sizes)
     ),
+    _convolution(180, 60, 64),
+    _convolution(180, 180, 64),
+    _convolution(64, 64, 128),
     _operator(
         "window_attention 1x180x64x64 w16 k24",
         "window_attention",

@@ -84,16 +84,20 @@ Found = tuple[Row, nn.Module, Rule]
 def _find(model: nn.Module) -> tuple[list[Row], list[Found]]:
     """Rows of the modules whose names rules know, and those of them that fit and are not accelerated yet."""
     rows, found = [], []
+    computed: set[nn.Module] = set()  # by the rule of a module around them
     for path, module in model.named_modules():
         kind = plain_class(module).__name__
         if isinstance(module, Accelerated):
             rows.append(Row(path, module.plain_class.__name__, module.rule.name, "accelerated before"))
             continue
         rule, reason = _match(module)
+        if rule is not None and rule.silent and module in computed:
+            continue
         if rule is not None or reason is not None:
             rows.append(Row(path, kind, rule.name if rule else None, reason))
         if rule is not None:
             found.append((rows[-1], module, rule))
+            computed.update(rule.parts(module))
     return rows, found
 
 
@@ -106,7 +110,7 @@ def _match(module: nn.Module) -> tuple[Rule | None, str | None]:
             if rule.arguments is not None and taken != rule.arguments:
                 reasons.append(f"its forward takes {', '.join(taken)}")
             elif (reason := rule.misfit(module)) is not None:
-                reasons.append(reason)
+                reasons += [] if rule.silent else [reason]
             else:
                 return rule, None
     return None, "; ".join(dict.fromkeys(reasons)) or None
@@ -122,7 +126,9 @@ def _swap_verified(model: nn.Module, examples: Iterable[Tensor], whole: Row, fou
     exact, calls = _recorded(model, examples, [row.path for row, _, _ in found])
     if time:
         whole.before = _seconds(_as_plain(model), exact.call)
-    for row, module, rule in reversed(found):  # what is inside of another comes first, which then runs with it
+    # What is inside of another comes first, which then runs with it; but silent rules last, whose modules may be called
+    # with the failure of another.
+    for row, module, rule in sorted(reversed(found), key=lambda each: each[2].silent):
         if row.path not in calls:
             row.rule, row.reason = None, "the example does not reach it"
             continue

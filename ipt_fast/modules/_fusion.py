@@ -81,9 +81,13 @@ def changed(module: nn.Module) -> str | None:
 def _convolution(conv: nn.Module, size: int, groups: int) -> str | None:
     if reason := changed(conv):
         return reason
-    state = conv.__dict__
     if type(conv) is not Conv2d:
         return f"it is a {type(conv).__name__}"
+    return _shape_of_convolution(conv, size, groups)
+
+
+def _shape_of_convolution(conv: nn.Module, size: int, groups: int) -> str | None:
+    state = conv.__dict__
     if "_conv_forward" in state or Conv2d._conv_forward is not _CONV_FORWARD:
         return "its forward is replaced"
     bias = state["_parameters"].get("bias", state.get("bias"))
@@ -103,6 +107,14 @@ def pointwise(conv: nn.Module) -> str | None:
 def depthwise(conv: nn.Module, size: int) -> str | None:
     """Why ``conv`` is no plain depthwise convolution that keeps the size of maps, or None."""
     return _convolution(conv, size, getattr(conv, "out_channels", 0))
+
+
+def dense(conv: nn.Module) -> str | None:
+    """Why ``conv``, which is called itself, is no dense 3 x 3 convolution that keeps the size of maps, or None."""
+    weight = getattr(conv, "weight", None)
+    if type(weight) not in _PLAIN_TENSORS:
+        return f"its weight is a {type(weight).__name__}"
+    return _shape_of_convolution(conv, 3, 1)
 
 
 def linear(module: nn.Module) -> str | None:

@@ -72,6 +72,12 @@ def depthwise_weight(
         raise ValueError(f"{operator}: {name} must have shape {expected_shape}; got {tuple(weight.shape)}")
 
 
+def dense_weight(operator: str, name: str, weight: Tensor, in_channels: int) -> None:
+    """Check the (out, in, 3, 3) weight of a dense convolution."""
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (in_channels, 3, 3) or 0 in weight.shape:
+        raise ValueError(f"{operator}: {name} must have shape (out, {in_channels}, 3, 3); got {tuple(weight.shape)}")
+
+
 def linear_weight(operator: str, name: str, weight: Tensor, in_channels: int) -> None:
     """Check the (out, in) weight of a linear layer."""
     if weight.dim() != 2 or weight.shape[1] != in_channels or 0 in weight.shape:

@@ -8,6 +8,7 @@ from .add_norm_feed_forward import add_norm_feed_forward
 from .add_norm_projection import add_norm_projection
 from .channel_attention import channel_attention
 from .channel_attention_layer import channel_attention_layer
+from .dense_convolution import dense_convolution
 from .depthwise_layer import depthwise_layer
 from .feed_forward_layer import feed_forward_layer
 from .focal_attention_layer import focal_attention_layer
@@ -34,6 +35,7 @@ __all__ = [
     "add_norm_projection",
     "channel_attention",
     "channel_attention_layer",
+    "dense_convolution",
     "depthwise_layer",
     "feed_forward_layer",
     "focal_attention_layer",

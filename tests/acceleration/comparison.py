@@ -81,7 +81,7 @@ def assert_same(plain, shape, dtype, rules, training=False):
     example = torch.rand(shape, dtype=torch.float64).to(dtype)
     accelerated = copy.deepcopy(plain).to(dtype)
     report = ipt_fast.accelerate(accelerated, example=example)
-    assert {row.rule for row in report.rows} == set(rules), str(report)
+    assert {row.rule for row in report.rows} - {"dense convolution"} == set(rules), str(report)
     assert set(ipt_fast.explain(accelerated).values()) == {None}
 
     plain, accelerated = copy.deepcopy(plain).train(training), accelerated.train(training)

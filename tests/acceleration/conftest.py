@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ipt_fast
-from tests.acceleration.small import swinir
+from tests.acceleration.small import swinir, without_convolutions
 
 
 @pytest.fixture
@@ -15,5 +15,5 @@ def models():
     plain = swinir()
     accelerated = copy.deepcopy(plain)
     report = ipt_fast.accelerate(accelerated, verify=False)
-    assert len(report.accelerated) == 2
+    assert len(without_convolutions(report.accelerated)) == 2
     return plain, accelerated, report, torch.rand(1, 3, 8, 16)

@@ -18,6 +18,11 @@ def blocks(model):
     return [module for module in model.modules() if type(module).__name__.endswith("SwinTransformerBlock")]
 
 
+def without_convolutions(rows):
+    """The rows of a report that are not of plain convolutions."""
+    return [row for row in rows if row.rule != "dense convolution"]
+
+
 def runs(model):
     """Whether each block runs on the operators."""
     return [isinstance(block, Accelerated) and reason_against(block) is None for block in blocks(model)]

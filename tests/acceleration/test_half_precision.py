@@ -8,6 +8,7 @@ import torch
 import ipt_fast
 from ipt_fast.acceleration.verify import largest_error
 from tests.acceleration.architectures import LIGHT, SPANDREL, build
+from tests.acceleration.small import without_convolutions
 
 
 def test_scores_beyond_the_range_of_float16():
@@ -24,7 +25,7 @@ def test_scores_beyond_the_range_of_float16():
         truth = copy.deepcopy(half).double()(x.half().double())
         report = ipt_fast.accelerate(half, example=x.half())
         out = half(x.half())
-    assert out.isfinite().all() and len(report.accelerated) == 1
+    assert out.isfinite().all() and len(without_convolutions(report.accelerated)) == 1
     assert largest_error(out, truth) == pytest.approx(report.whole.error, rel=1e-6)
     assert report.whole.error <= report.whole.allowed < 0.2, str(report)
 
@@ -40,7 +41,7 @@ def test_masks_that_the_plain_model_makes_in_float32(dtype):
             half(x.to(dtype))
         report = ipt_fast.accelerate(half, example=x.to(dtype))
         assert half(x.to(dtype)).dtype == dtype
-    assert len(report.accelerated) == 2 and report.whole.error <= report.whole.allowed
+    assert len(without_convolutions(report.accelerated)) == 2 and report.whole.error <= report.whole.allowed
 
 
 def test_what_float32_cannot_do_either_is_refused():

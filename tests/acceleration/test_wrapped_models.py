@@ -84,7 +84,8 @@ def test_a_frozen_form_with_convolutions_inside():
         frozen = ipt_fast.freeze(model)
         assert_close(frozen(x), expected)
     for module in (frozen._plain, *(packed for _, packed in [frozen._packed or (None, frozen._plain)])):
-        assert [reason_against(block) for block in module.modules() if isinstance(block, Accelerated)] == [None] * 3
+        reasons = [reason_against(part) for part in module.modules() if isinstance(part, Accelerated)]
+        assert len(reasons) >= 3 and set(reasons) == {None}
 
 
 @pytest.mark.filterwarnings("ignore")

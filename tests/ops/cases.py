@@ -210,6 +210,7 @@ def cast(tensors, dtype, small_dtype=None):
 def cast_by_autocast(operator, tensors, dtype):
     """What autocast makes of tensors of float32: it casts images and weights, no tokens and no small parameters."""
     names = TOKEN_WEIGHTS if operator in ON_TOKENS else IMAGES | WEIGHTS
+    names = names | {"weight"} if operator == "dense_convolution" else names
     return {name: value.detach().to(dtype) if name in names else value.detach() for name, value in tensors.items()}
 
 

@@ -113,6 +113,14 @@ def _feed_forward_layer(batch, height, width, *, form, channels=5, hidden=14, ke
     return tensors, options
 
 
+def _dense_convolution(batch, height, width, *, channels=5, out=7, bias=True):
+    tensors = {
+        "x": random(batch, channels, height, width),
+        "weight": random(out, channels, 3, 3) * (9 * channels) ** -0.5,
+    }
+    return tensors | ({"bias": random(out)} if bias else {}), {"activation": "gelu" if bias else "none"}
+
+
 _SHIFTED, _OVERLAPPING = {"window": (4, 2), "shift": (2, 1)}, {"keys": (6, 6), "dense": True}
 # The same form as CALLS of cases.py. Options that are not here are tested on small maps (test_relatives.py).
 CALLS = {
@@ -133,6 +141,8 @@ CALLS = {
     "depthwise_layer/no_norm": ("depthwise_layer", _depthwise_layer, {"normed": False, "bias": False, "channels": 33}),
     "gated_projection": ("gated_projection", _gated_projection, {}),
     "gated_projection/each_image": ("gated_projection", _gated_projection, {"extras": False, "each_image": True}),
+    "dense_convolution": ("dense_convolution", _dense_convolution, {}),
+    "dense_convolution/plain": ("dense_convolution", _dense_convolution, {"bias": False, "channels": 18, "out": 3}),
     "feed_forward_layer": ("feed_forward_layer", _feed_forward_layer, {"form": "mlp"}),
     "feed_forward_layer/gdfn": ("feed_forward_layer", _feed_forward_layer, {"form": "gdfn", "bias": False}),
     "feed_forward_layer/sgfn": ("feed_forward_layer", _feed_forward_layer, {"form": "sgfn"}),

@@ -200,6 +200,19 @@ def test_depthwise_kernels_are_square_and_odd(size):
         rejected("leffn", bad, options, "depthwise_weight", ValueError)
 
 
+@pytest.mark.parametrize("kernel", [(1, 1), (5, 5), (3, 1)])
+def test_dense_convolutions_are_of_three_by_three_taps(kernel):
+    _, tensors, options = build("dense_convolution", (2, 5, 6), torch.float32)
+    bad = tensors | {"weight": torch.ones(7, 5, *kernel)}
+    rejected("dense_convolution", bad, options, "weight", ValueError)
+
+
+@pytest.mark.parametrize("activation", ["relu", "GELU", "", None])
+def test_activations_that_are_not_known(activation):
+    _, tensors, _ = build("dense_convolution", (2, 5, 6), torch.float32)
+    rejected("dense_convolution", tensors, {"activation": activation}, "activation", ValueError)
+
+
 @pytest.mark.parametrize("call", IMAGE_CALLS)
 def test_nan_stays_visible(call):
     """NaN in an image is no error of the caller's types: it must come out, not vanish."""

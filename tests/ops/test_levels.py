@@ -71,6 +71,8 @@ LARGE = {
     "depthwise_layer/no_norm": ({"channels": 33, "normed": False, "activation": "none"}, (2, 9, 40)),
     "gated_projection": ({"channels": 60, "outputs": 60}, (2, 13, 35)),
     "gated_projection/each_image": ({"channels": 33, "outputs": 100}, (3, 9, 40)),
+    "dense_convolution": ({"channels": 60, "out": 90}, (2, 37, 43)),
+    "dense_convolution/plain": ({"channels": 33, "out": 45}, (1, 29, 150)),
     "feed_forward_layer": ({"channels": 60, "hidden": 120}, (2, 13, 35)),
     "feed_forward_layer/gdfn": ({"channels": 48, "hidden": 254}, (1, 11, 75)),
     "feed_forward_layer/sgfn": ({"channels": 33, "hidden": 140}, (2, 9, 40)),

@@ -63,7 +63,9 @@ def test_what_does_not_fit_is_named(call):
         run(x, block)
     with pytest.raises(ValueError, match="norm_bias must be None where norm_weight is"):
         run(x, block, None, bias)
-    with pytest.raises(ValueError, match=r"norm_weight must have shape \[\d+\], or \[2, \d+\] of each image; got \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"norm_weight must have shape \[\d+\], or \[2, \d+\] of each image; got \[2\]"
+    ):
         run(x, block, weight[:2])
     with pytest.raises(TypeError, match="norm_bias must be Float; got BFloat16"):
         run(x, block, weight, bias.bfloat16())

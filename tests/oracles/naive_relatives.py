@@ -11,6 +11,21 @@ import numpy as np
 from tests.oracles.naive import NORM_CLAMP, _attend_channels, depthwise, gelu, layer_norm_2d, pointwise, softmax
 
 
+def dense_convolution(x, weight, bias, activation):
+    """3 x 3 convolution (cross-correlation) with zero padding; weight is (out, in, 3, 3), bias may be None."""
+    x, weight = (np.asarray(t, dtype=np.float64) for t in (x, weight))
+    batch, channels, height, width = x.shape
+    out = np.zeros((batch, len(weight), height, width))
+    for n, o, i, j in np.ndindex(out.shape):
+        total = 0.0 if bias is None else float(bias[o])
+        for c, a, b in np.ndindex(channels, 3, 3):
+            y, z = i + a - 1, j + b - 1
+            if 0 <= y < height and 0 <= z < width:
+                total += float(weight[o, c, a, b]) * float(x[n, c, y, z])
+        out[n, o, i, j] = gelu(total) if activation == "gelu" else total
+    return out
+
+
 def window_attention(
     q, k, v, bias=None, temperature=None, *, num_heads, window_size, key_size=None, shift=(0, 0), scale=None
 ):

@@ -31,6 +31,16 @@ def check_window_attention(tensors, bias, temperature=None, **options):
     assert_equal(actual, naive_relatives.window_attention(*tensors, bias, temperature, **options))
 
 
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_dense_convolution(size, with_bias, activation):
+    x, weight = random(2, 3, *size), random(4, 3, 3, 3, seed=1)
+    bias = random(4, seed=2) if with_bias else None
+    actual = reference.dense_convolution(x, weight, bias, activation=activation)
+    assert_equal(actual, naive_relatives.dense_convolution(x, weight, bias, activation))
+
+
 @pytest.mark.parametrize("kind", ["table", "dense", "none"])
 @pytest.mark.parametrize(("window", "shift"), [((4, 4), (0, 0)), ((4, 4), (2, 2)), ((2, 5), (1, 3)), ((4, 1), (0, 0))])
 @pytest.mark.parametrize("size", SIZES)

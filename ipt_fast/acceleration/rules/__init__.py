@@ -2,6 +2,7 @@
 
 from . import (
     atd,
+    convolution,
     cross,
     dat,
     ecbsr,
@@ -40,6 +41,7 @@ RULES: tuple[Rule, ...] = (
     *span.RULES,
     *ecbsr.RULES,
     *xcit.RULES,
+    *convolution.RULES,
 )
 
 

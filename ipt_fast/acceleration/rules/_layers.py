@@ -96,7 +96,22 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """A convolution that keeps the size of a map, without a call of the module."""
+    if conv.groups == 1 and conv.kernel_size == (3, 3) and _gains(x, conv.weight):
+        return ops.dense_convolution(x, conv.weight, conv.bias)
     return F.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
+
+
+# With fewer channels on either side, or on a smaller map, of which the weight's transformation would be a large part,
+# PyTorch's convolution is as fast.
+LEAST_CHANNELS, LEAST_PIXELS = 32, 32 * 32
+WINOGRAD = (torch.float32, torch.float16)  # dtypes of the operator's own kernel wherever it runs
+
+
+def _gains(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operator is faster than PyTorch's convolution."""
+    large = x.dim() == 4 and min(weight.shape[:2]) >= LEAST_CHANNELS and x.numel() >= LEAST_PIXELS * x.shape[1]
+    on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return large and on_cpu and x.dtype == weight.dtype and x.dtype in WINOGRAD
 
 
 def mean_of_pixels(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Rule:
         forward: function of the module and of what its own forward takes; returns what that returns.
         inactive: function of the module: why its own forward has to run in its present state, or None. For what depends
             on training mode, as dropout does.
+        silent: modules of these classes that do not fit, or that another rule computes, are no news.
         arguments: names of what the class's own forward takes, or None for any; read when a module is accelerated.
 
     ``misfit``, ``inactive`` and ``parts`` are asked at every call, so that whatever is done to a module later counts.
@@ -37,6 +38,7 @@ class Rule:
     forward: Callable[..., Any]
     inactive: Callable[[Any], str | None] = lambda module: None
     arguments: tuple[str, ...] | None = None
+    silent: bool = False
 
 
 class Misfit(Exception):
