@@ -46,7 +46,7 @@ def reason_against(module: Accelerated) -> str | None:
     if reason := module.rule.misfit(module) or module.rule.inactive(module):
         return reason
     for part in module.rule.parts(module):
-        if reason := _fusion.changed(part):
+        if reason := _fusion.changed(part, others=True):
             return f"{type(part).__name__}: {reason}"
     return None
 

@@ -27,6 +27,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 # {class: its forward when this module was imported}: programs replace classes and their methods.
 _STOCK: dict[type[nn.Module], Callable[..., Any]] = {cls: cls.forward for cls in (Conv2d, Linear, LayerNorm, Identity)}
+# The same of classes of other people, which only `ipt_fast.acceleration` may stand in for.
+_OTHERS: dict[type[nn.Module], Callable[..., Any]] = {}
 _CONV_FORWARD = Conv2d._conv_forward
 
 
@@ -38,12 +40,14 @@ def stock(cls: type[ModuleT]) -> type[ModuleT]:
 
 def remember(cls: type[nn.Module]) -> None:
     """Take the forward that a class of other people has now for its own: :func:`changed` tells when it is replaced."""
-    _STOCK.setdefault(cls, cls.forward)
+    if cls not in _STOCK:
+        _OTHERS.setdefault(cls, cls.forward)
 
 
 def replaced(cls: type[nn.Module]) -> str | None:
     """The reason that lies in a known class whose forward is another now, or None."""
-    return None if _STOCK.get(cls) is cls.forward else f"the forward of {cls.__name__} is replaced"
+    known = _STOCK.get(cls, _OTHERS.get(cls))
+    return None if known is cls.forward else f"the forward of {cls.__name__} is replaced"
 
 
 def global_hooks() -> str | None:
@@ -57,12 +61,15 @@ def global_hooks() -> str | None:
     return None
 
 
-def changed(module: nn.Module) -> str | None:
-    """Why calling ``module`` alone, whatever is in it, may do something else than its class says, or None."""
+def changed(module: nn.Module, others: bool = False) -> str | None:
+    """Why calling ``module`` alone, whatever is in it, may do something else than its class says, or None.
+
+    Its class must be one of ours or of PyTorch's, with ``others`` one that was remembered.
+    """
     cls, state = type(module), module.__dict__
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
     hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    if cls not in _STOCK:
+    if cls not in _STOCK and not (others and cls in _OTHERS):
         return f"it is a {cls.__name__}"
     if reason := replaced(cls):
         return reason

@@ -14,6 +14,7 @@ import ipt_fast
 from ipt_fast import _extension, modules
 from ipt_fast.freezing import Frozen, _FeedForward
 from ipt_fast.inference import Restorer
+from ipt_fast.modules import _fusion
 from ipt_fast.modules.feed_forward import reparameterize
 from ipt_fast.modules.transformer import EncoderLayer
 from tests.models.micro import micro_model
@@ -121,6 +122,7 @@ def test_what_is_changed_runs_as_it_is():
     model.latent[0].ffn.depthwise.register_forward_hook(lambda *_: seen.append("depthwise"))
     model.decoder[0].register_forward_hook(lambda module, args, output: 2 * output)
     model.embed = nn.Sequential(model.embed, nn.Identity())
+    _fusion.remember(nn.Sequential)  # as accelerate() does, which must not make our own layers take it for theirs
     frozen, x = ipt_fast.freeze(model), torch.rand(1, 3, 16, 16)
     assert torch.equal(frozen(x), plain(model, x)) and seen == ["depthwise"] * 2
     reasons = {path: reason for path, reason in ipt_fast.explain(frozen).items() if reason}
