@@ -259,7 +259,7 @@ void depthwise(const DepthwiseParams& p, int64_t begin, int64_t end, float* scra
                     }
                 };
                 with_bias(p.bias, c, [&](const auto& add) __attribute__((always_inline)) {
-                    p.activated ? put([&](Vec sum) __attribute__((always_inline)) { return gelu(add(sum)); })
+                    p.activated ? put([&](Vec sum) __attribute__((always_inline)) { return gelu_of_result(add(sum)); })
                                 : put(add);
                 });
             });

@@ -47,17 +47,13 @@ void for_taps(const DenseConvolutionParams& p, const Put& put) {
     }
 }
 
-// body(finish): finish(c, sum) is what becomes of the sums of a pixel's columns from c on. GELU of minus infinity is
-// NaN, as PyTorch has it, so that what is not finite stays visible.
+// body(finish): finish(c, sum) is what becomes of the sums of a pixel's columns from c on.
 template <typename Body>
 inline void with_epilogue(const DenseConvolutionParams& p, const Body& body) {
     const auto bias = [&](int64_t c)
                           __attribute__((always_inline)) { return p.bias == nullptr ? Vec{} : load(p.bias + c); };
     if (p.gelu) {
-        body([=](int64_t c, Vec sum) __attribute__((always_inline)) {
-            const Vec value = sum + bias(c);
-            return value < broadcast(-__FLT_MAX__) ? value - value : gelu(value);
-        });
+        body([=](int64_t c, Vec sum) __attribute__((always_inline)) { return gelu_of_result(sum + bias(c)); });
     } else {
         body([=](int64_t c, Vec sum) __attribute__((always_inline)) { return sum + bias(c); });
     }

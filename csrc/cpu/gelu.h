@@ -129,6 +129,9 @@ inline Vec gelu(Vec x) {
     return fma(-t, kTail(t), max(Vec{}, x));
 }
 
+// Of a map that is the result: of -infinity NaN, as PyTorch has it, so that what is not finite stays visible.
+inline Vec gelu_of_result(Vec x) { return x < broadcast(-__FLT_MAX__) ? x - x : gelu(x); }
+
 inline void gelu_with_slope(Vec x, Vec& value, Vec& slope) {
     const Vec t = magnitude(x, kTail.limit), far = magnitude(x, 15.0f);  // phi reaches farther than q
     const Vec q = kTail(t);

@@ -24,6 +24,7 @@ WEIGHTS = {"expand_weight", "depthwise_weight", "project_weight", "qkv_weight", 
 OPERATORS = list(ops.__all__)
 MERGES = {"merge_pointwise", "merge_depthwise"}
 ON_TOKENS = {"norm_projection", "add_norm_projection", "add_norm_feed_forward"}
+CONVOLUTIONS = {"dense_convolution", "depthwise_layer", "gated_projection"}  # whose weight has no longer name
 TOKEN_WEIGHTS = {"weight", "offset", "weight1", "bias1", "weight2", "bias2"}
 
 
@@ -210,7 +211,7 @@ def cast(tensors, dtype, small_dtype=None):
 def cast_by_autocast(operator, tensors, dtype):
     """What autocast makes of tensors of float32: it casts images and weights, no tokens and no small parameters."""
     names = TOKEN_WEIGHTS if operator in ON_TOKENS else IMAGES | WEIGHTS
-    names = names | {"weight"} if operator == "dense_convolution" else names
+    names = names | {"weight"} if operator in CONVOLUTIONS else names
     return {name: value.detach().to(dtype) if name in names else value.detach() for name, value in tensors.items()}
 
 
