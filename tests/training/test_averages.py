@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import ipt_fast
 from ipt_fast.cli import main
-from ipt_fast.models import IPT, open_checkpoint, open_model, read_state_dict
+from ipt_fast.models import IPT, open_checkpoint, open_model, read_state_dict, record
 from ipt_fast.models.checkpoint import AVERAGES
 from ipt_fast.training.checkpoint import load_checkpoint
 from ipt_fast.training.loop import train
@@ -35,6 +35,7 @@ def test_convert_takes_the_average_of_a_run_and_says_so(run, tmp_path, capsys):
     assert main([*convert, str(tmp_path / "raw"), "--raw-weights"]) == 0
     assert not capsys.readouterr().err
     raw = load_file(tmp_path / "raw/model.safetensors")
+    assert raw.pop(record.NAME).dtype == torch.int32
     assert_equal_states(raw, load_checkpoint(run / "checkpoint.pth")["model"])
     assert any(not torch.equal(raw[name], value) for name, value in load_file(run / "model.safetensors").items())
 

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ipt_fast
+from ipt_fast.models import record
 from ipt_fast.training import loop
 from ipt_fast.training.checkpoint import load_checkpoint
 from ipt_fast.training.loop import batches, learning_rate, train
@@ -165,6 +166,7 @@ def test_bfloat16(make_config):
     exact = make_config("exact", iterations=2)
     train(exact)
     low, high = load_file(config.out / "model.safetensors"), load_file(exact.out / "model.safetensors")
+    assert low.pop(record.NAME).dtype == torch.int32
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in low.values())
     assert any(not torch.equal(low[key], high[key]) for key in low)
 
