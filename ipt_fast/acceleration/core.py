@@ -52,7 +52,7 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
         TypeError: ``model`` is no module and holds none, or ``example`` is no floating-point tensor.
         ValueError: a module's error is above the rule; the message names it, and the model is as it was. Or the model
             cannot be verified (it cannot be copied, is on the meta device or does not run in float64), which
-            ``verify=False`` leaves out.
+            ``verify=False`` leaves out. Plain convolutions are left as they are instead, and the report says why.
     """
     descriptor, module = (None, model) if isinstance(model, nn.Module) else (model, getattr(model, "model", None))
     if not isinstance(module, nn.Module):
@@ -63,18 +63,22 @@ def accelerate(model: Any, *, verify: bool = True, example: Tensor | None = None
     whole = Row("", plain_class(module).__name__)
     undo = functools.partial(_undo, [part for _, part, _ in found])
     flags: dict[str, bool] = {}
+    examples = [checked(example, module)] if verify and found and example is not None else None
     try:
         if verify and found:
-            examples = examples_of(module, descriptor) if example is None else [checked(example, module)]
             with _evaluating(module), torch.no_grad():
-                taken = _swap_verified(module, examples, whole, found, time)
-                flags = raise_flags(descriptor, module, taken, rows)
+                taken = _swap_verified(module, examples or examples_of(module, descriptor), whole, found, time)
+                silent = {row.path for row, _, rule in found if rule.silent}  # they make nothing safer
+                flags = raise_flags(descriptor, module, taken, [row for row in rows if row.path not in silent])
         else:
             for _, part, rule in found:
                 swap(part, rule)
-    except BaseException:
+    except BaseException as error:
         undo()
-        raise
+        if not isinstance(error, ValueError) or not all(rule.silent for _, _, rule in found):
+            raise
+        for row, _, _ in found:
+            row.rule, row.reason = None, str(error)
     return Report(rows, whole, restoring(flags, descriptor, undo))
 
 
@@ -136,7 +140,13 @@ def _swap_verified(model: nn.Module, examples: Iterable[Tensor], whole: Row, fou
         if time:
             row.before = _seconds(_as_plain(module), call)
         swap(module, rule)
-        _verify(row, module, exact.model.get_submodule(row.path), call)
+        try:
+            _verify(row, module, exact.model.get_submodule(row.path), call)
+        except ValueError as error:
+            if not rule.silent:
+                raise
+            unswap(module)
+            row.rule, row.reason = None, str(error)
         if time:
             row.after = _seconds(module, call)
     _verify(whole, model, exact.model, exact.call)

@@ -148,12 +148,19 @@ class Verification:
 
 
 class _InFloat64(TorchFunctionMode):
-    """Masks, coordinates and kernels that a model makes in float32 from nothing are float64 for the exact one."""
+    """Masks, coordinates and kernels that a model makes in float32 are float64 where they meet what is.
+
+    They are not made in float64: a model may keep them.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        made = isinstance(result, Tensor) and result.dtype == torch.float32 and not _tensors((args, kwargs))
-        return result.double() if made else result
+        call = args, kwargs or {}
+        dtypes, name = {tensor.dtype for tensor in _tensors(call)}, getattr(function, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if not in_place and {torch.float32, torch.float64} <= dtypes:
+            call = _map(call, lambda t: t.double() if t.dtype == torch.float32 else t)
+        args, kwargs = call
+        return function(*args, **kwargs)
 
 
 def _rounded(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:

@@ -117,3 +117,42 @@ def test_a_network_of_convolutions():
     assert report.whole.error <= report.whole.allowed
     with torch.no_grad():
         assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_layout_is_that_of_the_plain_module(layout):
+    model, x = nn.Sequential(conv()), torch.randn(2, *MAP[1:]).to(memory_format=layout)
+    with torch.no_grad():
+        plain = model(x)
+        assert accelerated_paths(model) == ["0"] and model(x).stride() == plain.stride()
+        assert model.to(memory_format=torch.channels_last)(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_of_convolutions_that_cannot_be_verified_is_left():
+    class Two(nn.Sequential):
+        def forward(self, x, scale):
+            return super().forward(x) * scale
+
+    model = Two(conv())
+    (row,) = ipt_fast.accelerate(model).rows
+    assert row.rule is None and "does not run on the example" in row.reason and type(model[0]) is nn.Conv2d
+
+
+def test_convolutions_raise_no_flag():
+    class Descriptor:
+        supports_half = supports_bfloat16 = False
+        model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), conv())
+
+    assert ipt_fast.accelerate(Descriptor, example=torch.rand(1, 3, 40, 40)).accelerated
+    assert not Descriptor.supports_half
+
+
+@pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+@pytest.mark.parametrize("frozen", ["input", "weight", None])
+def test_gradients_that_nobody_wants_are_not_computed(frozen):
+    model, x = nn.Sequential(conv()), torch.randn(MAP, requires_grad=frozen != "input")
+    model[0].weight.requires_grad_(frozen != "weight")
+    accelerated_paths(model)
+    with mock.patch.object(ops, "dense_convolution", wraps=ops.dense_convolution) as operator:
+        model(x)
+    assert operator.called == (frozen is None)

@@ -317,19 +317,31 @@ def test_a_model_without_known_modules_is_left():
 
 def test_a_model_that_does_not_run_in_float64_says_so(models):
     plain, *_ = models
-    model, kernel = nn.Sequential(plain, nn.Identity()), torch.ones(1, 3, 1, 1)  # of float32
-    model[1].forward = lambda x: nn.functional.conv2d(x, kernel)
+    model = nn.Sequential(plain, nn.Identity())
+
+    def forward(x):
+        if x.dtype == torch.float64:
+            raise TypeError("float32 only")
+        return x
+
+    model[1].forward = forward
     with pytest.raises(ValueError, match="does not run on the example in float64.*verify=False"):
         ipt_fast.accelerate(model)
     with pytest.raises(ValueError, match="does not run on the example in float64"):
         ipt_fast.accelerate(plain, example=torch.rand(1, 5, 16, 16))
 
 
-def test_what_a_forward_makes_in_float32_is_made_in_float64(models):
+def test_what_a_forward_makes_in_float32_meets_float64_and_stays_float32(models):
     plain, *_ = models
-    model = nn.Sequential(plain, nn.Identity())
-    model[1].forward = lambda x: nn.functional.conv2d(x, torch.ones(1, 3, 1, 1))
+    model, kept = nn.Sequential(plain, nn.Identity()), []
+
+    def forward(x):
+        kept.append(torch.ones(1, 3, 1, 1))
+        return nn.functional.conv2d(x, kept[0])
+
+    model[1].forward = forward
     assert ipt_fast.accelerate(model).whole.error < 1e-6
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
 
 
 def test_names_of_rules_are_unique():

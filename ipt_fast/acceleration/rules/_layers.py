@@ -95,9 +95,10 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A convolution that keeps the size of a map, without a call of the module."""
+    """A convolution that keeps the size of a map, without a call of the module; of the layout that PyTorch's has."""
     if conv.groups == 1 and conv.kernel_size == (3, 3) and _gains(x, conv.weight):
-        return ops.dense_convolution(x, conv.weight, conv.bias)
+        y = ops.dense_convolution(x, conv.weight, conv.bias)
+        return y if 1 in (x.stride(1), conv.weight.stride(1)) else y.contiguous()
     return F.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
 
 
@@ -111,7 +112,9 @@ def _gains(x: Tensor, weight: Tensor) -> bool:
     """Whether the operator is faster than PyTorch's convolution."""
     large = x.dim() == 4 and min(weight.shape[:2]) >= LEAST_CHANNELS and x.numel() >= LEAST_PIXELS * x.shape[1]
     on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return large and on_cpu and x.dtype == weight.dtype and x.dtype in WINOGRAD
+    # The operator's gradients come together; PyTorch leaves out what nobody wants.
+    all_or_none = not torch.is_grad_enabled() or x.requires_grad == weight.requires_grad
+    return large and on_cpu and x.dtype == weight.dtype and x.dtype in WINOGRAD and all_or_none
 
 
 def mean_of_pixels(x: Tensor) -> Tensor:
