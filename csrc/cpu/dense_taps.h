@@ -10,22 +10,6 @@ namespace {
 
 constexpr int64_t kTaps = 9;
 
-// body(first) for vectors that cover `size` values: the last one overlaps that before it rather than being partial.
-// Of fewer values than a vector, body(0, size) is called.
-template <typename Body>
-inline __attribute__((always_inline)) void for_covering_vectors(int64_t size, const Body& body) {
-    if (size < kLanes) {
-        return body(0, size);
-    }
-    int64_t first = 0;
-    for (; first + kLanes <= size; first += kLanes) {
-        body(first, kLanes);
-    }
-    if (first < size) {
-        body(size - kLanes, kLanes);
-    }
-}
-
 // put(column, channel, taps) for every channel and every vector of columns, from `column` on; taps are kTaps vectors.
 template <typename T, typename Put>
 void for_taps(const DenseConvolutionParams& p, const Put& put) {

@@ -72,18 +72,6 @@ struct ListedPixels {
     }
 };
 
-// body(first, count) for vectors that cover `size` channels; all have kLanes, a constant, if there are as many. The
-// last one begins as early as it must.
-template <typename Body>
-inline __attribute__((always_inline)) void for_covering_vectors(int64_t size, const Body& body) {
-    if (size < kLanes) {
-        return body(0, size);
-    }
-    for (int64_t c = 0; c < size; c += kLanes) {
-        body(c + kLanes <= size ? c : size - kLanes, kLanes);
-    }
-}
-
 // Pixels become columns; zeros behind them.
 template <typename T>
 inline void load_columns(const ListedPixels<const T>& pixels, Matrix<float> out) {

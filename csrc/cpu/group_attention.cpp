@@ -43,9 +43,8 @@ ScoreBiases dense_layout(const AttentionOptions& o) {
     return {nullptr, area(o.keys) * row + kChannelPad, 0, o.window[1], o.keys[1] * row, row};
 }
 
-// The bias's own elements among `values` (..., heads, layout.size), laid out so: (..., heads, rows, columns) of a
-// table,
-// (..., heads, queries, keys) of dense biases.
+// The bias's own elements among `values` (..., heads, layout.size), laid out so: of a table (..., heads, rows,
+// columns), of dense biases (..., heads, queries, keys).
 at::Tensor elements(const at::Tensor& values, const AttentionOptions& o, bool table) {
     const auto [rows, columns] = offsets(o);
     const int64_t count = table ? rows : area(o.keys), width = table ? columns : area(o.window);

@@ -109,7 +109,9 @@ void scatter(Matrix<const float> rows, float factor, const ListedPixels<T>& pixe
     }
 }
 
-// Each row divided by its length; the inverses of the lengths.
+constexpr float kLeastLength = 1e-12f;
+
+// Each row divided by its length, or by the least one; the inverses of what they were divided by.
 void normalize(Matrix<float> rows, float* inverses) {
     for (int64_t i = 0; i < rows.rows; ++i) {
         Vec squares{};
@@ -117,14 +119,15 @@ void normalize(Matrix<float> rows, float* inverses) {
             squares += load(rows.row(i) + c) * load(rows.row(i) + c);
         }
         const float length = __builtin_sqrtf(sum(squares));
-        inverses[i] = 1.0f / (length < 1e-12f ? 1e-12f : length);
+        inverses[i] = 1.0f / (length < kLeastLength ? kLeastLength : length);
         for (int64_t c = 0; c < rows.columns; c += kLanes) {
             store(rows.row(i) + c, load(rows.row(i) + c) * inverses[i]);
         }
     }
 }
 
-// From the gradients of normalised rows those of the rows. Returns the sum of their products.
+// From the gradients of normalised rows those of the rows. Returns the sum of their products. The length of a row that
+// was divided by the least one does not count, and so takes no part of the gradient away.
 double normalize_backward(Matrix<const float> rows, const float* inverses, float factor, Matrix<float> gradients) {
     double total = 0;
     for (int64_t i = 0; i < rows.rows; ++i) {
@@ -132,8 +135,9 @@ double normalize_backward(Matrix<const float> rows, const float* inverses, float
         for (int64_t c = 0; c < rows.columns; c += kLanes) {
             products += load(rows.row(i) + c) * load(gradients.row(i) + c);
         }
-        const float along = sum(products), scale = inverses[i] * factor;
-        total += along;
+        const float product = sum(products), scale = inverses[i] * factor;
+        const float along = inverses[i] < 1.0f / kLeastLength ? product : 0.0f;
+        total += product;
         for (int64_t c = 0; c < rows.columns; c += kLanes) {
             float* const gradient = gradients.row(i) + c;
             store(gradient, (load(gradient) - load(rows.row(i) + c) * along) * scale);

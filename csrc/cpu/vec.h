@@ -155,6 +155,18 @@ inline __attribute__((always_inline)) void for_vectors(int64_t size, const Body&
     }
 }
 
+// body(first, count) for vectors that cover `size` values; all have kLanes, a constant, if there are as many. The
+// last one begins as early as it must.
+template <typename Body>
+inline __attribute__((always_inline)) void for_covering_vectors(int64_t size, const Body& body) {
+    if (size < kLanes) {
+        return body(0, size);
+    }
+    for (int64_t c = 0; c < size; c += kLanes) {
+        body(c + kLanes <= size ? c : size - kLanes, kLanes);
+    }
+}
+
 // Lane j of the result is a[j] where j & s is 0 and b[j - s] elsewhere.
 inline Vec interleave_low(Vec a, Vec b, int s) {
     const IntVec lane = lane_index();

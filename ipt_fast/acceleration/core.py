@@ -147,6 +147,7 @@ def _swap_verified(model: nn.Module, examples: Iterable[Tensor], whole: Row, fou
                 raise
             unswap(module)
             row.rule, row.reason = None, str(error)
+            continue
         if time:
             row.after = _seconds(module, call)
     _verify(whole, model, exact.model, exact.call)

@@ -54,6 +54,14 @@ def test_every_shift(operator, shift):
     assert_rule(operator, cast(tensors, torch.float32), options)
 
 
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_tokens_too_short_to_be_normalised(name):
+    """They are divided by 1e-12 instead of their length, on which their gradients then do not depend."""
+    tensors, options = relatives._window_attention(1, 5, 6, cosine=True)
+    tensors[name][..., 1:3, :] *= 1e-13
+    assert_rule("window_attention", cast(tensors, torch.float32), options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("cosine", [False, True])
 def test_all_zeros(cosine, dtype):
