@@ -9,27 +9,25 @@
 #include "attention_layer_kernel.h"
 
 #include "group_attend.h"
+#include "left_weights.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
-// Values between two rows of a packed weight.
-int64_t weight_row(const AttentionLayerParams& p) { return padded(channels_of(p)); }
-
+// The weights of q, k and v, then the projection's.
 template <typename Unit>
-int64_t packed_size(const AttentionLayerParams& p) {
-    return 4 * channels_of(p) * weight_row(p) * static_cast<int64_t>(sizeof(typename Unit::Value));
+int64_t packed_size(const AttentionLayerParams& p, const Unit& unit) {
+    const LeftWeights weights(unit, channels_of(p));
+    return (3 * channels_of(p) + weights.readable(channels_of(p))) * weights.row_bytes();
 }
 
 template <typename T, typename Unit>
-void pack(const AttentionLayerParams& p, const Unit&, int64_t begin, int64_t end) {
-    using Value = typename Unit::Value;
-    const int64_t channels = channels_of(p), row = weight_row(p);
+void pack(const AttentionLayerParams& p, const Unit& unit, int64_t begin, int64_t end) {
+    const int64_t channels = channels_of(p);
+    const LeftWeights weights(unit, channels);
     for (int64_t i = begin; i < end; ++i) {
-        const T* const weight = static_cast<const T*>(i < 3 * channels ? p.qkv : p.project);
-        const T* const source = weight + (i < 3 * channels ? i : i - 3 * channels) * channels;
-        load_rows(Matrix{source, 1, channels, channels},
-                  Matrix{static_cast<Value*>(p.packed) + i * row, 1, channels, row});
+        const T* const source = static_cast<const T*>(i < 3 * channels ? p.qkv : p.project);
+        weights.pack(source + i % (3 * channels) * channels, static_cast<char*>(p.packed) + i * weights.row_bytes());
     }
 }
 
@@ -122,15 +120,14 @@ inline void normalize_tokens(Matrix<float> tokens, const Norm& norm) {
 
 template <typename T, typename Unit>
 void forward(const AttentionLayerParams& p, const Unit& unit, int64_t begin, int64_t end, float* memory) {
-    using Value = typename Unit::Value;
     const int64_t channels = channels_of(p), depth = p.depth;
     const int64_t most_columns = block_columns(p), row = spread(most_columns);
-    const Matrix qkv_weight{static_cast<const Value*>(p.packed), 3 * channels, channels, weight_row(p)};
-    const Matrix project_weight{qkv_weight.row(3 * channels), channels, channels, weight_row(p)};
+    const LeftWeights weights(unit, channels);
+    const auto* const project_weight = static_cast<const char*>(p.packed) + 3 * channels * weights.row_bytes();
     ScratchStack scratch{memory};
     int64_t* const list = reinterpret_cast<int64_t*>(scratch.take(2 * most_columns));
     float *const for_tokens = scratch.take(channels * row), *const for_qkv = scratch.take(3 * channels * row);
-    float* const room = scratch.take(padded(channels) * most_columns);
+    float* const room = scratch.take(packed_floats(most_columns, channels));
     for (int64_t index = begin; index < end; ++index) {
         const GroupBlock block(p, index);
         const int64_t origin = block.image * p.queries.pixels() * channels;
@@ -147,7 +144,7 @@ void forward(const AttentionLayerParams& p, const Unit& unit, int64_t begin, int
         const Matrix q = qkv.slice(0, channels), k = qkv.slice(channels, channels),
                      v = qkv.slice(2 * channels, channels);
         normalize_tokens(tokens, p.norm.of_image(block.image));
-        unit.product(unit.left(qkv_weight), unit.right(tokens, room), qkv, Accumulate::no);
+        weights.multiply(p.packed, tokens, room, qkv);
         scale_rows(q, p.q_bias, p.scale * kLog2E);
         for (int64_t head = 0; head < p.heads; ++head) {
             block.for_groups(p, [&](const GroupPair& g, int64_t start) {
@@ -158,7 +155,7 @@ void forward(const AttentionLayerParams& p, const Unit& unit, int64_t begin, int
                 attend(p, unit, g, head, of_head(q), of_head(k), of_head(v), of_head(q), scratch);
             });
         }
-        unit.product(unit.left(project_weight), unit.right(q, room), tokens, Accumulate::no);
+        weights.multiply(project_weight, q, room, tokens);
         const Epilogue epilogue = p.epilogue.of_image(block.image);
         block.for_groups(p, [&](const GroupPair& g, int64_t start) {
             store_columns(Matrix<const float>{for_tokens + start, channels, columns - start, row},
@@ -174,7 +171,7 @@ void forward(const AttentionLayerParams& p, const Unit& unit, int64_t begin, int
 }
 
 int64_t packed_size_any(const AttentionLayerParams& p) {
-    return with_types(p.dtype, p.brgemm, [&]<typename Unit>(auto, const Unit&) { return packed_size<Unit>(p); });
+    return with_types(p.dtype, p.brgemm, [&](auto, const auto& unit) { return packed_size(p, unit); });
 }
 
 void pack_any(const AttentionLayerParams& p, int64_t begin, int64_t end) {

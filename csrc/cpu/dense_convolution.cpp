@@ -74,6 +74,7 @@ at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight_, const Opti
     p.packed = work.at<void>(packed);
     kernel.pack(p, work.at<float>(packing));
     at::parallel_for(0, kernel.tasks(p), 1, [&](int64_t begin, int64_t end) {
+        const ProductScope scope{p.brgemm};
         kernel.forward(p, begin, end, work.at<float>(scratch) + at::get_thread_num() * floats);
     });
     return out;

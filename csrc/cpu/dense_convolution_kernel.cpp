@@ -11,7 +11,7 @@ bool takes(const DenseConvolutionParams& p) {
                       []<typename Unit>(auto, const Unit&) { return sizeof(typename Unit::Value) == sizeof(float); });
 }
 
-int64_t packed_size(const DenseConvolutionParams& p) { return Winograd::packed_size(p); }
+int64_t packed_size(const DenseConvolutionParams& p) { return kPositions * Winograd(p).packed_size(); }
 int64_t packing_scratch(const DenseConvolutionParams& p) { return kPositions * Winograd(p).of_weight(); }
 int64_t tasks(const DenseConvolutionParams& p) { return Winograd(p).tasks(); }
 int64_t scratch(const DenseConvolutionParams& p) { return Winograd(p).scratch(); }

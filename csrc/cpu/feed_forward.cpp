@@ -190,8 +190,8 @@ at::Tensor pack(Layer layer, const LayerNorm* norm, const FeedForwardWeights& w,
     header.kernel = w.depthwise.size(2);
     header.inner_eps = static_cast<float>(w.inner_eps);
     const int64_t size_of_float = sizeof(float);
-    header.expand = packing.add(form.halves() * packed_floats(p, p.channels) * size_of_float);
-    header.project = packing.add(packed_floats(p, p.out_channels) * size_of_float);
+    header.expand = packing.add(form.halves() * p.blocks() * p.expand_floats() * size_of_float);
+    header.project = packing.add(p.blocks() * p.project_floats() * size_of_float);
     std::vector<std::pair<int64_t, at::Tensor>> pieces;
     const auto add = [&](const at::Tensor& values) {
         pieces.emplace_back(packing.add(values), values);

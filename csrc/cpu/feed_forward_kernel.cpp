@@ -138,8 +138,8 @@ struct Share {
     template <typename Target>
     void expand_tile(Matrix<const Value> pixels, int64_t half, int64_t block, const Target& target) {
         const int64_t size = block_size(block), first = half * padded(p.hidden) + block * kHiddenBlock;
-        const float* weight = static_cast<const float*>(p.packed_expand) + half * packed_floats(p, p.channels) +
-                              block * kHiddenBlock * padded(p.channels);
+        const float* weight =
+            static_cast<const float*>(p.packed_expand) + (half * p.blocks() + block) * p.expand_floats();
         unit.multiply(pixels, weight, {tile, pixels.rows, size, kHiddenBlock}, Accumulate::no);
         const auto put = [&](const auto& activate) __attribute__((always_inline)) {
             for (int64_t c = 0; c < size; c += kLanes) {
@@ -248,7 +248,7 @@ struct Share {
     // Adds a block's share of `pixels` filtered pixels to their sums.
     void project(int64_t block, int64_t pixels, float* target) {
         const int64_t out = padded(p.out_channels);
-        const auto* weight = static_cast<const float*>(p.packed_project) + block * kHiddenBlock * out;
+        const auto* weight = static_cast<const float*>(p.packed_project) + block * p.project_floats();
         unit.multiply({filtered, pixels, block_size(block), kFilteredRow}, weight,
                       {target, pixels, p.out_channels, out}, block > 0 ? Accumulate::yes : Accumulate::no);
     }
@@ -349,7 +349,7 @@ struct FeedForward {
                 Weight e = p.expand;
                 e.data = static_cast<const T*>(e.data) + (half * p.hidden + first) * e.column_stride;
                 e.columns = size;
-                unit.template pack<T>(e, expand + half * packed_floats(p, p.channels) + first * padded(p.channels));
+                unit.template pack<T>(e, expand + (half * p.blocks() + block) * p.expand_floats());
             }
             Weight q = p.project;
             if (!p.form.convolves) {
@@ -360,7 +360,7 @@ struct FeedForward {
             }
             q.data = static_cast<const T*>(q.data) + first * q.depth_stride;
             q.depth = size;
-            unit.template pack<T>(q, project + first * padded(p.out_channels));
+            unit.template pack<T>(q, project + block * p.project_floats());
         }
     }
 

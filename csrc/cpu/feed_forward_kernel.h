@@ -53,10 +53,13 @@ struct FeedForwardParams {
     const float* depthwise_bias;  // zeros where there is none; not for Tail::convolved
     Brgemm brgemm;
     int64_t bands, strips, rows_per_step;
-    void *packed_expand, *packed_project;  // packed_floats() each, of `expand` for each half
+    void *packed_expand, *packed_project;  // blocks() times those of a block, of `expand` for each half
 
     IPT_FAST_INLINE int64_t radius() const { return kernel / 2; }
     IPT_FAST_INLINE int64_t blocks() const { return (hidden + kHiddenBlock - 1) / kHiddenBlock; }
+    // Floats that hold the packed weights of a block of hidden values and the channels on either side.
+    IPT_FAST_INLINE int64_t expand_floats() const { return packed_floats(kHiddenBlock, channels); }
+    IPT_FAST_INLINE int64_t project_floats() const { return packed_floats(out_channels, kHiddenBlock); }
     // Values between two pixels' hidden values without a convolution: an odd number of cache lines in fp32, so that all
     // sets of a cache are in use.
     IPT_FAST_INLINE int64_t filtered_row() const {
@@ -73,13 +76,6 @@ struct FeedForwardParams {
         return (vectors + strips - 1) / strips * kChannelPad;
     }
 };
-
-// Floats that hold the packed weights of one projection.
-namespace {
-inline int64_t packed_floats(const FeedForwardParams& p, int64_t channels) {
-    return p.blocks() * kHiddenBlock * padded(channels);
-}
-}  // namespace
 
 struct FeedForwardKernels {
     // Bytes of scratch memory of one thread.

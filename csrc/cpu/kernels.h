@@ -23,6 +23,15 @@ namespace {
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t padded(int64_t channels) { return round_up(channels, kChannelPad); }
 
+// Values along the inner dimension that fp32 on the matrix unit takes at a time (thirds.h).
+constexpr int64_t kGroupDepth = 32;
+
+// Floats that hold a packed matrix of weights, whichever unit multiplies by it: three values of 16 bits for each at
+// most.
+inline int64_t packed_floats(int64_t columns, int64_t depth) {
+    return padded(columns) * round_up(depth, kGroupDepth) * 3 / 2;
+}
+
 }  // namespace
 
 // A matrix of weights, (columns, depth) in the dtype of the images with any strides: the right operand, transposed.
@@ -64,7 +73,8 @@ struct Pair {
     uint32_t bits;
 };
 
-// c (+)= a b on the matrix unit: a and b in pairs, c in fp32. nullptr where there is no such unit.
+// c (+)= a b on the matrix unit: a and b in pairs, of bf16 values or of thirds of fp32 values (thirds.h); c in fp32.
+// nullptr where there is no such unit.
 using Brgemm = void (*)(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate);
 
 }  // namespace ipt_fast::cpu

@@ -123,9 +123,9 @@ FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& 
 
     const LeffnBackwardScratch layout(p);
     WorkSpace space;
-    const int64_t packed_expand = space.add(hidden * channels * sizeof(float));
-    const int64_t packed_project = space.add(hidden * out * sizeof(float));
-    const int64_t packed_transposed = space.add(hidden * channels * sizeof(float));
+    const int64_t packed_expand = space.add(p.chunks.count * p.expand_floats() * sizeof(float));
+    const int64_t packed_project = space.add(p.chunks.count * p.project_floats() * sizeof(float));
+    const int64_t packed_transposed = space.add(p.chunks.count * p.transposed_floats() * sizeof(float));
     const int64_t scratch_size = round_up(layout.size * sizeof(float), 64);
     const int64_t scratch = space.add(threads * scratch_size);
     space.allocate();

@@ -88,7 +88,7 @@ class Sweep {
             near_columns = columns.wider(reach, p.width);
             stage();
             for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-                sweep(Range(p.chunks, chunk), chunk > chunks.begin);
+                sweep(chunk, chunk > chunks.begin);
             }
             store_grad_x();
             if (gate != nullptr) {
@@ -186,8 +186,10 @@ class Sweep {
         }
     }
 
-    // One chunk, a range in units of kChannelPad channels, over the whole tile.
-    void sweep(const Range& units, bool accumulate) {
+    // One chunk over the whole tile.
+    void sweep(int64_t index, bool accumulate) {
+        const Range units(p.chunks, index);  // of kChannelPad channels
+        chunk = index;
         first_channel = units.begin * kChannelPad;
         width = units.size() * kChannelPad;
         int64_t ready = rows.begin - reach;
@@ -222,8 +224,8 @@ class Sweep {
         }
         const int64_t first = staged(row, near_columns.begin);
         const Matrix of_row{row_hidden, count, width, width};
-        unit.multiply(unit.rows(staged_x(first).slice(0, count), rows_room), p.packed_expand + first_channel * channels,
-                      of_row, Accumulate::no);
+        unit.multiply(unit.rows(staged_x(first).slice(0, count), rows_room),
+                      p.packed_expand + chunk * p.expand_floats(), of_row, Accumulate::no);
         for (int64_t m = 0; m < width; m += kLanes) {
             const int64_t target = in_ring(row, m) + before * kLanes, step = width;
             const float* h = row_hidden + m;
@@ -237,8 +239,8 @@ class Sweep {
                 }
             });
         }
-        unit.multiply(unit.rows(gated_grad(first, count), rows_room), p.packed_project + first_channel * out, of_row,
-                      Accumulate::no);
+        unit.multiply(unit.rows(gated_grad(first, count), rows_room), p.packed_project + chunk * p.project_floats(),
+                      of_row, Accumulate::no);
         for (int64_t m = 0; m < width; m += kLanes) {
             const int64_t step = width;
             const float* source = row_hidden + m;
@@ -322,7 +324,8 @@ class Sweep {
         // Each chunk's part is summed on its own: one long sum over all hidden channels would round more.
         float* const first_grad_x = grad_x + (band.begin - rows.begin) * columns.size() * channels;
         const Matrix target{accumulate ? part : first_grad_x, pixels, p.channels, channels};
-        unit.multiply(unit.rows(gh, run_room), p.packed_transposed + first_channel * channels, target, Accumulate::no);
+        unit.multiply(unit.rows(gh, run_room), p.packed_transposed + chunk * p.transposed_floats(), target,
+                      Accumulate::no);
         if (accumulate) {
             add_to({first_grad_x, pixels, channels, channels}, {part, pixels, channels, channels});
         }
@@ -361,7 +364,7 @@ class Sweep {
     const float* gate = nullptr;                                           // of the image
     Range rows{0, 0}, columns{0, 0}, near_rows{0, 0}, near_columns{0, 0};  // of the tile, and with its halo
     int64_t ring_begin = 0;                                                // an image row in the rings' first row
-    int64_t first_channel = 0, width = 0;                                  // of the chunk
+    int64_t chunk = 0, first_channel = 0, width = 0;
 };
 
 template <typename T, typename Unit>
@@ -386,10 +389,12 @@ void pack(const LeffnBackwardParams& p, int64_t chunk) {
     const int64_t width = last - first, channels = padded(p.channels), hidden = padded(p.hidden);
     with_types(p.dtype, p.brgemm, [&](auto, const auto& unit) {
         const float* const expand = p.expand + first * channels;
-        unit.template pack<float>({expand, width, p.channels, channels, 1}, p.packed_expand + first * channels);
+        unit.template pack<float>({expand, width, p.channels, channels, 1},
+                                  p.packed_expand + chunk * p.expand_floats());
         unit.template pack<float>({p.project + first, width, p.out_channels, 1, hidden},
-                                  p.packed_project + first * padded(p.out_channels));
-        unit.template pack<float>({expand, p.channels, width, 1, channels}, p.packed_transposed + first * channels);
+                                  p.packed_project + chunk * p.project_floats());
+        unit.template pack<float>({expand, p.channels, width, 1, channels},
+                                  p.packed_transposed + chunk * p.transposed_floats());
     });
 }
 

@@ -28,7 +28,7 @@ struct LeffnBackwardParams {
     const float *expand, *project, *depthwise;  // [padded hidden][padded channels], [out][padded hidden], [taps][same]
     const float* flipped;                       // the taps of `depthwise` in reverse order
     // Written by `pack`, of every chunk: the right operands of the products with x, with grad and with the gradient of
-    // h.
+    // h; where a chunk's begin, expand_floats() and so on apart.
     float *packed_expand, *packed_project, *packed_transposed;
 
     Cut tile_rows, tile_columns;  // image rows and columns -> tiles
@@ -42,6 +42,10 @@ struct LeffnBackwardParams {
     float* grad_gate;  // if there is a gate, [groups][tiles][padded out]: without the biases behind the GELU
     float* grad_sums;  // [tiles][padded out], the sum of grad over a tile's pixels; nullptr: not wanted
 
+    IPT_FAST_INLINE int64_t most_channels() const { return chunks.largest() * kChannelPad; }  // of a chunk
+    IPT_FAST_INLINE int64_t expand_floats() const { return packed_floats(most_channels(), channels); }
+    IPT_FAST_INLINE int64_t project_floats() const { return packed_floats(most_channels(), out_channels); }
+    IPT_FAST_INLINE int64_t transposed_floats() const { return packed_floats(channels, most_channels()); }
     IPT_FAST_INLINE int64_t tiles() const { return batch * tile_rows.count * tile_columns.count; }
 };
 
@@ -58,7 +62,7 @@ struct LeffnBackwardScratch {
         run, gated, gate_sums, size = 0;
 
     explicit LeffnBackwardScratch(const LeffnBackwardParams& p) {
-        chunk = p.chunks.largest() * kChannelPad;
+        chunk = p.most_channels();
         band_pitch = chunk / kChannelPad % 2 ? chunk : chunk + kChannelPad;
         ring_rows = p.band_rows + p.kernel - 1;
         ring_columns = p.tile_columns.largest() + p.kernel - 1;

@@ -36,6 +36,19 @@ void emulated_brgemm(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c
     }
 }
 
+void emulated_thirds(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate) {
+    constexpr int64_t kPairs = kGroupDepth / 2, kGroupRow = 3 * kPairs;
+    // Thirds of a and of b, the highest is 0.
+    constexpr int64_t kProducts[][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+    for (int64_t k = 0; k < a.columns; k += kGroupRow) {
+        for (const auto [left, right] : kProducts) {
+            const Matrix some{a.row(0) + k + left * kPairs, a.rows, kPairs, a.stride};
+            emulated_brgemm(some, b.slice(k + right * kPairs, kPairs), c, accumulate);
+            accumulate = Accumulate::yes;
+        }
+    }
+}
+
 #if defined(__x86_64__)
 
 // The system gives a process the tiles' registers on request.
@@ -49,6 +62,7 @@ bool has_tiles() {
 
 bool has_tiles() { return false; }
 void multiply_on_tiles(Matrix<const Pair>, Matrix<const Pair>, Matrix<float>, Accumulate) {}
+void multiply_thirds_on_tiles(Matrix<const Pair>, Matrix<const Pair>, Matrix<float>, Accumulate) {}
 void release_tiles() {}
 
 #endif
@@ -63,14 +77,17 @@ bool has_matrix_unit() {
 void emulate_matrix_unit(bool on) { emulated = on; }
 
 Brgemm brgemm_of(DType dtype) {
-    if (dtype != DType::bf16 || !kLevels[level()].matrix_unit) {
+    if (!kLevels[level()].matrix_unit) {
         return nullptr;
     }
-    return emulated ? emulated_brgemm : multiply_on_tiles;
+    if (dtype == DType::bf16) {
+        return emulated ? emulated_brgemm : multiply_on_tiles;
+    }
+    return emulated ? emulated_thirds : multiply_thirds_on_tiles;
 }
 
 ProductScope::~ProductScope() {
-    if (used == multiply_on_tiles) {
+    if (used == multiply_on_tiles || used == multiply_thirds_on_tiles) {
         release_tiles();
     }
 }

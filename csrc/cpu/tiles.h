@@ -82,6 +82,50 @@ inline void tile_block(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float>
     if constexpr (two_down && two_across) store_tile<3>(below + kTileColumns, c.stride);
 }
 
+// The same of thirds (thirds.h): one group of 16 pairs after the other. Small products come first.
+template <bool two_down, bool two_across>
+inline void thirds_block(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate) {
+    float* const below = c.data + kTileRows * c.stride;
+    begin_tile<0>(c.data, c.stride, accumulate);
+    if constexpr (two_across) begin_tile<1>(c.data + kTileColumns, c.stride, accumulate);
+    if constexpr (two_down) begin_tile<2>(below, c.stride, accumulate);
+    if constexpr (two_down && two_across) begin_tile<3>(below + kTileColumns, c.stride, accumulate);
+    const auto load_left = [&](int64_t k) {
+        load_tile<4>(a.data + k, a.stride);
+        if constexpr (two_down) load_tile<5>(a.row(kTileRows) + k, a.stride);
+    };
+    const auto load_right = [&](int64_t k) {
+        load_tile<6>(b.row(k), b.stride);
+        if constexpr (two_across) load_tile<7>(b.row(k) + kTileColumns, b.stride);
+    };
+    const auto multiply = [] {
+        multiply_tiles<0, 4, 6>();
+        if constexpr (two_across) multiply_tiles<1, 4, 7>();
+        if constexpr (two_down) multiply_tiles<2, 5, 6>();
+        if constexpr (two_down && two_across) multiply_tiles<3, 5, 7>();
+    };
+    for (int64_t k = 0; k < a.columns; k += 3 * kTilePairs) {
+        const int64_t high = k, middle = k + kTilePairs, low = k + 2 * kTilePairs;
+        load_left(low);
+        load_right(high);
+        multiply();
+        load_left(middle);
+        multiply();
+        load_right(middle);
+        multiply();
+        load_left(high);
+        multiply();
+        load_right(low);
+        multiply();
+        load_right(high);
+        multiply();
+    }
+    store_tile<0>(c.data, c.stride);
+    if constexpr (two_across) store_tile<1>(c.data + kTileColumns, c.stride);
+    if constexpr (two_down) store_tile<2>(below, c.stride);
+    if constexpr (two_down && two_across) store_tile<3>(below + kTileColumns, c.stride);
+}
+
 // The configuration in use by this thread: rows of the upper and of the lower tiles, and pairs.
 thread_local uint32_t tiles_in_use = 0;
 
@@ -154,6 +198,35 @@ inline void multiply_on_tiles(Matrix<const Pair> a, Matrix<const Pair> b, Matrix
     }
     if (rest > 0) {
         multiply_steps(a.from(0, whole), b.from(whole, 0), c, rest, whole > 0 ? Accumulate::yes : accumulate);
+    }
+}
+
+inline void multiply_thirds_of_tiles(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c,
+                                     Accumulate accumulate) {
+    const bool wide = c.columns > kTileColumns;
+    if (c.rows > kTileRows) {
+        wide ? thirds_block<true, true>(a, b, c, accumulate) : thirds_block<true, false>(a, b, c, accumulate);
+    } else {
+        wide ? thirds_block<false, true>(a, b, c, accumulate) : thirds_block<false, false>(a, b, c, accumulate);
+    }
+}
+
+// c (+)= a b of thirds: up to 32 rows and 16 or 32 columns. Whole tiles of rows of a are read, whatever c has.
+inline void multiply_thirds_on_tiles(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c,
+                                     Accumulate accumulate) {
+    use_tiles(kTileRows, kTileRows, kTilePairs);
+    if (c.rows % kTileRows == 0) {
+        return multiply_thirds_of_tiles(a, b, c, accumulate);
+    }
+    alignas(64) float sums[2 * kTileRows * 2 * kTileColumns];
+    const Matrix whole{sums, round_up(c.rows, kTileRows), c.columns, c.columns};
+    const int64_t bytes = c.columns * static_cast<int64_t>(sizeof(float));
+    for (int64_t i = 0; accumulate == Accumulate::yes && i < c.rows; ++i) {
+        memcpy(whole.row(i), c.row(i), bytes);
+    }
+    multiply_thirds_of_tiles(a, b, whole, accumulate);
+    for (int64_t i = 0; i < c.rows; ++i) {
+        memcpy(c.row(i), whole.row(i), bytes);
     }
 }
 

@@ -1,6 +1,7 @@
 // The units that multiply matrices: which one does depends on the level and on the dtype.
 //
 // VectorUnit multiplies fp32, DotUnit pairs of bf16 on the vector unit, MatrixUnit bf16 on the processor's matrix unit.
+// Where there is one, VectorUnit leaves products with weights to it, too (thirds.h).
 // All sum in fp32 and have the same functions:
 //   Value                             what rows of left operands are made of
 //   packed_size, pack<T>, multiply    a product with a weight matrix, packed beforehand
@@ -12,40 +13,14 @@
 #pragma once
 
 #include "gemm.h"
+#include "thirds.h"
+#include "weights.h"
 
 namespace ipt_fast::cpu {
 namespace {
 
 // Floats of `room` for an operand made of a matrix of this size.
 inline int64_t room_of(int64_t rows, int64_t columns) { return padded(rows) * padded(columns); }
-
-// rows[i] = row k + i of a weight matrix, kLanes columns from `column` on, as fp32; 0 outside.
-template <typename T>
-inline void load_weight(const Weight& w, int64_t k, int64_t column, Vec (&rows)[kLanes]) {
-    const T* data = static_cast<const T*>(w.data) + column * w.column_stride + k * w.depth_stride;
-    const int64_t depth = w.depth - k < kLanes ? w.depth - k : kLanes;
-    const int64_t columns = w.columns - column < kLanes ? w.columns - column : kLanes;
-    if (w.column_stride == 1 && depth == kLanes && columns == kLanes) {
-        for (int64_t i = 0; i < kLanes; ++i) {
-            rows[i] = load(data + i * w.depth_stride);
-        }
-        return;
-    }
-    if (w.depth_stride == 1) {
-        for (int64_t j = 0; j < kLanes; ++j) {
-            const T* source = data + j * w.column_stride;
-            rows[j] = j >= columns ? Vec{} : depth == kLanes ? load(source) : load(source, depth);
-        }
-        transpose(rows);
-        return;
-    }
-    for (int64_t i = 0; i < kLanes; ++i) {
-        rows[i] = Vec{};
-        for (int64_t j = 0; i < depth && j < columns; ++j) {
-            rows[i][j] = load(data + j * w.column_stride + i * w.depth_stride, 1)[0];
-        }
-    }
-}
 
 // The weight's columns from `column` on as pairs of rows k and k + 1, and so on: `put(i, pairs)` for row k + 2 * i.
 template <typename T, typename Put>
@@ -89,14 +64,27 @@ inline Matrix<const Pair> pair_rows(Matrix<const float> b, void* room) {
 struct VectorUnit {
     using Value = float;
 
+    Brgemm brgemm = nullptr;  // of thirds
+
+    // Whether the matrix unit multiplies by such a weight. Where tiles would be half empty it is no faster.
+    bool splits(int64_t columns, int64_t depth) const {
+        return kMatrixUnit && brgemm != nullptr && columns >= kThirdsColumns && depth >= kGroupDepth;
+    }
+
     // Bytes of a packed weight.
-    static int64_t packed_size(int64_t columns, int64_t depth) {
-        return round_up(columns, kChannelPad) * depth * static_cast<int64_t>(sizeof(float));
+    int64_t packed_size(int64_t columns, int64_t depth) const {
+        if (splits(columns, depth)) {
+            return packed_floats(columns, depth) * static_cast<int64_t>(sizeof(float));
+        }
+        return padded(columns) * depth * static_cast<int64_t>(sizeof(float));
     }
 
     // Panels one after the other, each [depth][columns of the panel].
     template <typename T>
     void pack(const Weight& w, void* packed) const {
+        if (splits(w.columns, w.depth)) {
+            return pack_thirds<T>(w, static_cast<Pair*>(packed));
+        }
         float* out = static_cast<float*>(packed);
         const Panels panels(w.columns);
         for (int64_t panel = 0; panel < panels.count; ++panel) {
@@ -116,6 +104,9 @@ struct VectorUnit {
 
     // c (+)= a w; columns are padded to kChannelPad in c.
     void multiply(Matrix<const float> a, const void* packed, Matrix<float> c, Accumulate accumulate) const {
+        if (splits(c.columns, a.columns)) {
+            return multiply_thirds(brgemm, a, static_cast<const Pair*>(packed), c, accumulate);
+        }
         const float* b = static_cast<const float*>(packed);
         const int64_t depth = a.columns;
         const auto panel_of_b = [&](const Panels& panels, int64_t panel) {
@@ -279,7 +270,7 @@ inline void round_values(const Unit&, float* values, int64_t count) {
 // body(T{}, unit) for the dtype of the maps and the unit of their products: of fp32 and fp16, which are computed in
 // fp32, and of bf16 where nothing multiplies pairs, vectors.
 template <typename Body>
-inline auto with_types(DType dtype, [[maybe_unused]] Brgemm brgemm, const Body& body) {
+inline auto with_types(DType dtype, Brgemm brgemm, const Body& body) {
     if constexpr (kDots) {
         if (dtype == DType::bf16) {
             return body(BFloat16{}, DotUnit{});
@@ -289,7 +280,7 @@ inline auto with_types(DType dtype, [[maybe_unused]] Brgemm brgemm, const Body& 
             return body(BFloat16{}, MatrixUnit{brgemm});
         }
     }
-    return with_type(dtype, [&](auto type) { return body(type, VectorUnit{}); });
+    return with_type(dtype, [&](auto type) { return body(type, VectorUnit{brgemm}); });
 }
 
 }  // namespace

@@ -45,9 +45,9 @@ struct Winograd {
         return kPositions * (of_pixels(block()) + of_sums(block())) + padded(p.channels) +
                round_up(kTaps * p.channels, kChannelPad);
     }
-    static int64_t packed_size(const DenseConvolutionParams& p) {
-        return kPositions * VectorUnit::packed_size(p.columns, p.channels);
-    }
+    // Of the products at each of the positions.
+    VectorUnit unit() const { return {p.brgemm}; }
+    int64_t packed_size() const { return unit().packed_size(p.columns, p.channels); }
 };
 
 // G v of three values.
@@ -84,10 +84,10 @@ void pack_winograd(const DenseConvolutionParams& p, float* scratch) {
             }
         }
     });
-    const int64_t bytes = VectorUnit::packed_size(p.columns, p.channels);
+    const int64_t bytes = plan.packed_size();
     for (int64_t i = 0; i < kPositions; ++i) {
         const Weight weight{scratch + i * plan.of_weight(), p.columns, p.channels, 1, row};
-        VectorUnit{}.pack<float>(weight, static_cast<char*>(p.packed) + i * bytes);
+        plan.unit().pack<float>(weight, static_cast<char*>(p.packed) + i * bytes);
     }
 }
 
@@ -218,7 +218,7 @@ void convolve_winograd(const DenseConvolutionParams& p, int64_t begin, int64_t e
     float* const patch = zeros + padded(p.channels);
     memset(zeros, 0, padded(p.channels) * sizeof(float));
     const T* const outside = reinterpret_cast<const T*>(zeros);
-    const int64_t bytes = VectorUnit::packed_size(p.columns, p.channels);
+    const int64_t bytes = plan.packed_size();
     for (int64_t index = begin; index < end; ++index) {
         const int64_t first = index * block;
         const int64_t count = plan.tiles() - first < block ? plan.tiles() - first : block;
@@ -226,9 +226,9 @@ void convolve_winograd(const DenseConvolutionParams& p, int64_t begin, int64_t e
             load_tile<T>(p, {plan, first + i}, outside, pixels + i * pixel_row, pixel_stride);
         }
         for (int64_t i = 0; i < kPositions; ++i) {
-            VectorUnit{}.multiply({pixels + i * pixel_stride, count, p.channels, pixel_row},
-                                  static_cast<const char*>(p.packed) + i * bytes,
-                                  {sums + i * sum_stride, count, p.columns, sum_row}, Accumulate::no);
+            plan.unit().multiply({pixels + i * pixel_stride, count, p.channels, pixel_row},
+                                 static_cast<const char*>(p.packed) + i * bytes,
+                                 {sums + i * sum_stride, count, p.columns, sum_row}, Accumulate::no);
         }
         with_epilogue(p, [&](const auto& finish) {
             for (int64_t i = 0; i < count; ++i) {
