@@ -21,14 +21,14 @@
 namespace ipt_fast::cpu {
 namespace {
 
-constexpr int64_t kTilePixels = 48;   // of one product of the expansion: the tile stays in the first cache
+constexpr int64_t kTilePixels = 64;   // of one product of the expansion: the tile stays in the first cache
 constexpr int64_t kChunkPixels = 32;  // columns of the depthwise convolution that are done for all rows of a step
 constexpr int64_t kFilteredRow = kHiddenBlock + kChannelPad;  // a power of two would use a quarter of the cache's sets
 
 // Where the pieces of a thread's scratch memory begin; the offset behind the last one is its size.
 template <typename Value>
 struct ScratchLayout {
-    int64_t ring, rows, tile, filtered, sums, in, end;
+    int64_t ring, rows, thirds, tile, filtered, sums, in, end;
 
     explicit ScratchLayout(const FeedForwardParams& p) {
         const int64_t width = p.strip_width() + 2 * p.radius(), channels = padded(p.channels);
@@ -38,11 +38,17 @@ struct ScratchLayout {
         end = 0;
         ring = add(ringed * p.slots() * width * sizeof(float));
         rows = add(p.rows_per_step * width * channels * sizeof(Value));
+        thirds = add(splits(p) ? (p.rows_per_step * width + kThirdsRows) * split_pairs(p.channels) * sizeof(Pair) : 0);
         tile = add((p.form.convolves ? kTilePixels : kPixels) * widest * sizeof(float));
         filtered = add((p.form.convolves ? p.rows_per_step * kChunkPixels * kFilteredRow : kPixels * p.filtered_row()) *
                        sizeof(Value));
         sums = add(pixels * padded(p.out_channels) * sizeof(float));
         in = add(p.form.halves() * p.slots() * sizeof(float*));
+    }
+
+    // Whether all blocks of hidden values are made of the same split rows (thirds.h).
+    static bool splits(const FeedForwardParams& p) {
+        return kMatrixUnit && sizeof(Value) == sizeof(float) && p.brgemm != nullptr;
     }
 
     int64_t add(int64_t bytes) {
@@ -64,6 +70,7 @@ struct Share {
     int64_t begin, stop;  // the part of it that is inside the image
     float *ring, *tile, *sums;
     Value *rows, *filtered;
+    Pair* thirds;      // of `rows`; nullptr: they are not split
     const float** in;  // rows of the ring, of each half
 
     Share(const FeedForwardParams& params, const Unit& unit_, int64_t index, void* scratch) : p(params), unit(unit_) {
@@ -80,6 +87,7 @@ struct Share {
         char* memory = static_cast<char*>(scratch);
         ring = reinterpret_cast<float*>(memory + offset.ring);
         rows = reinterpret_cast<Value*>(memory + offset.rows);
+        thirds = offset.splits(p) ? reinterpret_cast<Pair*>(memory + offset.thirds) : nullptr;
         tile = reinterpret_cast<float*>(memory + offset.tile);
         filtered = reinterpret_cast<Value*>(memory + offset.filtered);
         sums = reinterpret_cast<float*>(memory + offset.sums);
@@ -104,25 +112,31 @@ struct Share {
     // Loads and normalises the rows of x that the hidden rows first <= y < last need.
     void load_input(int64_t first, int64_t last) {
         const int64_t channels = padded(p.channels);
-        const Norm norm = p.norm.of_image(image);
         for (int64_t y = first < 0 ? 0 : first; y < last && y < p.height; ++y) {
             const T* source = static_cast<const T*>(p.x) + pixel(y, begin - p.radius()) * p.channels;
-            const Matrix pixels{source, stop - begin, p.channels, p.channels};
             const Matrix target{rows + (y - first) * width * channels, stop - begin, p.channels, channels};
-            if (norm.weight == nullptr) {
-                load_rows(pixels, target);
-                continue;
+            load_pixels({source, stop - begin, p.channels, p.channels}, target);
+            if constexpr (sizeof(Value) == sizeof(float)) {
+                for (int64_t i = 0; thirds != nullptr && i < target.rows; ++i) {
+                    split_row(target.row(i), p.channels, split_pixel(target.row(i)));
+                }
             }
-            if (channels == p.channels) {
-                normalize_rows(pixels, norm, target);
-                continue;
-            }
-            for (int64_t i = 0; i < stop - begin; i += kTilePixels) {
-                const int64_t count = stop - begin - i < kTilePixels ? stop - begin - i : kTilePixels;
-                const Matrix staged{tile, count, p.channels, channels};
-                load_rows(pixels.slice(i, count), staged);
-                normalize_rows(staged, norm, target.slice(i, count));
-            }
+        }
+    }
+
+    void load_pixels(Matrix<const T> pixels, Matrix<Value> target) {
+        const Norm norm = p.norm.of_image(image);
+        if (norm.weight == nullptr) {
+            return load_rows(pixels, target);
+        }
+        if (padded(p.channels) == p.channels) {
+            return normalize_rows(pixels, norm, target);
+        }
+        for (int64_t i = 0; i < pixels.rows; i += kTilePixels) {
+            const int64_t count = pixels.rows - i < kTilePixels ? pixels.rows - i : kTilePixels;
+            const Matrix staged{tile, count, p.channels, padded(p.channels)};
+            load_rows(pixels.slice(i, count), staged);
+            normalize_rows(staged, norm, target.slice(i, count));
         }
     }
 
@@ -133,6 +147,23 @@ struct Share {
         }
     }
 
+    // The thirds of a pixel of `rows`.
+    Pair* split_pixel(const Value* pixel) const {
+        return thirds + (pixel - rows) / padded(p.channels) * split_pairs(p.channels);
+    }
+
+    // c = pixels of `rows` times a packed weight.
+    void multiply(Matrix<const Value> pixels, const float* weight, Matrix<float> c) const {
+        if constexpr (sizeof(Value) == sizeof(float)) {
+            if (thirds != nullptr && unit.splits(c.columns, pixels.columns)) {
+                const int64_t pairs = split_pairs(pixels.columns);
+                return multiply_split(unit.brgemm, {split_pixel(pixels.data), pixels.rows, pairs, pairs},
+                                      reinterpret_cast<const Pair*>(weight), c);
+            }
+        }
+        unit.multiply(pixels, weight, c, Accumulate::no);
+    }
+
     // A block of a half's hidden values of a few pixels, for which the tile has room: kLanes channels from c on of
     // pixel j at row j of target(c).
     template <typename Target>
@@ -140,7 +171,7 @@ struct Share {
         const int64_t size = block_size(block), first = half * padded(p.hidden) + block * kHiddenBlock;
         const float* weight =
             static_cast<const float*>(p.packed_expand) + (half * p.blocks() + block) * p.expand_floats();
-        unit.multiply(pixels, weight, {tile, pixels.rows, size, kHiddenBlock}, Accumulate::no);
+        multiply(pixels, weight, {tile, pixels.rows, size, kHiddenBlock});
         const auto put = [&](const auto& activate) __attribute__((always_inline)) {
             for (int64_t c = 0; c < size; c += kLanes) {
                 const auto out = target(c);

@@ -14,7 +14,7 @@ class LeftWeights {
     LeftWeights(const Unit& unit, int64_t depth) : unit_(unit), depth_(depth) {}
 
     int64_t row_bytes() const {
-        return splits() ? groups_of(depth_) * kGroupRow * static_cast<int64_t>(sizeof(Pair))
+        return splits() ? split_pairs(depth_) * static_cast<int64_t>(sizeof(Pair))
                         : padded(depth_) * static_cast<int64_t>(sizeof(Value));
     }
 
@@ -34,7 +34,7 @@ class LeftWeights {
     void multiply(const void* packed, Matrix<const float> b, float* room, Matrix<float> c) const {
         if constexpr (kIsVector) {
             if (splits()) {
-                const int64_t row = groups_of(depth_) * kGroupRow;
+                const int64_t row = split_pairs(depth_);
                 return multiply_split_rows(unit_.brgemm, {static_cast<const Pair*>(packed), c.rows, row, row}, b,
                                            reinterpret_cast<Pair*>(room), c);
             }

@@ -87,12 +87,34 @@ void pack_thirds(const Weight& w, Pair* out) {
     });
 }
 
-// c (+)= a w for a weight that was packed.
+// Pairs of a row that was split.
+inline int64_t split_pairs(int64_t depth) { return groups_of(depth) * kGroupRow; }
+
+// c (+)= a w for up to kThirdsRows rows that were split, some groups of them from `group` on, and a packed weight of
+// `groups` groups.
+inline void multiply_block(Brgemm product, Matrix<const Pair> a, int64_t group, int64_t groups, const Pair* packed,
+                           Matrix<float> c, Accumulate accumulate) {
+    for_column_blocks(padded(c.columns), [&](int64_t first, int64_t width) {
+        const Pair* const b = packed + kGroupRow * (first * groups + group * width);
+        product(a, {b, a.columns, width, width}, {c.data + first, c.rows, width, c.stride}, accumulate);
+    });
+}
+
+// c = a w for a packed weight and rows that were split; whole tiles of them are read.
+inline void multiply_split(Brgemm product, Matrix<const Pair> a, const Pair* packed, Matrix<float> c) {
+    for (int64_t row = 0; row < c.rows; row += kThirdsRows) {
+        const int64_t count = c.rows - row < kThirdsRows ? c.rows - row : kThirdsRows;
+        multiply_block(product, a.slice(row, count), 0, a.columns / kGroupRow, packed, c.slice(row, count),
+                       Accumulate::no);
+    }
+}
+
+// c (+)= a w for a packed weight and rows of fp32.
 inline void multiply_thirds(Brgemm product, Matrix<const float> a, const Pair* packed, Matrix<float> c,
                             Accumulate accumulate) {
     constexpr int64_t kGroups = 6;  // of a row that are split at a time
     alignas(64) Pair thirds[kThirdsRows * kGroups * kGroupRow];
-    const int64_t groups = groups_of(a.columns), columns = padded(c.columns);
+    const int64_t groups = groups_of(a.columns);
     for (int64_t row = 0; row < c.rows; row += kThirdsRows) {
         const int64_t count = c.rows - row < kThirdsRows ? c.rows - row : kThirdsRows;
         for (int64_t group = 0; group < groups; group += kGroups) {
@@ -102,11 +124,8 @@ inline void multiply_thirds(Brgemm product, Matrix<const float> a, const Pair* p
                 split_row(a.row(row + i) + k, rest < some * kGroupDepth ? rest : some * kGroupDepth,
                           thirds + i * stride);
             }
-            for_column_blocks(columns, [&](int64_t first, int64_t width) {
-                const Pair* const b = packed + kGroupRow * (first * groups + group * width);
-                product({thirds, count, stride, stride}, {b, stride, width, width},
-                        {c.row(row) + first, count, width, c.stride}, group > 0 ? Accumulate::yes : accumulate);
-            });
+            multiply_block(product, {thirds, count, stride, stride}, group, groups, packed, c.slice(row, count),
+                           group > 0 ? Accumulate::yes : accumulate);
         }
     }
 }
