@@ -27,11 +27,11 @@ float half(Pair pair, int64_t which) {
 void emulated_brgemm(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate) {
     for (int64_t i = 0; i < c.rows; ++i) {
         for (int64_t j = 0; j < c.columns; ++j) {
-            float sum = accumulate == Accumulate::yes ? c.row(i)[j] : 0.0f;
+            float sum = 0.0f;
             for (int64_t k = 0; k < 2 * a.columns; ++k) {
                 sum += half(a.row(i)[k / 2], k % 2) * half(b.row(k / 2)[j], k % 2);
             }
-            c.row(i)[j] = sum;
+            c.row(i)[j] = accumulate == Accumulate::yes ? c.row(i)[j] + sum : sum;
         }
     }
 }
