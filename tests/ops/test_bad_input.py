@@ -208,9 +208,16 @@ def test_dense_convolutions_are_of_three_by_three_taps(kernel):
 
 
 @pytest.mark.parametrize("activation", ["relu", "GELU", "", None])
-def test_activations_that_are_not_known(activation):
-    _, tensors, _ = build("dense_convolution", (2, 5, 6), torch.float32)
-    rejected("dense_convolution", tensors, {"activation": activation}, "activation", ValueError)
+@pytest.mark.parametrize("operator", ["dense_convolution", "depthwise_layer", "pointwise_layer"])
+def test_activations_that_are_not_known(operator, activation):
+    _, tensors, options = build(operator, (2, 5, 6), torch.float32)
+    rejected(operator, tensors, options | {"activation": activation}, "activation", ValueError)
+
+
+@pytest.mark.parametrize("operator", ["depthwise_layer", "pointwise_layer"])
+def test_a_bias_of_a_norm_that_is_absent(operator):
+    _, tensors, options = build(operator, (2, 5, 6), torch.float32)
+    rejected(operator, tensors | {"norm_weight": None}, options, "norm_bias", ValueError)
 
 
 @pytest.mark.parametrize("call", IMAGE_CALLS)
