@@ -20,10 +20,11 @@ namespace {
 constexpr int64_t kShares = 64;
 constexpr int64_t kLeastRuns = 4;
 constexpr int64_t kShareBytes = 16 << 20;
-// Pixels of a pointwise convolution's block.
-constexpr int64_t kPointwiseBlock = 48;
-// The rows of a strip under the kernel have this much of the second cache.
-constexpr int64_t kStripFloats = 64 << 10;
+// Pixels of a pointwise convolution's block: a multiple of the rows of all units' tiles, of half as many where the
+// products would not fit.
+constexpr int64_t kPointwiseBlock = 96;
+// A block's products, or the rows of a strip under a depthwise kernel, have this much of the second cache.
+constexpr int64_t kCacheFloats = 64 << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -70,7 +71,7 @@ at::Tensor multiply(const at::Tensor& map, const Weight& weight, const OptionalT
     p.pixels = x.size(0) * p.image_pixels;
     p.channels = weight.depth;
     p.columns = weight.columns;
-    p.block = kPointwiseBlock;
+    p.block = kPointwiseBlock * padded(p.columns) > kCacheFloats ? kPointwiseBlock / 2 : kPointwiseBlock;
     p.norm = around.norm;
     p.gate = gate.data;
     p.gate_stride = around.gate.has_value() ? stride_of_images(gate.values) : 0;
@@ -138,7 +139,7 @@ DepthwiseParams depthwise_params(const at::Tensor& x, int64_t kernel) {
     p.channels = x.size(1);
     p.height = x.size(2);
     p.width = x.size(3);
-    const int64_t fitting = kStripFloats / (padded(p.channels) * kernel) - (kernel - 1);
+    const int64_t fitting = kCacheFloats / (padded(p.channels) * kernel) - (kernel - 1);
     p.strips = divide_up(p.width, std::max<int64_t>(fitting, 16));
     return p;
 }
