@@ -163,11 +163,12 @@ def test_kernels_refuse_eps_too(operator, eps):
     names = [argument.name for argument in getattr(kernels, operator).default._schema.arguments]
     parameters = inspect.signature(getattr(ipt_fast.ops, operator)).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
-    arguments = {**dict.fromkeys(names), **defaults, **tensors, **options, "eps": eps}
+    arguments = {**dict.fromkeys(names), **defaults, **tensors, **options, "eps": 1e-5}
+    grad = getattr(kernels, operator)(**arguments)
     with pytest.raises(ValueError, match=r"\beps\b"):
-        getattr(kernels, operator)(**arguments)
+        getattr(kernels, operator)(**arguments | {"eps": eps})
     with pytest.raises(ValueError, match=r"\beps\b"):
-        getattr(kernels, f"{operator}_backward")(grad=tensors["x"], **arguments)
+        getattr(kernels, f"{operator}_backward")(grad=grad, **arguments | {"eps": eps})
 
 
 @pytest.mark.parametrize("eps", ["small", None, [1e-5]])
