@@ -209,6 +209,12 @@ RELATIVES = [
         "gated_projection",
         [image(60, 64), image(60, 64), parameter(60), image(1, 64), parameter(60, 60, 1, 1)],
     ),
+    _operator(
+        "pointwise_layer 1x180x64x64",
+        "pointwise_layer",
+        [image(180, 64), parameter(360, 180, 1, 1), parameter(360)],
+        {"activation": "gelu"},
+    ),
     _mlp(180, 360, 128),
     *(
         layer

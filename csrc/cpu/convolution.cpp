@@ -20,8 +20,11 @@ namespace {
 constexpr int64_t kShares = 64;
 constexpr int64_t kLeastRuns = 4;
 constexpr int64_t kShareBytes = 16 << 20;
-// The rows of a strip under the kernel have this much of the second cache.
-constexpr int64_t kStripFloats = 64 << 10;
+// Pixels of a pointwise convolution's block: a multiple of the rows of all units' tiles, of half as many where the
+// products would not fit.
+constexpr int64_t kPointwiseBlock = 96;
+// A block's products, or the rows of a strip under a depthwise kernel, have this much of the second cache.
+constexpr int64_t kCacheFloats = 64 << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,35 +48,46 @@ struct Parameter {
     const float* data = nullptr;
 };
 
+// What is done to the pixels in front of a pointwise convolution, and to its sums behind it.
+struct Surroundings {
+    OptionalTensor gate = {};
+    Norm norm = {};
+    bool activated = false;
+    OptionalTensor residual = {};
+};
+
 at::Tensor multiply(const at::Tensor& map, const Weight& weight, const OptionalTensor& bias_,
-                    const OptionalTensor& gate_) {
-    const at::Tensor x = channels_last(map);
+                    const Surroundings& around) {
+    const at::Tensor x = with_pixels(map);
     const at::Tensor out = empty_channels_last({x.size(0), weight.columns, x.size(2), x.size(3)}, x);
-    const Parameter bias(bias_, weight.columns), gate(gate_, weight.depth);
+    const at::Tensor residual = around.residual.has_value() ? channels_last(*around.residual) : at::Tensor();
+    const Parameter bias(bias_, weight.columns), gate(around.gate, weight.depth);
     const ConvolutionKernels& kernel = kernels_in_use<ConvolutionKernels>();
     PointwiseParams p{};
     p.dtype = dtype_of(x);
     p.brgemm = brgemm_of(p.dtype);
-    p.x = x.const_data_ptr();
+    p.x = pixels_of(x);
     p.image_pixels = x.size(2) * x.size(3);
     p.pixels = x.size(0) * p.image_pixels;
     p.channels = weight.depth;
     p.columns = weight.columns;
-    p.bias = bias.data;
+    p.block = kPointwiseBlock * padded(p.columns) > kCacheFloats ? kPointwiseBlock / 2 : kPointwiseBlock;
+    p.norm = around.norm;
     p.gate = gate.data;
-    p.gate_stride = gate_.has_value() ? stride_of_images(gate.values) : 0;
+    p.gate_stride = around.gate.has_value() ? stride_of_images(gate.values) : 0;
+    p.bias = bias.data;
+    p.activated = around.activated;
+    p.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
     p.out = out.mutable_data_ptr();
-    const int64_t scratch_size = pointwise_scratch(p.channels, p.columns);
     WorkSpace work;
     const int64_t packed = work.add(kernel.packed_size(p.dtype, p.brgemm, p.columns, p.channels));
-    const int64_t scratch = work.add(at::get_num_threads() * scratch_size * static_cast<int64_t>(sizeof(float)));
+    const int64_t scratch = work.add(at::get_num_threads() * p.scratch() * static_cast<int64_t>(sizeof(float)));
     work.allocate();
     kernel.pack(p.dtype, p.brgemm, weight, work.at<void>(packed));
     p.packed = work.at<void>(packed);
-    const int64_t blocks = divide_up(p.pixels, kPointwiseBlock);
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, divide_up(p.pixels, p.block), 1, [&](int64_t begin, int64_t end) {
         const ProductScope scope{p.brgemm};
-        kernel.pointwise(p, begin, end, work.at<float>(scratch) + at::get_thread_num() * scratch_size);
+        kernel.pointwise(p, begin, end, work.at<float>(scratch) + at::get_thread_num() * p.scratch());
     });
     return out;
 }
@@ -125,7 +139,7 @@ DepthwiseParams depthwise_params(const at::Tensor& x, int64_t kernel) {
     p.channels = x.size(1);
     p.height = x.size(2);
     p.width = x.size(3);
-    const int64_t fitting = kStripFloats / (padded(p.channels) * kernel) - (kernel - 1);
+    const int64_t fitting = kCacheFloats / (padded(p.channels) * kernel) - (kernel - 1);
     p.strips = divide_up(p.width, std::max<int64_t>(fitting, 16));
     return p;
 }
@@ -159,16 +173,17 @@ at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight, const Optio
 
 }  // namespace
 
-at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const Norm& norm,
+                     bool activated, const OptionalTensor& residual) {
     check_image(x, "x");
     check_tensor(weight, "weight", {weight.dim() == 4 ? weight.size(0) : 0, x.size(1), 1, 1}, x);
-    return multiply(x, weight_of(weight), bias, {});
+    return multiply(x, weight_of(weight), bias, {.norm = norm, .activated = activated, .residual = residual});
 }
 
 at::Tensor pointwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight, const OptionalTensor& gate) {
     check_image(grad, "grad");
     check_tensor(weight, "weight", {grad.size(1), weight.dim() == 4 ? weight.size(1) : 0, 1, 1}, grad);
-    return multiply(grad, transposed(weight_of(weight)), {}, gate);
+    return multiply(grad, transposed(weight_of(weight)), {}, {.gate = gate});
 }
 
 ParameterGradients pointwise_gradients(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight_,

@@ -5,8 +5,10 @@
 
 namespace ipt_fast::cpu {
 
-// (B, C, H, W), weight (N, C, 1, 1) of the same dtype, bias (N,) -> (B, N, H, W).
-at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {});
+// (B, C, H, W), weight (N, C, 1, 1) of the same dtype, bias (N,) -> (B, N, H, W). With a norm in front of it
+// (norm.weight == nullptr: there is none), a GELU behind it where it is `activated`, and a residual like the result.
+at::Tensor pointwise(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {},
+                     const Norm& norm = {}, bool activated = false, const OptionalTensor& residual = {});
 
 // Of gate * (weight x + bias), the gate being (N,) or (B, N): grad (B, N, H, W) -> (B, C, H, W).
 at::Tensor pointwise_input_gradient(const at::Tensor& grad, const at::Tensor& weight, const OptionalTensor& gate = {});

@@ -1,7 +1,8 @@
 // The convolutions of convolution_kernel.h at the level it is compiled for.
 //
 // Pointwise: a block of pixels times the packed weight, whose panels stay in the first cache; fp32 maps are read and
-// written in place. 2 * channels * columns FLOPs a pixel; x is read once and out is written once. The weight's gradient
+// written in place. A norm in front of it is taken of the block, a GELU and the residual follow while its sums are in
+// the second cache. 2 * channels * columns FLOPs a pixel; x is read once and out is written once. The weight's gradient
 // is x^T grad in runs of pixels, each summed in registers, then added: x is read once for every tile of 96 columns.
 //
 // Depthwise: a strip's last rows lie in a ring of fp32 rows in the second cache, every vector of channels by itself. A
@@ -12,14 +13,12 @@
 #include "depthwise.h"
 #include "gelu.h"
 #include "hidden.h"
+#include "pointwise.h"
 #include "rows.h"
 #include "units.h"
 
 namespace ipt_fast::cpu {
 namespace {
-
-template <typename T>
-constexpr bool kIsFloat = sizeof(T) == sizeof(float);
 
 // ---- pointwise ------------------------------------------------------------------------------------------------------
 
@@ -29,53 +28,6 @@ int64_t packed_size(DType dtype, Brgemm brgemm, int64_t columns, int64_t depth) 
 
 void pack(DType dtype, Brgemm brgemm, const Weight& weight, void* packed) {
     with_types(dtype, brgemm, [&](auto type, const auto& unit) { unit.template pack<decltype(type)>(weight, packed); });
-}
-
-// out = pixels from `first` on times the gate of their images, as load_rows().
-template <typename T, typename Value>
-void gate_rows(const PointwiseParams& p, int64_t first, Matrix<T> pixels, Matrix<Value> out) {
-    for (int64_t i = 0; i < pixels.rows; ++i) {
-        const float* const gate = p.gate + (first + i) / p.image_pixels * p.gate_stride;
-        for (int64_t c = 0; c < padded(p.channels); c += kLanes) {
-            const int64_t n = p.channels - c < kLanes ? p.channels - c : kLanes;
-            store(out.row(i) + c, n > 0 ? load(pixels.row(i) + c, n) * load(gate + c) : Vec{});
-        }
-    }
-}
-
-template <typename T, typename Unit>
-void pointwise(const PointwiseParams& p, const Unit& unit, int64_t begin, int64_t end, float* scratch) {
-    using Value = typename Unit::Value;
-    float* const products = scratch;
-    Value* const staged = reinterpret_cast<Value*>(scratch + kPointwiseBlock * padded(p.columns));
-    for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kPointwiseBlock;
-        const int64_t count = p.pixels - first < kPointwiseBlock ? p.pixels - first : kPointwiseBlock;
-        const T* const in = static_cast<const T*>(p.x) + first * p.channels;
-        T* const out = static_cast<T*>(p.out) + first * p.columns;
-        const Matrix pixels{in, count, p.channels, p.channels};
-        const Matrix left{staged, count, p.channels, padded(p.channels)};
-        const Matrix result{products, count, p.columns, padded(p.columns)};
-        const auto multiply = [&](const auto& rows, Matrix<float> target) {
-            if (p.bias != nullptr) {
-                fill_rows(p.bias, target);
-            }
-            unit.multiply(rows, p.packed, target, p.bias == nullptr ? Accumulate::no : Accumulate::yes);
-        };
-        if constexpr (kIsFloat<T>) {
-            if (p.columns % kLanes == 0 && p.gate == nullptr) {
-                multiply(pixels, Matrix{out, count, p.columns, p.columns});
-                continue;
-            }
-        }
-        if (p.gate == nullptr) {
-            load_rows(pixels, left);
-        } else {
-            gate_rows(p, first, pixels, left);
-        }
-        multiply(left, result);
-        store_rows<T>(result, nullptr, out);
-    }
 }
 
 void pointwise_any(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch) {

@@ -5,29 +5,29 @@
 
 namespace ipt_fast::cpu {
 
-// Pixels are cut into blocks of this many, the gradient's sums into runs and the rows of its matrix into tiles.
-constexpr int64_t kPointwiseBlock = 48;
+// Pixels of the weight's gradient are summed in runs of this many, the rows of its matrix in tiles.
 constexpr int64_t kPointwiseRun = 192;
 constexpr int64_t kPointwiseTile = 96;
 
 struct PointwiseParams {
-    DType dtype;  // of x, out and the weight
+    DType dtype;  // of x, the weight, the residual and out
     Brgemm brgemm;
-    const void* x;  // (pixels, channels)
+    Pixels x;
     int64_t pixels, channels, columns;
+    int64_t image_pixels;  // of an image
+    int64_t block;         // pixels are cut into blocks of this many
+    Norm norm;             // of x, in front of the convolution
+    const float* gate;     // padded channels, what x is multiplied by; nullptr: 1. Not with a norm
+    int64_t gate_stride;   // as in Epilogue
     const void* packed;    // the weight, by `pack`
     const float* bias;     // padded columns; nullptr: there is none
-    const float* gate;     // padded channels, what x is multiplied by; nullptr: 1
-    int64_t gate_stride;   // as in Epilogue
-    int64_t image_pixels;  // of an image
+    bool activated;        // whether a GELU follows
+    const void* residual;  // a dense map like out, added last; nullptr: there is none
     void* out;             // (pixels, columns)
-};
 
-namespace {
-inline int64_t pointwise_scratch(int64_t channels, int64_t columns) {
-    return kPointwiseBlock * (padded(channels) + padded(columns));
-}
-}  // namespace
+    // Floats of scratch memory: the products of a block, its pixels in fp32, and what is multiplied.
+    IPT_FAST_INLINE int64_t scratch() const { return block * (2 * padded(channels) + padded(columns)); }
+};
 
 // sums[i][j] = the sum over pixels of grad[pixel][i] x[pixel][j] for a tile of rows i.
 struct PointwiseWeightParams {
@@ -78,7 +78,7 @@ struct DepthwiseParams {
 struct ConvolutionKernels {
     int64_t (*packed_size)(DType dtype, Brgemm brgemm, int64_t columns, int64_t depth);
     void (*pack)(DType dtype, Brgemm brgemm, const Weight& weight, void* packed);
-    // Blocks begin <= k < end of kPointwiseBlock pixels.
+    // Blocks begin <= k < end.
     void (*pointwise)(const PointwiseParams& p, int64_t begin, int64_t end, float* scratch);
     // Pixels begin <= k < end; the tile of `rows` rows from first_row on, whose sums are [rows][p.row()] in fp32.
     void (*pointwise_weight)(const PointwiseWeightParams& p, int64_t begin, int64_t end, int64_t first_row,

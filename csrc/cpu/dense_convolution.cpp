@@ -10,6 +10,7 @@
 
 #include <tuple>
 
+#include "activation.h"
 #include "arguments.h"
 #include "dense_convolution_kernel.h"
 #include "level.h"
@@ -18,13 +19,6 @@
 
 namespace ipt_fast::cpu {
 namespace {
-
-// Whether the activation is GELU.
-bool activates(std::string_view activation) {
-    TORCH_CHECK_VALUE(activation == "none" || activation == "gelu", "activation must be none or gelu; got ",
-                      activation);
-    return activation == "gelu";
-}
 
 void check(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
     check_image(x, "x");
@@ -83,7 +77,7 @@ at::Tensor convolve(const at::Tensor& map, const at::Tensor& weight_, const Opti
 at::Tensor dense_convolution(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                              std::string_view activation) {
     check(x, weight, bias);
-    return convolve(x, weight, bias, activates(activation));
+    return convolve(x, weight, bias, is_activated(activation));
 }
 
 // -> the gradients of x, weight and bias (empty where there is none).
@@ -95,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dense_convolution_backward(const 
     check_tensor(grad_, "grad", {x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
     at::Tensor grad = with_range(grad_);
     const at::Tensor images = with_range(x), taps = with_range(weight);
-    if (activates(activation)) {
+    if (is_activated(activation)) {
         grad = at::gelu_backward(grad, convolve(images, taps, bias, false));
     }
     const auto [of_x, of_weight, unused] = at::convolution_backward(grad, images, taps, std::nullopt, {1, 1}, {1, 1},

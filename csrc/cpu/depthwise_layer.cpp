@@ -1,28 +1,17 @@
 // depthwise_layer and its backward: a depthwise convolution with the norm in front of it and the GELU behind it. The
 // arithmetic is in convolution_kernel.cpp, that of the backward in the kernels of its pieces.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <string_view>
 #include <tuple>
 
+#include "activation.h"
 #include "convolution.h"
-#include "feed_forward_maps_kernel.h"
 #include "layer_norm_2d.h"
-#include "level.h"
 
 namespace ipt_fast::cpu {
 namespace {
-
-constexpr int64_t kGrainValues = 1 << 14;  // fewer values than this are not worth a thread
-
-bool is_activated(std::string_view activation) {
-    TORCH_CHECK_VALUE(activation == "gelu" || activation == "none", "activation must be gelu or none; got ",
-                      activation);
-    return activation == "gelu";
-}
 
 at::Tensor depthwise_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                            const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
@@ -30,16 +19,6 @@ at::Tensor depthwise_layer(const at::Tensor& x, const at::Tensor& weight, const 
     check_image(x, "x");
     const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
     return depthwise(x, weight, bias, norm.params, is_activated(activation));
-}
-
-// grad * GELU'(hidden), in the place of hidden.
-void multiply_by_slope(const at::Tensor& grad, const at::Tensor& hidden) {
-    const auto all_of = [](const at::Tensor& map) { return Channels{map.mutable_data_ptr(), map.size(1)}; };
-    const int64_t channels = hidden.size(1);
-    const ActivationParams params{dtype_of(hidden), channels, all_of(hidden), all_of(hidden), all_of(grad), {}};
-    const auto& kernels = kernels_in_use<FeedForwardMapsKernels>();
-    at::parallel_for(0, hidden.numel() / channels, std::max<int64_t>(kGrainValues / channels, 1),
-                     [&](int64_t begin, int64_t end) { kernels.slope(params, begin, end); });
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

@@ -115,23 +115,28 @@ inline __attribute__((always_inline)) void with_bias(const float* bias, int64_t 
     }
 }
 
+// out = finish(rows, c) + residual (nullptr: none) for vectors of channels from c on, pixels of dense maps.
+template <typename T, typename Finish>
+inline __attribute__((always_inline)) void store_finished(Matrix<const float> rows, const T* residual, T* out,
+                                                          const Finish& finish) {
+    const int64_t channels = rows.columns;
+    for (int64_t i = 0; i < rows.rows; ++i) {
+        for_vectors(channels, [&](int64_t c, int64_t n) {
+            const Vec value = finish(load(rows.row(i) + c, n), c);
+            store(out + i * channels + c, residual ? value + load(residual + i * channels + c, n) : value, n);
+        });
+    }
+}
+
 // out = epilogue(rows) + residual (nullptr: none), pixels of dense maps of one image.
 template <typename T>
 inline void store_rows(Matrix<const float> rows, const T* residual, T* out, const Epilogue& epilogue = {}) {
-    const int64_t channels = rows.columns;
-    const auto run = [&](const auto& finish) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < rows.rows; ++i) {
-            for_vectors(channels, [&](int64_t c, int64_t n) {
-                const Vec value = finish(load(rows.row(i) + c, n), c);
-                store(out + i * channels + c, residual ? value + load(residual + i * channels + c, n) : value, n);
-            });
-        }
-    };
     if (epilogue.bias == nullptr) {
-        run([](Vec v, int64_t) __attribute__((always_inline)) { return v; });
+        store_finished(rows, residual, out, [](Vec v, int64_t) __attribute__((always_inline)) { return v; });
     } else {
-        run([&](Vec v, int64_t c)
-                __attribute__((always_inline)) { return load(epilogue.gate + c) * (v + load(epilogue.bias + c)); });
+        store_finished(rows, residual, out, [&](Vec v, int64_t c) __attribute__((always_inline)) {
+            return load(epilogue.gate + c) * (v + load(epilogue.bias + c));
+        });
     }
 }
 

@@ -22,6 +22,7 @@ from .leffn_layer import leffn_layer
 from .merge_depthwise import merge_depthwise
 from .merge_pointwise import merge_pointwise
 from .norm_projection import norm_projection
+from .pointwise_layer import pointwise_layer
 from .window_attention import window_attention
 from .window_attention_layer import window_attention_layer
 
@@ -49,6 +50,7 @@ __all__ = [
     "merge_depthwise",
     "merge_pointwise",
     "norm_projection",
+    "pointwise_layer",
     "window_attention",
     "window_attention_layer",
 ]

@@ -25,6 +25,11 @@ def flag(operator: str, name: str, value: object) -> None:
         raise TypeError(f"{operator}: {name} must be True or False; got {value!r}")
 
 
+def one_of(operator: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{operator}: {name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
 def heads_divide(operator: str, channels: int, num_heads: int) -> None:
     positive_int(operator, "num_heads", num_heads)
     if channels % num_heads:

@@ -14,6 +14,17 @@ def norm_2d(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: 
     return channels
 
 
+def optional_norm_2d(
+    operator: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool
+) -> None:
+    """The same of a norm that may be absent: then ``weight`` and ``bias`` are None."""
+    if weight is None and bias is not None:
+        raise ValueError(f"{operator}: norm_bias must be None where norm_weight is; got shape {tuple(bias.shape)}")
+    norm_parameters(operator, x, norm_weight=weight, norm_bias=bias)
+    _check.positive_number(operator, "eps", eps)
+    _check.flag(operator, "centered", centered)
+
+
 def norm_parameters(operator: str, x: Tensor, **parameters: Tensor | None) -> None:
     """Check parameters (C,), or (B, C) of each image, of the norm or the gate of ``x`` (B, C, H, W); some are None."""
     batch, channels = x.shape[:2]

@@ -33,8 +33,7 @@ def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     _check.dense_weight(name, "weight", weight, x.shape[1])
     if bias is not None:
         _check.shape(name, "bias", bias, (weight.shape[0],))
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    _check.one_of(name, "activation", activation, ACTIVATIONS)
     return _operator(x, weight, bias, activation)
 
 

@@ -46,14 +46,8 @@ def depthwise_layer(
     _check.depthwise_weight(name, "weight", weight, channels)
     if bias is not None:
         _check.shape(name, "bias", bias, (channels,))
-    if norm_weight is None and norm_bias is not None:
-        shape = tuple(norm_bias.shape)
-        raise ValueError(f"{name}: norm_bias must be None where norm_weight is; got shape {shape}")
-    _norm.norm_parameters(name, x, norm_weight=norm_weight, norm_bias=norm_bias)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    _check.positive_number(name, "eps", eps)
-    _check.flag(name, "centered", centered)
+    _norm.optional_norm_2d(name, x, norm_weight, norm_bias, eps, centered)
+    _check.one_of(name, "activation", activation, ACTIVATIONS)
     return _operator(x, weight, bias, norm_weight, norm_bias, activation, float(eps), centered)
 
 

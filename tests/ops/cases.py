@@ -24,7 +24,8 @@ WEIGHTS = {"expand_weight", "depthwise_weight", "project_weight", "qkv_weight", 
 OPERATORS = list(ops.__all__)
 MERGES = {"merge_pointwise", "merge_depthwise"}
 ON_TOKENS = {"norm_projection", "add_norm_projection", "add_norm_feed_forward"}
-CONVOLUTIONS = {"dense_convolution", "depthwise_layer", "gated_projection"}  # whose weight has no longer name
+# whose weight has no longer name
+CONVOLUTIONS = {"dense_convolution", "depthwise_layer", "gated_projection", "pointwise_layer"}
 TOKEN_WEIGHTS = {"weight", "offset", "weight1", "bias1", "weight2", "bias2"}
 
 

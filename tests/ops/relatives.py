@@ -89,6 +89,18 @@ def _gated_projection(batch, height, width, *, channels=7, outputs=5, extras=Tru
     return tensors, {}
 
 
+def _pointwise_layer(
+    batch, height, width, *, channels=7, outputs=5, extras=True, normed=True, each_image=False, activation="gelu"
+):  # fmt: skip
+    tensors = {"x": random(batch, channels, height, width), "weight": pointwise(outputs, channels)}
+    of_norm = (batch, channels) if each_image else (channels,)
+    if extras:
+        tensors |= {"bias": random(outputs), "residual": random(batch, outputs, height, width)}
+    if normed:
+        tensors |= {"norm_weight": 1 + 0.3 * random(*of_norm)} | ({"norm_bias": random(*of_norm)} if extras else {})
+    return tensors, {"activation": activation, **norm_options(extras)}
+
+
 HALVES = ("gdfn", "sgfn")
 
 
@@ -141,6 +153,11 @@ CALLS = {
     "depthwise_layer/no_norm": ("depthwise_layer", _depthwise_layer, {"normed": False, "bias": False, "channels": 33}),
     "gated_projection": ("gated_projection", _gated_projection, {}),
     "gated_projection/each_image": ("gated_projection", _gated_projection, {"extras": False, "each_image": True}),
+    "pointwise_layer": ("pointwise_layer", _pointwise_layer, {}),
+    "pointwise_layer/bias_free": ("pointwise_layer", _pointwise_layer, {"extras": False, "activation": "none"}),
+    "pointwise_layer/no_norm": (
+        "pointwise_layer", _pointwise_layer, {"normed": False, "channels": 33, "outputs": 3, "activation": "none"},
+    ),
     "dense_convolution": ("dense_convolution", _dense_convolution, {}),
     "dense_convolution/plain": ("dense_convolution", _dense_convolution, {"bias": False, "channels": 18, "out": 3}),
     "feed_forward_layer": ("feed_forward_layer", _feed_forward_layer, {"form": "mlp"}),

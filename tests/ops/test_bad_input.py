@@ -163,11 +163,12 @@ def test_kernels_refuse_eps_too(operator, eps):
     names = [argument.name for argument in getattr(kernels, operator).default._schema.arguments]
     parameters = inspect.signature(getattr(ipt_fast.ops, operator)).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
-    arguments = {**dict.fromkeys(names), **defaults, **tensors, **options, "eps": eps}
+    arguments = {**dict.fromkeys(names), **defaults, **tensors, **options, "eps": 1e-5}
+    grad = getattr(kernels, operator)(**arguments)
     with pytest.raises(ValueError, match=r"\beps\b"):
-        getattr(kernels, operator)(**arguments)
+        getattr(kernels, operator)(**arguments | {"eps": eps})
     with pytest.raises(ValueError, match=r"\beps\b"):
-        getattr(kernels, f"{operator}_backward")(grad=tensors["x"], **arguments)
+        getattr(kernels, f"{operator}_backward")(grad=grad, **arguments | {"eps": eps})
 
 
 @pytest.mark.parametrize("eps", ["small", None, [1e-5]])
@@ -208,9 +209,16 @@ def test_dense_convolutions_are_of_three_by_three_taps(kernel):
 
 
 @pytest.mark.parametrize("activation", ["relu", "GELU", "", None])
-def test_activations_that_are_not_known(activation):
-    _, tensors, _ = build("dense_convolution", (2, 5, 6), torch.float32)
-    rejected("dense_convolution", tensors, {"activation": activation}, "activation", ValueError)
+@pytest.mark.parametrize("operator", ["dense_convolution", "depthwise_layer", "pointwise_layer"])
+def test_activations_that_are_not_known(operator, activation):
+    _, tensors, options = build(operator, (2, 5, 6), torch.float32)
+    rejected(operator, tensors, options | {"activation": activation}, "activation", ValueError)
+
+
+@pytest.mark.parametrize("operator", ["depthwise_layer", "pointwise_layer"])
+def test_a_bias_of_a_norm_that_is_absent(operator):
+    _, tensors, options = build(operator, (2, 5, 6), torch.float32)
+    rejected(operator, tensors | {"norm_weight": None}, options, "norm_bias", ValueError)
 
 
 @pytest.mark.parametrize("call", IMAGE_CALLS)

@@ -188,7 +188,7 @@ def test_all_zero_images(call, dtype):
         assert all(value.isfinite().all() for value in got.values())
         if {"norm_bias", "expand_bias"} & set(tensors) or "gelu" in options.values():  # what follows is not zero
             continue
-        bias = tensors.get("bias") if operator in ("layer_norm_2d", "gated_projection") else None
+        bias = tensors.get("bias") if operator in ("layer_norm_2d", "gated_projection", "pointwise_layer") else None
         expected = 0 * got["out"] if bias is None else bias[..., None, None].expand_as(got["out"])
         assert torch.equal(got["out"], expected)
 

@@ -110,7 +110,7 @@ def macs(operator, tensors, options):
     image = next(iter(tensors.values()))
     batch, channels, height, width = image.shape
     pixels = batch * height * width
-    if operator in ("depthwise_layer", "gated_projection", "dense_convolution"):
+    if operator in ("depthwise_layer", "gated_projection", "pointwise_layer", "dense_convolution"):
         return pixels * tensors["weight"].numel()
     if operator.endswith("_layer"):
         names = ("expand_weight", "qkv_weight", "depthwise_weight", "project_weight")

@@ -25,6 +25,15 @@ CASES = {
     "a norm of each image": ("depthwise_layer", (2, 3, 5), {"each_image": True, "kernel": 5}),
     "a depthwise convolution alone": ("depthwise_layer", (2, 3, 5), {"normed": False, "activation": "none"}),
     "an even wider one": ("depthwise_layer", (1, 4, 9), {"kernel": 7, "bias": False, "activation": "none"}),
+    "a pointwise convolution, a norm of each image": (
+        "pointwise_layer", (2, 3, 5), {"each_image": True, "channels": 16, "activation": "none"},
+    ),
+    "a pointwise convolution alone": (
+        "pointwise_layer/no_norm", (2, 3, 5), {"extras": False, "channels": 7, "outputs": 32},
+    ),
+    "a pointwise convolution and a GELU": (
+        "pointwise_layer", (1, 7, 9), {"normed": False, "channels": 32, "outputs": 16},
+    ),
     **{form: ("feed_forward_layer", (2, 3, 5), {"form": form}) for form in ("mlp", "leffn", "leff", "mix", "gdfn")},
     "conv_ffn": ("feed_forward_layer", (2, 3, 5), {"form": "conv_ffn", "kernel": 5}),
     "sgfn": ("feed_forward_layer", (2, 3, 5), {"form": "sgfn", "bias": False}),
@@ -45,14 +54,15 @@ def test_views_of_one_map():
             assert_within_rule(on_backend(backend, operator, views, options, grad), truth, base)
 
 
-def test_a_view_of_channels():
+@pytest.mark.parametrize("call", ["depthwise_layer", "pointwise_layer", "pointwise_layer/no_norm"])
+def test_a_view_of_channels(call):
     """Some of the channels of a map are within the rule, as a map of their own is."""
-    operator, builder, fields = CALLS["depthwise_layer"]
+    operator, builder, fields = CALLS[call]
     tensors, options = builder(2, 5, 6, **fields)
     tensors = cast(tensors, torch.float32)
     wide = torch.cat([tensors["x"]] * 3, dim=1).contiguous(memory_format=torch.channels_last)
     view = {**tensors, "x": wide.chunk(3, dim=1)[2]}
-    grad = torch.randn(tensors["x"].shape, device=wide.device)
+    grad = gradient_of_output(operator, tensors, options)
     truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
     for backend in runnable(operator, tensors, options)[1:]:
         assert_within_rule(on_backend(backend, operator, view, options, grad), truth, base)

@@ -205,6 +205,16 @@ def depthwise_layer(
     return _gelu(y) if activation == "gelu" else y
 
 
+def pointwise_layer(
+    x, weight, bias=None, residual=None, *, norm_weight=None, norm_bias=None, activation="none", eps=1e-5, centered=True
+):  # fmt: skip
+    """residual + GELU(PW(norm(x))), each where it is wanted."""
+    y = x if norm_weight is None else _norm(x, norm_weight, norm_bias, eps, centered)
+    y = _plus(pointwise(y, weight), bias)
+    y = _gelu(y) if activation == "gelu" else y
+    return y if residual is None else _residual(residual, y, None)
+
+
 def gated_projection(x, other, channel_gate, pixel_gate, weight, bias=None, residual=None):
     """residual + PW(channel gate * x + pixel gate * other); the channel gate is (C,), or (B, C) of each image."""
     mixed = np.zeros(np.shape(x))

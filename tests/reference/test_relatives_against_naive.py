@@ -194,6 +194,20 @@ def test_depthwise_layer(normed, extras, kernel, activation):
     assert_equal(actual, naive_relatives.depthwise_layer(*arguments, **options))
 
 
+@pytest.mark.parametrize("activation", ["gelu", "none"])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("extras", ["", "channels", "images"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_pointwise_layer(normed, extras, residual, activation):
+    x, norm, others = layer((4, 3), 2, extras, {"project": 5})
+    names = {"norm_weight": norm[0], "norm_bias": norm[1]} if normed else {}
+    options = {**names, "activation": activation, **{n: others[n] for n in ("eps", "centered") if n in others}}
+    added = random(2, 5, 4, 3, seed=6) if residual else None
+    arguments = x, random(5, CHANNELS, 1, 1, seed=5), others.get("project_bias"), added
+    actual = reference.pointwise_layer(*arguments, **options)
+    assert_equal(actual, naive_relatives.pointwise_layer(*arguments, **options))
+
+
 @pytest.mark.parametrize("extras", [True, False])
 @pytest.mark.parametrize("shape", [(CHANNELS,), (2, CHANNELS)])
 def test_gated_projection(shape, extras):

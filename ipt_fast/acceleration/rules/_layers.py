@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...modules import _fusion
-from ._rule import expect
+from ._rule import expect, pointwise
 
 # -- what is expected -------------------------------------------------------------------------------------------
 
@@ -92,6 +92,21 @@ def project(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
+def normalise_and_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """A linear layer of the normalised channels of a map; channels-last."""
+    if x.device.type == "cpu":
+        of_norm = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        return ops.pointwise_layer(x, pointwise(linear), linear.bias, **of_norm)
+    return project(ops.layer_norm_2d(x, norm.weight, norm.bias, eps=norm.eps), linear)
+
+
+def project_and_activate(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """GELU(conv(x)) of a 1 x 1 convolution to many channels; channels-last."""
+    if x.device.type == "cpu":
+        return ops.pointwise_layer(x, conv.weight, conv.bias, activation="gelu")
+    return F.gelu(project(x, conv))
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -13,6 +13,7 @@ from ._layers import (
     expect_pointwise,
     expect_sequence,
     mean_of_pixels,
+    normalise_and_project,
     parts_below,
     project,
 )
@@ -62,9 +63,9 @@ def _check_windows(attention: Any) -> None:
 
 def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
     attention, network = block.attn, block.ffn
-    tokens, norm = x, block.norm1
+    tokens = x
     x = as_map(tokens, *x_size)
-    qkv = project(ops.layer_norm_2d(x, norm.weight, norm.bias, eps=norm.eps), attention.qkv)
+    qkv = normalise_and_project(x, block.norm1, attention.qkv)
     q, k, v = qkv.chunk(3, dim=1)
     convolved = convolve_normalise_and_activate(v, attention.dwconv[0], attention.dwconv[1])
     if hasattr(attention, "attns"):

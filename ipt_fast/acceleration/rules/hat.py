@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
+from ._layers import normalise_and_project
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, inside, reason
-from .swin import attend, check_mlp, check_norm, check_window_attention, dense_bias, feed_forward, kept, project
+from .swin import attend, check_mlp, check_norm, check_window_attention, dense_bias, feed_forward, kept
 
 
 def _check_hybrid(block: Any) -> None:
@@ -52,8 +53,7 @@ def _check_overlapping(block: Any) -> None:
 
 def _overlapping(block: Any, x: Tensor, x_size: tuple[int, int], rpi: Tensor) -> Tensor:
     """The bias is read by the model's own index, whose rows before the first are counted from the end of the table."""
-    normed = F.layer_norm(x, block.norm1.normalized_shape, block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    q, k, v = project(normed, block.qkv, x_size).chunk(3, dim=1)
+    q, k, v = normalise_and_project(as_map(x, *x_size), block.norm1, block.qkv).chunk(3, dim=1)
     attended = ops.window_attention(
         q,
         k,
