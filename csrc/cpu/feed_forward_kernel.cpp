@@ -14,49 +14,13 @@
 #include "feed_forward_kernel.h"
 
 #include "depthwise.h"
+#include "feed_forward_layout.h"
 #include "hidden.h"
 #include "rows.h"
 #include "units.h"
 
 namespace ipt_fast::cpu {
 namespace {
-
-constexpr int64_t kTilePixels = 64;   // of one product of the expansion: the tile stays in the first cache
-constexpr int64_t kChunkPixels = 32;  // columns of the depthwise convolution that are done for all rows of a step
-constexpr int64_t kFilteredRow = kHiddenBlock + kChannelPad;  // a power of two would use a quarter of the cache's sets
-
-// Where the pieces of a thread's scratch memory begin; the offset behind the last one is its size.
-template <typename Value>
-struct ScratchLayout {
-    int64_t ring, rows, thirds, tile, filtered, sums, in, end;
-
-    explicit ScratchLayout(const FeedForwardParams& p) {
-        const int64_t width = p.strip_width() + 2 * p.radius(), channels = padded(p.channels);
-        const int64_t widest = channels > kHiddenBlock ? channels : kHiddenBlock,
-                      pixels = p.rows_per_step * p.strip_width(),
-                      ringed = p.form.convolves ? p.form.halves() * padded(p.hidden) : 0;
-        end = 0;
-        ring = add(ringed * p.slots() * width * sizeof(float));
-        rows = add(p.rows_per_step * width * channels * sizeof(Value));
-        thirds = add(splits(p) ? (p.rows_per_step * width + kThirdsRows) * split_pairs(p.channels) * sizeof(Pair) : 0);
-        tile = add((p.form.convolves ? kTilePixels : kPixels) * widest * sizeof(float));
-        filtered = add((p.form.convolves ? p.rows_per_step * kChunkPixels * kFilteredRow : kPixels * p.filtered_row()) *
-                       sizeof(Value));
-        sums = add(pixels * padded(p.out_channels) * sizeof(float));
-        in = add(p.form.halves() * p.slots() * sizeof(float*));
-    }
-
-    // Whether all blocks of hidden values are made of the same split rows (thirds.h).
-    static bool splits(const FeedForwardParams& p) {
-        return kMatrixUnit && sizeof(Value) == sizeof(float) && p.brgemm != nullptr;
-    }
-
-    int64_t add(int64_t bytes) {
-        const int64_t offset = end;
-        end += round_up(bytes, 64);
-        return offset;
-    }
-};
 
 // The output pixels of one strip of a band.
 template <typename T, typename Unit>
@@ -258,7 +222,7 @@ struct Share {
     // One row of what is projected, kLanes channels of a half. `in` and `second` are the rows of each half.
     void filter_row(const float* const* in, const float* const* second, int64_t channel, int64_t count,
                     Value* out) const {
-        const Rows<Value> target{out, kFilteredRow};
+        const Rows<Value> target{out, kFilteredRow<Value>};
         if (p.form.tail == Tail::convolved) {
             return convolve(in, channel, count, target);
         }
@@ -280,7 +244,7 @@ struct Share {
     void project(int64_t block, int64_t pixels, float* target) {
         const int64_t out = padded(p.out_channels);
         const auto* weight = static_cast<const float*>(p.packed_project) + block * p.project_floats();
-        unit.multiply({filtered, pixels, block_size(block), kFilteredRow}, weight,
+        unit.multiply({filtered, pixels, block_size(block), kFilteredRow<Value>}, weight,
                       {target, pixels, p.out_channels, out}, block > 0 ? Accumulate::yes : Accumulate::no);
     }
 
@@ -299,7 +263,7 @@ struct Share {
                     }
                 }
                 for (int64_t y = 0; y < last - first; ++y) {
-                    filter_row(in + y, in + under + y, channel, count, filtered + y * count * kFilteredRow + c);
+                    filter_row(in + y, in + under + y, channel, count, filtered + y * count * kFilteredRow<Value> + c);
                 }
             }
             project(block, (last - first) * count, sums + column * (last - first) * padded(p.out_channels));
@@ -353,7 +317,7 @@ struct Share {
     // Of pixels without a convolution: all blocks are projected at once.
     void transform() {
         load_input(0, 1);
-        const int64_t pixels = right - left, row = p.filtered_row();
+        const int64_t pixels = right - left, row = filtered_row<Value>(p);
         for (int64_t block = 0; block < p.blocks(); ++block) {
             expand_tile({rows, pixels, p.channels, padded(p.channels)}, 0, block,
                         [&](int64_t c) { return Rows<Value>{filtered + block * kHiddenBlock + c, row}; });

@@ -60,11 +60,6 @@ struct FeedForwardParams {
     // Floats that hold the packed weights of a block of hidden values and the channels on either side.
     IPT_FAST_INLINE int64_t expand_floats() const { return packed_floats(kHiddenBlock, channels); }
     IPT_FAST_INLINE int64_t project_floats() const { return packed_floats(out_channels, kHiddenBlock); }
-    // Values between two pixels' hidden values without a convolution: an odd number of cache lines in fp32, so that all
-    // sets of a cache are in use.
-    IPT_FAST_INLINE int64_t filtered_row() const {
-        return padded(hidden) / kChannelPad / 2 * 2 * kChannelPad + kChannelPad;
-    }
     IPT_FAST_INLINE int64_t slots() const { return rows_per_step + kernel - 1; }  // hidden rows that are kept
     // Strips begin at whole vectors of pixels.
     IPT_FAST_INLINE int64_t first_column(int64_t strip) const {
