@@ -57,6 +57,16 @@ OptionalTensor result_bias(const LayerArguments& a) {
     return a.project_bias.has_value() ? projected + *a.project_bias : projected;
 }
 
+// That of q. What the bias of k adds to the scores of a query is the same for all keys, and softmax takes it away,
+// unless it is not finite: then k - k makes all of it NaN.
+at::Tensor query_bias(const LayerArguments& a, int64_t channels) {
+    if (!a.qkv_bias.has_value()) {
+        return {};
+    }
+    const at::Tensor bias = a.qkv_bias->to(at::kFloat), of_k = bias.narrow(0, channels, channels);
+    return bias.narrow(0, 0, channels) + (of_k - of_k);
+}
+
 struct PackedAttentionLayer : PackedHeader {
     AttentionShape shape;
     ScoreBiases of_scores;  // without values
@@ -72,8 +82,7 @@ at::Tensor pack(Layer layer, const LayerArguments& a, const AttentionOptions& op
     const LayerNorm norm(a.qkv_weight, a.norm_weight, a.norm_bias, a.eps, a.centered);
     const LayerEpilogue epilogue(a.qkv_weight, result_bias(a), a.gate);
     const SpreadBiases biases(options, true);
-    const at::Tensor q_bias =
-        a.qkv_bias.has_value() ? a.qkv_bias->narrow(0, 0, channels).to(at::kFloat).contiguous() : at::Tensor();
+    const at::Tensor q_bias = query_bias(a, channels);
     const at::Tensor qkv = a.qkv_weight.flatten(1).contiguous(), project = a.project_weight.flatten(1).contiguous();
     AttentionLayerParams p{};
     p.dtype = dtype_of(qkv);

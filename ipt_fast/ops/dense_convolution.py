@@ -13,8 +13,9 @@ def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
 
     On the CPU by Winograd's minimal filtering (Lavin and Gray, CVPR 2016), whose 16 products do the work of 36, in
     float32; in bfloat16, where the processor multiplies it, and backward by PyTorch. With fewer than 32 channels on
-    either side PyTorch is as fast or faster. GPUs have no kernel of this operator: there, "auto" takes the reference,
-    which computes 16 bits in float32, so that F.conv2d is the function to call.
+    either side PyTorch is as fast or faster. On GPUs these convolutions stay cuDNN's, and there is no kernel of this
+    operator: there, "auto" takes the reference, which computes 16 bits in float32, so that F.conv2d is the function to
+    call.
 
     Args:
         x: (B, C, H, W), any floating dtype and strides.

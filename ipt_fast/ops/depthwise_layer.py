@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.depthwise_layer import ACTIVATIONS
-from . import _check, _cpu, _flops, _norm
+from . import _check, _cpu, _flops, _norm, _triton
 from ._operator import Operator, Shape
 
 
@@ -23,10 +23,9 @@ def depthwise_layer(
 ) -> Tensor:
     """GELU(DW(norm(x))), the convolutional branch of aggregation transformers (DAT, Chen et al., ICCV 2023).
 
-    There are kernels for CPUs; on GPUs the reference runs.
-
     Args:
-        x: (B, C, H, W), any floating dtype and strides; a part of the channels of a channels-last map is not copied.
+        x: (B, C, H, W), any floating dtype and strides; on the CPU a part of the channels of a channels-last map
+            is not copied.
         weight: (C, 1, K, K), K odd, dtype of ``x``.
         bias: (C,), dtype of ``x`` or float32, or None.
         norm_weight, norm_bias: (C,), or (B, C) of each image, of :func:`layer_norm_2d`; dtype of ``x`` or float32. The
@@ -66,3 +65,4 @@ _operator = Operator(
     flops=_operations,
 )
 _cpu.register(_operator)
+_triton.register(_operator, lambda weight: _triton.depthwise_limit(weight))

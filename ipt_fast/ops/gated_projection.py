@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from . import _check, _cpu, _flops, _norm
+from . import _check, _cpu, _flops, _norm, _triton
 from ._operator import Operator, Shape
 
 
@@ -20,11 +20,9 @@ def gated_projection(
 ) -> Tensor:
     """residual + PW(channel_gate * x + pixel_gate * other), the adaptive interaction of DAT (Chen et al., ICCV 2023).
 
-    There are kernels for CPUs; on GPUs the reference runs.
-
     Args:
         x: (B, C, H, W), any floating dtype and strides.
-        other: as ``x``. Parts of the channels of channels-last maps are not copied.
+        other: as ``x``. On the CPU parts of the channels of channels-last maps are not copied.
         channel_gate: (C,), or (B, C) of each image; dtype of ``x`` or float32.
         pixel_gate: (B, 1, H, W), dtype of ``x``.
         weight: (N, C, 1, 1), dtype of ``x``.
@@ -66,3 +64,4 @@ _operator = Operator(
     flops=_operations,
 )
 _cpu.register(_operator)
+_triton.register(_operator)

@@ -75,6 +75,17 @@ def test_what_runs_on_the_operator(shape, dtype, operator, bias):
     assert called.call_count == operator
 
 
+@pytest.mark.parametrize("channels", [31, 33])
+def test_a_map_of_other_channels_is_refused_as_by_pytorch(channels):
+    model, x = nn.Sequential(conv()), torch.randn(1, channels, 33, 34)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected input") as plain:
+        model(x)
+    assert accelerated_paths(model) == ["0"]
+    with torch.no_grad(), pytest.raises(RuntimeError) as found:
+        model(x)
+    assert str(found.value) == str(plain.value)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients(training):
     model = nn.Sequential(conv(), nn.ReLU(), conv(in_channels=40)).train(training)

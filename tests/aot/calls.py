@@ -19,6 +19,7 @@ WINDOWS = (
     (180, 6, (16, 16), (24, 24), 1),
     (180, 6, (24, 24), (12, 12), 2),
 )
+INTERACTIONS = (60, 180)  # channels of DAT-light and DAT
 MODULATED = (32, 384)  # widths at which layers have a norm and a gate of each image, and biases, too
 
 
@@ -63,6 +64,9 @@ def calls():
                 found |= _channel_attention(head * heads, heads, dtype, f"{head * heads} {label}")
         for channels, heads, window, keys, reduction in WINDOWS:
             found |= _window_attention(channels, heads, window, keys, reduction, dtype, label)
+        for width in INTERACTIONS:
+            found |= _depthwise_layer(width, dtype, label)
+            found |= _gated_projection(width, dtype, label)
         for width, heads, hidden in RESTORMER:
             found |= _channel_attention_layer(width, heads, dtype, f"{width} {label}")
             found |= _feed_forward_layer("gdfn", width, 2 * hidden, 3, dtype, label)
@@ -93,6 +97,25 @@ def _window_attention(width, heads, window, keys, reduction, dtype, label):
             "window_attention_layer",
             (q, _tensor(width), _tensor(width), *weights, table, *others, *layer, True, True),
         )
+    return found
+
+
+def _depthwise_layer(width, dtype, label):
+    x, weight, bias = _image(width, dtype), _tensor(width, 1, 3, 3, dtype=dtype), _tensor(width)
+    rest = "gelu", 1e-5, True
+    return {
+        f"depthwise_layer {width} {label}": ("depthwise_layer", (x, weight, bias, None, None, *rest)),
+        f"depthwise_layer norm {width} {label}": ("depthwise_layer", (x, weight, bias, bias, bias, *rest)),
+    }
+
+
+def _gated_projection(width, dtype, label):
+    found = {}
+    for name, batch in ((f"{width} {label}", 1), (f"each image {width} {label}", 2)):
+        x = _image(width, dtype, batch=batch)
+        gates = _tensor(width) if batch == 1 else _tensor(batch, width), _image(1, dtype, batch=batch)
+        arguments = (x, x, *gates, _tensor(width, width, 1, 1, dtype=dtype), _tensor(width), x)
+        found[f"gated_projection {name}"] = "gated_projection", arguments
     return found
 
 

@@ -31,6 +31,10 @@ SIZES = {
     "grid layer 336, modulated": ("grid_attention_layer/modulated", (3, 8, 9), {"heads": 8, "depth": 42, "grid": 8}),
     "leffn layer 84, modulated": ("leffn_layer/modulated", (2, 32, 29), {"channels": 84, "hidden": 336}),
     "leffn layer 168, modulated": ("leffn_layer/modulated", (3, 16, 16), {"channels": 168, "hidden": 672}),
+    "depthwise layer 180": ("depthwise_layer/no_norm", (2, 33, 45), {"channels": 180, "bias": True}),
+    "depthwise layer 120, norm": ("depthwise_layer", (1, 31, 40), {"channels": 120, "kernel": 5}),
+    "gated projection 60": ("gated_projection", (2, 33, 29), {"channels": 60, "outputs": 60}),
+    "gated projection 180": ("gated_projection/each_image", (3, 24, 32), {"channels": 180, "outputs": 180}),
 }
 
 

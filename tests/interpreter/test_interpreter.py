@@ -35,8 +35,11 @@ def test_parity_of_every_operator():
 
 
 def test_options_of_the_relatives():
-    no_kernel = "depthwise or wider or norm or pointwise"  # of depthwise_layer and pointwise_layer
-    assert run("tests/ops/test_relatives.py", "-k", f"fp32 and not ({no_kernel}) or views") == 18
+    assert run("tests/ops/test_relatives.py", "-k", "fp32 and not pointwise or view") == 22
+
+
+def test_tokens_too_short_to_be_normalised():
+    assert run("tests/ops/test_windows.py", "-k", "too_short") == 2
 
 
 def test_options_of_the_layers():

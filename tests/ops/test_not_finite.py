@@ -8,6 +8,7 @@ import torch
 import ipt_fast
 from ipt_fast import _extension
 from tests.ops.cases import IMAGE_CALLS, IMAGES, build
+from tests.ops.test_parity import runnable
 
 compiled = pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
 
@@ -48,6 +49,21 @@ def test_one_pixel_that_is_not_finite_on_triton(call, value):
     if reason := ipt_fast.explain(operator, **tensors, **options)[operator]["triton"]:
         pytest.skip(reason)
     check_one_pixel("triton", call, value)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("call", ["window_attention_layer", "grid_attention_layer/modulated"])
+def test_a_bias_of_q_k_or_v_that_is_not_finite(call, value):
+    """That of k, the same for all keys, is of no account to a softmax only as long as it is finite."""
+    operator, tensors, options = build(call, (1, 5, 6), torch.float32)
+    for index in range(0, 18, 6):
+        bias = tensors["qkv_bias"].clone()
+        bias[index + 4] = value
+        with_it = {**tensors, "qkv_bias": bias}
+        plain = on("reference", operator, with_it, options)
+        assert not plain.isfinite().any()
+        for backend in runnable(operator, with_it, options):
+            assert torch.equal(on(backend, operator, with_it, options).isnan(), plain.isnan()), (backend, index)
 
 
 @compiled

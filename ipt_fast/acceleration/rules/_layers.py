@@ -124,8 +124,9 @@ WINOGRAD = (torch.float32, torch.float16)  # dtypes of the operator's own kernel
 
 
 def _gains(x: Tensor, weight: Tensor) -> bool:
-    """Whether the operator is faster than PyTorch's convolution."""
-    large = x.dim() == 4 and min(weight.shape[:2]) >= LEAST_CHANNELS and x.numel() >= LEAST_PIXELS * x.shape[1]
+    """Whether the operator is faster than PyTorch's convolution, to which also falls what neither of them takes."""
+    fits = x.dim() == 4 and x.shape[1] == weight.shape[1]
+    large = fits and min(weight.shape[:2]) >= LEAST_CHANNELS and x.numel() >= LEAST_PIXELS * x.shape[1]
     on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     # The operator's gradients come together; PyTorch leaves out what nobody wants.
     all_or_none = not torch.is_grad_enabled() or x.requires_grad == weight.requires_grad
