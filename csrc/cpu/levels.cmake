@@ -25,7 +25,7 @@ endif()
 level(avx512_bf16 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq avx512vl ${dots}
       FLAGS ${dots_flag} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 
-level(amx PROCESSOR ${x86} LIKE avx512 MATRIX_UNIT)
+level(amx PROCESSOR ${x86} LIKE avx512_bf16 MATRIX_UNIT)
 
 level(neon PROCESSOR ${arm})
 

@@ -271,13 +271,14 @@ inline void round_values(const Unit&, float* values, int64_t count) {
 // fp32, and of bf16 where nothing multiplies pairs, vectors.
 template <typename Body>
 inline auto with_types(DType dtype, Brgemm brgemm, const Body& body) {
+    if constexpr (kMatrixUnit) {
+        if (dtype == DType::bf16 && brgemm != nullptr) {
+            return body(BFloat16{}, MatrixUnit{brgemm});
+        }
+    }
     if constexpr (kDots) {
         if (dtype == DType::bf16) {
             return body(BFloat16{}, DotUnit{});
-        }
-    } else if constexpr (kMatrixUnit) {
-        if (dtype == DType::bf16 && brgemm != nullptr) {
-            return body(BFloat16{}, MatrixUnit{brgemm});
         }
     }
     return with_type(dtype, [&](auto type) { return body(type, VectorUnit{brgemm}); });

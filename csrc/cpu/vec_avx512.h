@@ -6,7 +6,7 @@
 namespace ipt_fast::cpu {
 namespace {
 
-constexpr bool kMatrixUnit = true;  // of the level amx
+constexpr bool kMatrixUnit = false;
 
 }  // namespace
 }  // namespace ipt_fast::cpu

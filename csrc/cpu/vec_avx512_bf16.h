@@ -7,7 +7,7 @@
 namespace ipt_fast::cpu {
 namespace {
 
-constexpr bool kMatrixUnit = false;
+constexpr bool kMatrixUnit = true;  // of the level amx
 constexpr bool kDots = true;
 
 #if defined(__AVX512BF16__)

@@ -1,5 +1,4 @@
-// Pairs of bf16 at levels that have no instruction for them. Their products are not used but for tests; conversions
-// serve the matrix unit.
+// Pairs of bf16 at levels that have no instruction for them, which multiply none: what their code is made of.
 #pragma once
 
 #include "vec_types.h"
