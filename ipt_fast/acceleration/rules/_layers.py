@@ -102,13 +102,6 @@ def normalise_and_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> T
     return project(ops.layer_norm_2d(x, norm.weight, norm.bias, eps=norm.eps), linear)
 
 
-def project_and_activate(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """GELU(conv(x)) of a 1 x 1 convolution to many channels; channels-last."""
-    if x.device.type == "cpu":
-        return ops.pointwise_layer(x, conv.weight, conv.bias, activation="gelu")
-    return F.gelu(project(x, conv))
-
-
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """A convolution that keeps the size of a map, without a call of the module; of the layout that PyTorch's has."""
     if conv.groups == 1 and conv.kernel_size == (3, 3) and _gains(x, conv.weight):

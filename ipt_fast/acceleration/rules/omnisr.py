@@ -6,16 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ._layers import (
-    check_channel_norm,
-    convolve,
-    expect_depthwise,
-    expect_gelu,
-    expect_pointwise,
-    parts_below,
-    project,
-    project_and_activate,
-)
+from ._layers import check_channel_norm, convolve, expect_depthwise, expect_gelu, expect_pointwise, parts_below, project
 from ._rule import Rule, drops, expect, expect_type, pointwise, reason
 from .restormer import attend_to_channels, check_channel_attention, check_gated_feed_forward, feed_forward
 from .swin import check_norm
@@ -94,7 +85,7 @@ def _forward(block: Any, x: Tensor) -> Tensor:
 def _convolve(x: Tensor, net: Any) -> Tensor:
     """x + the inverted bottleneck, whose squeeze and excitation gates channels by their means."""
     expand, _, depthwise, _, excitation, last = net
-    y = F.gelu(convolve(project_and_activate(x, expand), depthwise))
+    y = F.gelu(convolve(F.gelu(project(x, expand)), depthwise))
     reduce, restore = (part.weight for part in excitation.gate if isinstance(part, nn.Linear))
     gate = F.linear(F.silu(F.linear(y.mean((2, 3)), reduce)), restore).sigmoid()
     return x + project(y * gate[..., None, None], last)
