@@ -227,7 +227,9 @@ class Operator:
         backend = _select.choose(self, args)
         with torch._C._ExcludeDispatchKeyGuard(VIEW_KEYS):
             outputs = _as_tuple(self.kernels[backend].forward(*args))
-            return backend, _as_returned([as_channels_last(out) if self.images else out.contiguous() for out in outputs])
+            return backend, _as_returned(
+                [as_channels_last(out) if self.images else out.contiguous() for out in outputs]
+            )
 
     def _fake_forward(self, *args: Any) -> Any:
         values, shapes = self._by_name(args), self.output_shape(*args)
