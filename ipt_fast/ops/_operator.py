@@ -210,7 +210,7 @@ class Operator:
     def _under_autocast(self, device: str, args: Arguments) -> Any:
         cast = [
             value if value is None or name not in self.cast else value.to(self._dtype_after_autocast(name, value))
-            for name, value in self._by_name(args).items()
+            for name, value in zip(self.arguments, args, strict=True)
         ]
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEY[device]):
             return self(*cast)
