@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ipt_fast
 from benchmarks import measure, relatives, results, rivals, roofline
 from benchmarks.relatives import INFERENCE, TRAINING
-from benchmarks.test_models import channels_last, check_parity, first, image, inference, training_step
+from benchmarks.test_models import channels_last, check_parity, first, frozen_inference, image, inference, training_step
 
 
 def by_autocast(model, inputs, dtype, **compiling):
@@ -42,7 +42,10 @@ def contenders(make, plain, inputs, dtype):
     ipt_fast.accelerate(accelerated, verify=False)
     calls, left_out = {}, {}
     last = [channels_last(t) for t in inputs]
-    calls["ipt_fast"] = make(accelerated.to(memory_format=torch.channels_last), last, dtype)
+    accelerated = accelerated.to(memory_format=torch.channels_last)
+    calls["ipt_fast"] = make(accelerated, last, dtype)
+    if make is inference:
+        calls["ipt_fast frozen"] = frozen_inference(accelerated, last, dtype)
     of_others = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     # Where the project's own code does not run in this dtype.
     of_others = by_autocast if make is inference and not runs(make(plain, inputs, dtype)) else make

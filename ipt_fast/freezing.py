@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import threading
 from collections.abc import Iterable
 from typing import Any, NoReturn, Self
@@ -13,17 +12,18 @@ from torch import Tensor, nn
 
 from . import _extension
 from ._precision import DTYPES, usable_dtype
-from .acceleration.accelerated import Accelerated
+from .acceleration.accelerated import Accelerated, accelerated_class, settled_class
+from .acceleration.accelerated import reason_against as reason_against_rule
+from .acceleration.rules._weights import remembering
 from .models.contract import Contract, attached_config, describe
 from .modules import _fusion
 from .modules._layer import Branch, Modulation, Norm, Residuals, reason_against_fusing
 from .modules.convolution import EMULATED, Conv2d
 from .modules.feed_forward import RepLeFFN, reason_against_merging, reparameterize
 from .modules.normalization import ModulatedLayerNorm2d
-from .ops import _cpu
 from .ops._explain import explain
-from .ops._operator import OPERATORS
-from .ops._select import policy, reason_against
+from .ops._packed import PackedOperator, computing_dtype, kernels_take
+from .ops._select import policy
 
 
 def freeze(model: nn.Module, dtype: torch.dtype | str | None = None) -> "Frozen":
@@ -210,46 +210,17 @@ def _dtype_of(parameters: Iterable[Tensor]) -> torch.dtype:
 # -- the packed form --------------------------------------------------------------------------------------------
 
 
-class _Packed:
-    """An operator with packed weights, of a layer with ``norm`` or of a branch; it casts its input as autocast does."""
-
-    def __init__(self, name: str, arguments: dict[str, Any], dtype: torch.dtype, norm: nn.Module | None = None) -> None:
-        self.norm, self._dtype = norm, dtype
-        self._run, self._block, self._inner = _cpu.pack(OPERATORS[name], arguments, dtype)
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether the operator would compute in this dtype now: a model may switch autocast in its forward."""
-        return _wanted_dtype(x) is self._dtype
-
-    def __call__(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
-        of_images = modulation or ()
-        if x.dtype is self._inner:
-            return self._run(x, self._block, *of_images)
-        return self._run(x.to(self._dtype).to(self._inner), self._block, *of_images).to(self._dtype)
-
-
-def _packed_layer(norm: Norm, branch: Branch, dtype: torch.dtype) -> _Packed | None:
+def _packed_layer(norm: Norm, branch: Branch, dtype: torch.dtype) -> PackedOperator | None:
     """The operator of a layer, packed; None where the kernels do not take what it needs."""
     modulation, given = None, set[str]()
     if isinstance(norm, ModulatedLayerNorm2d):  # each call brings what differs from image to image
         modulation = Modulation(*torch.ones(3, 1, branch.channels).unbind())
         given = {"norm_weight", "norm_bias", "gate"}
     arguments = branch.layer_arguments(norm, modulation)
-    if not _kernels_take(branch.layer_operator, branch.channels, arguments, dtype):
+    if not kernels_take(branch.layer_operator, branch.channels, arguments, dtype):
         return None
     packed = {name: value for name, value in arguments.items() if name not in given}
-    return _Packed(branch.layer_operator, packed, dtype, norm)
-
-
-def _kernels_take(name: str, channels: int, arguments: dict[str, Any], dtype: torch.dtype) -> bool:
-    call = inspect.signature(OPERATORS[name].function).bind(torch.empty(1, channels, 1, 1, dtype=dtype), **arguments)
-    call.apply_defaults()
-    return reason_against(OPERATORS[name], "cpu", tuple(call.arguments.values())) is None
-
-
-def _wanted_dtype(x: Tensor) -> torch.dtype:
-    autocast = torch.is_autocast_enabled("cpu") and x.dtype is not torch.float64
-    return torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    return PackedOperator(branch.layer_operator, packed, dtype, norm)
 
 
 # Packed modules are what they were, in class and attributes, and have another forward: models may read any of it.
@@ -264,10 +235,18 @@ class _Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.__dict__["packed"]
-        dtype = _wanted_dtype(x)
-        if dtype is not weight.dtype or not x.is_contiguous(memory_format=torch.channels_last):
+        dtype = computing_dtype(x)
+        if dtype is not weight.dtype or not _taken_for_channels_last(x):
             return super().forward(x)
         return F.conv2d(x.to(dtype), weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _taken_for_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch's convolution takes the layout of a map for channels-last, also in axes of size 1."""
+    if x.dim() != 4 or x.is_contiguous():  # maps of one channel or one pixel may have both layouts
+        return False
+    _, channels, height, width = x.shape
+    return x.stride() == (height * width * channels, 1, width * channels, channels)
 
 
 class _OwnConvolution(_Convolution, Conv2d):
@@ -276,7 +255,7 @@ class _OwnConvolution(_Convolution, Conv2d):
 
 class _FeedForward(RepLeFFN):
     def pack(self, dtype: torch.dtype) -> None:
-        self.__dict__["packed"] = _Packed("leffn", self.branch_arguments(), dtype)
+        self.__dict__["packed"] = PackedOperator("leffn", self.branch_arguments(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.__dict__["packed"]
@@ -290,7 +269,8 @@ def _packed_form(module: nn.Module, dtype: torch.dtype, known: dict[nn.Module, n
     """``module`` with packed layers in the place of those that can be packed; what has none in it is taken as it is."""
     if module not in known:
         known[module] = module  # a module may hold itself
-        known[module] = _packed_alone(module, dtype) or _with_packed_parts(module, dtype, known)
+        form = _packed_alone(module, dtype) or _settled(module, dtype, known)
+        known[module] = form or _with_packed_parts(module, dtype, known)
     return known[module]
 
 
@@ -300,7 +280,7 @@ def _packed_alone(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         return None
     if isinstance(module, RepLeFFN):
         packable = module.merged and not module.plain and module.changed_inside() is None
-        packable = packable and _kernels_take("leffn", module.channels, module.branch_arguments(), dtype)
+        packable = packable and kernels_take("leffn", module.channels, module.branch_arguments(), dtype)
     else:
         assert isinstance(module, nn.Conv2d)
         packable = dtype not in EMULATED and "_conv_forward" not in module.__dict__ and module.padding_mode == "zeros"
@@ -310,6 +290,22 @@ def _packed_alone(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     form.__class__ = _PACKED_CLASSES[type(module)]
     form.pack(dtype)  # type: ignore[operator]
     return form
+
+
+def _settled(module: nn.Module, dtype: torch.dtype, known: dict[nn.Module, nn.Module]) -> nn.Module | None:
+    """A copy of an accelerated module, whose parts remember what their weights give, or None where it is changed."""
+    if not isinstance(module, Accelerated) or type(module) is not accelerated_class(module.plain_class, module.rule):
+        return None
+    if "forward" in module.__dict__ or reason_against_rule(module) is not None:
+        return None
+    copies = {part: copy.copy(part) for part in (module, *module.rule.parts(module)) if known.get(part, part) is part}
+    known.update(copies)
+    for form in copies.values():
+        remembering(form)
+        children = form._modules.items()
+        form._modules = {name: child and _packed_form(child, dtype, known) for name, child in children}
+    copies[module].__class__ = settled_class(type(module))
+    return copies[module]
 
 
 def _with_packed_parts(module: nn.Module, dtype: torch.dtype, known: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -4,6 +4,7 @@ Wrappers that work by classes are left where they are: FSDP2's ``fully_shard`` a
 whichever came first, the accelerated class lies beneath and the plain one beneath that.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -37,6 +38,13 @@ class Accelerated(_fusion.Fusable):
         remember_parts(self, self.rule)
 
 
+class Settled(Accelerated):
+    """An accelerated module in a frozen model: nobody can change it any more, so that its parts are not asked."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rule.forward(self, *args, **kwargs)
+
+
 def reason_against(module: Accelerated) -> str | None:
     """Why the module's own forward has to run, or None."""
     if module.plain:
@@ -63,6 +71,13 @@ def accelerated_class(plain: type[nn.Module], rule: Rule) -> type[Accelerated]:
             _fusion.remember(known)
         _classes[plain, rule] = cls
     return _classes[plain, rule]
+
+
+@functools.cache
+def settled_class(accelerated: type[Accelerated]) -> type[Settled]:
+    """The class of a module of this class in a frozen model."""
+    names = {"__module__": accelerated.__module__, "__qualname__": accelerated.__qualname__}
+    return type(accelerated.__name__, (Settled, accelerated), names)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

@@ -14,6 +14,9 @@ _KEYS, _KeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
 AUTOCAST_KEYS = _KeySet(_KEYS.AutocastCPU) | _KeySet(_KEYS.AutocastCUDA)
 # With it excluded, tensors that a kernel makes as views of its own memory leave as tensors in their own right.
 VIEW_KEYS = _KeySet(_KEYS.ADInplaceOrView)
+# What the dispatcher looks at beside the tensors and autocast, without and within inference mode. Modes, transforms,
+# traces and fake tensors add keys of their own.
+_USUAL_KEYS = {keys.raw_repr() for keys in (_KeySet(_KEYS.BackendSelect) | VIEW_KEYS, _KeySet(_KEYS.BackendSelect))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,16 @@ class Kernel:
     forward: Callable[..., Tensor | tuple[Tensor, ...]]
     backward: Callable[..., Sequence[Tensor | None]]
     automatic: Callable[[Arguments], bool] = lambda args: True
+
+
+def unwatched() -> bool:
+    """Whether calls do nothing here but compute: nobody traces, transforms or records them, for gradients or otherwise.
+
+    Autocast may be on.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_function_stack():
+        return False
+    return torch._C._dispatch_tls_local_include_set().raw_repr() in _USUAL_KEYS
 
 
 def as_channels_last(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What every operator shares: schema, checks, backend selection, fake, autograd, autocast and FLOP formula."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,15 +12,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..reference._precision import Reference
 from . import _autograd, _select
-from ._kernel import AUTOCAST_KEYS, VIEW_KEYS, Arguments, Kernel, as_channels_last, autograd_recording
+from ._kernel import AUTOCAST_KEYS, VIEW_KEYS, Arguments, Kernel, as_channels_last, autograd_recording, unwatched
 
 __all__ = ["OPERATORS", "Arguments", "Kernel", "Operator", "Shape", "as_channels_last"]
 
 _library = torch.library.Library("ipt_fast", "DEF")
-AUTOCAST_DEVICES = ("cpu", "cuda")
+_AUTOCAST_KEY = {
+    device: torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    for device in ("cpu", "cuda")
+}
+AUTOCAST_DEVICES = tuple(_AUTOCAST_KEY)
 OPERATORS: dict[str, "Operator"] = {}
 
 Shape = Sequence[int]
+# Types of arguments that the dispatcher has nothing to do with, unlike subclasses of tensors and symbolic numbers.
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple}
 
 
 class Operator:
@@ -80,6 +87,9 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """The output, or a tuple of the outputs and of what is kept."""
+        # On a small map the dispatcher's ways through Python take longer than a kernel.
+        if args[0].is_cpu and unwatched() and _PLAIN_TYPES.issuperset(map(type, args)):
+            return self._under_autocast("cpu", args) if torch.is_autocast_enabled("cpu") else self._compute(args)[1]
         return self._forward_op(*args)
 
     def _by_name(self, args: Iterable[Any]) -> dict[str, Any]:
@@ -186,7 +196,8 @@ class Operator:
         torch.library.register_fake(f"ipt_fast::{backward_name}", self._fake_backward, lib=_library)
         _autograd.register(self, _library)
         for device in AUTOCAST_DEVICES:
-            _library.impl(self.name, self._autocast(device), f"Autocast{device.upper()}")
+            run = functools.partial(self._under_autocast, device)
+            _library.impl(self.name, lambda *args, run=run: run(args), f"Autocast{device.upper()}")
 
         register_flop_formula(getattr(torch.ops.ipt_fast, self.name))(
             lambda *shapes, out_shape=None, **kwargs: flops(*shapes)
@@ -196,28 +207,29 @@ class Operator:
             lambda *shapes, out_shape=None, **kwargs: 2 * flops(*shapes[first:last])
         )
 
-    def _autocast(self, device: str) -> Callable[..., Any]:
-        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-        def run(*args: Any) -> Any:
-            cast = [
-                value if value is None or name not in self.cast else value.to(self._dtype_after_autocast(name, value))
-                for name, value in self._by_name(args).items()
-            ]
-            with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return self._forward_op(*cast)
-
-        return run
+    def _under_autocast(self, device: str, args: Arguments) -> Any:
+        cast = [
+            value if value is None or name not in self.cast else value.to(self._dtype_after_autocast(name, value))
+            for name, value in zip(self.arguments, args, strict=True)
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEY[device]):
+            return self(*cast)
 
     # -- forward and backward -----------------------------------------------------------------------------------
 
     def _run_forward(self, *args: Any) -> Any:
+        backend, outputs = self._compute(args)
+        _autograd.remember(_as_tuple(outputs)[0], backend)
+        return outputs
+
+    def _compute(self, args: Arguments) -> tuple[str, Any]:
+        """(the backend that is chosen, what the operator returns)."""
         backend = _select.choose(self, args)
         with torch._C._ExcludeDispatchKeyGuard(VIEW_KEYS):
             outputs = _as_tuple(self.kernels[backend].forward(*args))
-            outputs = tuple([as_channels_last(out) if self.images else out.contiguous() for out in outputs])
-        _autograd.remember(outputs[0], backend)
-        return _as_returned(outputs)
+            return backend, _as_returned(
+                [as_channels_last(out) if self.images else out.contiguous() for out in outputs]
+            )
 
     def _fake_forward(self, *args: Any) -> Any:
         values, shapes = self._by_name(args), self.output_shape(*args)

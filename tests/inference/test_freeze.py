@@ -116,6 +116,23 @@ def test_modules_alone(module):
     assert torch.equal(ipt_fast.freeze(module)(x), plain(module, x))
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.rand(1, 1, 9, 15),
+        torch.rand(2, 24, 1, 1),
+        torch.rand(24, 9, 15),
+        torch.rand(1, 64 * 64, 24).transpose(1, 2).view(1, 24, 64, 64),  # its batch has the stride of one pixel
+        torch.rand(2, 24, 9, 1).contiguous(memory_format=torch.channels_last),
+    ],
+    ids=lambda x: "x".join(map(str, x.shape)),
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_of_maps(x, dtype):
+    conv = nn.Conv2d(x.shape[-3], 180, 3, padding=1)
+    assert torch.equal(ipt_fast.freeze(conv, dtype)(x), plain(conv, x, dtype))
+
+
 def test_what_is_changed_runs_as_it_is():
     model, seen = micro_model(), []
     model.reparameterize()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...modules import _fusion
 from ._rule import expect, pointwise
+from ._weights import of_weights
 
 # -- what is expected -------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ def mean_of_pixels(x: Tensor) -> Tensor:
 def convolve_normalise_and_activate(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """GELU(norm(conv(x))) of a pointwise or depthwise convolution.
 
-    With a batch norm in evaluation mode it is one convolution, whose weights are computed anew in every call.
+    With a batch norm in evaluation mode it is one convolution.
     """
     if norm.training:
         return F.gelu(norm(conv(x)))
@@ -144,6 +145,7 @@ def convolve_normalise_and_activate(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNo
     return ops.depthwise_layer(x, weight, bias)
 
 
+@of_weights
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that computes norm(conv(x)) with the norm's running statistics."""
     mean, variance = norm.running_mean, norm.running_var

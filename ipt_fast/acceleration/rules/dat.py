@@ -18,6 +18,7 @@ from ._layers import (
     project,
 )
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
+from ._weights import of_weights, run_layer
 from .swin import check_mlp, check_norm
 
 
@@ -62,7 +63,7 @@ def _check_windows(attention: Any) -> None:
 
 
 def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
-    attention, network = block.attn, block.ffn
+    attention = block.attn
     tokens = x
     x = as_map(tokens, *x_size)
     qkv = normalise_and_project(x, block.norm1, attention.qkv)
@@ -73,23 +74,25 @@ def _forward(block: Any, x: Tensor, x_size: tuple[int, int]) -> Tensor:
     else:
         attended = ops.channel_attention(q, k, v, attention.temperature, num_heads=attention.num_heads)
         x = _interact(attention, convolved, attended, x)
-    y = ops.feed_forward_layer(
-        x,
-        block.norm2.weight,
-        block.norm2.bias,
-        pointwise(network.fc1),
-        network.sg.conv.weight,
-        pointwise(network.fc2),
+    return as_tokens(run_layer(ops.feed_forward_layer, x, _feed_forward, block.ffn, block.norm2)).to(tokens.dtype)
+
+
+def _feed_forward(network: Any, norm: nn.LayerNorm) -> dict[str, Any]:
+    return dict(
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        expand_weight=pointwise(network.fc1),
+        depthwise_weight=network.sg.conv.weight,
+        project_weight=pointwise(network.fc2),
         form="sgfn",
         expand_bias=network.fc1.bias,
         depthwise_bias=network.sg.conv.bias,
         project_bias=network.fc2.bias,
         inner_weight=network.sg.norm.weight,
         inner_bias=network.sg.norm.bias,
-        eps=block.norm2.eps,
+        eps=norm.eps,
         inner_eps=network.sg.norm.eps,
     )
-    return as_tokens(y).to(tokens.dtype)
 
 
 def _attend_in_windows(attention: Any, qkv: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ def _attend_in_windows(attention: Any, qkv: Tensor) -> Tensor:
             q,
             k,
             v,
-            part.pos(part.rpe_biases),
+            _positions(part),
             num_heads=part.num_heads,
             window_size=(part.H_sp, part.W_sp),
             shift=shift,
@@ -117,6 +120,12 @@ def _attend_in_windows(attention: Any, qkv: Tensor) -> Tensor:
         )
         halves.append(out[..., :height, :width])
     return torch.cat(halves, dim=1)
+
+
+@of_weights
+def _positions(part: Any) -> Tensor:
+    """The table of relative positions."""
+    return part.pos(part.rpe_biases)
 
 
 def _interact(attention: Any, first: Tensor, second: Tensor, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ._layers import (
     project,
 )
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, pointwise, reason
+from ._weights import run_layer
 from .swin import check_norm
 
 
@@ -39,7 +40,8 @@ def _check(block: Any) -> None:
 
 def _forward(block: Any, x: Tensor, height: int, width: int) -> Tensor:
     branch = _attend_in_windows if block.btype == "spatial" else _attend_to_channels
-    return as_tokens(_feed_forward(branch(block, as_map(x, height, width)), block.n2, block.ffn)).to(x.dtype)
+    y = branch(block, as_map(x, height, width))
+    return as_tokens(run_layer(ops.feed_forward_layer, y, _feed_forward, block.ffn, block.n2)).to(x.dtype)
 
 
 def _attend_in_windows(block: Any, x: Tensor) -> Tensor:
@@ -55,40 +57,46 @@ def _attend_in_windows(block: Any, x: Tensor) -> Tensor:
         q, k, v = project(y, attention.qkv).chunk(3, dim=1)
         y = ops.window_attention(q, k, v, attention.bias, **heads)[..., : x.shape[2], : x.shape[3]]
         return x + torch.addcmul(convolved, project(y, attention.proj), gate)
-    y = ops.window_attention_layer(
-        x,
-        block.n1.weight,
-        block.n1.bias,
-        pointwise(attention.qkv),
-        pointwise(attention.proj),
-        attention.bias,
+    y = run_layer(ops.window_attention_layer, x, _window_attention, attention, block.n1, gate=gate.flatten(1))
+    return convolved.add_(y)  # nothing else reads it
+
+
+def _window_attention(attention: Any, norm: nn.LayerNorm) -> dict[str, Any]:
+    return dict(
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        qkv_weight=pointwise(attention.qkv),
+        project_weight=pointwise(attention.proj),
+        bias=attention.bias,
         qkv_bias=attention.qkv.bias,
         project_bias=attention.proj.bias,
-        gate=gate.flatten(1),
-        eps=block.n1.eps,
-        **heads,
+        num_heads=attention.nh,
+        window_size=attention.ws,
+        scale=attention.scale,
+        eps=norm.eps,
     )
-    return convolved.add_(y)  # nothing else reads it
 
 
 def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
     """x + attention + the convolution, whose pixels are gated by the attention."""
-    attention = block.attn
-    y = ops.channel_attention_layer(
-        x,
-        block.n1.weight,
-        block.n1.bias,
-        pointwise(attention.qkv),
-        None,
-        pointwise(attention.proj),
-        attention.temp,
+    y = run_layer(ops.channel_attention_layer, x, _channel_attention, block.attn, block.n1)
+    return torch.addcmul(x + y, _convolve(block, x), project(y, block.inter.sg[0]).sigmoid())
+
+
+def _channel_attention(attention: Any, norm: nn.LayerNorm) -> dict[str, Any]:
+    return dict(
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        qkv_weight=pointwise(attention.qkv),
+        depthwise_weight=None,
+        project_weight=pointwise(attention.proj),
+        temperature=attention.temp.flatten(),
         qkv_bias=attention.qkv.bias,
         project_bias=attention.proj.bias,
         num_heads=attention.nh,
-        eps=block.n1.eps,
+        eps=norm.eps,
         residual=False,
     )
-    return torch.addcmul(x + y, _convolve(block, x), project(y, block.inter.sg[0]).sigmoid())
 
 
 def _convolve(block: Any, x: Tensor) -> Tensor:
@@ -100,14 +108,13 @@ def _normalise(block: Any, x: Tensor) -> Tensor:
     return ops.layer_norm_2d(x, block.n1.weight, block.n1.bias, eps=block.n1.eps)
 
 
-def _feed_forward(x: Tensor, norm: nn.LayerNorm, network: Any) -> Tensor:
-    return ops.feed_forward_layer(
-        x,
-        norm.weight,
-        norm.bias,
-        pointwise(network.fc1),
-        network.smix.weight,
-        pointwise(network.fc2),
+def _feed_forward(network: Any, norm: nn.LayerNorm) -> dict[str, Any]:
+    return dict(
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        expand_weight=pointwise(network.fc1),
+        depthwise_weight=network.smix.weight,
+        project_weight=pointwise(network.fc2),
         form="leffn",
         expand_bias=network.fc1.bias,
         depthwise_bias=network.smix.bias,

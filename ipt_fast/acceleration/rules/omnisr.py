@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ... import ops
 from ._layers import check_channel_norm, convolve, expect_depthwise, expect_gelu, expect_pointwise, parts_below, project
 from ._rule import Rule, drops, expect, expect_type, pointwise, reason
+from ._weights import run_layer
 from .restormer import attend_to_channels, check_channel_attention, check_gated_feed_forward, feed_forward
 from .swin import check_norm
 
@@ -71,12 +72,11 @@ def _forward(block: Any, x: Tensor) -> Tensor:
     layers = block.layer
     size = _size(layers[1])
     y = _convolve(x, layers[0].fn)
-    y = ops.window_attention_layer(y, **_attention(layers[2]), window_size=size)
+    y = run_layer(ops.window_attention_layer, y, _window_attention, layers[2], size)
     y = feed_forward(y, layers[4].norm, layers[4].fn)
     y = attend_to_channels(y, layers[5].norm, layers[5].fn, window_size=size)
     y = feed_forward(y, layers[6].norm, layers[6].fn)
-    of_grids = _attention(layers[8])
-    y = ops.grid_attention_layer(y, bias_table=of_grids.pop("bias"), **of_grids, grid_size=size)
+    y = run_layer(ops.grid_attention_layer, y, _grid_attention, layers[8], size)
     y = feed_forward(y, layers[10].norm, layers[10].fn)
     y = attend_to_channels(y, layers[11].norm, layers[11].fn, dilation=size)
     return feed_forward(y, layers[12].norm, layers[12].fn).to(x.dtype)
@@ -91,6 +91,18 @@ def _convolve(x: Tensor, net: Any) -> Tensor:
     return x + project(y * gate[..., None, None], last)
 
 
+def _window_attention(layer: Any, size: int) -> dict[str, Any]:
+    return dict(**_attention(layer), bias=_positions(layer.fn), window_size=size)
+
+
+def _grid_attention(layer: Any, size: int) -> dict[str, Any]:
+    return dict(**_attention(layer), bias_table=_positions(layer.fn), grid_size=size)
+
+
+def _positions(attention: Any) -> Tensor | None:
+    return attention.rel_pos_bias.weight if attention.with_pe else None
+
+
 def _attention(layer: Any) -> dict[str, Any]:
     """Arguments of an operator for x + attention(norm(x)) in windows or grids."""
     norm, attention = layer.norm, layer.fn
@@ -101,7 +113,6 @@ def _attention(layer: Any) -> dict[str, Any]:
         "qkv_bias": attention.to_qkv.bias,
         "project_weight": pointwise(attention.to_out[0]),
         "project_bias": attention.to_out[0].bias,
-        "bias": attention.rel_pos_bias.weight if attention.with_pe else None,
         "num_heads": attention.heads,
         "eps": norm.eps,
     }

@@ -7,6 +7,7 @@ from torch import Tensor
 from ... import ops
 from ._layers import check_channel_norm, expect_depthwise, expect_pointwise, norm_of, parts_below
 from ._rule import Rule, expect, reason
+from ._weights import run_layer
 
 
 def check_channel_attention(attention: Any) -> None:
@@ -28,27 +29,36 @@ def heads_of(attention: Any) -> int:
     return attention.num_heads if hasattr(attention, "num_heads") else attention.heads
 
 
-def attend_to_channels(x: Tensor, norm: Any, attention: Any, **groups: Any) -> Tensor:
+def attend_to_channels(
+    x: Tensor, norm: Any, attention: Any, window_size: int | None = None, dilation: int | None = None
+) -> Tensor:
     """x + attention(norm(x)) of a map (B, C, H, W), among the channels of a group of pixels."""
-    return ops.channel_attention_layer(
-        x,
+    return run_layer(ops.channel_attention_layer, x, _attention, attention, norm, window_size, dilation)
+
+
+def _attention(attention: Any, norm: Any, window_size: int | None, dilation: int | None) -> dict[str, Any]:
+    return dict(
         **norm_of(norm),
         qkv_weight=attention.qkv.weight,
         depthwise_weight=attention.qkv_dwconv.weight,
         project_weight=attention.project_out.weight,
-        temperature=attention.temperature,
+        temperature=attention.temperature.flatten(),
         qkv_bias=attention.qkv.bias,
         depthwise_bias=attention.qkv_dwconv.bias,
         project_bias=attention.project_out.bias,
         num_heads=heads_of(attention),
-        **groups,
+        window_size=window_size,
+        dilation=dilation,
     )
 
 
 def feed_forward(x: Tensor, norm: Any, network: Any) -> Tensor:
     """x + network(norm(x)) of a map (B, C, H, W)."""
-    return ops.feed_forward_layer(
-        x,
+    return run_layer(ops.feed_forward_layer, x, _feed_forward, network, norm)
+
+
+def _feed_forward(network: Any, norm: Any) -> dict[str, Any]:
+    return dict(
         **norm_of(norm),
         expand_weight=network.project_in.weight,
         depthwise_weight=network.dwconv.weight,

@@ -8,6 +8,7 @@ from torch.nn.modules.normalization import LayerNorm
 
 from ... import ops
 from ._rule import Rule, as_map, as_tokens, drops, expect, expect_type, inside, pointwise, reason
+from ._weights import run_layer
 
 
 def check_norm(module: Any, name: str) -> None:
@@ -62,16 +63,18 @@ def attend(
     x: Tensor, norm: Any, attention: Any, shift: int, residual: bool = True, gate: Tensor | None = None
 ) -> Tensor:
     """x + gate * attention(norm(x)) in windows that begin at ``shift``, of a map (B, C, H, W)."""
-    return ops.window_attention_layer(
-        x,
-        norm.weight,
-        norm.bias,
-        pointwise(attention.qkv),
-        pointwise(attention.proj),
-        attention.relative_position_bias_table,
+    return run_layer(ops.window_attention_layer, x, _attention, attention, norm, shift, residual, gate=gate)
+
+
+def _attention(attention: Any, norm: Any, shift: int, residual: bool) -> dict[str, Any]:
+    return dict(
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        qkv_weight=pointwise(attention.qkv),
+        project_weight=pointwise(attention.proj),
+        bias=attention.relative_position_bias_table,
         qkv_bias=attention.qkv.bias,
         project_bias=attention.proj.bias,
-        gate=gate,
         num_heads=attention.num_heads,
         window_size=attention.window_size,
         shift=shift,
@@ -83,17 +86,19 @@ def attend(
 
 def feed_forward(x: Tensor, norm: Any, mlp: Any, gate: Tensor | None = None) -> Tensor:
     """x + gate * mlp(norm(x)) of a map (B, C, H, W)."""
-    return ops.feed_forward_layer(
-        x,
-        norm.weight,
-        norm.bias,
-        pointwise(mlp.fc1),
-        None,
-        pointwise(mlp.fc2),
+    return run_layer(ops.feed_forward_layer, x, _mlp, mlp, norm, gate=gate)
+
+
+def _mlp(mlp: Any, norm: Any) -> dict[str, Any]:
+    return dict(
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        expand_weight=pointwise(mlp.fc1),
+        depthwise_weight=None,
+        project_weight=pointwise(mlp.fc2),
         form="mlp",
         expand_bias=mlp.fc1.bias,
         project_bias=mlp.fc2.bias,
-        gate=gate,
         eps=norm.eps,
     )
 
