@@ -30,19 +30,6 @@ inline int64_t size_of(const LeffnBackwardParams& p) {
     return fixed ? fixed : p.kernel;
 }
 
-// begin <= i < end.
-struct Range {
-    int64_t begin, end;
-
-    Range(const Cut& cut, int64_t piece) : begin(cut.first(piece)), end(cut.first(piece + 1)) {}
-    Range(int64_t b, int64_t e) : begin(b), end(e) {}
-    int64_t size() const { return end - begin; }
-    // With `margin` on both sides, as far as it lies in 0 <= i < limit.
-    Range wider(int64_t margin, int64_t limit) const {
-        return {begin > margin ? begin - margin : 0, end + margin < limit ? end + margin : limit};
-    }
-};
-
 // The sweep of one thread over its tiles and chunks.
 template <typename T, typename Unit, int fixed>
 class Sweep {
