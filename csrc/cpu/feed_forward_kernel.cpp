@@ -111,6 +111,9 @@ struct Share {
         }
     }
 
+    // The matrix unit takes 32 rows at a time, vectors take six.
+    int64_t tile_pixels() const { return sizeof(Value) < sizeof(float) || thirds != nullptr ? kTilePixels : 48; }
+
     // The thirds of a pixel of `rows`.
     Pair* split_pixel(const Value* pixel) const {
         return thirds + (pixel - rows) / padded(p.channels) * split_pairs(p.channels);
@@ -165,8 +168,8 @@ struct Share {
             clear(size, row, 0, begin);
             clear(size, row, stop, width);
             const Value* source = rows + (y - first) * width * channels;
-            for (int64_t i = begin; i < stop; i += kTilePixels) {
-                const int64_t count = stop - i < kTilePixels ? stop - i : kTilePixels;
+            for (int64_t i = begin; i < stop; i += tile_pixels()) {
+                const int64_t count = stop - i < tile_pixels() ? stop - i : tile_pixels();
                 const Matrix<const Value> pixels{source + (i - begin) * channels, count, p.channels, channels};
                 expand_tile(pixels, half, block, [&](int64_t c) {
                     const int64_t group = c / kChannelPad * kChannelPad * p.slots() * width;

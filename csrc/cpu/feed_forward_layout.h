@@ -7,7 +7,7 @@
 namespace ipt_fast::cpu {
 namespace {
 
-// Of one product of the expansion: the tile stays in the first cache. The matrix unit takes 32 rows at a time.
+// Of one product of the expansion at most: the tile stays in the first cache.
 constexpr int64_t kTilePixels = 64;
 constexpr int64_t kChunkPixels = 32;  // columns of the depthwise convolution that are done for all rows of a step
 constexpr int64_t kLine = 64;         // bytes of a line of a cache

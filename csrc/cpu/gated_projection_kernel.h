@@ -6,7 +6,7 @@
 namespace ipt_fast::cpu {
 
 // Pixels are cut into blocks of this many.
-constexpr int64_t kGatedBlock = 64;
+constexpr int64_t kGatedBlock = 48;
 
 struct GatedProjectionParams {
     DType dtype;  // of all maps

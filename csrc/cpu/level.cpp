@@ -19,11 +19,15 @@ bool available(size_t level) {
     return kLevels[level].has_vectors() && (!kLevels[level].matrix_unit || has_matrix_unit());
 }
 
-// The level that IPT_FAST_CPU_ISA names, or the highest one.
+// The level that IPT_FAST_CPU_ISA names, or the highest one that needs no request.
 size_t highest_allowed() {
     const char* cap = std::getenv("IPT_FAST_CPU_ISA");
     if (cap == nullptr || *cap == '\0') {
-        return kCount - 1;
+        size_t level = kCount - 1;
+        while (kLevels[level].splits) {
+            --level;
+        }
+        return level;
     }
     std::string names;
     for (size_t level = 0; level < kCount; ++level) {

@@ -6,7 +6,8 @@
 # flags (FLAGS). The kernels are compiled for it with the vectors of vec_<name>.h.
 #
 # With LIKE, a level is not compiled: it has the kernels, and needs what they need, of another level above it in the
-# list. What it has beside them is a MATRIX_UNIT, which multiplies matrices of bfloat16.
+# list. What it has beside them is a MATRIX_UNIT, which multiplies matrices of bfloat16. With SPLITS it multiplies those
+# of float32, too (thirds.h), and is in use only where IPT_FAST_CPU_ISA asks for it.
 set(x86 "x86_64|AMD64")
 set(arm "aarch64|arm64")
 
@@ -26,6 +27,8 @@ level(avx512_bf16 PROCESSOR ${x86} NEEDS avx2 fma f16c avx512f avx512bw avx512dq
       FLAGS ${dots_flag} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 
 level(amx PROCESSOR ${x86} LIKE avx512_bf16 MATRIX_UNIT)
+
+level(amx_fp32 PROCESSOR ${x86} LIKE avx512_bf16 MATRIX_UNIT SPLITS)
 
 level(neon PROCESSOR ${arm})
 

@@ -83,6 +83,9 @@ Brgemm brgemm_of(DType dtype) {
     if (dtype == DType::bf16) {
         return emulated ? emulated_brgemm : multiply_on_tiles;
     }
+    if (!kLevels[level()].splits) {
+        return nullptr;
+    }
     return emulated ? emulated_thirds : multiply_thirds_on_tiles;
 }
 

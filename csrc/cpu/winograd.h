@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kSide = 4;                   // of a tile's pixels
 constexpr int64_t kPositions = kSide * kSide;  // products of a tile
-constexpr int64_t kTileBlock = 64;             // tiles of a block are a multiple, where there are so many
+constexpr int64_t kTileBlock = 48;             // tiles of a block are a multiple, where there are so many
 constexpr int64_t kBlockFloats = 128 << 10;    // all that a block keeps, in a second cache, of 512 KiB or more
 
 struct Winograd {
