@@ -304,7 +304,7 @@ def _settled(module: nn.Module, dtype: torch.dtype, known: dict[nn.Module, nn.Mo
         remembering(form)
         children = form._modules.items()
         form._modules = {name: child and _packed_form(child, dtype, known) for name, child in children}
-    copies[module].__class__ = settled_class(type(module))
+    copies[module].__class__ = settled_class(type(module))  # type: ignore[arg-type]  # classes are hashable
     return copies[module]
 
 

@@ -98,8 +98,8 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def normalise_and_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
     """A linear layer of the normalised channels of a map; channels-last."""
     if x.device.type == "cpu":
-        of_norm = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
-        return ops.pointwise_layer(x, pointwise(linear), linear.bias, **of_norm)
+        weight, bias = pointwise(linear), linear.bias
+        return ops.pointwise_layer(x, weight, bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
     return project(ops.layer_norm_2d(x, norm.weight, norm.bias, eps=norm.eps), linear)
 
 
