@@ -137,7 +137,7 @@ def model_operators(name, size, dtype_name, rounds=3):
     times, whole = collections.Counter(), 0.0
     for event in profiler.key_averages(group_by_input_shape=True):
         space, _, operator = event.key.partition("::")
-        if space == "ipt_fast":
+        if space == "ipt_fast_cpu":
             times[f"{operator} {'x'.join(map(str, event.input_shapes[0]))}"] += event.cpu_time_total
         elif event.key == "aten::conv2d":
             times["convolutions"] += event.cpu_time_total

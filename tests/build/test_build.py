@@ -70,14 +70,6 @@ print(_extension.isa(), ((out - reference).abs().max() / reference.abs().max()).
 
 
 @compiled
-def test_float32_on_the_matrix_unit_is_on_request():
-    script = "from ipt_fast import _extension; print(_extension.load() and _extension.isa())"
-    process = run(sys.executable, "-c", script, cwd=ROOT, IPT_FAST_CPU_ISA="")
-    levels = [level for level in torch.ops.ipt_fast_cpu.isa_levels() if level != "amx_fp32"]
-    assert process.stdout.strip() == levels[-1], process.stderr
-
-
-@compiled
 @pytest.mark.parametrize("page", ["backends", "install"])
 def test_the_docs_name_every_level(page):
     text = (ROOT / "docs" / f"{page}.md").read_text()
