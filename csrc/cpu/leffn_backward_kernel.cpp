@@ -351,7 +351,7 @@ class Sweep {
     const float* gate = nullptr;                                           // of the image
     Range rows{0, 0}, columns{0, 0}, near_rows{0, 0}, near_columns{0, 0};  // of the tile, and with its halo
     int64_t ring_begin = 0;                                                // an image row in the rings' first row
-    int64_t chunk = 0, first_channel = 0, width = 0;
+    int64_t chunk = 0, first_channel = 0, width = 0;                       // its channels: the first and how many
 };
 
 template <typename T, typename Unit>

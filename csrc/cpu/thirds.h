@@ -3,7 +3,7 @@
 // A value of fp32 is the sum of three of bf16, its thirds: the eight highest of its 24 bits, the eight in the middle
 // and the lowest eight. Cutting them off is exact. A product of two values is the sum of six products of their thirds,
 // of the large ones and of those in the middle: the three that are left out are smaller than the rounding of fp32. Six
-// products in bf16 take half of the time that one in fp32 takes.
+// products in bf16 take less time than one in fp32, if nobody else uses the unit.
 //
 // Thirds of less than 2^-126, the smallest normal number, are taken for zero: below 2^-110 values lose their last bits.
 // Where an operand is infinite, a product may be NaN where that of fp32 is infinite.
