@@ -18,7 +18,7 @@ from .acceleration.rules._weights import remembering
 from .models.contract import Contract, attached_config, describe
 from .modules import _fusion
 from .modules._layer import Branch, Modulation, Norm, Residuals, reason_against_fusing
-from .modules.convolution import EMULATED, Conv2d
+from .modules.convolution import EMULATED, Conv2d, taken_for_channels_last
 from .modules.feed_forward import RepLeFFN, reason_against_merging, reparameterize
 from .modules.normalization import ModulatedLayerNorm2d
 from .ops._explain import explain
@@ -236,17 +236,9 @@ class _Convolution(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.__dict__["packed"]
         dtype = computing_dtype(x)
-        if dtype is not weight.dtype or not _taken_for_channels_last(x):
+        if dtype is not weight.dtype or not taken_for_channels_last(x):
             return super().forward(x)
         return F.conv2d(x.to(dtype), weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-def _taken_for_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch's convolution takes the layout of a map for channels-last, also in axes of size 1."""
-    if x.dim() != 4 or x.is_contiguous():  # maps of one channel or one pixel may have both layouts
-        return False
-    _, channels, height, width = x.shape
-    return x.stride() == (height * width * channels, 1, width * channels, channels)
 
 
 class _OwnConvolution(_Convolution, Conv2d):

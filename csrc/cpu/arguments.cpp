@@ -9,6 +9,12 @@ namespace {
 
 constexpr uintptr_t kLargePage = 2 << 20;
 
+// Where a map has one image, the step to the next one has no meaning, and PyTorch leaves it at anything.
+bool has_strides(const at::Tensor& x, int64_t row, int64_t pixel) {
+    return (x.size(0) == 1 || x.stride(0) == x.size(2) * row) && x.stride(1) == 1 && x.stride(2) == row &&
+           x.stride(3) == pixel;
+}
+
 }  // namespace
 
 DType dtype_of(const at::Tensor& x) {
@@ -76,8 +82,7 @@ at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x) {
 }
 
 at::Tensor channels_last(const at::Tensor& x) {
-    const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
-    if (x.strides() == at::IntArrayRef({height * width * channels, 1, width * channels, channels})) {
+    if (has_strides(x, x.size(3) * x.size(1), x.size(1))) {
         return x;
     }
     at::Tensor copy = empty_channels_last(x.sizes(), x);
@@ -86,9 +91,8 @@ at::Tensor channels_last(const at::Tensor& x) {
 }
 
 at::Tensor with_pixels(const at::Tensor& x) {
-    const int64_t pixel = x.stride(3), row = x.size(3) * pixel;
-    const bool dense = pixel >= x.size(1) && x.strides() == at::IntArrayRef({x.size(2) * row, 1, row, pixel});
-    return dense ? x : channels_last(x);
+    const int64_t pixel = x.stride(3);
+    return pixel >= x.size(1) && has_strides(x, x.size(3) * pixel, pixel) ? x : channels_last(x);
 }
 
 at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size) {

@@ -35,6 +35,14 @@ class Conv2d(nn.Conv2d):
             return super()._conv_forward(x.float(), weight.float(), bias).to(dtype)
 
 
+def taken_for_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch's convolution takes the layout of a map for channels-last, also in axes of size 1."""
+    if x.dim() != 4 or x.is_contiguous():  # maps of one channel or one pixel may have both layouts
+        return False
+    _, channels, height, width = x.shape
+    return x.stride() == (height * width * channels, 1, width * channels, channels)
+
+
 def _loses_channels_last(x: Tensor) -> bool:
     """Whether PyTorch's shuffles of pixels would return a channels-last map in the other layout: only CPUs keep it."""
     return x.device.type != "cpu" and x.stride(1) == 1 and x.stride(3) == x.shape[1] > 1

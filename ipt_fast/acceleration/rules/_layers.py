@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...modules import _fusion
+from ...modules.convolution import EMULATED, taken_for_channels_last
+from ...ops._packed import computing_dtype
 from ._rule import expect, pointwise
-from ._weights import of_weights
+from ._weights import of_weights, remembers
 
 # -- what is expected -------------------------------------------------------------------------------------------
 
@@ -24,6 +26,12 @@ def expect_depthwise(size: int, **convolutions: Any) -> None:
     """Depthwise convolutions of size x size that keep the size of maps, by name."""
     for name, conv in convolutions.items():
         expect_no(name, _fusion.depthwise(conv, size))
+
+
+def expect_dense(**convolutions: Any) -> None:
+    """Dense 3 x 3 convolutions that keep the size of maps, by name."""
+    for name, conv in convolutions.items():
+        expect_no(name, _fusion.changed(conv) or _fusion.dense(conv))
 
 
 def expect_no(name: str, reason: str | None) -> None:
@@ -103,12 +111,27 @@ def normalise_and_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> T
     return project(ops.layer_norm_2d(x, norm.weight, norm.bias, eps=norm.eps), linear)
 
 
-def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A convolution that keeps the size of a map, without a call of the module; of the layout that PyTorch's has."""
+def convolve(x: Tensor, conv: nn.Conv2d, activation: str = "none") -> Tensor:
+    """A convolution that keeps the size of a map, without a call of the module; of the layout that PyTorch's has.
+
+    The activation behind it is "none" or "gelu", the exact one.
+    """
     if conv.groups == 1 and conv.kernel_size == (3, 3) and _gains(x, conv.weight):
-        y = ops.dense_convolution(x, conv.weight, conv.bias)
+        y = ops.dense_convolution(x, conv.weight, conv.bias, activation=activation)
         return y if 1 in (x.stride(1), conv.weight.stride(1)) else y.contiguous()
-    return F.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
+    weight, bias = conv.weight, conv.bias
+    if remembers(conv) and taken_for_channels_last(x) and (dtype := computing_dtype(x)) not in EMULATED:
+        weight, bias = of_channels_last(conv, dtype)
+        x = x.to(dtype)
+    y = F.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)  # type: ignore[arg-type]
+    return y if activation == "none" else F.gelu(y)
+
+
+@of_weights
+def of_channels_last(conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the dtype of products, the weight in the layout of channels-last maps."""
+    weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last, copy=True)
+    return weight, None if conv.bias is None else conv.bias.detach().to(dtype)
 
 
 # With fewer channels on either side, or on a smaller map, of which the weight's transformation would be a large part,
@@ -129,6 +152,8 @@ def _gains(x: Tensor, weight: Tensor) -> bool:
 
 def mean_of_pixels(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 1, 1)."""
+    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16):  # the mean of more would be that of a copy in float32
+        x = F.avg_pool2d(x, (1, x.shape[3]))
     return x.mean((2, 3), keepdim=True)
 
 

@@ -21,6 +21,11 @@ def _remembered(module: nn.Module) -> dict[Any, Any] | None:
     return values if values is not None and unwatched() else None
 
 
+def remembers(module: nn.Module) -> bool:
+    """Whether functions :func:`of_weights` of this module are computed once, as far as they are now."""
+    return _remembered(module) is not None
+
+
 def _remember(values: dict[Any, Any], key: Any, compute: Callable[[], Any]) -> Any:
     if key not in values:
         with torch.inference_mode(False), torch.no_grad():  # of use outside of inference mode, too
