@@ -4,15 +4,22 @@
 #include <ATen/ops/zeros.h>
 #include <sys/mman.h>
 
+#include <array>
+
 namespace ipt_fast::cpu {
 namespace {
 
 constexpr uintptr_t kLargePage = 2 << 20;
 
-// Where a map has one image, the step to the next one has no meaning, and PyTorch leaves it at anything.
-bool has_strides(const at::Tensor& x, int64_t row, int64_t pixel) {
-    return (x.size(0) == 1 || x.stride(0) == x.size(2) * row) && x.stride(1) == 1 && x.stride(2) == row &&
-           x.stride(3) == pixel;
+// x where its strides are these of a dense map; of a single image, whose step to the next one PyTorch leaves at
+// anything, a view with them; else nothing.
+OptionalTensor with_strides(const at::Tensor& x, int64_t row, int64_t pixel) {
+    const std::array<int64_t, 4> strides{x.size(2) * row, 1, row, pixel};
+    if (x.strides() == at::IntArrayRef(strides)) {
+        return x;
+    }
+    const bool fits = x.size(0) == 1 && x.strides().slice(1) == at::IntArrayRef(strides).slice(1);
+    return fits ? OptionalTensor(x.as_strided(x.sizes(), strides)) : std::nullopt;
 }
 
 }  // namespace
@@ -82,8 +89,8 @@ at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x) {
 }
 
 at::Tensor channels_last(const at::Tensor& x) {
-    if (has_strides(x, x.size(3) * x.size(1), x.size(1))) {
-        return x;
+    if (const OptionalTensor map = with_strides(x, x.size(3) * x.size(1), x.size(1))) {
+        return *map;
     }
     at::Tensor copy = empty_channels_last(x.sizes(), x);
     copy.copy_(x);
@@ -92,7 +99,8 @@ at::Tensor channels_last(const at::Tensor& x) {
 
 at::Tensor with_pixels(const at::Tensor& x) {
     const int64_t pixel = x.stride(3);
-    return pixel >= x.size(1) && has_strides(x, x.size(3) * pixel, pixel) ? x : channels_last(x);
+    const OptionalTensor map = pixel >= x.size(1) ? with_strides(x, x.size(3) * pixel, pixel) : std::nullopt;
+    return map.has_value() ? *map : channels_last(x);
 }
 
 at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size) {

@@ -87,8 +87,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dense_convolution_backward(const 
                                                                           std::string_view activation) {
     check(x, weight, bias);
     check_tensor(grad_, "grad", {x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
-    at::Tensor grad = with_range(grad_);
-    const at::Tensor images = with_range(x), taps = with_range(weight);
+    at::Tensor grad = channels_last(with_range(grad_));
+    const at::Tensor images = channels_last(with_range(x)), taps = with_range(weight);
     if (is_activated(activation)) {
         grad = at::gelu_backward(grad, convolve(images, taps, bias, false));
     }

@@ -38,6 +38,7 @@ SWINIR = dict(SWIN, window_size=8)
 LIGHT, MEDIUM = dict(SWINIR, embed_dim=60), dict(SWINIR, embed_dim=180)
 SR = dict(upscale=2, upsampler="pixelshuffle")
 HAT_S = dict(SWIN, embed_dim=144, window_size=16, overlap_ratio=0.5, compress_ratio=24, squeeze_factor=24)
+HAT = dict(SWIN, embed_dim=96, window_size=8, overlap_ratio=0.5, compress_ratio=3, squeeze_factor=24)
 RGT_S = dict(embed_dim=180, depth=(3,), num_heads=(6,), mlp_ratio=2, split_size=(8, 32), img_size=64)
 ATD_LIGHT = dict(
     embed_dim=48, depths=(2,), num_heads=(4,), window_size=16, category_size=128, num_tokens=64, reducted_dim=8,
@@ -66,6 +67,7 @@ MODELS = {
         _maker(SPANDREL, "SwinIR", **dict(LIGHT, img_size=8), ape=True, qkv_bias=False), ["SwinIR block"], (8, 8),
     ),
     "HAT-S": (_maker(SPANDREL, "HAT", **HAT_S, **SR), ["HAT hybrid block", "HAT overlapping block"], (15, 19)),
+    "HAT": (_maker(SPANDREL, "HAT", **HAT, **SR), ["HAT hybrid block", "HAT overlapping block"], (33, 38)),
     "DRCT": (
         _maker(SPANDREL, "DRCT", **dict(SWIN, depths=(6,)), embed_dim=180, window_size=16, gc=32, **SR),
         ["SwinIR block"], (16, 16),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ipt_fast
+from ipt_fast import _extension
 from tests.ops.cases import (
     CALLS,
     DEVICE,
@@ -246,6 +247,28 @@ def test_layouts(call, dtype, layout):
         for backend in runnable(operator, tensors, options):
             got = on_backend(backend, operator, moved, options, as_layout(grad, layout))
             assert_within_rule(got, truth, base)
+
+
+@pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+@pytest.mark.parametrize("call", IMAGE_CALLS)
+def test_the_step_behind_a_single_image_is_nobodys(call):
+    """Whatever stride an axis of one image has, the C++ kernels give the same bits and copy nothing more."""
+    operator, tensors, options = build(call, (1, 5, 7), torch.float32)
+    grad = as_layout(gradient_of_output(operator, tensors, options), "channels_last")
+    usual = {name: as_layout(value, "channels_last") if name in IMAGES else value for name, value in tensors.items()}
+    moved = {n: v.as_strided(v.shape, (3, *v.stride()[1:])) if n in IMAGES else v for n, v in usual.items()}
+    if "cpu" not in runnable(operator, tensors, options):
+        return
+    expected, copies = copies_of(on_backend, "cpu", operator, usual, options, grad)
+    got, copies_of_moved = copies_of(on_backend, "cpu", operator, moved, options, grad)
+    assert copies_of_moved == copies and all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def copies_of(function, *args):
+    """(what it returns, how many tensors it copied to others)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = function(*args)
+    return found, sum(event.count for event in profile.key_averages() if event.key == "aten::copy_")
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced", "transposed"])

@@ -152,7 +152,8 @@ def _gains(x: Tensor, weight: Tensor) -> bool:
 
 def mean_of_pixels(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 1, 1)."""
-    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16):  # the mean of more would be that of a copy in float32
+    # The mean of 16 bits over several axes is that of a copy in float32. A pool would keep the map for its gradient.
+    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not x.requires_grad:
         x = F.avg_pool2d(x, (1, x.shape[3]))
     return x.mean((2, 3), keepdim=True)
 
