@@ -4,22 +4,22 @@
 #include <ATen/ops/zeros.h>
 #include <sys/mman.h>
 
-#include <array>
-
 namespace ipt_fast::cpu {
 namespace {
 
 constexpr uintptr_t kLargePage = 2 << 20;
 
-// x where its strides are these of a dense map; of a single image, whose step to the next one PyTorch leaves at
-// anything, a view with them; else nothing.
-OptionalTensor with_strides(const at::Tensor& x, int64_t row, int64_t pixel) {
-    const std::array<int64_t, 4> strides{x.size(2) * row, 1, row, pixel};
-    if (x.strides() == at::IntArrayRef(strides)) {
+// x with these strides where its values lie so, else undefined. Strides of axes of size 1 say nothing.
+at::Tensor with_strides(const at::Tensor& x, at::IntArrayRef strides) {
+    if (x.strides() == strides) {
         return x;
     }
-    const bool fits = x.size(0) == 1 && x.strides().slice(1) == at::IntArrayRef(strides).slice(1);
-    return fits ? OptionalTensor(x.as_strided(x.sizes(), strides)) : std::nullopt;
+    for (int64_t axis = 0; axis < x.dim(); ++axis) {
+        if (x.size(axis) != 1 && x.stride(axis) != strides[axis]) {
+            return {};
+        }
+    }
+    return x.as_strided(x.sizes(), strides);
 }
 
 }  // namespace
@@ -89,8 +89,10 @@ at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x) {
 }
 
 at::Tensor channels_last(const at::Tensor& x) {
-    if (const OptionalTensor map = with_strides(x, x.size(3) * x.size(1), x.size(1))) {
-        return *map;
+    const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+    const at::Tensor same = with_strides(x, {height * width * channels, 1, width * channels, channels});
+    if (same.defined()) {
+        return same;
     }
     at::Tensor copy = empty_channels_last(x.sizes(), x);
     copy.copy_(x);
@@ -98,9 +100,9 @@ at::Tensor channels_last(const at::Tensor& x) {
 }
 
 at::Tensor with_pixels(const at::Tensor& x) {
-    const int64_t pixel = x.stride(3);
-    const OptionalTensor map = pixel >= x.size(1) ? with_strides(x, x.size(3) * pixel, pixel) : std::nullopt;
-    return map.has_value() ? *map : channels_last(x);
+    const int64_t pixel = x.stride(3), row = x.size(3) * pixel;
+    const at::Tensor same = pixel >= x.size(1) ? with_strides(x, {x.size(2) * row, 1, row, pixel}) : at::Tensor();
+    return same.defined() ? same : channels_last(x);
 }
 
 at::Tensor padded_parameter(const OptionalTensor& parameter, int64_t size) {

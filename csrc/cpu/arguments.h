@@ -39,11 +39,10 @@ int64_t attention_channels(const at::Tensor& qkv);
 // allows it, since the first touch of small ones takes as long as a copy.
 at::Tensor empty_channels_last(at::IntArrayRef shape, const at::Tensor& x);
 
-// x itself where its strides are exactly those of a channels-last map, a view that has them where only the step behind
-// a single image is another, else a copy.
+// x with exactly the strides of a channels-last map: its own memory where its values lie so, else a copy.
 at::Tensor channels_last(const at::Tensor& x);
 
-// The same where its channels are contiguous and its pixels equally far apart, as they are in a part of a wider
+// x's own memory where its channels are contiguous and its pixels equally far apart, as they are in a part of a wider
 // channels-last map; else a channels-last copy.
 at::Tensor with_pixels(const at::Tensor& x);
 inline Pixels pixels_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(3)}; }
