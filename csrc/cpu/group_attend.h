@@ -48,7 +48,7 @@ inline void list_pixels(const TokenGroups& groups, const Group& g, int64_t* list
         for (int64_t b = 0; b < g.columns.count; ++b) {
             const int64_t x = g.columns.first + b * g.columns.step;
             const bool inside = y >= 0 && y < height && x >= 0 && x < width;
-            *list++ = inside ? y * width + x : kNoPixel;
+            *list++ = !inside ? kNoPixel : groups.transposed ? x * height + y : y * width + x;
         }
     }
 }

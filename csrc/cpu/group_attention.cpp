@@ -64,12 +64,37 @@ at::Tensor dense_of(const at::Tensor& table, const AttentionOptions& o) {
     return table.index_select(0, index.flatten()).view({area(o.window), area(o.keys), o.num_heads}).permute({2, 0, 1});
 }
 
+// Whether biases are a table that is spread for every query and key: those of small windows stay in a cache.
+bool is_spread(const AttentionOptions& o) {
+    constexpr int64_t kSmall = 64 * 64;
+    return is_table(*o.bias) && area(o.window) * area(o.keys) <= kSmall;
+}
+
+// The same attention of transposed maps, with a table of biases.
+AttentionOptions transposed(AttentionOptions o) {
+    const auto [rows, columns] = offsets(o);
+    for (auto* const sizes : {&o.window, &o.keys, &o.shift}) {
+        std::swap((*sizes)[0], (*sizes)[1]);
+    }
+    o.bias = o.bias->reshape({rows, columns, o.num_heads}).transpose(0, 1).reshape({rows * columns, o.num_heads});
+    return o;
+}
+
+void transpose(TokenGroups& groups) {
+    std::swap(groups.vertical, groups.horizontal);
+    groups.transposed = true;
+}
+
 // What a call has beside its maps, as the kernels read it.
 struct Call {
     Call(GroupAttention& p, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& o,
-         bool spread_tables)
-        : biases((check(q, k, v, o), o), spread_tables) {
+         bool forward)
+        : down((check(q, k, v, o), forward && runs_down(o))), biases(down ? transposed(o) : o, forward) {
         set_groups(p, o, q, k);
+        if (down) {
+            transpose(p.queries);
+            transpose(p.keys);
+        }
         p.bias = biases.params;
         if (o.temperature.has_value()) {
             temperature = o.temperature->to(at::kFloat).contiguous();
@@ -84,7 +109,12 @@ struct Call {
         check_tensor(v, "v", k.sizes(), q);
         check_attention(o, q, q.size(1));
     }
+    // Whether tokens are taken down the windows: vectors read biases where these lie in a table, along its rows.
+    static bool runs_down(const AttentionOptions& o) {
+        return o.bias.has_value() && is_table(*o.bias) && !is_spread(o) && o.window[0] > o.window[1];
+    }
 
+    bool down;
     SpreadBiases biases;
     at::Tensor temperature;
 };
@@ -156,18 +186,16 @@ void set_groups(GroupAttention& p, const AttentionShape& o, const at::Tensor& qu
         of_keys[axis] = TokenAxis::windows(key_size, inner, o.shift[axis] / reduction, margin);
         beyond = beyond || margin > 0;
     }
-    p.queries = {of_queries[0], of_queries[1], false};
-    p.keys = {of_keys[0], of_keys[1], beyond};
+    p.queries = {of_queries[0], of_queries[1], false, false};
+    p.keys = {of_keys[0], of_keys[1], beyond, false};
 }
 
 SpreadBiases::SpreadBiases(const AttentionOptions& o, bool spread_tables) {
     if (!o.bias.has_value()) {
         return;
     }
-    // Those of small windows stay in a cache; those of large ones are read from the table.
-    constexpr int64_t kSmall = 64 * 64;
     const bool table = is_table(*o.bias);
-    const bool spread = !table || (spread_tables && area(o.window) * area(o.keys) <= kSmall);
+    const bool spread = !table || (spread_tables && is_spread(o));
     params = spread ? dense_layout(o) : table_layout(o);
     values = at::zeros({o.num_heads, params.size}, at::kFloat);
     const auto [rows, columns] = offsets(o);

@@ -1,7 +1,8 @@
 // Attention inside groups of pixels of maps of queries, keys and values, at the level it is compiled for.
 //
-// An item is one head of one group: its pixels are gathered from the maps, attention runs on them in the first and
-// second cache (group_attend.h), and the result goes straight back to its pixels. The maps are read once, but for
+// An item is one head of one group: its pixels are gathered from the maps, together with those of other items where
+// heads are narrow, attention runs on them in the first and second cache (group_attend.h), and the result goes straight
+// back to its pixels. The maps are read once, but for
 // windows of keys that overlap, and the output is written once: 4 * channels values a pixel; 4 * keys * channels FLOP
 // and keys * heads exponentials a pixel.
 #include "group_attend.h"
@@ -30,34 +31,40 @@ void forward(const GroupAttentionParams& p, const Unit& unit, int64_t begin, int
     ScratchStack scratch{memory};
     int64_t* const query_list = reinterpret_cast<int64_t*>(scratch.take(list_size(p.queries)));
     int64_t* const key_list = reinterpret_cast<int64_t*>(scratch.take(list_size(p.keys)));
-    float* const for_q = scratch.take(queries_size(p));
-    float *const for_k = scratch.take(keys_size(p)), *const for_v = scratch.take(keys_size(p));
+    float* const for_q = scratch.take(gathered_size(p, p.queries));
+    float *const for_k = scratch.take(gathered_size(p, p.keys)), *const for_v = scratch.take(gathered_size(p, p.keys));
     const int64_t channels = channels_of(p), depth = p.depth;
-    for (int64_t item = begin; item < end; ++item) {
-        const int64_t head = item % p.heads;
+    for (int64_t item = begin, heads; item < end; item += heads) {
+        const int64_t first = item % p.heads, rest = p.heads - first < end - item ? p.heads - first : end - item;
+        heads = rest < heads_at_once(p) ? rest : heads_at_once(p);
         const GroupPair g(p, item / p.heads);
         const int64_t image = g.image(p), queries = g.queries.tokens(), keys = g.keys.tokens();
         list_pixels(p.queries, g.queries, query_list);
         list_pixels(p.keys, g.keys, key_list);
-        const auto of_head = [&](const Pixels& map, const TokenGroups& groups, const int64_t* list, int64_t count) {
-            const T* const first = static_cast<const T*>(map.data) + image * groups.pixels() * map.stride;
-            return ListedPixels<const T>{first + head * depth, map.stride, list, count};
+        const auto of_heads = [&](const Pixels& map, const TokenGroups& groups, const int64_t* list, int64_t count) {
+            const T* const of_image = static_cast<const T*>(map.data) + image * groups.pixels() * map.stride;
+            return ListedPixels<const T>{of_image + first * depth, map.stride, list, count};
         };
-        const Matrix q{for_q, depth, padded(queries), padded(queries)};
-        const Matrix k{for_k, depth, padded(keys), padded(keys)}, v{for_v, depth, padded(keys), padded(keys)};
-        load_columns(of_head(p.q, p.queries, query_list, queries), q);
-        load_columns(of_head(p.k, p.keys, key_list, keys), k);
-        load_columns(of_head(p.v, p.keys, key_list, keys), v);
-        if (p.temperature == nullptr) {
-            scale_rows(q, nullptr, p.scale * kLog2E);
-        } else {
-            normalize_columns(q, p.temperature[head] * kLog2E);
-            normalize_columns(k, 1.0f);
+        const int64_t rows = heads * depth;
+        const Matrix all_q{for_q, rows, padded(queries), padded(queries)};
+        const Matrix all_k{for_k, rows, padded(keys), padded(keys)}, all_v{for_v, rows, padded(keys), padded(keys)};
+        load_columns(of_heads(p.q, p.queries, query_list, queries), all_q);
+        load_columns(of_heads(p.k, p.keys, key_list, keys), all_k);
+        load_columns(of_heads(p.v, p.keys, key_list, keys), all_v);
+        for (int64_t i = 0; i < heads; ++i) {
+            const Matrix q = all_q.slice(i * depth, depth), k = all_k.slice(i * depth, depth),
+                         v = all_v.slice(i * depth, depth);
+            if (p.temperature == nullptr) {
+                scale_rows(q, nullptr, p.scale * kLog2E);
+            } else {
+                normalize_columns(q, p.temperature[first + i] * kLog2E);
+                normalize_columns(k, 1.0f);
+            }
+            attend(p, unit, g, first + i, {q.data, depth, queries, q.stride}, {k.data, depth, keys, k.stride},
+                   {v.data, depth, keys, v.stride}, q, scratch);
         }
-        attend(p, unit, g, head, {for_q, depth, queries, q.stride}, {for_k, depth, keys, k.stride},
-               {for_v, depth, keys, v.stride}, q, scratch);
-        T* const out = static_cast<T*>(p.out) + image * p.queries.pixels() * channels + head * depth;
-        store_columns(q, ListedPixels<T>{out, channels, query_list, queries},
+        T* const out = static_cast<T*>(p.out) + image * p.queries.pixels() * channels + first * depth;
+        store_columns(all_q, ListedPixels<T>{out, channels, query_list, queries},
                       [](Vec value, int64_t, int64_t, int64_t) { return value; });
     }
 }

@@ -16,7 +16,8 @@ constexpr int64_t kChunk = 64, kKeyBlock = 128;
 // groups lie side by side.
 struct TokenGroups {
     TokenAxis vertical, horizontal;
-    bool whole;  // what a group would have beyond the border is part of it, as a pixel of zeros
+    bool whole;       // what a group would have beyond the border is part of it, as a pixel of zeros
+    bool transposed;  // rows are the map's columns
 
     IPT_FAST_INLINE int64_t count() const { return vertical.groups * horizontal.groups; }
     IPT_FAST_INLINE int64_t pixels() const { return vertical.size * horizontal.size; }
@@ -89,6 +90,9 @@ namespace {
 
 inline int64_t channels_of(const GroupAttention& p) { return p.heads * p.depth; }
 
+// Heads whose pixels are gathered at once: narrow ones fill vectors together.
+inline int64_t heads_at_once(const GroupAttention& p) { return p.depth < kChannelPad ? 2 * kChannelPad / p.depth : 1; }
+
 // Floats of a list of a group's pixels.
 inline int64_t list_size(const TokenGroups& groups) { return 2 * padded(groups.most()); }
 
@@ -99,13 +103,19 @@ inline int64_t chunk_size(const GroupAttention& p) { return kChunk * padded(p.de
 inline int64_t queries_size(const GroupAttention& p) { return padded(p.queries.most()) * padded(p.depth); }
 inline int64_t keys_size(const GroupAttention& p) { return padded(p.keys.most()) * padded(p.depth); }
 
+// Floats of the rows of heads that are gathered at once.
+inline int64_t gathered_size(const GroupAttention& p, const TokenGroups& groups) {
+    return padded(groups.most()) * padded(heads_at_once(p) * p.depth);
+}
+
 // What `attend` needs.
 inline int64_t attention_size(const GroupAttention& p) {
     return 3 * kChunk * kKeyBlock + 2 * chunk_size(p) + 2 * keys_size(p);
 }
 
 inline int64_t scratch_size(const GroupAttentionParams& p) {
-    return list_size(p.queries) + list_size(p.keys) + queries_size(p) + 2 * keys_size(p) + attention_size(p);
+    return list_size(p.queries) + list_size(p.keys) + gathered_size(p, p.queries) + 2 * gathered_size(p, p.keys) +
+           attention_size(p);
 }
 
 inline int64_t scratch_size(const GroupAttentionGradients& p) {

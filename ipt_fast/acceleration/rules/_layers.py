@@ -166,9 +166,11 @@ def convolve_normalise_and_activate(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNo
     if norm.training:
         return F.gelu(norm(conv(x)))
     weight, bias = folded(conv, norm)
-    if conv.kernel_size == (1, 1):
-        return F.gelu(_project(x, weight, bias))
-    return ops.depthwise_layer(x, weight, bias)
+    if conv.kernel_size != (1, 1):
+        return ops.depthwise_layer(x, weight, bias)
+    if x.device.type == "cpu":
+        return ops.pointwise_layer(x, weight, bias, activation="gelu")
+    return F.gelu(_project(x, weight, bias))
 
 
 @of_weights

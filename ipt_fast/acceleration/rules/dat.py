@@ -12,6 +12,7 @@ from ._layers import (
     expect_depthwise,
     expect_pointwise,
     expect_sequence,
+    folded,
     mean_of_pixels,
     normalise_and_project,
     parts_below,
@@ -130,14 +131,28 @@ def _positions(part: Any) -> Tensor:
 
 def _interact(attention: Any, first: Tensor, second: Tensor, x: Tensor) -> Tensor:
     """x + the projection of ``first``, its channels gated by ``second``, plus ``second``, its pixels by ``first``."""
-    _, *of_channels = attention.channel_interaction
-    channels = _gate(mean_of_pixels(second), *of_channels)
-    pixels = _gate(first, *attention.spatial_interaction)
+    channels = _gate_of_channels(second, *attention.channel_interaction)
+    pixels = _gate_of_pixels(first, *attention.spatial_interaction)
     proj = attention.proj
-    return ops.gated_projection(first, second, channels.flatten(1), pixels, pointwise(proj), proj.bias, x)
+    return ops.gated_projection(first, second, channels, pixels, pointwise(proj), proj.bias, x)
 
 
-def _gate(x: Tensor, reduce: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.GELU, last: nn.Conv2d) -> Tensor:
+def _gate_of_channels(
+    x: Tensor, pool: nn.Module, reduce: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.GELU, last: nn.Conv2d
+) -> Tensor:
+    """(B, C, H, W) -> (B, C)."""
+    if norm.training:
+        hidden = convolve_normalise_and_activate(mean_of_pixels(x), reduce, norm).flatten(1)
+    else:
+        weight, bias = folded(reduce, norm)
+        hidden = F.gelu(F.linear(x.mean((2, 3)), weight.flatten(1), bias))
+    return F.linear(hidden, last.weight.flatten(1), last.bias).sigmoid()
+
+
+def _gate_of_pixels(
+    x: Tensor, reduce: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.GELU, last: nn.Conv2d
+) -> Tensor:
+    """(B, C, H, W) -> (B, 1, H, W)."""
     return project(convolve_normalise_and_activate(x, reduce, norm), last).sigmoid()
 
 
