@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ipt_fast
+from ipt_fast import _extension
 from tests.ops.cases import CALLS, assert_within_rule, baseline, cast, exact
 from tests.ops.test_parity import gradient_of_output, on_backend, runnable
 
@@ -11,6 +12,9 @@ LONG = {"window": (5, 13), "heads": 1}  # more tokens than a block of Triton's
 # name: (call, shape, fields)
 CASES = {
     "a long window": ("window_attention", (1, 4, 7), {**LONG, "shift": (3, 0), "cosine": True}),
+    "a tall window of narrow heads": (
+        "window_attention", (1, 18, 6), {"window": (17, 4), "heads": 3, "depth": 5, "shift": (6, 1)},
+    ),
     "many keys beyond the border": ("window_attention/overlapping", (1, 5, 3), {"keys": (10, 8), "heads": 1}),
     "overlapping keys of cosine attention": ("window_attention/overlapping", (1, 5, 3), {"cosine": True}),
     "fewer keys": ("window_attention", (1, 6, 4), {"window": (4, 4), "shift": (2, 2), "reduction": 2}),
@@ -52,6 +56,20 @@ def test_views_of_one_map():
         truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
         for backend in runnable(operator, tensors, options)[1:]:
             assert_within_rule(on_backend(backend, operator, views, options, grad), truth, base)
+
+
+@pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
+def test_strides_that_say_nothing():
+    """A map whose batch of one image has a stride of its own is read where it lies."""
+    x, weight = torch.randn(1, 32, 5, 6).to(memory_format=torch.channels_last), torch.randn(32, 32, 1, 1)
+    same = x.as_strided(x.shape, (7, *x.stride()[1:]))
+    with ipt_fast.use_backend("cpu"), torch.no_grad():
+        expected = ipt_fast.ops.pointwise_layer(x, weight, residual=x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = ipt_fast.ops.pointwise_layer(same, weight, residual=same)
+    assert torch.equal(found, expected)
+    names = {event.name for event in profile.events()}
+    assert "ipt_fast_cpu::pointwise_layer" in names and "aten::copy_" not in names
 
 
 @pytest.mark.parametrize("call", ["depthwise_layer", "pointwise_layer", "pointwise_layer/no_norm"])

@@ -149,9 +149,7 @@ def _gate_of_channels(
     return F.linear(hidden, last.weight.flatten(1), last.bias).sigmoid()
 
 
-def _gate_of_pixels(
-    x: Tensor, reduce: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.GELU, last: nn.Conv2d
-) -> Tensor:
+def _gate_of_pixels(x: Tensor, reduce: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.GELU, last: nn.Conv2d) -> Tensor:
     """(B, C, H, W) -> (B, 1, H, W)."""
     return project(convolve_normalise_and_activate(x, reduce, norm), last).sigmoid()
 
