@@ -99,6 +99,12 @@ at::Tensor padded_halves(const at::Tensor& values, int64_t halves) {
     return out;
 }
 
+at::Tensor unpadded_halves(const at::Tensor& values, int64_t size, int64_t halves) {
+    at::DimVector shape(values.sizes());
+    shape[0] = halves * size;
+    return values.unflatten(0, {halves, padded(size)}).narrow(1, 0, size).reshape(shape);
+}
+
 void FeedForwardWeights::check() const {
     const int64_t channels = input_channels(expand, "expand_weight"), halves = form.halves();
     TORCH_CHECK_VALUE(expand.size(0) % halves == 0, "expand_weight must have an even number of outputs; got ",
@@ -145,7 +151,7 @@ void add_output_biases(FeedForwardGradients& gradients, const at::Tensor& sums, 
     if (w.project_bias.has_value()) {
         gradients.project_bias = grad_bias;
     }
-    if (w.depthwise_bias.has_value()) {
+    if (w.depthwise_bias.has_value() && w.form.tail == Tail::convolved) {
         gradients.depthwise_bias = at::mv(wide(w.project).flatten(1).t(), grad_bias);
         gradients.project.flatten(1).add_(grad_bias.outer(wide(*w.depthwise_bias)));
     }

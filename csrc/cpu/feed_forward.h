@@ -32,6 +32,8 @@ struct FeedForwardWeights {
 
 // What belongs to hidden channels, along the first axis, with each half padded to kChannelPad with zeros.
 at::Tensor padded_halves(const at::Tensor& values, int64_t halves);
+// The inverse, with `size` channels in each half.
+at::Tensor unpadded_halves(const at::Tensor& values, int64_t size, int64_t halves);
 
 // The gradients of a network's input and, in fp32, of its arguments; empty where there is none.
 struct FeedForwardGradients {
@@ -42,9 +44,9 @@ struct FeedForwardGradients {
     static at::Tensor empty() { return at::empty({0}, at::kFloat); }
 };
 
-// Of leffn: the gradients of norm(x) and of the arguments of gate * network(norm(x)).
-FeedForwardGradients leffn_gradients(const at::Tensor& grad, const at::Tensor& x, const FeedForwardWeights& w,
-                                     const OptionalTensor& gate, const Norm& norm);
+// Of leffn and gdfn: the gradients of norm(x) and of the arguments of gate * network(norm(x)).
+FeedForwardGradients convolved_gradients(const at::Tensor& grad, const at::Tensor& x, const FeedForwardWeights& w,
+                                         const OptionalTensor& gate, const Norm& norm);
 
 // The same without a convolution.
 FeedForwardGradients mlp_gradients(const at::Tensor& grad, const at::Tensor& x, const FeedForwardWeights& w,

@@ -1,5 +1,6 @@
-// The backward of feed_forward_layer. Without a convolution, or with nothing behind it, a kernel does all of it.
-// Otherwise it goes from map to map, of which it makes what it needs again and keeps no more than a few.
+// The backward of feed_forward_layer. Without a convolution, with nothing behind it, or with a product of its halves, a
+// kernel does all of it. Otherwise it goes from map to map, of which it makes what it needs again and keeps no more
+// than a few.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -86,11 +87,9 @@ class Maps {
     // The gradient of the convolved map takes its place.
     ParameterGradients backward_of_tail(const at::Tensor& grad, const OptionalTensor& gate) {
         const at::Tensor projected = new_map(hidden_, w_.hidden());
-        const bool halves = form_.convolved_halves() == 2;
-        const Channels first = halves ? half_of(convolved_, 0) : all_of(first_);
-        const Channels convolved = halves ? half_of(convolved_, 1) : all_of(convolved_);
         for_pixels(kernels_.tail,
-                   TailParams{dtype_, form_.tail, w_.hidden(), first, convolved, all_of(upstream_), all_of(projected)},
+                   TailParams{dtype_, form_.tail, w_.hidden(), all_of(first_), all_of(convolved_), all_of(upstream_),
+                              all_of(projected)},
                    hidden_);
         return pointwise_gradients(grad, projected, w_.project, w_.project_bias, gate);
     }
@@ -156,14 +155,9 @@ FeedForwardWeights padded_network(const FeedForwardWeights& w) {
     return out;
 }
 
-// The inverse of padded_halves for a gradient; nothing of one that is empty.
+// The same for a gradient; nothing of one that is empty.
 at::Tensor unpadded(const at::Tensor& gradient, int64_t size, int64_t halves) {
-    if (gradient.numel() == 0) {
-        return gradient;
-    }
-    at::DimVector shape(gradient.sizes());
-    shape[0] = halves * size;
-    return gradient.unflatten(0, {halves, padded(size)}).narrow(1, 0, size).reshape(shape);
+    return gradient.numel() == 0 ? gradient : unpadded_halves(gradient, size, halves);
 }
 
 FeedForwardGradients gradients_by_maps(const at::Tensor& grad, const at::Tensor& input, const FeedForwardWeights& w,
@@ -208,9 +202,9 @@ Gradients feed_forward_layer_backward(const at::Tensor& grad_, const at::Tensor&
          wide(inner_bias),
          inner_eps};
     FeedForwardGradients g;
-    if (w.form.tail == Tail::convolved) {
+    if (w.form.tail == Tail::convolved || w.form.tail == Tail::activated_gate) {
         const LayerNorm norm(x, norm_weight, norm_bias, eps, centered);
-        g = (w.form.convolves ? leffn_gradients : mlp_gradients)(grad, x, w, wide(gate), norm.params);
+        g = (w.form.convolves ? convolved_gradients : mlp_gradients)(grad, x, w, wide(gate), norm.params);
     } else {
         const at::Tensor input = layer_norm_2d(x, norm_weight, norm_bias, eps, centered);
         g = gradients_by_maps(channels_last(grad), input, w, wide(gate));

@@ -47,22 +47,18 @@ void tail(const TailParams& p, int64_t begin, int64_t end) {
         const Vec sum = load(convolved, n), grad = load(upstream, n);
         Vec value, slope;
         switch (p.tail) {
-            case Tail::convolved:
-                return store(projected, sum, n), store(convolved, grad, n);
             case Tail::activated:
                 gelu_with_slope(sum, value, slope);
                 return store(projected, value, n), store(convolved, grad * slope, n);
             case Tail::added:
                 gelu_with_slope(sum, value, slope);
                 return store(projected, load(first, n) + value, n), store(convolved, grad * slope, n);
-            case Tail::activated_gate:
-                gelu_with_slope(load(first, n), value, slope);
-                store(projected, value * sum, n);
-                return store(first, grad * sum * slope, n), store(convolved, grad * value, n);
             case Tail::gate:
                 value = load(first, n);
                 store(projected, value * sum, n);
                 return store(convolved, grad * value, n), store(upstream, grad * sum, n);
+            default:  // those of feed_forward_backward_kernel.h
+                __builtin_unreachable();
         }
     });
 }

@@ -24,8 +24,7 @@ struct TailParams {
     DType dtype;  // of all maps
     Tail tail;
     int64_t channels;
-    // c of the first half (Tail::activated_gate), or what is not convolved (Tail::added, Tail::gate).
-    Channels first;
+    Channels first;      // what is not convolved (Tail::added, Tail::gate)
     Channels convolved;  // c, of the second half where there are two
     Channels upstream;   // the gradient of what is projected
     Channels projected;

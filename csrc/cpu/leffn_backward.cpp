@@ -1,5 +1,5 @@
-// The backward of leffn and leffn_layer: checks, work partition, registration. The arithmetic is in
-// leffn_backward_kernel.cpp.
+// The backward of leffn and leffn_layer: checks, registration; and of the networks that are convolved at once: work
+// partition. The arithmetic is in feed_forward_backward_kernel.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mv.h>
@@ -10,8 +10,8 @@
 #include <tuple>
 
 #include "feed_forward.h"
+#include "feed_forward_backward_kernel.h"
 #include "layer_norm_2d.h"
-#include "leffn_backward_kernel.h"
 #include "level.h"
 #include "matrix_unit.h"
 #include "work_space.h"
@@ -48,10 +48,10 @@ int64_t groups(int64_t shares, int64_t chunks, int64_t threads) {
 
 }  // namespace
 
-FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& x_, const FeedForwardWeights& w,
-                                     const OptionalTensor& gate_, const Norm& norm) {
+FeedForwardGradients convolved_gradients(const at::Tensor& grad_, const at::Tensor& x_, const FeedForwardWeights& w,
+                                         const OptionalTensor& gate_, const Norm& norm) {
     const at::Tensor x = channels_last(x_), grad = channels_last(grad_), grad_x = empty_channels_last(x.sizes(), x);
-    LeffnBackwardParams p{};
+    FeedForwardBackwardParams p{};
     p.dtype = dtype_of(x);
     p.brgemm = brgemm_of(p.dtype);
     p.x = x.const_data_ptr();
@@ -61,15 +61,17 @@ FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& 
     p.channels = x.size(1);
     p.height = x.size(2);
     p.width = x.size(3);
-    p.hidden = w.expand.size(0);
+    p.halves = w.form.halves();
+    p.hidden = padded(w.hidden());
     p.out_channels = w.project.size(0);
     p.kernel = w.depthwise.size(3);
     p.norm = norm;
-    const int64_t channels = padded(p.channels), hidden = padded(p.hidden), taps = p.kernel * p.kernel;
+    const int64_t channels = padded(p.channels), hidden = p.halves * p.hidden, taps = p.kernel * p.kernel;
 
-    const at::Tensor expand = padded_matrix(w.expand.flatten(1), hidden, channels);
-    const at::Tensor project = padded_matrix(w.project.flatten(1), p.out_channels, hidden);
-    const at::Tensor depthwise = padded_matrix(w.depthwise.flatten(1).t(), taps, hidden);
+    const auto of_halves = [&](const at::Tensor& values) { return padded_halves(wide(values), p.halves); };
+    const at::Tensor expand = padded_matrix(of_halves(w.expand.flatten(1)), hidden, channels);
+    const at::Tensor project = padded_matrix(w.project.flatten(1), p.out_channels, p.hidden);
+    const at::Tensor depthwise = of_halves(w.depthwise.flatten(1)).t().contiguous();
     const at::Tensor flipped = depthwise.flip(0);
     p.expand = expand.const_data_ptr<float>();
     p.project = project.const_data_ptr<float>();
@@ -79,7 +81,7 @@ FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& 
     p.tile_rows = Cut::at_most(p.height, kTileRows);
     p.tile_columns = Cut::at_most(p.width, kTileColumns);
     p.band_rows = std::clamp<int64_t>(kBand / p.tile_columns.largest(), 1, p.tile_rows.largest());
-    p.chunks = Cut::at_most(hidden / kChannelPad, kChunk / kChannelPad);
+    p.chunks = Cut::at_most(p.hidden / kChannelPad, kChunk / kChannelPad);
     const int64_t weights = expand.numel() + project.numel() + depthwise.numel();
     const int64_t tiles = p.tiles();
     const int64_t most = std::clamp<int64_t>(kShareBytes / (weights * sizeof(float)), 1, kShares);
@@ -88,19 +90,26 @@ FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& 
     p.groups = {p.chunks.count, groups(p.shares.count, p.chunks.count, threads)};
 
     const at::Tensor grad_expand = at::zeros({p.shares.count, hidden, channels}, at::kFloat);
-    const at::Tensor grad_project = at::zeros({p.shares.count, p.out_channels, hidden}, at::kFloat);
+    const at::Tensor grad_project = at::zeros({p.shares.count, p.out_channels, p.hidden}, at::kFloat);
     const at::Tensor grad_depthwise = at::zeros({p.shares.count, taps, hidden}, at::kFloat);
     p.grad_expand = grad_expand.mutable_data_ptr<float>();
     p.grad_project = grad_project.mutable_data_ptr<float>();
     p.grad_depthwise = grad_depthwise.mutable_data_ptr<float>();
 
     const int64_t out = padded(p.out_channels);
-    at::Tensor expand_bias, gate, grad_expand_bias, grad_gate, grad_sums;
+    at::Tensor expand_bias, depthwise_bias, gate, grad_expand_bias, grad_depthwise_bias, grad_gate, grad_sums;
     if (w.expand_bias.has_value()) {
-        expand_bias = padded_parameter(w.expand_bias, hidden);
+        expand_bias = of_halves(*w.expand_bias);
         grad_expand_bias = at::zeros({p.shares.count, hidden}, at::kFloat);
         p.expand_bias = expand_bias.const_data_ptr<float>();
         p.grad_expand_bias = grad_expand_bias.mutable_data_ptr<float>();
+    }
+    const bool ends_convolved = w.form.tail == Tail::convolved;  // and the bias goes on to the output
+    if (w.depthwise_bias.has_value() && !ends_convolved) {
+        depthwise_bias = of_halves(*w.depthwise_bias);
+        grad_depthwise_bias = at::zeros({p.shares.count, hidden}, at::kFloat);
+        p.depthwise_bias = depthwise_bias.const_data_ptr<float>();
+        p.grad_depthwise_bias = grad_depthwise_bias.mutable_data_ptr<float>();
     }
     if (gate_.has_value()) {
         check_of_images(*gate_, "gate", x);
@@ -110,7 +119,7 @@ FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& 
         p.gate_stride = stride_of_images(gate);
         p.grad_gate = grad_gate.mutable_data_ptr<float>();
     }
-    if (w.depthwise_bias.has_value() || w.project_bias.has_value()) {
+    if ((w.depthwise_bias.has_value() && ends_convolved) || w.project_bias.has_value()) {
         grad_sums = at::empty({tiles, out}, at::kFloat);
         p.grad_sums = grad_sums.mutable_data_ptr<float>();
     }
@@ -121,11 +130,11 @@ FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& 
         p.partial_grad_x = partial.mutable_data_ptr<float>();
     }
 
-    const LeffnBackwardScratch layout(p);
+    const FeedForwardBackwardScratch layout(p);
     WorkSpace space;
-    const int64_t packed_expand = space.add(p.chunks.count * p.expand_floats() * sizeof(float));
+    const int64_t packed_expand = space.add(p.chunks.count * p.halves * p.expand_floats() * sizeof(float));
     const int64_t packed_project = space.add(p.chunks.count * p.project_floats() * sizeof(float));
-    const int64_t packed_transposed = space.add(p.chunks.count * p.transposed_floats() * sizeof(float));
+    const int64_t packed_transposed = space.add(p.chunks.count * p.halves * p.transposed_floats() * sizeof(float));
     const int64_t scratch_size = round_up(layout.size * sizeof(float), 64);
     const int64_t scratch = space.add(threads * scratch_size);
     space.allocate();
@@ -133,7 +142,7 @@ FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& 
     p.packed_project = space.at<float>(packed_project);
     p.packed_transposed = space.at<float>(packed_transposed);
 
-    const LeffnBackwardKernels& kernel = kernels_in_use<LeffnBackwardKernels>();
+    const FeedForwardBackwardKernels& kernel = kernels_in_use<FeedForwardBackwardKernels>();
     at::parallel_for(0, p.chunks.count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; ++chunk) {
             kernel.pack(p, chunk);
@@ -149,18 +158,18 @@ FeedForwardGradients leffn_gradients(const at::Tensor& grad_, const at::Tensor& 
     if (p.groups.count > 1) {
         grad_x.copy_(partial.sum(0).permute({0, 3, 1, 2}));
     }
-    const auto gradient = [](const at::Tensor& shares, const at::Tensor& weight, bool transposed) {
-        const at::Tensor sum = shares.size(0) == 1 ? shares.select(0, 0) : shares.sum(0);
-        const at::Tensor matrix = (transposed ? sum.t() : sum).narrow(0, 0, weight.size(0));
-        return matrix.narrow(1, 0, weight.numel() / weight.size(0)).contiguous().view(weight.sizes());
-    };
+    const auto sum = [](const at::Tensor& shares) { return shares.size(0) == 1 ? shares[0] : shares.sum(0); };
+    const auto unpad = [&](const at::Tensor& values) { return unpadded_halves(values, w.hidden(), p.halves); };
     FeedForwardGradients gradients;
     gradients.x = grad_x;
-    gradients.expand = gradient(grad_expand, w.expand, false);
-    gradients.depthwise = gradient(grad_depthwise, w.depthwise, true);
-    gradients.project = gradient(grad_project, w.project, false);
+    gradients.expand = unpad(sum(grad_expand)).narrow(1, 0, p.channels).contiguous().view(w.expand.sizes());
+    gradients.depthwise = unpad(sum(grad_depthwise).t()).contiguous().view(w.depthwise.sizes());
+    gradients.project = sum(grad_project).narrow(1, 0, w.hidden()).contiguous().view(w.project.sizes());
     if (w.expand_bias.has_value()) {
-        gradients.expand_bias = grad_expand_bias.sum(0).narrow(0, 0, p.hidden);
+        gradients.expand_bias = unpad(sum(grad_expand_bias));
+    }
+    if (grad_depthwise_bias.defined()) {
+        gradients.depthwise_bias = unpad(sum(grad_depthwise_bias));
     }
     // Sums over tiles, of each image.
     const int64_t of_image = p.tile_rows.count * p.tile_columns.count;
@@ -195,7 +204,7 @@ NetworkGradients leffn_backward(const at::Tensor& grad, const at::Tensor& x, con
     const FeedForwardWeights w{expand_weight, depthwise_weight, project_weight,
                                expand_bias,   depthwise_bias,   project_bias};
     check_gradient(grad, x, w);
-    const FeedForwardGradients g = leffn_gradients(grad, x, w, {}, {});
+    const FeedForwardGradients g = convolved_gradients(grad, x, w, {}, {});
     return {g.x, g.expand, g.depthwise, g.project, g.expand_bias, g.depthwise_bias, g.project_bias};
 }
 
@@ -216,7 +225,7 @@ LayerGradients leffn_layer_backward(const at::Tensor& grad_, const at::Tensor& x
     const LayerNorm norm(x, wide(norm_weight), wide(norm_bias), eps, centered);
     const FeedForwardWeights w{with_range(expand_weight), with_range(depthwise_weight), with_range(project_weight),
                                wide(expand_bias),         wide(depthwise_bias),         wide(project_bias)};
-    const FeedForwardGradients g = leffn_gradients(grad, x, w, wide(gate), norm.params);
+    const FeedForwardGradients g = convolved_gradients(grad, x, w, wide(gate), norm.params);
     const auto [grad_x, grad_weight, grad_bias] =
         layer_norm_2d_backward(g.x, x, wide(norm_weight), wide(norm_bias), eps, centered);
     grad_x.add_(grad);

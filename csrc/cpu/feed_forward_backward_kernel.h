@@ -1,4 +1,4 @@
-// The backward of leffn and leffn_layer, framework-free: raw pointers and sizes.
+// The backward of feed-forward networks that are convolved, framework-free: raw pointers and sizes.
 #pragma once
 
 #include "kernels.h"
@@ -14,35 +14,41 @@ struct Cut {
     IPT_FAST_INLINE int64_t largest() const { return (total + count - 1) / count; }
 };
 
-struct LeffnBackwardParams {
+// Of Tail::convolved, behind a GELU, or of Tail::activated_gate. What belongs to hidden channels is [halves][padded
+// hidden], but of the projection, which has one half.
+struct FeedForwardBackwardParams {
     DType dtype;  // of x, grad and grad_x
     Brgemm brgemm;
     const void* x;     // channels-last, as grad and grad_x
     const void* grad;  // of the output
     void* grad_x;
-    int64_t batch, height, width, channels, hidden, out_channels, kernel;
+    int64_t batch, height, width, channels, out_channels, kernel;
+    int64_t halves, hidden;                     // of Tail::activated_gate 2, else 1; padded channels of one
     Norm norm;                                  // of x's pixels, in front of the network
-    const float* expand_bias;                   // padded hidden; nullptr: there is none
+    const float *expand_bias, *depthwise_bias;  // nullptr: there is none; that of Tail::convolved is left to the caller
     const float* gate;                          // padded out_channels, what the output is multiplied by; nullptr: 1
     int64_t gate_stride;                        // as in Norm
-    const float *expand, *project, *depthwise;  // [padded hidden][padded channels], [out][padded hidden], [taps][same]
+    const float *expand, *project, *depthwise;  // [hidden][padded channels], [out][hidden], [taps][hidden]
     const float* flipped;                       // the taps of `depthwise` in reverse order
-    // Written by `pack`, of every chunk: the right operands of the products with x, with grad and with the gradient of
-    // h; where a chunk's begin, expand_floats() and so on apart.
+    // Written by `pack`, of every chunk, but for the projection's of every half of it: the right operands of the
+    // products with x, with grad and with the gradient of h; expand_floats() and so on apart.
     float *packed_expand, *packed_project, *packed_transposed;
 
     Cut tile_rows, tile_columns;  // image rows and columns -> tiles
     int64_t band_rows;            // rows of a tile that go through the convolution together
     Cut shares;                   // tiles of all images -> shares, each with its own sums of the weights' gradients
-    Cut chunks;                   // hidden channels in units of kChannelPad -> chunks
+    Cut chunks;                   // hidden channels of a half in units of kChannelPad -> chunks
     Cut groups;                   // chunks -> groups, each with its own sum of grad_x
     float *grad_expand, *grad_project, *grad_depthwise;  // zeroed: [shares][shape of expand, project, depthwise]
     float* partial_grad_x;                               // [groups][batch, height, width, channels] if groups.count > 1
-    float* grad_expand_bias;                             // zeroed, [shares][padded hidden]; nullptr: not wanted
+    float *grad_expand_bias, *grad_depthwise_bias;       // zeroed, [shares][hidden]; nullptr: not wanted
     float* grad_gate;  // if there is a gate, [groups][tiles][padded out]: without the biases behind the GELU
     float* grad_sums;  // [tiles][padded out], the sum of grad over a tile's pixels; nullptr: not wanted
 
-    IPT_FAST_INLINE int64_t most_channels() const { return chunks.largest() * kChannelPad; }  // of a chunk
+    IPT_FAST_INLINE int64_t most_channels() const { return chunks.largest() * kChannelPad; }  // of a half of a chunk
+    IPT_FAST_INLINE int64_t reach() const { return kernel / 2; }                              // of the convolution
+    // What a tile reads beside it: its gradient comes through the convolution, and with a gate needs the convolved map.
+    IPT_FAST_INLINE int64_t margin() const { return halves * reach(); }
     IPT_FAST_INLINE int64_t expand_floats() const { return packed_floats(most_channels(), channels); }
     IPT_FAST_INLINE int64_t project_floats() const { return packed_floats(most_channels(), out_channels); }
     IPT_FAST_INLINE int64_t transposed_floats() const { return packed_floats(channels, most_channels()); }
@@ -66,46 +72,47 @@ struct Range {
 };
 
 // Where the pieces of one thread's scratch begin, in floats.
-struct LeffnBackwardScratch {
-    int64_t chunk;  // most channels of a chunk
-    // Floats between the pixels of a band: an odd number of cache lines, so that all sets of a cache are in use.
-    int64_t band_pitch;
-    int64_t ring_rows, ring_columns;
-    int64_t x, grad, grad_x, row, activation, slope, upstream, convolved, grad_hidden, sums, part, taps, around, rows,
-        run, gated, gate_sums, size = 0;
+struct FeedForwardBackwardScratch {
+    // Most channels of a half of a chunk, and floats between the pixels of a band: of a half and of all halves.
+    int64_t chunk, half_pitch, pitch;
+    int64_t ring_rows, ring_columns, ring;  // of a ring of a half's channels, and its floats
+    int64_t x, grad, grad_x, row, rings, projected, grad_hidden, sums, part, taps, around, rows, run, gated, gate_sums,
+        size = 0;
 
-    explicit LeffnBackwardScratch(const LeffnBackwardParams& p) {
+    explicit FeedForwardBackwardScratch(const FeedForwardBackwardParams& p) {
         chunk = p.most_channels();
-        band_pitch = chunk / kChannelPad % 2 ? chunk : chunk + kChannelPad;
-        ring_rows = p.band_rows + p.kernel - 1;
-        ring_columns = p.tile_columns.largest() + p.kernel - 1;
-        const int64_t channels = padded(p.channels), out = padded(p.out_channels);
+        half_pitch = odd_lines(chunk);
+        pitch = odd_lines(p.halves * chunk);
+        ring_rows = p.band_rows + p.margin() + p.reach();
+        ring_columns = p.tile_columns.largest() + 2 * p.margin();
+        ring = ring_rows * ring_columns * chunk;
+        const int64_t channels = padded(p.channels), out = padded(p.out_channels), hidden = p.halves * chunk;
         const int64_t tile = p.tile_rows.largest() * p.tile_columns.largest();
-        const int64_t staged = (p.tile_rows.largest() + p.kernel - 1) * ring_columns;
-        const int64_t ring = ring_rows * ring_columns * chunk;
-        const int64_t band = p.band_rows * p.tile_columns.largest() * band_pitch;
+        const int64_t staged = (p.tile_rows.largest() + 2 * p.margin()) * ring_columns;
+        const int64_t band = p.band_rows * p.tile_columns.largest();
         x = add(staged * channels);
         grad = add(staged * out);
         grad_x = add(tile * channels);
-        row = add(ring_columns * chunk);
-        activation = add(ring);
-        slope = add(ring);
-        upstream = add(ring);
-        convolved = add(band);
-        grad_hidden = add(band);
-        sums = add(chunk * (channels > out ? channels : out));
-        part = add(p.band_rows * p.tile_columns.largest() * channels);
+        row = add(ring_columns * hidden);
+        rings = add((2 * p.halves + 1) * ring);
+        projected = add(band * half_pitch);
+        grad_hidden = add(band * pitch);
+        sums = add(out * chunk > hidden * channels ? out * chunk : hidden * channels);
+        part = add(band * channels);
         taps = add(p.kernel * p.kernel * kChannelPad);
         around = add(4 * p.kernel);  // two pointers for each row of the convolution
         // What operands are made in: of a row or a band of the maps, and of the hidden channels.
-        const int64_t most = padded(p.band_rows * p.tile_columns.largest());
-        rows = add((most > padded(ring_columns) ? most : padded(ring_columns)) * (channels > out ? channels : out));
-        run = add(most * chunk);
+        const int64_t most = padded(band > ring_columns ? band : ring_columns);
+        rows = add(most * (channels > out ? channels : out));
+        run = add(padded(band) * hidden);
         gated = add(p.gate == nullptr ? 0 : ring_columns * out);
         gate_sums = add(p.gate == nullptr ? 0 : out * kChannelPad);  // a vector for each channel
     }
 
   private:
+    // So many whole cache lines or one more, an odd number, so that all sets of a cache are in use.
+    static int64_t odd_lines(int64_t floats) { return (floats / kChannelPad | 1) * kChannelPad; }
+
     int64_t add(int64_t floats) {
         const int64_t offset = size;
         size += floats;
@@ -115,13 +122,13 @@ struct LeffnBackwardScratch {
 
 }  // namespace
 
-struct LeffnBackwardKernels {
+struct FeedForwardBackwardKernels {
     // Packs the weights of one chunk.
-    void (*pack)(const LeffnBackwardParams& params, int64_t chunk);
+    void (*pack)(const FeedForwardBackwardParams& params, int64_t chunk);
     // The tiles of a share, the chunks of a group.
-    void (*run)(const LeffnBackwardParams& params, int64_t share, int64_t group, float* scratch);
+    void (*run)(const FeedForwardBackwardParams& params, int64_t share, int64_t group, float* scratch);
 
-    static const LeffnBackwardKernels IPT_FAST_COMPILED_LEVELS;
+    static const FeedForwardBackwardKernels IPT_FAST_COMPILED_LEVELS;
 };
 
 }  // namespace ipt_fast::cpu
