@@ -80,7 +80,7 @@ def _window_attention(attention: Any, norm: nn.LayerNorm) -> dict[str, Any]:
 def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
     """x + attention + the convolution, whose pixels are gated by the attention."""
     y = run_layer(ops.channel_attention_layer, x, _channel_attention, block.attn, block.n1)
-    return torch.addcmul(x + y, _convolve(block, x), project(y, block.inter.sg[0]).sigmoid())
+    return (x + y).addcmul_(_convolve(block, x), project(y, block.inter.sg[0]).sigmoid())
 
 
 def _channel_attention(attention: Any, norm: nn.LayerNorm) -> dict[str, Any]:
