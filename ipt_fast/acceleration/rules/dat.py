@@ -105,9 +105,9 @@ def _attend_in_windows(attention: Any, qkv: Tensor) -> Tensor:
     if below or right:
         qkv = F.pad(qkv, (0, right, 0, below))
     shifted = attention.attn_mask_0 is not None
-    halves = []
+    parts, halves = qkv.chunk(6, dim=1), []
     for first, part in enumerate(attention.attns):
-        q, k, v = (t.chunk(2, dim=1)[first] for t in qkv.chunk(3, dim=1))
+        q, k, v = parts[first::2]
         shift = tuple(attention.shift_size)[:: -1 if first else 1] if shifted else 0
         out = ops.window_attention(
             q,
