@@ -30,8 +30,8 @@ struct FeedForwardBackwardParams {
     int64_t gate_stride;                        // as in Norm
     const float *expand, *project, *depthwise;  // [hidden][padded channels], [out][hidden], [taps][hidden]
     const float* flipped;                       // the taps of `depthwise` in reverse order
-    // Written by `pack`, of every chunk, but for the projection's of every half of it: the right operands of the
-    // products with x, with grad and with the gradient of h; expand_floats() and so on apart.
+    // Written by `pack`: the right operands of the products with x, with grad and with the gradient of h. Those of the
+    // halves of a chunk, or of grad of a chunk, begin expand_floats() and so on apart.
     float *packed_expand, *packed_project, *packed_transposed;
 
     Cut tile_rows, tile_columns;  // image rows and columns -> tiles
@@ -100,7 +100,7 @@ struct FeedForwardBackwardScratch {
         sums = add(out * chunk > hidden * channels ? out * chunk : hidden * channels);
         part = add(band * channels);
         taps = add(p.kernel * p.kernel * kChannelPad);
-        around = add(4 * p.kernel);  // two pointers for each row of the convolution
+        around = add(2 * p.kernel);  // a pointer for each row of the convolution
         // What operands are made in: of a row or a band of the maps, and of the hidden channels.
         const int64_t most = padded(band > ring_columns ? band : ring_columns);
         rows = add(most * (channels > out ? channels : out));

@@ -49,6 +49,14 @@ def test_a_map_of_many_strips(form):
     check(tensors, options, torch.float32)
 
 
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_map_of_many_tiles(form, kernel):
+    """Rows, columns and hidden channels that the backward's kernels cut into several tiles and chunks."""
+    tensors, options = BUILDER(2, 37, 71, form=form, hidden=2 * 83, **({} if form == "mlp" else {"kernel": kernel}))
+    check(tensors, options, torch.float32)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_each_option_alone(form):
     tensors, options = BUILDER(2, 4, 5, form=form)
