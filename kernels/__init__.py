@@ -17,6 +17,7 @@ from .grid_attention_layer import grid_attention_layer, grid_attention_layer_bac
 from .layer_norm_2d import add_layer_norm, add_layer_norm_backward, layer_norm_2d, layer_norm_2d_backward
 from .leffn import leffn, leffn_backward, leffn_layer, leffn_layer_backward
 from .merge import merge_depthwise, merge_depthwise_backward, merge_pointwise, merge_pointwise_backward
+from .pointwise_layer import pointwise_layer, pointwise_layer_backward
 from .window_attention import window_attention, window_attention_backward
 from .window_attention_layer import window_attention_layer, window_attention_layer_backward
 
@@ -51,6 +52,8 @@ __all__ = [
     "merge_depthwise_backward",
     "merge_pointwise",
     "merge_pointwise_backward",
+    "pointwise_layer",
+    "pointwise_layer_backward",
     "window_attention",
     "window_attention_backward",
     "window_attention_layer",

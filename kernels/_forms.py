@@ -82,7 +82,7 @@ def gelu_bwd_kernel(
     BLOCKS: tl.constexpr = (N + BLOCK_C - 1) // BLOCK_C
     C: tl.constexpr = 2 * N if GATED else N
     DTYPE: tl.constexpr = x.dtype.element_ty
-    o_p = tl.program_id(0) // BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
+    o_p = (tl.program_id(0) // BLOCKS).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     m_x = (o_p < pixels)[:, None] & (o_c < N)[None, :]
     p_g = o_p[:, None] * N + o_c[None, :]

@@ -75,7 +75,7 @@ def layer_norm_2d_bwd_kernel(
 ):  # fmt: skip
     # b_x, b_s, b_g, b_gw, b_gb: (BLOCK_P, BLOCK_C); sums: (images, programs, 2, C), of weight and bias
     i_program = tl.program_id(0)
-    sums += i_program * 2 * C
+    sums += i_program.to(tl.int64) * 2 * C
     if EACH_IMAGE:
         programs = tl.minimum(PROGRAMS, tl.cdiv(pixels, BLOCK_P))
         i_image = i_program // programs

@@ -31,7 +31,7 @@ def pointwise_norm_bwd_kernel(
     # b_x, b_s, b_g: (BLOCK_P, BLOCK_C), b_o: (BLOCK_P, BLOCK_K); sums: (images, programs, 2, C), of the norm's weight
     # and bias; pixels: of an image, if EACH_IMAGE
     i_program = tl.program_id(0)
-    sums += i_program * 2 * C
+    sums += i_program.to(tl.int64) * 2 * C
     if EACH_IMAGE:
         programs = tl.minimum(PROGRAMS, tl.cdiv(pixels, BLOCK_P))
         i_image = i_program // programs

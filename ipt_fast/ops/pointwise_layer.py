@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.pointwise_layer import ACTIVATIONS
-from . import _check, _cpu, _flops, _norm
+from . import _check, _cpu, _flops, _norm, _triton
 from ._operator import Operator, Shape
 
 
@@ -24,10 +24,9 @@ def pointwise_layer(
 ) -> Tensor:
     """residual + PW(norm(x)), a linear layer of the channels of every pixel.
 
-    There are kernels for CPUs; on GPUs the reference runs.
-
     Args:
-        x: (B, C, H, W), any floating dtype and strides; a part of the channels of a channels-last map is not copied.
+        x: (B, C, H, W), any floating dtype and strides; on the CPU a part of the channels of a channels-last
+            map is not copied.
         weight: (N, C, 1, 1), dtype of ``x``.
         bias: (N,), dtype of ``x`` or float32, or None.
         residual: (B, N, H, W), dtype of ``x``, or None. It is added last.
@@ -70,3 +69,4 @@ _operator = Operator(
     flops=_operations,
 )
 _cpu.register(_operator)
+_triton.register(_operator)

@@ -67,6 +67,7 @@ def calls():
         for width in INTERACTIONS:
             found |= _depthwise_layer(width, dtype, label)
             found |= _gated_projection(width, dtype, label)
+            found |= _pointwise_layer(width, dtype, label)
         for width, heads, hidden in RESTORMER:
             found |= _channel_attention_layer(width, heads, dtype, f"{width} {label}")
             found |= _feed_forward_layer("gdfn", width, 2 * hidden, 3, dtype, label)
@@ -117,6 +118,22 @@ def _gated_projection(width, dtype, label):
         arguments = (x, x, *gates, _tensor(width, width, 1, 1, dtype=dtype), _tensor(width), x)
         found[f"gated_projection {name}"] = "gated_projection", arguments
     return found
+
+
+def _pointwise_layer(width, dtype, label):
+    x, two = _image(width, dtype), _image(width, dtype, batch=2)
+    wide, square = (_tensor(out * width, width, 1, 1, dtype=dtype) for out in (3, 1))
+    bias, norm, each = _tensor(3 * width), _tensor(width), _tensor(2, width)
+    forms = {
+        "norm": (x, wide, bias, None, norm, norm, "none"),
+        "gelu": (x, wide, bias, None, norm, norm, "gelu"),
+        "each image": (two, square, None, two, each, each, "none"),
+        "residual": (x, square, norm, x, None, None, "none"),
+    }
+    return {
+        f"pointwise_layer {form} {width} {label}": ("pointwise_layer", (*arguments, 1e-5, True))
+        for form, arguments in forms.items()
+    }
 
 
 def _channel_attention_layer(width, heads, dtype, name):

@@ -16,7 +16,7 @@ OPERATORS = [
     "layer_norm_2d", "add_layer_norm", "channel_attention", "focal_channel_attention", "grid_attention", "leffn",
     "merge_pointwise", "merge_depthwise", "focal_attention_layer", "grid_attention_layer", "leffn_layer",
     "window_attention", "window_attention_layer", "channel_attention_layer", "feed_forward_layer",
-    "depthwise_layer", "gated_projection",
+    "depthwise_layer", "gated_projection", "pointwise_layer",
 ]  # fmt: skip
 
 

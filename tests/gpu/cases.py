@@ -35,6 +35,18 @@ SIZES = {
     "depthwise layer 120, norm": ("depthwise_layer", (1, 31, 40), {"channels": 120, "kernel": 5}),
     "gated projection 60": ("gated_projection", (2, 33, 29), {"channels": 60, "outputs": 60}),
     "gated projection 180": ("gated_projection/each_image", (3, 24, 32), {"channels": 180, "outputs": 180}),
+    "pointwise layer 60": ("pointwise_layer", (2, 33, 29), {"channels": 60, "outputs": 180, "activation": "none"}),
+    "pointwise layer 180": ("pointwise_layer", (1, 31, 40), {"channels": 180, "outputs": 360}),
+    "pointwise layer 96, each image": (
+        "pointwise_layer/bias_free",
+        (3, 24, 32),
+        {"channels": 96, "outputs": 96, "each_image": True},
+    ),
+    "pointwise layer 180, residual": (
+        "pointwise_layer",
+        (2, 16, 17),
+        {"channels": 180, "outputs": 180, "normed": False, "activation": "none"},
+    ),
 }
 
 
