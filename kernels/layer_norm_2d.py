@@ -54,10 +54,12 @@ def layer_norm_2d_fwd_kernel(
 
 
 @triton.jit
-def norm_gradient(b_g, b_x, b_w, m_x, eps, C: tl.constexpr, CENTERED: tl.constexpr):
-    # of x, from that of n w (+ bias), and n itself: (BLOCK_P, BLOCK_C) each
+def norm_gradient(b_g, b_x, b_w, m_x, eps, C: tl.constexpr, CENTERED: tl.constexpr, DTYPE: tl.constexpr):
+    # of x, which is DTYPE in memory, from that of n w (+ bias), and n itself: (BLOCK_P, BLOCK_C) each
     b_mean = tl.sum(b_x, axis=1) / C
     b_s = tl.where(m_x, b_x - b_mean[:, None], 0.0)
+    if tl.float32 == DTYPE:  # where x hardly varies, the mean's own rounding is no small part of what is left
+        b_s = tl.where(m_x, b_s - (tl.sum(b_s, axis=1) / C)[:, None], 0.0)
     b_rstd = (1.0 / tl.sqrt(tl.sum(b_s * b_s, axis=1) / C + eps))[:, None]
     b_n = (b_s if CENTERED else b_x) * b_rstd
     b_g *= b_w[None, :]
@@ -96,7 +98,7 @@ def layer_norm_2d_bwd_kernel(
         b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
         b_g = tl.load(grad + p_x, mask=m_x, other=0.0).to(tl.float32)
         b_gb += b_g
-        b_gx, b_n = norm_gradient(b_g, b_x, b_w, m_x, eps, C, CENTERED)
+        b_gx, b_n = norm_gradient(b_g, b_x, b_w, m_x, eps, C, CENTERED, x.dtype.element_ty)
         b_gw += b_g * b_n
         if residual is not None:
             b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)

@@ -59,7 +59,7 @@ def pointwise_norm_bwd_kernel(
         b_x = tl.load(x + p_x, mask=m_x, other=0.0).to(tl.float32)
         b_gb += tl.sum(b_g, axis=0)
         b_nw = tl.load(norm_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_gx, b_n = norm_gradient(b_g, b_x, b_nw, m_x, eps, C, CENTERED)
+        b_gx, b_n = norm_gradient(b_g, b_x, b_nw, m_x, eps, C, CENTERED, x.dtype.element_ty)
         b_gw += tl.sum(b_g * b_n, axis=0)
         if residual is not None:
             b_gx += tl.load(residual + p_x, mask=m_x, other=0.0).to(tl.float32)

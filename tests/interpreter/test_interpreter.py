@@ -34,6 +34,10 @@ def test_parity_of_every_operator():
     assert run("tests/ops/test_parity.py", "-k", selected, IPT_FAST_TEST_SIZES="1") > 10
 
 
+def test_norms_of_few_channels():
+    assert run("tests/ops/test_parity.py", "-k", "unusual and norm") == 2
+
+
 def test_options_of_the_relatives():
     assert run("tests/ops/test_relatives.py", "-k", "fp32 or view") == 26
 

@@ -68,6 +68,7 @@ def test_parity(call, dtype, small_dtype):
 
 
 UNUSUAL = {
+    "layer_norm_2d/bias_free": [{"channels": 1}, {"channels": 2}, {"channels": 2, "centered": True}],
     "leffn": [{"kernel": 1}, {"kernel": 9}, {"hidden": 1, "channels": 1, "out": 1}],
     "leffn_layer": [{"kernel": 9}],
     "dense_convolution": [{"channels": 1, "out": 1}, {"channels": 16, "out": 32}, {"channels": 50, "out": 66}],
