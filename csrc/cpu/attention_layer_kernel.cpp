@@ -127,7 +127,7 @@ void forward(const AttentionLayerParams& p, const Unit& unit, int64_t begin, int
     ScratchStack scratch{memory};
     int64_t* const list = reinterpret_cast<int64_t*>(scratch.take(2 * most_columns));
     float *const for_tokens = scratch.take(channels * row), *const for_qkv = scratch.take(3 * channels * row);
-    float* const room = scratch.take(packed_floats(most_columns, channels));
+    float* const room = scratch.take(packed_floats(p.dtype, p.brgemm, most_columns, channels));
     for (int64_t index = begin; index < end; ++index) {
         const GroupBlock block(p, index);
         const int64_t origin = block.image * p.queries.pixels() * channels;

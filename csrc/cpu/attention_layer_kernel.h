@@ -44,7 +44,8 @@ inline int64_t spread(int64_t columns) { return columns % 64 == 0 && columns > 6
 
 inline int64_t scratch_size(const AttentionLayerParams& p) {
     const int64_t columns = block_columns(p), row = spread(columns);
-    return 2 * columns + 4 * channels_of(p) * row + packed_floats(columns, channels_of(p)) + attention_size(p);
+    return 2 * columns + 4 * channels_of(p) * row + packed_floats(p.dtype, p.brgemm, columns, channels_of(p)) +
+           attention_size(p);
 }
 
 }  // namespace

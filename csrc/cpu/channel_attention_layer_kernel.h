@@ -49,8 +49,12 @@ struct ChannelAttentionLayerParams {
     IPT_FAST_INLINE int64_t first_head(int64_t group) const { return group * groups.heads / head_groups; }
 
     // Room for the packed weights, whichever the unit.
-    IPT_FAST_INLINE int64_t packed_part_bytes() const { return packed_floats(groups.depth, channels()) * 4; }
-    IPT_FAST_INLINE int64_t packed_project_bytes() const { return packed_floats(channels(), channels()) * 4; }
+    IPT_FAST_INLINE int64_t packed_part_bytes() const {
+        return packed_floats(dtype, brgemm, groups.depth, channels()) * 4;
+    }
+    IPT_FAST_INLINE int64_t packed_project_bytes() const {
+        return packed_floats(dtype, brgemm, channels(), channels()) * 4;
+    }
     IPT_FAST_INLINE int64_t packed_bytes() const {
         return 3 * groups.heads * packed_part_bytes() + packed_project_bytes();
     }

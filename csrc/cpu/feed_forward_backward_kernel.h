@@ -49,9 +49,13 @@ struct FeedForwardBackwardParams {
     IPT_FAST_INLINE int64_t reach() const { return kernel / 2; }                              // of the convolution
     // What a tile reads beside it: its gradient comes through the convolution, and with a gate needs the convolved map.
     IPT_FAST_INLINE int64_t margin() const { return halves * reach(); }
-    IPT_FAST_INLINE int64_t expand_floats() const { return packed_floats(most_channels(), channels); }
-    IPT_FAST_INLINE int64_t project_floats() const { return packed_floats(most_channels(), out_channels); }
-    IPT_FAST_INLINE int64_t transposed_floats() const { return packed_floats(channels, most_channels()); }
+    IPT_FAST_INLINE int64_t expand_floats() const { return packed_floats(dtype, brgemm, most_channels(), channels); }
+    IPT_FAST_INLINE int64_t project_floats() const {
+        return packed_floats(dtype, brgemm, most_channels(), out_channels);
+    }
+    IPT_FAST_INLINE int64_t transposed_floats() const {
+        return packed_floats(dtype, brgemm, channels, most_channels());
+    }
     IPT_FAST_INLINE int64_t tiles() const { return batch * tile_rows.count * tile_columns.count; }
 };
 

@@ -58,8 +58,8 @@ struct FeedForwardParams {
     IPT_FAST_INLINE int64_t radius() const { return kernel / 2; }
     IPT_FAST_INLINE int64_t blocks() const { return (hidden + kHiddenBlock - 1) / kHiddenBlock; }
     // Floats that hold the packed weights of a block of hidden values and the channels on either side.
-    IPT_FAST_INLINE int64_t expand_floats() const { return packed_floats(kHiddenBlock, channels); }
-    IPT_FAST_INLINE int64_t project_floats() const { return packed_floats(out_channels, kHiddenBlock); }
+    IPT_FAST_INLINE int64_t expand_floats() const { return packed_floats(dtype, brgemm, kHiddenBlock, channels); }
+    IPT_FAST_INLINE int64_t project_floats() const { return packed_floats(dtype, brgemm, out_channels, kHiddenBlock); }
     IPT_FAST_INLINE int64_t slots() const { return rows_per_step + kernel - 1; }  // hidden rows that are kept
     // Strips begin at whole vectors of pixels.
     IPT_FAST_INLINE int64_t first_column(int64_t strip) const {

@@ -26,12 +26,6 @@ inline int64_t padded(int64_t channels) { return round_up(channels, kChannelPad)
 // Values along the inner dimension that fp32 on the matrix unit takes at a time (thirds.h).
 constexpr int64_t kGroupDepth = 32;
 
-// Floats that hold a packed matrix of weights, whichever unit multiplies by it: three values of 16 bits for each at
-// most.
-inline int64_t packed_floats(int64_t columns, int64_t depth) {
-    return padded(columns) * round_up(depth, kGroupDepth) * 3 / 2;
-}
-
 }  // namespace
 
 // A matrix of weights, (columns, depth) in the dtype of the images with any strides: the right operand, transposed.
@@ -76,5 +70,16 @@ struct Pair {
 // c (+)= a b on the matrix unit: a and b in pairs, of bf16 values or of thirds of fp32 values (thirds.h); c in fp32.
 // nullptr where there is no such unit.
 using Brgemm = void (*)(Matrix<const Pair> a, Matrix<const Pair> b, Matrix<float> c, Accumulate accumulate);
+
+namespace {
+
+// Floats that hold a packed matrix of weights, whichever unit multiplies by it. Where that is the matrix unit, a value
+// of fp32 is three of 16 bits.
+inline int64_t packed_floats(DType dtype, Brgemm brgemm, int64_t columns, int64_t depth) {
+    const bool thirds = brgemm != nullptr && dtype != DType::bf16;
+    return padded(columns) * (thirds ? round_up(depth, kGroupDepth) * 3 / 2 : padded(depth));
+}
+
+}  // namespace
 
 }  // namespace ipt_fast::cpu

@@ -5,8 +5,9 @@
 // of the large ones and of those in the middle: the three that are left out are smaller than the rounding of fp32. Six
 // products in bf16 take less time than one in fp32, if nobody else uses the unit.
 //
-// Thirds of less than 2^-126, the smallest normal number, are taken for zero: below 2^-110 values lose their last bits.
-// Where an operand is infinite, a product may be NaN where that of fp32 is infinite.
+// Thirds and their products of less than 2^-126, the smallest normal number, are taken for zero: below 2^-110 values,
+// and products of values, lose their last bits. Where an operand is infinite, a product may be NaN where that of fp32
+// is infinite.
 //
 // Operands are made of groups of 32 values along the inner dimension, of which the unit multiplies pairs: value j and
 // value 16 + j of a group are a pair, so that no value changes its lane. A group is 3 * 16 pairs, one third after the

@@ -74,7 +74,7 @@ struct VectorUnit {
     // Bytes of a packed weight.
     int64_t packed_size(int64_t columns, int64_t depth) const {
         if (splits(columns, depth)) {
-            return packed_floats(columns, depth) * static_cast<int64_t>(sizeof(float));
+            return packed_floats(DType::f32, brgemm, columns, depth) * static_cast<int64_t>(sizeof(float));
         }
         return padded(columns) * depth * static_cast<int64_t>(sizeof(float));
     }

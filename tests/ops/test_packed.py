@@ -54,6 +54,28 @@ def test_each_call_brings_its_norm_and_gate(call, dtype):
     assert torch.equal(run(x.to(inner), block, **of_call).to(dtype), expected)
 
 
+LEVELS = torch.ops.ipt_fast_cpu.isa_levels() if _extension.load() else []
+
+
+@pytest.mark.skipif("amx_fp32" not in LEVELS, reason="this processor has no matrix unit")
+@pytest.mark.parametrize(
+    ("call", "fields"),
+    [("leffn_layer", {"channels": 64, "hidden": 256}), ("channel_attention_layer", {"heads": 2, "depth": 32})],
+)
+def test_only_thirds_take_more_than_their_weights(call, fields, monkeypatch):
+    """A value of float32 is three of 16 bits where the matrix unit multiplies it, and four bytes everywhere else."""
+    operator, builder, _ = CALLS[call]
+    tensors, options = builder(1, 3, 4, **fields)
+    tensors = {name: value.float() for name, value in tensors.items()}
+    products = [value.numel() for name, value in tensors.items() if value.shape[2:] == (1, 1)]
+    sizes = {}
+    for level in LEVELS:
+        monkeypatch.setenv("IPT_FAST_CPU_ISA", level)
+        sizes[level] = _cpu.pack(OPERATORS[operator], {**tensors, **options}, torch.float32)[1].numel()
+    expected = sizes.pop("amx_fp32") - 2 * sum(products)
+    assert sizes == dict.fromkeys(sizes, expected)
+
+
 @pytest.mark.parametrize("call", [*LAYERS, "channel_attention_layer", "feed_forward_layer"])
 def test_what_does_not_fit_is_named(call):
     x, _, arguments, _ = prepared(call, torch.float32)
