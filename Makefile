@@ -85,5 +85,5 @@ $(VENV)/.installed: $(VENV)/.torch setup.py CMakeLists.txt pyproject.toml $(CSRC
 $(VENV)/.oracles: $(VENV)/.torch
 	-$(PIP) install --retries 1 --no-deps torchvision==0.28.0 spandrel spandrel_extra_arches timm && \
 	    $(PIP) install --no-deps lpips && \
-	    $(PIP) install einops onnx onnxscript onnxruntime openvino accelerate torchao tensorboard scipy diffusers "ray[data]>=2.60" && \
+	    $(PIP) install einops onnx onnxscript onnxruntime openvino accelerate peft torchao tensorboard scipy diffusers "ray[data]>=2.60" && \
 	    touch $@

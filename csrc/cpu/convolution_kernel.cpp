@@ -3,7 +3,7 @@
 // Pointwise: a block of pixels times the packed weight, whose panels stay in the first cache; fp32 maps are read and
 // written in place. A norm in front of it is taken of the block, a GELU and the residual follow while its sums are in
 // the second cache. 2 * channels * columns FLOPs a pixel; x is read once and out is written once. The weight's gradient
-// is x^T grad in runs of pixels, each summed in registers, then added: x is read once for every tile of 96 columns.
+// is x^T grad in runs of pixels, summed in registers, then added: x is read once for every tile of 96 columns.
 //
 // Depthwise: a strip's last rows lie in a ring of fp32 rows in the second cache, every vector of channels by itself. A
 // norm in front of it is taken there, a GELU behind it of the sums in registers.
@@ -35,20 +35,22 @@ void pointwise_any(const PointwiseParams& p, int64_t begin, int64_t end, float* 
                [&](auto type, const auto& unit) { pointwise<decltype(type)>(p, unit, begin, end, scratch); });
 }
 
-// The sums of the columns of `gradients`, each at the beginning of a row of `sums` that is one vector, else 0. In short
-// blocks: a few short sums round less than one long one.
+// The sum of rows of vectors, in pairs of halves: few short sums round less than one long one.
+Vec sum_rows(const float* first, int64_t rows, int64_t stride) {
+    if (rows > 8) {
+        return sum_rows(first, rows / 2, stride) + sum_rows(first + rows / 2 * stride, rows - rows / 2, stride);
+    }
+    Vec sum{};
+    for (int64_t i = 0; i < rows; ++i) {
+        sum += load(first + i * stride);
+    }
+    return sum;
+}
+
+// The sums of the columns of `gradients`, each at the beginning of a row of `sums` that is one vector, else 0.
 void sum_columns(Matrix<const float> gradients, Matrix<float> sums) {
-    constexpr int64_t kBlock = 16;
     for (int64_t c = 0; c < gradients.columns; c += kLanes) {
-        Vec total{};
-        for (int64_t first = 0; first < gradients.rows; first += kBlock) {
-            const int64_t last = first + kBlock < gradients.rows ? first + kBlock : gradients.rows;
-            Vec sum{};
-            for (int64_t i = first; i < last; ++i) {
-                sum += load(gradients.row(i) + c);
-            }
-            total += sum;
-        }
+        const Vec total = sum_rows(gradients.data + c, gradients.rows, gradients.stride);
         for (int64_t i = c; i < c + kLanes && i < gradients.columns; ++i) {
             for (int64_t lane = 0; lane < kChannelPad; ++lane) {
                 sums.row(i)[lane] = lane == 0 ? total[i - c] : 0.0f;
@@ -60,6 +62,8 @@ void sum_columns(Matrix<const float> gradients, Matrix<float> sums) {
 template <typename T, typename Unit>
 void pointwise_weight(const PointwiseWeightParams& p, const Unit& unit, int64_t begin, int64_t end, int64_t first_row,
                       int64_t rows, float* scratch, float* sums) {
+    // Pixels of one sum: a few short sums of fp32 round less than one long one; 16 bits round more than either.
+    constexpr int64_t kSum = sizeof(typename Unit::Value) == sizeof(float) ? 64 : kPointwiseRun;
     const int64_t width = padded(p.channels), row = p.row();
     float* const x = scratch;
     float* const grad = x + kPointwiseRun * width;
@@ -74,7 +78,11 @@ void pointwise_weight(const PointwiseWeightParams& p, const Unit& unit, int64_t 
         load_rows(Matrix{first_x, count, p.channels, p.channels}, pixels);
         load_rows(Matrix{first_grad, count, rows, p.columns}, gradients);
         const Matrix target{first == begin ? sums : of_run, rows, width, row};
-        unit.product(unit.left_transposed(gradients, grad_room), unit.right(pixels, x_room), target, Accumulate::no);
+        for (int64_t i = 0; i < count; i += kSum) {
+            const int64_t n = count - i < kSum ? count - i : kSum;
+            unit.product(unit.left_transposed(gradients.slice(i, n), grad_room), unit.right(pixels.slice(i, n), x_room),
+                         target, i > 0 ? Accumulate::yes : Accumulate::no);
+        }
         if (p.bias) {
             sum_columns(gradients, target.from(0, width));
         }

@@ -43,7 +43,7 @@ def built(tmp_path_factory):
     definitions = (f"-D{name}={value}" for name, value in options.items())
     path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     succeed("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *definitions, PATH=path)
-    succeed("cmake", "--build", folder, "--target", *(f"kernels_{level}" for level in LEVELS), PATH=path)
+    succeed("cmake", "--build", folder, "--target", *(f"kernels_{level}" for level in LEVELS), PATH=path, timeout=3000)
     return folder
 
 

@@ -143,7 +143,7 @@ CALLS = {
     "window_attention/cosine": ("window_attention", _window_attention, {"cosine": True, "shift": (2, 2)}),
     "window_attention_layer": ("window_attention_layer", _window_attention_layer, _SHIFTED),
     "window_attention_layer/bias_free": ("window_attention_layer", _window_attention_layer, {"bias": False}),
-    "channel_attention_layer": ("channel_attention_layer", _channel_attention_layer, {"depth": 5}),
+    "channel_attention_layer": ("channel_attention_layer", _channel_attention_layer, {}),
     "channel_attention_layer/bias_free": ("channel_attention_layer", _channel_attention_layer, {"bias": False}),
     "channel_attention_layer/windows": (
         "channel_attention_layer", _channel_attention_layer, {"window_size": (4, 3), "depthwise": False},
