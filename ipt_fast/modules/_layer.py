@@ -90,7 +90,7 @@ def residual(x: Tensor, norm: nn.Module, branch: nn.Module, modulation: Modulati
     """x + branch(norm(x)), or with a modulation x + gate * branch(norm(x, weight, bias))."""
     packed = branch.__dict__.get("packed_layer")  # of a frozen model
     if packed is not None and packed.norm is norm and packed.takes(x):
-        return packed(x, modulation)
+        return packed(x, *(modulation or ()))
     if isinstance(norm, Norm) and isinstance(branch, Branch) and reason_against_fusing(norm, branch) is None:
         return branch.layer(x, norm, modulation)
     return by_modules(x, norm, branch, modulation)

@@ -25,12 +25,11 @@ class PackedOperator:
         """Whether the operator would compute in this dtype now: a model may switch autocast in its forward."""
         return computing_dtype(x) is self._dtype
 
-    def __call__(self, x: Tensor, of_images: tuple[Tensor | None, ...] | None = None) -> Tensor:
-        """The operator of ``x``; ``of_images`` are those arguments of `_cpu.OF_IMAGES` that this call brings."""
-        of_images = of_images or ()
+    def __call__(self, x: Tensor, *of_images: Tensor | None, **by_name: Tensor | None) -> Tensor:
+        """The operator of ``x``; others are arguments of `_cpu.OF_IMAGES` that this call brings, in order or by name."""
         if x.dtype is self._inner:
-            return self._run(x, self._block, *of_images)
-        return self._run(x.to(self._dtype).to(self._inner), self._block, *of_images).to(self._dtype)
+            return self._run(x, self._block, *of_images, **by_name)
+        return self._run(x.to(self._dtype).to(self._inner), self._block, *of_images, **by_name).to(self._dtype)
 
 
 def kernels_take(name: str, channels: int, arguments: Mapping[str, Any], dtype: torch.dtype) -> bool:

@@ -27,9 +27,10 @@ def remembers(module: nn.Module) -> bool:
 
 
 def _remember(values: dict[Any, Any], key: Any, compute: Callable[[], Any]) -> Any:
+    """The value of the key. Threads that ask at once may each compute it, alike; the first is kept."""
     if key not in values:
         with torch.inference_mode(False), torch.no_grad():  # of use outside of inference mode, too
-            values[key] = compute()
+            values.setdefault(key, compute())
     return values[key]
 
 
@@ -65,7 +66,7 @@ def run_layer(
         key = operator, arguments, others, dtype
         pack = functools.partial(_packed, operator.__name__, x.shape[1], arguments, module, *others, dtype=dtype)
         if packed := _remember(values, key, pack):
-            return packed(x, None if gate is None else (None, None, gate))
+            return packed(x, gate=gate)
     return operator(x, gate=gate, **arguments(module, *others))
 
 
