@@ -26,7 +26,7 @@ class PackedOperator:
         return computing_dtype(x) is self._dtype
 
     def __call__(self, x: Tensor, *of_images: Tensor | None, **by_name: Tensor | None) -> Tensor:
-        """The operator of ``x``; others are arguments of `_cpu.OF_IMAGES` that this call brings, in order or by name."""
+        """The operator of ``x``; others, in order or by name, are those of `_cpu.OF_IMAGES` that this call brings."""
         if x.dtype is self._inner:
             return self._run(x, self._block, *of_images, **by_name)
         return self._run(x.to(self._dtype).to(self._inner), self._block, *of_images, **by_name).to(self._dtype)
