@@ -17,6 +17,9 @@ def _check(module: Any) -> None:
         expect_convolution(name, convolutions[name], size, 0)
     expect_convolution("merged", module.eval_conv, 3, 1)
     expect_type(module, "sk", nn.Conv2d)
+    # RTMoSR's convolution of that name, which is never merged, lacks it, and TemporalSPAN's notes that it is merged.
+    expect(isinstance(module.has_relu, bool), "its has_relu is no bool")
+    expect(not hasattr(module, "params_updated"), "it is merged in its first call")
 
 
 def expect_convolution(name: str, conv: Any, size: int, padding: int) -> None:
@@ -31,9 +34,11 @@ def _forward(module: Any, x: Tensor) -> Tensor:
         weight, bias = merged(module)
         x = F.conv2d(x, weight, bias, padding=1)
     else:
-        # As the plain module: the merged parameters are computed in every call, and belong to its state.
-        with torch.no_grad():
-            module.eval_conv.weight.data, module.eval_conv.bias.data = merged(module)
+        # As the plain module: the merged parameters belong to its state, and are computed in every call, unless its
+        # class computes them where it is set to eval mode.
+        if type(module).train is nn.Module.train:
+            with torch.no_grad():
+                module.eval_conv.weight.data, module.eval_conv.bias.data = merged(module)
         x = convolve(x, module.eval_conv)
     return F.leaky_relu(x, negative_slope=0.05) if module.has_relu else x
 
