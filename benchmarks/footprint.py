@@ -78,13 +78,16 @@ def training_peak(name, dtype, contender):
 
 
 def relative_peak(name, dtype, contender, direction, size):
-    """GiB that a call of somebody else's model takes above what the process held before, accelerated or as it is."""
+    """GiB that a call of somebody else's model takes above what the process held before: as it is, accelerated, or
+    frozen, too, when the weights that its first call packs are counted."""
     model = relatives.plain(name).to(memory_format=torch.channels_last)
     training = direction == "training"
     model = model.train() if training else model.to(DTYPES[dtype])
     x = torch.rand(1, 3, int(size), int(size), dtype=torch.float32 if training else DTYPES[dtype])
-    if contender == "ipt_fast":
+    if contender != "eager":
         ipt_fast.accelerate(model, verify=False)
+    if contender == "ipt_fast frozen":
+        model = ipt_fast.freeze(model.eval())
     before = memory("VmRSS")
     if training:
         with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
@@ -162,7 +165,8 @@ RUNS = [
         for direction, cases in (("forward", INFERENCE), ("training", TRAINING))
         for name, *_, size in cases
         for dtype in DTYPES
-        for who in ("ipt_fast", "eager")
+        for who in ("ipt_fast", "ipt_fast frozen", "eager")
+        if direction == "forward" or who != "ipt_fast frozen"
     ),
 ]
 

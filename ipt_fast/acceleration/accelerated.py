@@ -8,6 +8,8 @@ import functools
 import sys
 from typing import Any
 
+import torch
+import torch.fx
 from torch import nn
 
 from ..modules import _fusion
@@ -21,7 +23,8 @@ class Accelerated(_fusion.Fusable):
     plain_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if reason_against(self) is None:
+        symbolic = any(isinstance(argument, torch.fx.Proxy) for argument in args)  # it has no shape to decide by
+        if not symbolic and reason_against(self) is None:
             return self.rule.forward(self, *args, **kwargs)
         return self.plain_class.forward(self, *args, **kwargs)
 
