@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(PY) -m benchmarks.demo
 
 test: $(VENV)/.installed $(VENV)/.oracles
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(THREADS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(THREADS) --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks

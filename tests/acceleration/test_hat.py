@@ -80,6 +80,76 @@ def test_another_branch_is_called(models):
         assert_close(accelerated(x), plain(x))
 
 
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def wrapped_attention(branch):
+    branch.cab[3].attention = Wrapper(branch.cab[3].attention)
+
+
+BRANCHES = {
+    "wrapped": lambda branch: setattr(branch, "cab", Wrapper(branch.cab)),
+    "compiled": lambda branch: setattr(branch, "cab", torch.compile(branch.cab, backend="eager")),
+    "pruned": lambda branch: setattr(branch, "cab", nn.Sequential()),
+    "attention wrapped": wrapped_attention,
+}
+
+
+@pytest.mark.parametrize("accelerated_first", [True, False])
+@pytest.mark.parametrize("change", BRANCHES)
+def test_a_branch_of_other_parts_is_called(change, accelerated_first):
+    torch.manual_seed(0)
+    plain = MODELS["HAT"][0]()
+    accelerated = copy.deepcopy(plain)
+    if accelerated_first:
+        ipt_fast.accelerate(accelerated, verify=False)
+    for model in (plain, accelerated):
+        for block in named(model, "HAB"):
+            BRANCHES[change](block.conv_block)
+    report = None if accelerated_first else ipt_fast.accelerate(accelerated, verify=False)
+    x = torch.rand(1, 3, *SIZE)
+    with torch.no_grad():
+        assert_close(accelerated(x), plain(x))
+    assert report is None or {"HAT hybrid block"} <= {module.rule.name for module in named(accelerated, "HAB")}
+
+
+def test_a_batch_of_branches(models):
+    """As torch.func.vmap makes it: parameters of some parts have one axis more, and nothing is written in place."""
+    plain, accelerated = (named(model, "HAB")[0].eval() for model in models)
+    tokens, index = torch.randn(1, 16 * 16, 96), models[0].relative_position_index_SA
+    parameters = {
+        name: torch.stack([value, 1.1 * value]).detach()
+        for name, value in plain.named_parameters()
+        if "conv_block" in name
+    }
+
+    def outputs(block):
+        def of(values):
+            return torch.func.functional_call(block, values, (tokens, (16, 16), index, None))
+
+        return torch.func.vmap(of)(parameters)
+
+    assert_close(outputs(accelerated), outputs(plain))
+
+
+def test_a_frozen_model_does_not_grow_where_every_call_has_an_index_of_its_own(models):
+    plain, accelerated = models
+    block = named(ipt_fast.freeze(accelerated)._ensure_packed(), "OCAB")[0]
+    tokens, index = torch.randn(1, 16 * 16, 96), plain.relative_position_index_OCA
+    with torch.no_grad():
+        expected = named(plain, "OCAB")[0](tokens, (16, 16), index)
+        for _ in range(150):
+            out = block(tokens, (16, 16), index.clone())
+    assert_close(out, expected)
+    assert len(block.__dict__["remembered"]) < 100
+
+
 def test_a_bias_by_offsets_stays_a_table(models):
     _, accelerated = models
     (block,), index = named(accelerated, "OCAB"), accelerated.relative_position_index_OCA

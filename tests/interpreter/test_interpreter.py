@@ -39,7 +39,7 @@ def test_norms_of_few_channels():
 
 
 def test_options_of_the_relatives():
-    assert run("tests/ops/test_relatives.py", "-k", "fp32 or view") == 27
+    assert run("tests/ops/test_relatives.py", "-k", "fp32 or view") == 28
 
 
 def test_tokens_too_short_to_be_normalised():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...modules import _fusion
 from ...modules.convolution import EMULATED, taken_for_channels_last
+from ...ops._kernel import unwatched
 from ...ops._packed import computing_dtype
 from ._rule import expect, pointwise
 from ._weights import of_weights, remembers
@@ -45,6 +46,7 @@ def expect_gelu(name: str, module: Any) -> None:
 
 def expect_sequence(name: str, sequence: Any, *types: type) -> None:
     """A sequence of modules of exactly these classes; GELUs are exact, batch norms keep statistics, pools pool all."""
+    expect(type(sequence) is nn.Sequential, f"its {name} is a {type(sequence).__name__}")
     found = [type(module) for module in sequence]
     expect(found == list(types), f"its {name} is {', '.join(cls.__name__ for cls in found)}")
     for module in sequence:
@@ -157,10 +159,21 @@ def _gains(x: Tensor, weight: Tensor) -> bool:
 
 def mean_of_pixels(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 1, 1)."""
-    # The mean of 16 bits over several axes is that of a copy in float32. A pool would keep the map for its gradient.
-    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not x.requires_grad:
+    # The mean of 16 bits over several axes is that of a copy in float32. A pool would keep the map for its gradient,
+    # and the width in what is traced.
+    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and x.numel() > 0 and unwatched():
         x = F.avg_pool2d(x, (1, x.shape[3]))
     return x.mean((2, 3), keepdim=True)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in the place of ``x``, which nothing else reads, unless somebody watches."""
+    return (x.add_ if unwatched() else x.add)(y)
+
+
+def add_product(x: Tensor, first: Tensor, second: Tensor, scale: float = 1.0) -> Tensor:
+    """x + scale * first * second, likewise."""
+    return (x.addcmul_ if unwatched() else x.addcmul)(first, second, value=scale)
 
 
 def convolve_normalise_and_activate(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:

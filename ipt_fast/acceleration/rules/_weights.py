@@ -26,12 +26,21 @@ def remembers(module: nn.Module) -> bool:
     return _remembered(module) is not None
 
 
+_MOST_KEYS = 64
+
+
 def _remember(values: dict[Any, Any], key: Any, compute: Callable[[], Any]) -> Any:
-    """The value of the key. Threads that ask at once may each compute it, alike; the first is kept."""
-    if key not in values:
+    """The value of the key. Threads that ask at once may each compute it, alike; the first is kept.
+
+    Keys are few, unless they hold a tensor that is another in every call: then all is forgotten now and then.
+    """
+    try:
+        return values[key]
+    except KeyError:
+        if len(values) >= _MOST_KEYS:
+            values.clear()
         with torch.inference_mode(False), torch.no_grad():  # of use outside of inference mode, too
-            values.setdefault(key, compute())
-    return values[key]
+            return values.setdefault(key, compute())
 
 
 def of_weights(function: Callable[..., Any]) -> Callable[..., Any]:

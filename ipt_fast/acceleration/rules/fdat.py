@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ... import ops
 from ._layers import (
+    add,
+    add_product,
     expect_depthwise,
     expect_gelu,
     expect_pointwise,
@@ -58,7 +60,7 @@ def _attend_in_windows(block: Any, x: Tensor) -> Tensor:
         y = ops.window_attention(q, k, v, attention.bias, **heads)[..., : x.shape[2], : x.shape[3]]
         return x + torch.addcmul(convolved, project(y, attention.proj), gate)
     y = run_layer(ops.window_attention_layer, x, _window_attention, attention, block.n1, gate=gate.flatten(1))
-    return convolved.add_(y)  # nothing else reads it
+    return add(convolved, y)
 
 
 def _window_attention(attention: Any, norm: nn.LayerNorm) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _window_attention(attention: Any, norm: nn.LayerNorm) -> dict[str, Any]:
 def _attend_to_channels(block: Any, x: Tensor) -> Tensor:
     """x + attention + the convolution, whose pixels are gated by the attention."""
     y = run_layer(ops.channel_attention_layer, x, _channel_attention, block.attn, block.n1)
-    return (x + y).addcmul_(_convolve(block, x), project(y, block.inter.sg[0]).sigmoid())
+    return add_product(x + y, _convolve(block, x), project(y, block.inter.sg[0]).sigmoid())
 
 
 def _channel_attention(attention: Any, norm: nn.LayerNorm) -> dict[str, Any]:

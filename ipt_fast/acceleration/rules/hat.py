@@ -10,8 +10,10 @@ from ... import ops
 from ...ops._kernel import unwatched
 from ...reference.window_attention import relative_position_index
 from ._layers import (
+    add_product,
     convolve,
     expect_dense,
+    expect_gelu,
     expect_pointwise,
     expect_sequence,
     mean_of_pixels,
@@ -35,11 +37,12 @@ def _check_hybrid(block: Any) -> None:
 
 def _check_branch(branch: Any) -> None:
     """Two convolutions with a GELU between them, and channel attention."""
-    *convolutions, attention = branch.cab
-    names = type(branch).__name__, type(attention).__name__
-    expect(names == ("CAB", "ChannelAttention"), f"it is a {names[0]} with a {names[1]}")
-    expect_sequence("cab", convolutions, nn.Conv2d, nn.GELU, nn.Conv2d)
-    expect_dense(first=convolutions[0], second=convolutions[2])
+    types = [type(module).__name__ for module in branch.cab.children()]
+    known = type(branch).__name__ == "CAB" and types == ["Conv2d", "GELU", "Conv2d", "ChannelAttention"]
+    expect(known and type(branch.cab) is nn.Sequential, f"it is a {type(branch).__name__} of {', '.join(types)}")
+    first, activation, second, attention = branch.cab
+    expect_gelu("cab", activation)
+    expect_dense(first=first, second=second)
     pooled = nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Sigmoid
     expect_sequence("attention", attention.attention, *pooled)
     expect_pointwise(reduction=attention.attention[1], restoration=attention.attention[3])
@@ -61,7 +64,7 @@ def _hybrid(block: Any, x: Tensor, x_size: tuple[int, int], rpi_sa: Tensor, attn
     y = attend(image, norm, block.attn, block.shift_size, gate=kept(image, block.drop_path))
     if _reads_branch(block):
         convolved, gate = _convolved(block.conv_block, normal)
-        y = y.addcmul_(convolved, gate, value=block.conv_scale)  # nothing else reads it
+        y = add_product(y, convolved, gate, block.conv_scale)
     else:
         y = torch.add(y, block.conv_block(normal), alpha=block.conv_scale)
     return as_tokens(feed_forward(y, block.norm2, block.mlp, kept(y, block.drop_path))).to(x.dtype)
