@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import ipt_fast
-from ipt_fast import _extension
 from tests.ops.cases import CALLS, assert_within_rule, baseline, cast, exact
 from tests.ops.test_parity import gradient_of_output, on_backend, runnable
 
@@ -56,20 +55,6 @@ def test_views_of_one_map():
         truth, base = exact(operator, tensors, options, grad), baseline(operator, tensors, options, grad)
         for backend in runnable(operator, tensors, options)[1:]:
             assert_within_rule(on_backend(backend, operator, views, options, grad), truth, base)
-
-
-@pytest.mark.skipif(not _extension.load(), reason=str(_extension.error()))
-def test_strides_that_say_nothing():
-    """A map whose batch of one image has a stride of its own is read where it lies."""
-    x, weight = torch.randn(1, 32, 5, 6).to(memory_format=torch.channels_last), torch.randn(32, 32, 1, 1)
-    same = x.as_strided(x.shape, (7, *x.stride()[1:]))
-    with ipt_fast.use_backend("cpu"), torch.no_grad():
-        expected = ipt_fast.ops.pointwise_layer(x, weight, residual=x)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            found = ipt_fast.ops.pointwise_layer(same, weight, residual=same)
-    assert torch.equal(found, expected)
-    names = {event.name for event in profile.events()}
-    assert "ipt_fast_cpu::pointwise_layer" in names and "aten::copy_" not in names
 
 
 @pytest.mark.parametrize("call", ["depthwise_layer", "pointwise_layer", "pointwise_layer/no_norm"])
